@@ -1,0 +1,89 @@
+"""Run Mixtral, the sparse mixture of experts, on the Mac you have.
+
+    from mlx_mixtral import load
+
+    model = load("mixtral-4bit")
+    print(model.generate("Mixtral is", max_tokens=64).text)
+
+Names are imported when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from mlx_mixtral import errors
+from mlx_mixtral.platforms import backend_problem
+
+if TYPE_CHECKING:
+    from mlx_mixtral.cache.kv import KVCache
+    from mlx_mixtral.config import MixtralConfig
+    from mlx_mixtral.errors import MixtralError
+    from mlx_mixtral.generation.loop import GenerationStats
+    from mlx_mixtral.generation.sampling import SamplingParams
+    from mlx_mixtral.loading import LoadProgress
+    from mlx_mixtral.quantization import QuantizationConfig, QuantizationSpec
+    from mlx_mixtral.runtime import GenerationOptions, Mixtral, load
+    from mlx_mixtral.stream import Chunk, Generation, TextStream
+    from mlx_mixtral.tokenizer import Tokenizer
+
+__all__ = [
+    "Chunk",
+    "Generation",
+    "GenerationOptions",
+    "GenerationStats",
+    "KVCache",
+    "LoadProgress",
+    "Mixtral",
+    "MixtralConfig",
+    "MixtralError",
+    "QuantizationConfig",
+    "QuantizationSpec",
+    "SamplingParams",
+    "TextStream",
+    "Tokenizer",
+    "errors",
+    "load",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Chunk": "stream",
+    "Generation": "stream",
+    "GenerationOptions": "runtime",
+    "GenerationStats": "generation.loop",
+    "KVCache": "cache.kv",
+    "LoadProgress": "loading",
+    "Mixtral": "runtime",
+    "MixtralConfig": "config",
+    "MixtralError": "errors",
+    "QuantizationConfig": "quantization",
+    "QuantizationSpec": "quantization",
+    "SamplingParams": "generation.sampling",
+    "TextStream": "stream",
+    "Tokenizer": "tokenizer",
+    "load": "runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if (_problem := backend_problem()) is not None:
+    # As a program (`mlx-mixtral`, `python -m mlx_mixtral`, whose argv[0] is "-m" this early): one line, no traceback.
+    if PurePath(sys.argv[0] if sys.argv else "").name in ("mlx-mixtral", "-m"):
+        sys.exit(f"error: {_problem}")
+    raise errors.UnsupportedPlatformError(_problem)

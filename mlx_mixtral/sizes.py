@@ -1,0 +1,42 @@
+"""Sizes as people write them: "12GB" is 10^9 bytes each, "12GiB" is 2^30."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from mlx_mixtral.errors import InvalidRequestError
+
+__all__ = ["format_bytes", "parse_size"]
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
+_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of ``"12GB"``, ``"12GiB"``, ``"500MB"`` or a plain number.
+
+    Raises:
+        InvalidRequestError: not a size, or not positive.
+    """
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if isinstance(size, int) and not isinstance(size, bool):
+        count = size
+    elif match is not None and match[2].lower() in _UNITS:
+        count = int(Fraction(match[1]) * _UNITS[match[2].lower()])
+    else:
+        raise InvalidRequestError(f"{size!r} is not a size; write 12GB, 12GiB, 500MB or a number of bytes")
+    if count <= 0:
+        raise InvalidRequestError(f"size {size!r} must be more than zero")
+    return count
+
+
+def format_bytes(count: float) -> str:
+    """``26.3 GB``: three figures, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

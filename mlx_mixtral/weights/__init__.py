@@ -1,0 +1,1 @@
+"""Reading checkpoints: safetensors headers and byte ranges, the index, and dtype conversions."""

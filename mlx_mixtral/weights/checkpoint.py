@@ -1,0 +1,171 @@
+"""A folder of safetensors files as one collection of tensors: the index decides, and names never leave the folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.config import read_json
+from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.layout import Rows
+from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
+
+__all__ = ["Checkpoint", "CheckpointReader"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Checkpoint(Mapping[str, TensorInfo]):
+    """Tensors of a checkpoint folder by name. Opening reads headers only.
+
+    The index, where there is one, says which file holds a tensor; a file it does not name is ignored. Without an index the
+    folder must hold ``model.safetensors``, or exactly one safetensors file.
+
+    Raises:
+        CheckpointError: no weights, an index that names an absent file or one outside the folder, a tensor the index
+            places in a file that does not have it, or a damaged header.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tensors: dict[str, TensorInfo] = {}
+        index = folder / INDEX
+        if index.is_file():
+            self._read_index(index)
+        else:
+            self._tensors = self._header(self._single_file().name)
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, each once, in order of name."""
+        return sorted({info.file for info in self._tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self._tensors.values())
+
+    def rows_of(self, rows: Rows) -> TensorInfo:
+        """The tensor ``rows`` points into, after checking that it has the number of rows the layout promises.
+
+        Raises:
+            CheckpointError: the tensor is missing or has another shape.
+        """
+        info = self[rows.name]
+        leading = () if rows.experts is None else (rows.experts,)
+        wanted = (*leading, rows.of // (rows.experts or 1))
+        if info.shape[:-1] != wanted:
+            expected = ", ".join(map(str, (*wanted, "…")))
+            raise CheckpointError(
+                f"{info.file}: tensor {rows.name!r} has shape {list(info.shape)}; the configuration calls for [{expected}]"
+            )
+        return info
+
+    def _has(self, file: str) -> bool:
+        return _is_file(self.folder / file)
+
+    def _header(self, file: str) -> dict[str, TensorInfo]:
+        return read_header(self.folder / file)
+
+    def _single_file(self) -> Path:
+        single = self.folder / SINGLE
+        if single.is_file():
+            return single
+        found = sorted(self.folder.glob("*.safetensors"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CheckpointError(
+                f"{self.folder} has {len(found)} safetensors files and no {INDEX} to say which tensor is where"
+            )
+        raise CheckpointError(f"{self.folder} has no weights: neither {INDEX} nor {SINGLE}")
+
+    def _read_index(self, index: Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: there is no weight_map")
+        headers: dict[str, dict[str, TensorInfo]] = {}
+        for name, file in weight_map.items():
+            if (
+                not isinstance(file, str)
+                or not file
+                or file in (".", "..")
+                or "/" in file
+                or "\\" in file
+                or "\0" in file
+            ):
+                raise CheckpointError(
+                    f"{index}: tensor {name!r} is placed in {file!r}, which is not a file of this folder"
+                )
+            if file not in headers:
+                if not self._has(file):
+                    raise CheckpointError(f"{index} names {file!r}, which is not in {self.folder}; download it again")
+                headers[file] = self._header(file)
+            if name not in headers[file]:
+                raise CheckpointError(f"{index} places tensor {name!r} in {file!r}, which does not have it")
+            self._tensors[name] = headers[file][name]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
+class CheckpointReader:
+    """Open files of a checkpoint; reads are positioned, so any number of threads may share one reader."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._descriptors: dict[Path, int] = {}
+        try:
+            for file in checkpoint.files:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+        except OSError as error:
+            self.close()
+            raise CheckpointError(f"{file} cannot be opened: {error.strerror or error}") from error
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def read(self, info: TensorInfo, buffer: memoryview, skip_bytes: int = 0) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``skip_bytes`` on."""
+        what = f"{info.file}: tensor {info.name!r}"
+        read_into(self._descriptors[info.file], buffer, info.offset + skip_bytes, what)
+
+    def rows(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Bytes of rows ``start`` to ``stop``, uint8 ``[stop - start, row_bytes]``, in fresh memory."""
+        raw = np.empty((stop - start, info.row_bytes), np.uint8)
+        self.read(info, raw.reshape(-1).data, start * info.row_bytes)
+        return raw

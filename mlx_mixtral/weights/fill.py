@@ -1,0 +1,123 @@
+"""Filling arrays from disk: allocated once at their final size, read into place by several threads.
+
+A tensor whose bytes are what the array holds goes straight from the file into the array's memory; float tensors of another
+type pass through a small buffer. Either way no second copy of the model ever exists, and nothing is mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mixtral.errors import CheckpointError, DtypeRangeError, NonFiniteWeightsError
+from mlx_mixtral.weights.checkpoint import CheckpointReader
+from mlx_mixtral.weights.dtypes import FLOATS, MLX_DTYPES, NUMPY_DTYPES, as_numpy, bytes_of, convert, is_finite
+from mlx_mixtral.weights.safetensors import ITEM_BYTES, TensorInfo
+
+__all__ = ["Fill", "fill"]
+
+CHUNK_BYTES = 4 * 2**20
+READ_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Rows ``start`` to ``stop`` of a tensor go to the rows of ``array`` from ``row`` on (leading axes flattened).
+
+    ``dtype`` is the safetensors name of the array's dtype.
+    """
+
+    array: mx.array
+    row: int
+    dtype: str
+    info: TensorInfo
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read from disk."""
+        return (self.stop - self.start) * self.info.row_bytes
+
+
+def fill(reader: CheckpointReader, fills: list[Fill], progress: Callable[[int], None] | None = None) -> None:
+    """Carry out ``fills``. The arrays must be evaluated; ``progress`` is told the bytes read so far, from this thread.
+
+    Raises:
+        CheckpointError: a file that is short or unreadable.
+        NonFiniteWeightsError: NaN or infinity in a float tensor.
+        DtypeRangeError: a value that the target type cannot hold.
+    """
+    done = 0
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="mlx-mixtral-read") as pool:
+        pending: set[Future[int]] = set()
+        chunks = (chunk for item in fills for chunk in _chunks(item))
+        try:
+            for chunk in chunks:
+                pending.add(pool.submit(_fill_chunk, reader, chunk))
+                # A bounded queue keeps an interrupted load from reading on for seconds.
+                while len(pending) >= 4 * READ_THREADS:
+                    finished, pending = wait(pending, return_when=FIRST_EXCEPTION, timeout=0.02)
+                    done += sum(future.result() for future in finished)
+                    if progress is not None:
+                        progress(done)
+            while pending:
+                finished, pending = wait(pending, return_when=FIRST_EXCEPTION, timeout=0.1)
+                done += sum(future.result() for future in finished)
+                if progress is not None:
+                    progress(done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _chunks(item: Fill) -> Iterator[Fill]:
+    rows = max(1, CHUNK_BYTES // max(item.info.row_bytes, 1))
+    for start in range(item.start, item.stop, rows):
+        stop = min(start + rows, item.stop)
+        yield Fill(item.array, item.row + start - item.start, item.dtype, item.info, start, stop)
+
+
+def _fill_chunk(reader: CheckpointReader, item: Fill) -> int:
+    rows = item.stop - item.start
+    columns = item.info.row_bytes // ITEM_BYTES[item.info.dtype]
+    row_bytes = columns * ITEM_BYTES[item.dtype]
+    into = bytes_of(item.array)[item.row * row_bytes : (item.row + rows) * row_bytes]
+    if item.info.dtype == item.dtype:
+        reader.read(item.info, into.data, item.start * item.info.row_bytes)
+        _check(item, into.view(NUMPY_DTYPES[item.dtype]), item.dtype)
+        return item.nbytes
+    if item.info.dtype not in FLOATS or item.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{item.info.file}: tensor {item.info.name!r} has dtype {item.info.dtype}; {item.dtype} was expected"
+        )
+    values = as_numpy(reader.rows(item.info, item.start, item.stop), item.info.dtype)
+    _check(item, values, item.info.dtype)
+    converted = convert(values, item.info.dtype, item.dtype)
+    if not is_finite(converted, item.dtype):
+        largest = float(np.abs(convert(values, item.info.dtype, "F32")).max())
+        limit = "float16's 65504; use --dtype bfloat16 or float32"
+        if item.dtype == "BF16":
+            limit = "bfloat16's 3.39e38; use --dtype float32"
+        raise DtypeRangeError(f"{item.info.file}: tensor {item.info.name!r} holds {largest:.5g}, beyond {limit}")
+    into.view(NUMPY_DTYPES[item.dtype])[:] = converted.reshape(-1)
+    return item.nbytes
+
+
+def _check(item: Fill, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: str) -> None:
+    if dtype in FLOATS and not is_finite(values, dtype):
+        raise NonFiniteWeightsError(
+            f"{item.info.file}: tensor {item.info.name!r} holds NaN or infinity in rows {item.start} to {item.stop - 1}; "
+            "the checkpoint is damaged"
+        )
+
+
+def allocate(shape: tuple[int, ...], dtype: str) -> mx.array:
+    """An evaluated array of its final size, contents to be filled in."""
+    array = mx.zeros(shape, MLX_DTYPES[dtype])
+    mx.eval(array)
+    return array
