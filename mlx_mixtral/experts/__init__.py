@@ -1,0 +1,1 @@
+"""Where expert weights live in memory and how tokens are gathered to them."""

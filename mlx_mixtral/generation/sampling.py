@@ -1,0 +1,199 @@
+"""Choosing the next token: what may be asked for, checked when it is asked, and its computation on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mixtral.errors import InvalidRequestError
+
+__all__ = ["Sampled", "Sampler", "SamplingParams"]
+
+MAX_LOGPROBS = 100
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults are greedy: the most likely token.
+
+    Applied in this order: repetition, presence and frequency penalties, ``logit_bias``, temperature, top-k, top-p, min-p.
+
+    Args:
+        temperature: divides the logits; 0 is greedy.
+        top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output
+            (arXiv 1909.05858); 1 is off.
+        presence_penalty: subtracted from logits of tokens generated so far.
+        frequency_penalty: subtracted once for each time a token was generated.
+        logit_bias: added to the logits of token ids.
+        seed: same seed, same prompt, same text; None draws one.
+        logprobs: None for none, 0 for the chosen token's log-probability, n for the n likeliest beside it. They are the
+            model's own, before penalties, bias and temperature.
+
+    Raises:
+        InvalidRequestError: a value out of its range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._number("temperature", 0, math.inf, "at least 0 (0 is greedy)")
+        self._number("top_p", 0, 1, "above 0 and at most 1")
+        if self.top_p == 0:
+            raise InvalidRequestError("top_p is 0; it must be above 0 and at most 1")
+        self._number("min_p", 0, 1, "between 0 and 1")
+        self._number("repetition_penalty", 0, math.inf, "above 0 (1 is off)")
+        if self.repetition_penalty == 0:
+            raise InvalidRequestError("repetition_penalty is 0; it must be above 0 (1 is off)")
+        self._number("presence_penalty", -math.inf, math.inf, "a finite number")
+        self._number("frequency_penalty", -math.inf, math.inf, "a finite number")
+        self._integer("top_k", 0, None, "at least 0 (0 keeps all)")
+        self._integer("seed", None, None, "an integer")
+        self._integer("logprobs", 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+        for token, bias in (self.logit_bias or {}).items():
+            if not _is_integer(token) or token < 0 or not _is_number(bias) or math.isnan(bias) or bias == math.inf:
+                raise InvalidRequestError(f"logit_bias holds {token!r}: {bias!r}; it maps token ids to numbers")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    def _number(self, name: str, low: float, high: float, allowed: str) -> None:
+        value = getattr(self, name)
+        if not _is_number(value) or not low <= value <= high or math.isinf(value) or math.isnan(value):
+            raise InvalidRequestError(f"{name} is {value!r}; it must be {allowed}")
+
+    def _integer(self, name: str, low: int | None, high: int | None, allowed: str) -> None:
+        value = getattr(self, name)
+        if value is None and name != "top_k":
+            return
+        if not _is_integer(value) or (low is not None and value < low) or (high is not None and value > high):
+            raise InvalidRequestError(f"{name} is {value!r}; it must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One sampled token, still on the device: ``token [1]``, and log-probabilities when asked for."""
+
+    token: mx.array
+    logprob: mx.array | None = None
+    top_ids: mx.array | None = None
+    top_logprobs: mx.array | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [a for a in (self.token, self.logprob, self.top_ids, self.top_logprobs) if a is not None]
+
+
+class Sampler:
+    """Draws tokens of one sequence. Its state lives on the device: nothing here waits for a token to be computed.
+
+    Args:
+        params: what to do.
+        prompt: token ids the repetition penalty counts as seen.
+        vocab_size: size of the logits.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
+        self.params = params
+        self._step = 0
+        seed = params.seed if params.seed is not None else np.random.SeedSequence().entropy
+        # A stream of threefry keys: one word from the seed, one counts the steps.
+        self._key = int(np.random.SeedSequence(_unsigned(seed)).generate_state(1)[0])
+        self._seen: mx.array | None = None
+        self._counts: mx.array | None = None
+        self._bias: mx.array | None = None
+        if params.repetition_penalty != 1:
+            seen = np.zeros(vocab_size, bool)
+            seen[list(prompt)] = True
+            self._seen = mx.array(seen)
+        if params.presence_penalty or params.frequency_penalty:
+            self._counts = mx.zeros(vocab_size, mx.float32)
+        if params.logit_bias:
+            bias = np.zeros(vocab_size, np.float32)
+            for token, value in params.logit_bias.items():
+                if token >= vocab_size:
+                    raise InvalidRequestError(f"logit_bias names token {token}; the vocabulary has {vocab_size}")
+                bias[token] = value
+            self._bias = mx.array(bias)
+
+    def __call__(self, logits: mx.array) -> Sampled:
+        """Sample from ``logits [1, V]``; lazily, so that the next step can be scheduled before this one is read."""
+        logits = logits.astype(mx.float32)
+        adjusted = self._penalised(logits)
+        token = mx.argmax(adjusted, axis=-1) if self.params.is_greedy else self._draw(adjusted)
+        self._step += 1
+        self._record(token)
+        if self.params.logprobs is None:
+            return Sampled(token)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        chosen = mx.take_along_axis(logprobs, token[:, None], axis=-1)[0, 0]
+        if self.params.logprobs == 0:
+            return Sampled(token, chosen)
+        top = mx.argsort(-logprobs[0])[: self.params.logprobs]
+        return Sampled(token, chosen, top, logprobs[0][top])
+
+    def _penalised(self, logits: mx.array) -> mx.array:
+        p = self.params
+        if self._seen is not None:
+            penalised = mx.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
+            logits = mx.where(self._seen, penalised, logits)
+        if self._counts is not None:
+            logits = logits - (p.frequency_penalty * self._counts + p.presence_penalty * (self._counts > 0))
+        return logits if self._bias is None else logits + self._bias
+
+    def _record(self, token: mx.array) -> None:
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._counts is not None:
+            self._counts = self._counts.at[token].add(1)
+
+    def _draw(self, logits: mx.array) -> mx.array:
+        p = self.params
+        logits = logits / p.temperature
+        if 0 < p.top_k < logits.shape[-1]:
+            smallest_kept = mx.min(mx.topk(logits, p.top_k, axis=-1), axis=-1, keepdims=True)
+            logits = mx.where(logits < smallest_kept, -math.inf, logits)
+        order = None
+        if p.top_p < 1:
+            order = mx.argsort(-logits, axis=-1)
+            logits = mx.take_along_axis(logits, order, axis=-1)
+            probabilities = mx.softmax(logits, axis=-1)
+            # A token stays when those before it have not reached top_p yet, so the likeliest always stays.
+            before = mx.cumsum(probabilities, axis=-1) - probabilities
+            logits = mx.where(before < p.top_p, logits, -math.inf)
+        if p.min_p > 0:
+            floor = mx.max(logits, axis=-1, keepdims=True) + math.log(p.min_p)
+            logits = mx.where(logits < floor, -math.inf, logits)
+        key = mx.array([self._key, self._step], mx.uint32)
+        drawn = mx.random.categorical(logits, axis=-1, key=key)
+        return drawn if order is None else mx.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
+
+
+def _unsigned(seed: object) -> int:
+    """Negative seeds are fine with users, not with numpy: fold the sign into the lowest bit."""
+    assert isinstance(seed, int)
+    return 2 * seed if seed >= 0 else -2 * seed - 1
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

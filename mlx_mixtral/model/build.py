@@ -1,0 +1,235 @@
+"""From a checkpoint to a model: which matrices are fused, what is allocated, and where every byte goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import mlx.core as mx
+
+from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.errors import CheckpointError, ConfigError
+from mlx_mixtral.experts.bank import ExpertBank, FeedForward
+from mlx_mixtral.layout import FIELDS, Field, Matrix, Norm, Rows, layer_path, locate, matrices, norms
+from mlx_mixtral.model.attention import Attention
+from mlx_mixtral.model.linear import Linear, StackedLinear
+from mlx_mixtral.model.mixtral import DecoderLayer, MixtralModel, RMSNorm
+from mlx_mixtral.model.moe import SparseMoe
+from mlx_mixtral.model.rotary import Rotary
+from mlx_mixtral.quantization import MODES, QuantizationConfig, QuantizationSpec
+from mlx_mixtral.weights.checkpoint import Checkpoint
+from mlx_mixtral.weights.dtypes import MLX_DTYPES
+from mlx_mixtral.weights.fill import Fill, allocate
+from mlx_mixtral.weights.safetensors import ITEM_BYTES
+
+__all__ = ["Builder"]
+
+M = TypeVar("M", Linear, StackedLinear)
+
+
+class Builder:
+    """Allocates a model for ``checkpoint`` and lists the reads that fill it.
+
+    Args:
+        dtype: compute type by safetensors name: ``F32``, ``F16`` or ``BF16``. Norms, router, scales and unquantised weights
+            are held in it; packed words go in place as they are.
+        fuse: make one matrix of q, k, v and one of gate and up where their packing agrees. Without it the results are the
+            same up to rounding; tests use it.
+
+    Raises:
+        CheckpointError: a tensor is missing or has the wrong shape. Everything is checked before anything is allocated.
+        ConfigError: the quantisation entry contradicts the tensors.
+    """
+
+    def __init__(self, config: MixtralConfig, checkpoint: Checkpoint, dtype: str, *, fuse: bool = True) -> None:
+        self.config, self.checkpoint, self.dtype, self.fuse = config, checkpoint, dtype, fuse
+        self.fills: list[Fill] = []
+        self.matrices = {matrix.path: matrix for matrix in matrices(config)}
+        self.norms = {norm.path: norm for norm in norms(config)}
+        self.specs = {path: self._spec(matrix) for path, matrix in self.matrices.items()}
+        for norm in self.norms.values():
+            self._norm_info(norm)
+        for matrix in self.matrices.values():
+            for field in self._fields(matrix):
+                self._locations(matrix, field)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number in the compute type."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes the weights will take in memory, scales in the compute type."""
+        total = sum(norm.size * self.item_bytes for norm in self.norms.values())
+        for path, matrix in self.matrices.items():
+            spec, rows = self.specs[path], matrix.parameters // matrix.in_features
+            if spec is None:
+                total += matrix.parameters * self.item_bytes
+            else:
+                total += spec.nbytes(rows, matrix.in_features, self.item_bytes)
+        return total
+
+    def build(self) -> MixtralModel:
+        """The model, allocated; it is complete once ``fills`` are carried out."""
+        config = self.config
+        rotary = Rotary(config.rope, config.head_dim)
+        return MixtralModel(
+            config,
+            self._matrix(Linear, ["model.embed_tokens"]),
+            [self._layer(index, rotary) for index in range(config.num_hidden_layers)],
+            self._norm("model.norm"),
+            None if config.tie_word_embeddings else self._matrix(Linear, ["lm_head"]),
+            MLX_DTYPES[self.dtype],
+        )
+
+    def _layer(self, index: int, rotary: Rotary) -> DecoderLayer:
+        path = layer_path(index)
+        qkv = self._fused(Linear, [f"{path}.self_attn.{name}_proj" for name in "qkv"])
+        attention = Attention(self.config, qkv, self._matrix(Linear, [f"{path}.self_attn.o_proj"]), rotary)
+        moe: SparseMoe | FeedForward
+        if self.config.is_dense:
+            gate_up = self._fused(Linear, [f"{path}.mlp.gate_proj", f"{path}.mlp.up_proj"])
+            moe = FeedForward(gate_up, self._matrix(Linear, [f"{path}.mlp.down_proj"]))
+        else:
+            block = f"{path}.block_sparse_moe"
+            stacked = self._fused(StackedLinear, [f"{block}.switch_mlp.gate_proj", f"{block}.switch_mlp.up_proj"])
+            bank = ExpertBank(stacked, self._matrix(StackedLinear, [f"{block}.switch_mlp.down_proj"]))
+            gate = self._matrix(Linear, [f"{block}.gate"])
+            moe = SparseMoe(gate, bank, self.config.num_local_experts, self.config.num_experts_per_tok)
+        return DecoderLayer(
+            self._norm(f"{path}.input_layernorm"), attention, self._norm(f"{path}.post_attention_layernorm"), moe
+        )
+
+    def _fused(self, kind: type[M], paths: Sequence[str]) -> list[M]:
+        """One matrix with the rows of all ``paths``, or one each where bits, group or mode differ."""
+        if self.fuse and len({self.specs[path] for path in paths}) == 1:
+            return [self._matrix(kind, paths)]
+        return [self._matrix(kind, [path]) for path in paths]
+
+    def _matrix(self, kind: type[M], paths: Sequence[str]) -> M:
+        parts = [self.matrices[path] for path in paths]
+        spec = self.specs[paths[0]]
+        arrays: dict[str, mx.array] = {}
+        slots = parts[0].num_experts if kind is StackedLinear else None
+        rows = sum(part.out_features for part in parts)
+        for field in self._fields(parts[0]):
+            columns, dtype = self._columns(parts[0], field), self._memory_dtype(spec, field)
+            shape = (rows, columns) if slots is None else (slots, rows, columns)
+            arrays[field] = array = allocate(shape, dtype)
+            above = 0
+            for part in parts:
+                for expert, found in enumerate(self._locations(part, field)):
+                    info = self.checkpoint[found.name]
+                    self.fills.append(Fill(array, expert * rows + above, dtype, info, found.start, found.stop))
+                above += part.out_features
+        return kind(arrays, spec)
+
+    def _fields(self, matrix: Matrix) -> tuple[Field, ...]:
+        spec = self.specs[matrix.path]
+        if spec is None:
+            return ("weight",)
+        return FIELDS if spec.has_biases else ("weight", "scales")
+
+    def _columns(self, matrix: Matrix, field: Field) -> int:
+        spec = self.specs[matrix.path]
+        if spec is None:
+            return matrix.in_features
+        return spec.packed_columns(matrix.in_features) if field == "weight" else spec.groups(matrix.in_features)
+
+    def _memory_dtype(self, spec: QuantizationSpec | None, field: Field) -> str:
+        if spec is None or (field != "weight" and spec.mode == "affine"):
+            return self.dtype
+        return "U32" if field == "weight" else "U8"
+
+    def _locations(self, matrix: Matrix, field: Field) -> list[Rows]:
+        found = locate(matrix, field, self.checkpoint)
+        if found is None:
+            raise CheckpointError(f"{self.checkpoint.folder}: tensor {matrix.path}.{field} is missing, in every layout")
+        columns = self._columns(matrix, field)
+        wanted = self._memory_dtype(self.specs[matrix.path], field)
+        for rows in found:
+            info = self.checkpoint.rows_of(rows)
+            if info.shape[-1] != columns:
+                raise CheckpointError(
+                    f"{info.file}: tensor {rows.name!r} has shape {list(info.shape)}; its last axis should be {columns}"
+                )
+            integer = wanted in ("U32", "U8")
+            if (info.dtype != wanted) if integer else (info.dtype not in ("F32", "F16", "BF16")):
+                kind = wanted if integer else "F32, F16 or BF16"
+                raise CheckpointError(f"{info.file}: tensor {rows.name!r} has dtype {info.dtype}; {kind} was expected")
+        return found
+
+    def _spec(self, matrix: Matrix) -> QuantizationSpec | None:
+        """A matrix is quantised when it has scales; the config says how, the shapes confirm it."""
+        scales = locate(matrix, "scales", self.checkpoint)
+        if scales is None:
+            return None
+        config = self.config.quantization
+        if config is None:
+            raise ConfigError(f"{matrix.path} has scales, but config.json has no 'quantization' entry")
+        if locate(replace(matrix, path=matrix.path), "weight", self.checkpoint) is None:
+            raise CheckpointError(f"{self.checkpoint.folder}: {matrix.path} has scales but no weight")
+        if f"{matrix.path}.global_scale" in self.checkpoint:
+            raise ConfigError(f"{matrix.path} has a global scale, which MLX computes on CUDA only; convert without it")
+        weight = locate(matrix, "weight", self.checkpoint)
+        assert weight is not None
+        named = _override(config, matrix, scales[0])
+        columns = self.checkpoint[weight[0].name].shape[-1], self.checkpoint[scales[0].name].shape[-1]
+        if named is not None and _fits(named, matrix, columns):
+            return named
+        inferred = self._inferred(matrix, scales[0], columns)
+        listed = matrix.path in config.overrides
+        if inferred is None or listed:
+            raise ConfigError(
+                f"{matrix.path}: config.json says {named}, but weight has {columns[0]} columns and scales {columns[1]}, "
+                f"for {matrix.in_features} inputs"
+            )
+        return inferred
+
+    def _inferred(self, matrix: Matrix, scales: Rows, columns: tuple[int, int]) -> QuantizationSpec | None:
+        """The one packing that gives these shapes: some checkpoints override modules without saying so."""
+        affine = self.checkpoint[scales.name].dtype != "U8"
+        for mode in MODES:
+            if (mode == "affine") != affine or not columns[1]:
+                continue
+            bits, group_size = columns[0] * 32 // matrix.in_features, matrix.in_features // columns[1]
+            try:
+                spec = QuantizationSpec.make(bits, group_size, mode)
+            except ConfigError:
+                continue
+            if _fits(spec, matrix, columns):
+                return spec
+        return None
+
+    def _norm_info(self, norm: Norm) -> None:
+        info = self.checkpoint[f"{norm.path}.weight"]
+        if info.shape != (norm.size,):
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}; [{norm.size}] was expected"
+            )
+        if info.dtype not in ("F32", "F16", "BF16"):
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name!r} has dtype {info.dtype}; a float type was expected"
+            )
+
+    def _norm(self, path: str) -> RMSNorm:
+        array = allocate((self.norms[path].size,), self.dtype)
+        info = self.checkpoint[f"{path}.weight"]
+        self.fills.append(Fill(array, 0, self.dtype, info, 0, 1))
+        return RMSNorm(array, self.config.rms_norm_eps)
+
+
+def _override(config: QuantizationConfig, matrix: Matrix, scales: Rows) -> QuantizationSpec | None:
+    """The entry for a matrix by module path; per-expert checkpoints may name each expert's module instead."""
+    own = scales.name.removesuffix(".scales")
+    return config.for_module(own if own in config.overrides else matrix.path)
+
+
+def _fits(spec: QuantizationSpec, matrix: Matrix, columns: tuple[int, int]) -> bool:
+    return (
+        matrix.in_features % spec.group_size == 0
+        and columns[0] == spec.packed_columns(matrix.in_features)
+        and columns[1] == spec.groups(matrix.in_features)
+    )

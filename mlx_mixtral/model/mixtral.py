@@ -1,0 +1,115 @@
+"""The decoder: embeddings, layers of attention and experts, the final norm and the output head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.experts.bank import FeedForward
+from mlx_mixtral.model.attention import Attention
+from mlx_mixtral.model.linear import Linear
+from mlx_mixtral.model.moe import SparseMoe
+
+__all__ = ["DecoderLayer", "MixtralModel", "RMSNorm"]
+
+
+class RMSNorm(Module):
+    """``x / rms(x) * weight`` over the last axis (arXiv 1910.07467); the mean accumulates in float32."""
+
+    def __init__(self, weight: mx.array, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self._eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, self.weight, self._eps)
+
+
+class DecoderLayer(Module):
+    """``h = x + Attention(norm(x))``, then ``h + MoE(norm(h))``."""
+
+    def __init__(
+        self, input_norm: RMSNorm, attention: Attention, post_attention_norm: RMSNorm, moe: SparseMoe | FeedForward
+    ) -> None:
+        super().__init__()
+        self.input_norm = input_norm
+        self.attention = attention
+        self.post_attention_norm = post_attention_norm
+        self.moe = moe
+
+    def __call__(
+        self, x: mx.array, layer: int, cache: KVCache, mask: mx.array | str | None, *, last_only: bool = False
+    ) -> mx.array:
+        """``x [B, L, D]`` to ``[B, L, D]``, or with ``last_only`` to the last token's ``[B, 1, D]``."""
+        attended = self.attention(self.input_norm(x), layer, cache, mask, last_only=last_only)
+        h = (x[:, -1:] if last_only else x) + attended
+        normed = self.post_attention_norm(h)
+        return self.moe(normed, h) if isinstance(self.moe, SparseMoe) else h + self.moe(normed)
+
+
+class MixtralModel(Module):
+    """Token ids in, logits out. Built by ``mlx_mixtral.model.build``, which also fills the weights.
+
+    ``lm_head`` is None when the output head is the embedding matrix itself.
+    """
+
+    def __init__(
+        self,
+        config: MixtralConfig,
+        embed_tokens: Linear,
+        layers: Sequence[DecoderLayer],
+        norm: RMSNorm,
+        lm_head: Linear | None,
+        dtype: mx.Dtype,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.embed_tokens = embed_tokens
+        self.layers = list(layers)
+        self.norm = norm
+        self.lm_head = lm_head
+
+    def make_cache(self, left_padding: Sequence[int] | None = None) -> KVCache:
+        """An empty cache; ``left_padding`` has one entry a row of the batch to come."""
+        c = self.config
+        return KVCache(
+            c.num_hidden_layers,
+            c.num_key_value_heads,
+            c.head_dim,
+            window=c.sliding_window,
+            left_padding=left_padding,
+        )
+
+    def hidden(self, tokens: mx.array, cache: KVCache, *, last_only: bool = False) -> mx.array:
+        """Hidden states before the final norm, ``[B, L, D]``, of ``tokens [B, L]`` (int32); the cache moves on by L.
+
+        ``last_only`` gives ``[B, 1, D]``: in the last layer no token but the last needs its query, nor its experts.
+        """
+        x = self.embed_tokens.rows(tokens, self.dtype)
+        mask = cache.mask(tokens.shape[1])
+        for index, layer in enumerate(self.layers):
+            x = layer(x, index, cache, mask, last_only=last_only and index == len(self.layers) - 1)
+        cache.advance(tokens.shape[1])
+        return x
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits ``[..., V]`` of hidden states ``[..., D]``."""
+        normed = self.norm(hidden)
+        return self.embed_tokens(normed) if self.lm_head is None else self.lm_head(normed)
+
+    def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
+        """Lazy logits ``[B, L, V]`` of ``tokens [B, L]`` (int32), following what ``cache`` holds."""
+        return self.head(self.hidden(tokens, self.make_cache() if cache is None else cache))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as they lie in memory."""
+        arrays = tree_flatten(self.parameters(), destination={})
+        assert isinstance(arrays, dict)
+        return sum(array.nbytes for array in arrays.values())

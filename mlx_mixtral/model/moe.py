@@ -1,0 +1,48 @@
+"""The sparse mixture of experts: a router picks K experts for each token, the token's output is their weighted sum."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from mlx_mixtral.experts.bank import ExpertBank
+from mlx_mixtral.model.linear import Linear
+
+__all__ = ["SparseMoe", "route"]
+
+
+def route(gate_logits: mx.array, num_experts_per_tok: int) -> tuple[mx.array, mx.array]:
+    """Choose experts and their weights (arXiv 2401.04088, section 2.1).
+
+    ``softmax(top_k(logits))``: the softmax over the chosen equals the softmax over all, cut to the chosen and renormalised.
+    It is taken in float32 whatever the logits' type.
+
+    Args:
+        gate_logits: ``[..., E]``.
+
+    Returns:
+        ``selected_experts [..., K]`` uint32, in no particular order, and ``weights [..., K]`` that sum to 1.
+    """
+    num_experts = gate_logits.shape[-1]
+    # The K largest end up behind position E - K: no negation of the logits is needed.
+    first = num_experts - num_experts_per_tok
+    selected_experts = mx.argpartition(gate_logits, kth=first, axis=-1)[..., first:]
+    chosen = mx.take_along_axis(gate_logits, selected_experts, axis=-1)
+    return selected_experts, mx.softmax(chosen, axis=-1, precise=True)
+
+
+class SparseMoe(Module):
+    r"""``y = sum_i softmax(top_k(x W_g))_i SwiGLU_i(x)``."""
+
+    def __init__(self, gate: Linear, experts: ExpertBank, num_experts: int, num_experts_per_tok: int) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        """``residual + y`` for ``x [B, L, D]``: the weighted sum and the residual are one matrix product."""
+        selected_experts, weights = route(self.gate(x), self.num_experts_per_tok)  # [B, L, K]
+        y = self.experts(x, selected_experts, self.num_experts)  # [B, L, K, D]
+        return mx.addmm(residual[..., None, :], weights[..., None, :], y).squeeze(-2)
