@@ -1,0 +1,117 @@
+"""Changing a serialised SentencePiece model: piece types and the dummy prefix, nothing else.
+
+SentencePiece matches USER_DEFINED pieces inside any text, and merges may build NORMAL ones; CONTROL pieces never come
+out of a text. So markers are made CONTROL before the model is loaded. The wire format is protocol buffers', the fields
+are those of `sentencepiece_model.proto`: ModelProto.pieces = 1, .normalizer_spec = 3; SentencePiece.piece = 1,
+.type = 3; NormalizerSpec.add_dummy_prefix = 3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+
+__all__ = ["MARKER_FORM", "retype_markers", "without_dummy_prefix"]
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+
+MARKER_FORM = re.compile(r"<[^\s<>]+>|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]")
+"""A USER_DEFINED piece of this form is a marker; Mistral's `[REFERENCE_DOC_3]`, say, is part of the text.
+
+A file beside the model that declares such a piece special makes it a marker too.
+"""
+
+
+def without_dummy_prefix(model: bytes) -> bytes:
+    """The same model, encoding with no space put in front.
+
+    A second normalizer_spec is merged into the first, as protocol buffers do with a message that comes twice.
+    """
+    return model + b"\x1a\x02\x18\x00"
+
+
+def retype_markers(model: bytes, special: Collection[str]) -> tuple[bytes, dict[int, str]]:
+    """Make markers CONTROL: pieces spelled as one of `special`, and USER_DEFINED pieces of `MARKER_FORM`.
+
+    Returns the changed model and the ids changed, with their spelling.
+
+    Raises:
+        ValueError: The bytes are not a protocol buffer.
+    """
+    spellings = {content.encode("utf-8") for content in special}
+    changed: dict[int, str] = {}
+    chunks: list[bytes] = []
+    copied = token_id = 0
+    for field, start, body, end in _fields(model):
+        if field != 1:
+            continue
+        # Cheap tests first: nearly none of 32000 pieces is read any closer.
+        piece = model[body:end]
+        length = piece[1] if len(piece) > 1 else 0
+        if b"\x18\x04" in piece or piece[2 : 2 + length] in spellings:
+            spelling, kind = _piece(piece)
+            declared = spelling in spellings
+            text = spelling.decode("utf-8")
+            if (declared and kind in (NORMAL, USER_DEFINED)) or (kind == USER_DEFINED and MARKER_FORM.fullmatch(text)):
+                new = piece + b"\x18\x03"  # the last value of a scalar field wins
+                chunks += [model[copied:start], b"\x0a", _varint(len(new)), new]
+                copied = end
+                changed[token_id] = text
+        token_id += 1
+    return (b"".join([*chunks, model[copied:]]) if changed else model), changed
+
+
+def _piece(message: bytes) -> tuple[bytes, int]:
+    spelling, kind = b"", NORMAL
+    for field, _, body, end in _fields(message):
+        if field == 1:
+            spelling = message[body:end]
+        elif field == 3:
+            kind = _read_varint(message, body)[0]
+    return spelling, kind
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Each field's number, start, start of its value and end."""
+    at, size = 0, len(data)
+    while at < size:
+        start = at
+        key, at = _read_varint(data, at)
+        wire = key & 7
+        if wire == 0:
+            body, (_, end) = at, _read_varint(data, at)
+        elif wire == 1:
+            body, end = at, at + 8
+        elif wire == 2:
+            length, body = _read_varint(data, at)
+            end = body + length
+        elif wire == 5:
+            body, end = at, at + 4
+        else:
+            raise ValueError(f"wire type {wire} at byte {start}")
+        if end > size:
+            raise ValueError(f"field at byte {start} reaches past the end of {size} bytes")
+        yield key >> 3, start, body, end
+        at = end
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise ValueError(f"number cut off at byte {at}")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
