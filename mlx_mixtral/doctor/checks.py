@@ -1,0 +1,234 @@
+"""The checks: each runs the model's own code on the device and compares with numpy or with recorded numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.demo import checkpoint_path, reference_path
+from mlx_mixtral.experts import bank
+from mlx_mixtral.experts.bank import ExpertBank, gathers_sorted
+from mlx_mixtral.model.build import Builder
+from mlx_mixtral.model.linear import Linear, StackedLinear
+from mlx_mixtral.model.moe import route
+from mlx_mixtral.quantization import QuantizationSpec
+from mlx_mixtral.runtime import load
+from mlx_mixtral.weights import dtypes
+from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
+from mlx_mixtral.weights.dtypes import MLX_DTYPES
+from mlx_mixtral.weights.fill import fill
+
+__all__ = ["CHECKS", "Check", "CheckFailedError"]
+
+Floats = npt.NDArray[np.float32]
+
+# Relative root-mean-square error a product may have in a compute type: rounding of inputs and outputs, no more.
+TOLERANCE = {"F32": 1e-5, "F16": 3e-3, "BF16": 3e-2}
+# Mean Kullback-Leibler divergence from the recorded float32 logits, in nats.
+DIVERGENCE = {"F32": 1e-7, "F16": 2e-3, "BF16": 2e-2}
+FORMATS = (
+    QuantizationSpec(2, 64), QuantizationSpec(3, 64), QuantizationSpec(4, 64), QuantizationSpec(5, 64),
+    QuantizationSpec(6, 64), QuantizationSpec(8, 64), QuantizationSpec(4, 32), QuantizationSpec(4, 128),
+    QuantizationSpec.make(mode="mxfp4"), QuantizationSpec.make(mode="mxfp8"), QuantizationSpec.make(mode="nvfp4"),
+)  # fmt: skip
+
+
+class CheckFailedError(Exception):
+    """A property does not hold; the message says what was measured."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """``run`` takes the compute type and returns what it measured, or raises CheckFailedError."""
+
+    name: str
+    failure_means: str
+    run: Callable[[str], str]
+
+
+def _fill_in_place(dtype: str) -> str:
+    array = mx.zeros((64, 4096), mx.uint32)
+    mx.eval(array)
+    values = np.arange(array.size, dtype=np.uint32)
+    dtypes.bytes_of(array)[:] = values.view(np.uint8)
+    # Computed by the device, not read back from the host's view.
+    seen = int(np.asarray((array * 1).sum()))
+    wanted = int(values.sum(dtype=np.uint32))
+    if seen != wanted:
+        raise CheckFailedError(f"the device sums {seen}, {wanted} was written")
+    return f"{array.nbytes >> 20} MiB written by the host, seen by the device"
+
+
+def _fused_products(dtype: str) -> str:
+    worst = 0.0
+    for spec in FORMATS:
+        generator = np.random.default_rng(spec.bits)
+        arrays, dense = _quantised(generator, (96, 256), spec, dtype)
+        x = _rounded(generator.standard_normal((5, 256)), dtype)
+        y = Linear(arrays, spec)(mx.array(x).astype(MLX_DTYPES[dtype]))
+        worst = max(worst, _compare(y, x @ dense.T, dtype, f"quantized_matmul {spec}"))
+    return f"{len(FORMATS)} formats, error at most {worst:.1e}"
+
+
+def _gathered_products(dtype: str) -> str:
+    worst = 0.0
+    for spec in FORMATS:
+        generator = np.random.default_rng(spec.bits)
+        arrays, dense = _quantised(generator, (8, 64, 256), spec, dtype)
+        x = _rounded(generator.standard_normal((6, 256)), dtype)
+        slots = generator.integers(0, 8, (6, 2))
+        layer = StackedLinear(arrays, spec)
+        y = layer(mx.array(x).astype(MLX_DTYPES[dtype])[:, None, None, :], mx.array(slots), is_sorted=False)
+        wanted = np.stack([[dense[slot] @ row for slot in chosen] for row, chosen in zip(x, slots, strict=True)])
+        worst = max(worst, _compare(y[:, :, 0], wanted, dtype, f"gather_qmm {spec}"))
+    return f"{len(FORMATS)} formats, error at most {worst:.1e}"
+
+
+def _sorted_gathering(dtype: str) -> str:
+    generator = np.random.default_rng(7)
+    experts = _bank(generator, dtype)
+    x = mx.array(_rounded(generator.standard_normal((1, 64, 128)), dtype)).astype(MLX_DTYPES[dtype])
+    slots = mx.array(generator.integers(0, 8, (1, 64, 2)))
+    if not gathers_sorted(slots.size, 8):
+        raise CheckFailedError(f"{slots.size} pairs over 8 experts are not sorted")
+    together = _floats(experts(x, slots, 8))
+    apart = np.concatenate([_floats(experts(x[:, i : i + 1], slots[:, i : i + 1], 8)) for i in range(64)], axis=1)
+    return f"64 tokens, difference {_compare(mx.array(together), apart, dtype, 'sorted gathering'):.1e}"
+
+
+def _slots_from_disk(dtype: str) -> str:
+    config = MixtralConfig.from_folder(checkpoint_path())
+    checkpoint = Checkpoint(checkpoint_path())
+    path = "model.layers.0.block_sparse_moe.switch_mlp.down_proj"
+    builder = Builder(config, checkpoint, "F32")
+    builder.build()
+    fills = [
+        item for item in builder.fills if item.info.name.startswith("model.layers.0.") and ".w2." in item.info.name
+    ]
+    whole = fills[0].array
+    picked = [5, 1, 6]
+    few = mx.zeros((len(picked), *whole.shape[1:]), whole.dtype)
+    mx.eval(few)
+    rows = whole.shape[1]
+    own = [type(f)(few, n * rows, f.dtype, f.info, f.start, f.stop) for n, f in enumerate(fills[e] for e in picked)]
+    with CheckpointReader(checkpoint) as reader:
+        fill(reader, fills + own)
+    x = mx.array(np.random.default_rng(3).standard_normal((4, 1, 1, whole.shape[2])).astype(np.float32))
+    slots = np.array([[0, 1], [2, 0], [1, 2], [0, 2]])
+    resident = StackedLinear({"weight": whole}, None)(x, mx.array(np.array(picked)[slots]), is_sorted=False)
+    streamed = StackedLinear({"weight": few}, None)(x, mx.array(slots), is_sorted=False)
+    if not np.array_equal(_floats(resident), _floats(streamed)):
+        raise CheckFailedError(f"{path}: experts in other slots give other products")
+    return f"3 of {config.num_local_experts} experts in slots of their own, products identical"
+
+
+def _compiled(dtype: str) -> str:
+    generator = np.random.default_rng(5)
+    gate, up = (mx.array(_rounded(generator.standard_normal((33, 96)), dtype)).astype(MLX_DTYPES[dtype]) for _ in "gu")
+    g, u = _floats(gate).astype(np.float64), _floats(up).astype(np.float64)
+    wanted = (g / (1 + np.exp(-g)) * u).astype(np.float32)
+    return f"difference {_compare(bank.swiglu(gate, up), wanted, dtype, 'the compiled SwiGLU'):.1e}"
+
+
+def _routing(dtype: str) -> str:
+    logits = np.random.default_rng(11).standard_normal((512, 8)).astype(np.float32)
+    selected, weights = route(mx.array(logits), 2)
+    chosen, shares = np.sort(np.asarray(selected)), _floats(weights)
+    if not np.array_equal(chosen, np.sort(np.argsort(logits, axis=-1)[:, -2:])):
+        raise CheckFailedError("the selected experts are not the two with the largest logits")
+    likely = np.exp(np.take_along_axis(logits, np.asarray(selected).astype(np.int64), axis=-1))
+    if np.abs(shares - likely / likely.sum(axis=-1, keepdims=True)).max() > 1e-5:
+        raise CheckFailedError("the weights of a token's experts are not the softmax of their logits")
+    return "512 tokens, top-2 of 8 as numpy sorts them"
+
+
+def _recorded_logits(dtype: str) -> str:
+    with np.load(reference_path()) as archive:
+        recorded = dict(archive)
+    with load(checkpoint_path()) as model:
+        logits = np.stack([_floats(model.logits(row)) for row in recorded["ids"].tolist()])
+        greedy = model.generate(recorded["greedy_prompt"].tolist(), max_tokens=24).token_ids
+    wanted, got = _log_softmax(recorded["logits"]), _log_softmax(logits)
+    divergence = float((np.exp(wanted) * (wanted - got)).sum(axis=-1).mean())
+    if not divergence <= DIVERGENCE[dtype]:
+        raise CheckFailedError(
+            f"divergence {divergence:.1e} nats from the recorded logits; at most {DIVERGENCE[dtype]:.0e}"
+        )
+    agreeing = sum(a == b for a, b in zip(greedy, recorded["greedy_ids"].tolist(), strict=False))
+    if dtype == "F32" and agreeing < len(greedy):
+        raise CheckFailedError(f"greedy tokens part from the recorded ones after {agreeing} of {len(greedy)}")
+    return f"divergence {max(divergence, 0.0):.1e} nats, {agreeing} of {len(greedy)} greedy tokens as recorded"
+
+
+CHECKS: tuple[Check, ...] = (
+    Check(
+        "in-place fill", "weights read from disk would not reach the GPU: nothing else can be trusted", _fill_in_place
+    ),
+    Check(
+        "fused products",
+        "MLX's quantised products are wrong in a format: text from such a model is wrong",
+        _fused_products,
+    ),
+    Check(
+        "gathered products", "experts compute wrongly in a format: text from such a model is wrong", _gathered_products
+    ),
+    Check(
+        "sorted gathering", "long prompts compute otherwise than single tokens: prompts are misread", _sorted_gathering
+    ),
+    Check("slots from disk", "an expert's answer depends on where in memory it lies", _slots_from_disk),
+    Check(
+        "compiled against plain",
+        "MLX's kernel compiler gives other numbers: report it with your MLX version",
+        _compiled,
+    ),
+    Check("routing", "tokens go to the wrong experts", _routing),
+    Check("recorded logits", "the whole model differs from the reference implementation", _recorded_logits),
+)
+
+
+def _quantised(
+    generator: np.random.Generator, shape: tuple[int, ...], spec: QuantizationSpec, dtype: str
+) -> tuple[dict[str, mx.array], Floats]:
+    """Packed arrays as the model holds them, and the same weights dequantised on the CPU in float32."""
+    weight = mx.array(generator.standard_normal(shape).astype(np.float32)).astype(MLX_DTYPES[dtype])
+    with mx.stream(mx.cpu):
+        packed = mx.quantize(weight.astype(mx.float32), spec.group_size, spec.bits, spec.mode)
+        rounded = [packed[0], *(p if p.dtype == mx.uint8 else p.astype(MLX_DTYPES[dtype]) for p in packed[1:])]
+        exact = [p if p.dtype in (mx.uint8, mx.uint32) else p.astype(mx.float32) for p in rounded]
+        biases = exact[2] if spec.has_biases else None
+        dense = mx.dequantize(exact[0], exact[1], biases, spec.group_size, spec.bits, spec.mode, dtype=mx.float32)
+        mx.eval(rounded, dense)
+    return dict(zip(("weight", "scales", "biases"), rounded, strict=False)), np.asarray(dense)
+
+
+def _bank(generator: np.random.Generator, dtype: str) -> ExpertBank:
+    spec = QuantizationSpec(4, 64)
+    gate_up, _ = _quantised(generator, (8, 2 * 192, 128), spec, dtype)
+    down, _ = _quantised(generator, (8, 128, 192), spec, dtype)
+    return ExpertBank([StackedLinear(gate_up, spec)], StackedLinear(down, spec))
+
+
+def _rounded(values: npt.NDArray[np.float64], dtype: str) -> Floats:
+    return _floats(mx.array(values.astype(np.float32)).astype(MLX_DTYPES[dtype]))
+
+
+def _floats(array: mx.array) -> Floats:
+    return np.asarray(array.astype(mx.float32))
+
+
+def _compare(got: mx.array, wanted: Floats, dtype: str, what: str) -> float:
+    values = _floats(got)
+    error = float(np.sqrt(np.mean((values - wanted) ** 2) / np.mean(wanted**2)))
+    if not error <= TOLERANCE[dtype]:
+        raise CheckFailedError(f"{what}: relative error {error:.1e}, at most {TOLERANCE[dtype]:.0e} in this type")
+    return error
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), np.float32)

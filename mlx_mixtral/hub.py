@@ -1,0 +1,303 @@
+"""From what a user types to a folder on disk: a local folder as it is, ``owner/name[@revision]`` through the Hub's cache.
+
+Only the files that are read are downloaded: Mixtral repositories carry the same weights two or three times over
+(``model-*.safetensors``, ``consolidated*``, ``*.pt``), 90 GB each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import importlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from mlx_mixtral.config import read_json
+from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError, MissingDependencyError, MixtralError
+
+__all__ = ["explained", "is_unreachable", "parse_repository", "resolve", "wanted_files"]
+
+Progress = Callable[[int, int], None]
+
+_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^\s@:]+))?(?::([^\s/:]+\.gguf))?")
+_GGUF_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
+_SMALL = (
+    "config.json", "generation_config.json", "params.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.model*", "chat_template.*", "conversion.json", "LICENSE*",
+)  # fmt: skip
+_INDEX = "model.safetensors.index.json"
+# Weights that the converter reads besides: of the first kind that a repository has, all files.
+_CONVERTIBLE = (
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ("consolidated*.safetensors",),
+    ("consolidated.*.pth",),
+    ("consolidated.*.pt",),
+)
+
+
+def resolve(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    convertible: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """The folder a source lies in, downloaded to the Hub's cache first if it is a repository; the file, if it names one.
+
+    Args:
+        source: a folder, ``owner/name`` or ``owner/name@revision``, either with ``:file.gguf`` after it. A folder of that
+            name wins over a repository.
+        revision: branch, tag or commit of a repository.
+        weights: False leaves the weights out and brings the configuration and the tokenizer only.
+        convertible: also take weights that only the converter reads, where there are no others.
+        progress: told (done bytes, total bytes) while downloading, from the downloading threads.
+
+    Raises:
+        CheckpointError: a path that is not a folder.
+        HubError: the repository is gated, private or absent, has no such revision, cannot be reached, or the disk is full.
+        InvalidRequestError: a revision for a folder, or two different ones.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InvalidRequestError(f"{source} is a folder; revision {revision!r} applies to hub repositories only")
+        return folder
+    named = parse_repository(source, revision)
+    if folder.exists():
+        raise CheckpointError(f"{source} is a file, not a checkpoint folder; give the folder it lies in")
+    if named is None:
+        raise CheckpointError(f"{source}: no such folder")
+    repository, revision = named
+    match = _REPOSITORY.fullmatch(str(source))
+    file = match[3] if match is not None else None
+    if file is not None and not convertible:
+        raise CheckpointError(
+            f"{source} is a GGUF file, which has to be converted first: mlx-mixtral convert {source} DEST"
+        )
+    wanted = functools.partial(wanted_files, weights=weights, convertible=convertible, file=file)
+    downloaded = _download(repository, revision, wanted, progress)
+    return downloaded if file is None else downloaded / file
+
+
+def parse_repository(source: str | Path, revision: str | None = None) -> tuple[str, str | None] | None:
+    """Repository and revision of ``owner/name[@revision][:file.gguf]``, None for anything that looks like a path.
+
+    Raises:
+        InvalidRequestError: ``source`` and ``revision`` name different revisions.
+    """
+    match = _REPOSITORY.fullmatch(source) if isinstance(source, str) else None
+    if match is None:
+        return None
+    if revision is not None and match[2] is not None and match[2] != revision:
+        raise InvalidRequestError(f"{source} names revision {match[2]!r}, the argument {revision!r}; give one of them")
+    return match[1], match[2] if revision is None else revision
+
+
+def wanted_files(
+    names: Iterable[str], *, weights: bool = True, convertible: bool = False, file: str | None = None
+) -> list[str]:
+    """The files of a repository that are read, among ``names``; files in subfolders never are.
+
+    Args:
+        convertible: take ``.bin``, ``consolidated`` or one GGUF where there are no ``model*.safetensors``.
+        file: the GGUF to take, with the other parts of a split one.
+
+    Raises:
+        HubError: there are no such weights, or several GGUFs to choose from.
+    """
+    top = sorted(name for name in names if "/" not in name)
+    small = [name for name in top if any(fnmatchcase(name, pattern) for pattern in _SMALL)]
+    if not weights:
+        return small
+    if file is not None:
+        return small + _gguf_parts(top, file)
+    tensors = [name for name in top if name.endswith(".safetensors") and not name.startswith("consolidated")]
+    # With an index only the files it can name count; adapters and the like may lie beside them.
+    chosen = [name for name in tensors if name.startswith("model")] or tensors
+    if not chosen and convertible and (found := _convertible(top)):
+        return small + found
+    if not chosen:
+        others = [name for name in top if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
+        there = f"only {others[0]}" + (f" and {len(others) - 1} more" if len(others) > 1 else "") if others else "none"
+        fix = "choose one that has"
+        if others and not convertible:
+            fix = f"mlx-mixtral convert reads those, downloaded whole; or {fix}"
+        raise HubError(f"the repository has no model*.safetensors weights ({there}); {fix}")
+    return small + [name for name in top if name == _INDEX] + chosen
+
+
+def _convertible(top: list[str]) -> list[str]:
+    for patterns in _CONVERTIBLE:
+        found = [name for name in top if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if any(fnmatchcase(name, patterns[0]) for name in found):
+            return found
+    models = [name for name in top if name.endswith(".gguf") and not _is_later_part(name)]
+    if len(models) > 1:
+        shown = ", ".join(models[:8]) + (" …" if len(models) > 8 else "")
+        raise HubError(f"the repository has {len(models)} GGUF files; name one as owner/name:FILE, of {shown}")
+    return _gguf_parts(top, models[0]) if models else []
+
+
+def _is_later_part(name: str) -> bool:
+    return _GGUF_PART.fullmatch(name) is not None and "-00001-of-" not in name
+
+
+def _gguf_parts(top: list[str], file: str) -> list[str]:
+    if file not in top:
+        there = [name for name in top if name.endswith(".gguf")]
+        raise HubError(
+            f"the repository has no file {file}; " + (f"it has {', '.join(there[:8])}" if there else "nor any GGUF")
+        )
+    part = _GGUF_PART.fullmatch(file)
+    if part is None:
+        return [file]
+    return [name for name in top if (other := _GGUF_PART.fullmatch(name)) and other.groups() == part.groups()]
+
+
+def _download(
+    repository: str,
+    revision: str | None,
+    choose: Callable[[Iterable[str]], list[str]],
+    progress: Progress | None,
+) -> Path:
+    with explained(repository, revision):
+        import huggingface_hub as hub
+
+        try:
+            # Not list_repo_tree: without a connection that retries for half a minute.
+            info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
+            sizes = {item.rfilename: item.size or 0 for item in info.siblings or ()}
+        except Exception as error:
+            if not is_unreachable(error):
+                raise
+            folder = hub.snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[])
+            return _complete(Path(folder), choose)
+        wanted = choose(sizes)
+        total = sum(sizes[name] for name in wanted)
+        folder = hub.snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[_literal(name) for name in wanted],
+            tqdm_class=_silent_bar(total, progress),
+        )
+        if progress is not None:
+            progress(total, total)
+        return Path(folder)
+
+
+@contextlib.contextmanager
+def explained(repository: str, revision: str | None) -> Iterator[None]:
+    """Failures of the Hub's client inside become one line that names the repository.
+
+    Raises:
+        HubError: what the client raised, explained.
+        MissingDependencyError: the client is not installed.
+    """
+    try:
+        from huggingface_hub import errors as hub_errors
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{repository} is a hub repository and huggingface-hub is not installed: pip install huggingface-hub"
+        ) from error
+    try:
+        yield
+    except HubError as error:
+        raise HubError(f"{repository}: {error}") from error
+    except MixtralError:
+        raise
+    except Exception as error:
+        message = _explain(error, hub_errors, repository, revision)
+        if message is None:
+            raise
+        raise HubError(message) from error
+
+
+def _complete(folder: Path, choose: Callable[[Iterable[str]], list[str]]) -> Path:
+    """The cached snapshot, if it has everything; the Hub cannot be asked."""
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    try:
+        chosen = choose(present)
+    except HubError as error:
+        raise HubError(f"the cached copy is not complete ({error}) and the hub cannot be reached; go online") from error
+    needed = [] if any(name.endswith(".gguf") or name == "params.json" for name in chosen) else ["config.json"]
+    for index in {_INDEX, "pytorch_model.bin.index.json"} & set(chosen):
+        weight_map = read_json(folder / index).get("weight_map")
+        needed += sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    for name in chosen:
+        if (part := _GGUF_PART.fullmatch(name)) is not None:
+            needed += [f"{part[1]}-{number:05}-of-{part[2]}.gguf" for number in range(1, int(part[2]) + 1)]
+    for name in needed:
+        if name not in present:
+            raise HubError(f"the cached copy lacks {name} and the hub cannot be reached; go online and try again")
+    return folder
+
+
+def _explain(error: Exception, errors: Any, repository: str, revision: str | None) -> str | None:
+    """One line for a failure of the Hub's client, None for what is not its failure."""
+    page = f"https://huggingface.co/{repository}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repository} is gated: accept its licence on {page}, then run `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repository} has no revision {revision!r}; {page}/commits/main lists them"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{repository}: no such folder here and no such public repository on the hub; check the name, and for a private "
+            "one run `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{repository}: the disk of the hub's cache is full; free some room or set HF_HOME to another disk"
+    if isinstance(error, errors.LocalEntryNotFoundError) or is_unreachable(error):
+        return f"{repository}: the hub cannot be reached and there is no cached copy; check the connection or HF_HUB_OFFLINE"
+    if isinstance(error, errors.HFValidationError):
+        return f"{repository} is not a valid repository name: {_first_line(error)}"
+    if isinstance(error, errors.HfHubHTTPError):
+        status = getattr(error.response, "status_code", None)
+        hint = "; run `hf auth login` or set HF_TOKEN" if status in (401, 403) else "; try again later"
+        return f"{repository}: the hub answered with status {status}{hint}"
+    if isinstance(error, OSError):
+        return f"{repository}: download failed: {_first_line(error)}"
+    return None
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """No connection, a time-out, offline mode, or a server in trouble. The client's HTTP library changed its name once."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return isinstance(status, int) and status >= 500
+    kinds = type(error).__mro__
+    return any(k.__module__.split(".")[0].startswith("httpx") and k.__name__ == "TransportError" for k in kinds)
+
+
+def _literal(name: str) -> str:
+    """A pattern that matches ``name`` alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _silent_bar(total: int, progress: Progress | None) -> Any:
+    """A tqdm class that draws nothing and passes the bytes written on to ``progress``."""
+    base: Any = importlib.import_module("tqdm").tqdm
+    done = 0
+
+    def start(bar: Any, *args: Any, **kwargs: Any) -> None:
+        # The client may keep two bars in bytes: received ("Downloading bytes"), and written to disk.
+        bar.counts = kwargs.get("unit") == "B" and kwargs.get("desc") != "Downloading bytes"
+        base.__init__(bar, *args, **{**kwargs, "disable": True})
+
+    def update(bar: Any, n: float | None = 1) -> None:
+        nonlocal done
+        if bar.counts and progress is not None and n:
+            done = min(total, done + int(n))
+            progress(done, total)
+
+    return type("Silent", (base,), {"__init__": start, "update": update})
