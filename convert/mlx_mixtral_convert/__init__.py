@@ -1,0 +1,29 @@
+"""Convert Mixtral checkpoints to MLX.
+
+from mlx_mixtral_convert import Recipe, convert
+
+report = convert("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-4bit", recipe=Recipe(bits=4))
+"""
+
+from mlx_mixtral_convert.calibration import Calibration, calibrate
+from mlx_mixtral_convert.conversion import convert
+from mlx_mixtral_convert.recipes import NAMED, Recipe, named_recipe
+from mlx_mixtral_convert.report import ConversionReport, MatrixError, PackedAs, PartSize, Progress
+from mlx_mixtral_convert.verification import Problem, VerifyReport, verify
+
+__all__ = [
+    "NAMED",
+    "Calibration",
+    "ConversionReport",
+    "MatrixError",
+    "PackedAs",
+    "PartSize",
+    "Problem",
+    "Progress",
+    "Recipe",
+    "VerifyReport",
+    "calibrate",
+    "convert",
+    "named_recipe",
+    "verify",
+]

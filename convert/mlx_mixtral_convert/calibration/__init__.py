@@ -1,0 +1,6 @@
+"""Calibration: what a text shows about the inputs of every matrix, and what packing each would cost."""
+
+from mlx_mixtral_convert.calibration.file import Calibration
+from mlx_mixtral_convert.calibration.run import calibrate
+
+__all__ = ["Calibration", "calibrate"]

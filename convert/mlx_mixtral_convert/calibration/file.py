@@ -1,0 +1,128 @@
+"""The calibration file: what was measured on a text, tied to the checkpoint it was measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mlx_mixtral.errors import CheckpointError, ConversionError
+from mlx_mixtral.layout import matrices, norms
+from mlx_mixtral.weights.dtypes import convert
+from mlx_mixtral_convert.calibration.statistics import input_name
+from mlx_mixtral_convert.sources.base import TensorSource
+
+__all__ = ["Calibration", "Losses", "identity"]
+
+FORMAT = "mlx-mixtral-calibration-1"
+
+# group of matrices -> packing ("4-bit g64") -> predicted mean KL in nats a token
+Losses = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of one checkpoint on one text.
+
+    ``mean_squares`` has an array ``[experts, in]`` for the input of every matrix (by ``input_name``), an expert's tokens
+    weighted by the square of their routing weight; ``routed`` the tokens behind each row. ``tokens [B, L]`` is the text itself,
+    with which GPTQ gathers second moments again: those of 8x7B would fill 20 GB. ``losses`` is empty without sensitivities.
+    """
+
+    identity: str
+    tokens: npt.NDArray[np.int32]
+    mean_squares: Mapping[str, npt.NDArray[np.float32]]
+    routed: Mapping[str, npt.NDArray[np.int64]]
+    losses: Losses
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything, for the record of a conversion."""
+        whole = hashlib.sha256(self._header().encode())
+        for name, array in self._arrays().items():
+            whole.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return whole.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; the same calibration gives the same bytes.
+
+        Raises:
+            ConversionError: it cannot be written.
+        """
+        try:
+            save_file(self._arrays(), str(path), {"format": FORMAT, "header": self._header()})
+        except (OSError, SafetensorError) as error:
+            raise ConversionError(f"calibration {path} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what ``save`` wrote.
+
+        Raises:
+            CheckpointError: it cannot be read, or is something else.
+        """
+        try:
+            with safe_open(str(path), "numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise CheckpointError(f"{path} is not a calibration file; make one with mlx-mixtral calibrate")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = json.loads(metadata["header"])
+            return cls(
+                header["identity"],
+                arrays.pop("tokens"),
+                {name.removeprefix("squares."): array for name, array in arrays.items() if name.startswith("squares.")},
+                {name.removeprefix("routed."): array for name, array in arrays.items() if name.startswith("routed.")},
+                header["losses"],
+            )
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"calibration file {path} cannot be read: {reason}") from error
+
+    def check_fits(self, source: TensorSource) -> None:
+        """Raise ConversionError unless it was measured on this very checkpoint."""
+        if identity(source) != self.identity:
+            raise ConversionError(
+                "the calibration file was measured on another model; make one for this checkpoint with mlx-mixtral calibrate"
+            )
+        missing = [
+            m.path for m in matrices(source.config) if _needed(m.part) and input_name(m) not in self.mean_squares
+        ]
+        if missing and not source.config.tie_word_embeddings:
+            raise ConversionError(f"the calibration file has nothing about {missing[0]}")
+
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        named: dict[str, npt.NDArray[Any]] = {"tokens": self.tokens}
+        named |= {f"squares.{name}": array for name, array in self.mean_squares.items()}
+        named |= {f"routed.{name}": array for name, array in self.routed.items()}
+        return dict(sorted(named.items()))
+
+    def _header(self) -> str:
+        return json.dumps({"identity": self.identity, "losses": self.losses}, sort_keys=True)
+
+
+def _needed(part: str) -> bool:
+    return part not in ("router", "embedding")
+
+
+def identity(source: TensorSource) -> str:
+    """What tells checkpoints apart, fine-tunes of one model too: shapes, and all norms and routers."""
+    whole = hashlib.sha256()
+    for matrix in matrices(source.config):
+        whole.update(f"{matrix.path} {matrix.shape} ".encode())
+        if matrix.part == "router":
+            scratch = np.empty(matrix.parameters * 4, np.uint8)
+            values = source.read(matrix, 0, scratch)
+            whole.update(convert(values.array, values.dtype, "F32").tobytes())
+    for norm in norms(source.config):
+        values = source.read_norm(norm)
+        whole.update(convert(values.array, values.dtype, "F32").tobytes())
+    return whole.hexdigest()

@@ -1,0 +1,143 @@
+"""One decoder layer in full precision, read from a source, with its experts one at a time.
+
+The modules are the runtime's own; matrices are float32. Attention's matrices and the router of one layer are held, and one
+expert: 0.9 GB for 8x7B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.experts.bank import swiglu
+from mlx_mixtral.layout import Matrix, Norm, matrices, norms
+from mlx_mixtral.model.attention import Attention
+from mlx_mixtral.model.linear import Linear
+from mlx_mixtral.model.mixtral import RMSNorm
+from mlx_mixtral.model.moe import route
+from mlx_mixtral.model.rotary import Rotary
+from mlx_mixtral.weights.dtypes import convert
+from mlx_mixtral_convert.sources.base import TensorSource, Values
+
+__all__ = ["Expert", "Layer", "Routing", "plain", "read_matrix", "read_norm"]
+
+# Sequences attended to at once: scores of a full batch would be the largest thing in memory.
+ATTEND_AT_ONCE = 8
+
+
+def read_matrix(source: TensorSource, matrix: Matrix, expert: int = 0) -> mx.array:
+    """One expert of a matrix, float32 ``[out, in]``."""
+    scratch = np.empty(matrix.out_features * matrix.in_features * 4, np.uint8)
+    return _floats(source.read(matrix, expert, scratch))
+
+
+def read_norm(source: TensorSource, norm: Norm) -> RMSNorm:
+    return RMSNorm(_floats(source.read_norm(norm)).reshape(-1), source.config.rms_norm_eps)
+
+
+def _floats(values: Values) -> mx.array:
+    return mx.array(convert(values.array, values.dtype, "F32"))
+
+
+def plain(weight: mx.array) -> Linear:
+    return Linear({"weight": weight}, None)
+
+
+class _Tap(Linear):
+    """A linear layer that keeps its input."""
+
+    seen: mx.array
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.seen = x
+        return super().__call__(x)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's matrices, float32."""
+
+    index: int
+    gate: mx.array
+    up: mx.array
+    down: mx.array
+
+    def __call__(self, x: mx.array, gate_up: tuple[mx.array, mx.array] | None = None) -> mx.array:
+        """``silu(x W1) * (x W3)`` for ``x [N, D]``: what the down matrix meets; with other matrices when given."""
+        gate, up = (self.gate, self.up) if gate_up is None else gate_up
+        result: mx.array = swiglu(x @ gate.T, x @ up.T)
+        return result
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which of ``N`` tokens each expert gets, and with what weight."""
+
+    tokens: tuple[mx.array, ...]
+    weights: tuple[mx.array, ...]
+
+
+class Layer:
+    """Layer ``index`` of a source. ``attend`` and ``route`` are the two halves up to the experts."""
+
+    def __init__(self, source: TensorSource, index: int, rotary: Rotary) -> None:
+        self.source, self.config, self.index = source, source.config, index
+        own = [matrix for matrix in matrices(self.config) if matrix.layer == index]
+        self.matrices = {matrix.path.rpartition(".")[2]: matrix for matrix in own if matrix.part != "router"}
+        self.router = next((matrix for matrix in own if matrix.part == "router"), None)
+        input_norm, post_norm = (norm for norm in norms(self.config) if norm.layer == index)
+        self._input_norm, self.post_norm = read_norm(source, input_norm), read_norm(source, post_norm)
+        self.attention = {name: read_matrix(source, self.matrices[f"{name}_proj"]) for name in "qkvo"}
+        self._gate = None if self.router is None else plain(read_matrix(source, self.router))
+        self._rotary = rotary
+
+    def attend(
+        self,
+        x: mx.array,
+        weights: dict[str, mx.array] | None = None,
+        see: Callable[[mx.array, mx.array], None] | None = None,
+    ) -> mx.array:
+        """``x + Attention(norm(x))`` for ``x [B, L, D]``.
+
+        Args:
+            weights: other matrices for q, k, v or o.
+            see: told the input of q, k, v and that of o, ``[B', L, …]``, a few sequences at a time.
+        """
+        held = self.attention | (weights or {})
+        out = _Tap({"weight": held["o"]}, None)
+        attention = Attention(self.config, [plain(held[name]) for name in "qkv"], out, self._rotary)
+        parts = []
+        for start in range(0, x.shape[0], ATTEND_AT_ONCE):
+            part = x[start : start + ATTEND_AT_ONCE]
+            cache = KVCache(1, self.config.num_key_value_heads, self.config.head_dim, window=self.config.sliding_window)
+            normed = self._input_norm(part)
+            y = part + attention(normed, 0, cache, cache.mask(part.shape[1]))
+            mx.eval(y)
+            if see is not None:
+                see(normed, out.seen)
+            parts.append(y)
+        return mx.concatenate(parts)
+
+    def route(self, normed: mx.array) -> Routing:
+        """Experts of ``normed [N, D]``; a dense model's only one gets every token with weight 1."""
+        if self._gate is None:
+            count = normed.shape[0]
+            return Routing((mx.arange(count),), (mx.ones(count),))
+        chosen, weights = route(self._gate(normed), self.config.num_experts_per_tok)
+        experts, shares = np.array(chosen), np.array(weights)
+        tokens, parts = [], []
+        for expert in range(self.config.num_local_experts):
+            rows, places = np.nonzero(experts == expert)
+            tokens.append(mx.array(rows.astype(np.int32)))
+            parts.append(mx.array(shares[rows, places]))
+        return Routing(tuple(tokens), tuple(parts))
+
+    def experts(self) -> Iterator[Expert]:
+        """The experts, each read when it is its turn."""
+        for index in range(self.matrices["gate_proj"].num_experts or 1):
+            names = ("gate_proj", "up_proj", "down_proj")
+            yield Expert(index, *(read_matrix(self.source, self.matrices[name], index) for name in names))

@@ -1,0 +1,96 @@
+"""A text through a model one layer at a time: hidden states stay, the layer goes.
+
+Memory is one layer's attention and one expert in float32 beside the hidden states (``tokens x hidden x 4`` bytes: 270 MB for
+16,384 tokens of 8x7B), whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.layout import Matrix, matrices, norms
+from mlx_mixtral.model.rotary import Rotary
+from mlx_mixtral_convert.calibration.layer import Expert, Layer, Routing, read_matrix, read_norm
+from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
+from mlx_mixtral_convert.sources.base import TensorSource
+
+__all__ = ["Sums", "Walk", "embed"]
+
+Sums = dict[str, list[InputSum]]
+WithExpert = Callable[[Expert, Routing], None]
+
+
+def embed(source: TensorSource, tokens: npt.NDArray[np.int32], table: mx.array | None = None) -> mx.array:
+    """Embeddings float32 ``[B, L, D]`` of ``tokens [B, L]``."""
+    if table is None:
+        table = read_matrix(source, next(iter(matrices(source.config))))
+    embedded = table[mx.array(tokens)]
+    mx.eval(embedded)
+    return embedded
+
+
+class Walk:
+    """Hidden states ``[B, L, D]`` of ``tokens [B, L]`` on their way through ``source``.
+
+    Args:
+        full: gather second moments as well as mean squares.
+    """
+
+    def __init__(self, source: TensorSource, tokens: npt.NDArray[np.int32], *, full: bool = False) -> None:
+        self.source, self.config, self.full = source, source.config, full
+        self.hidden = embed(source, tokens)
+        self.rotary = Rotary(self.config.rope, self.config.head_dim)
+        self.next_layer = 0
+
+    def layers(self) -> Iterator[tuple[Layer, Sums]]:
+        """Every remaining layer after it was passed, with the sums over its inputs."""
+        while self.next_layer < self.config.num_hidden_layers:
+            layer = Layer(self.source, self.next_layer, self.rotary)
+            yield layer, self.step(layer)
+
+    def step(self, layer: Layer, with_expert: WithExpert | None = None) -> Sums:
+        """Pass ``layer``, which is the next; ``with_expert`` is told each expert while it is in memory."""
+        sums = self._sums(layer)
+
+        def see(x: mx.array, o_input: mx.array) -> None:
+            sums["q_proj"][0].add(x)
+            sums["o_proj"][0].add(o_input)
+
+        h = layer.attend(self.hidden, see=see)
+        flat = h.reshape(-1, h.shape[-1])
+        normed = layer.post_norm(flat)
+        routing = layer.route(normed)
+        for expert in layer.experts():
+            tokens, weights = routing.tokens[expert.index], routing.weights[expert.index]
+            if tokens.size:
+                x = normed[tokens]
+                inner = expert(x)
+                sums["gate_proj"][expert.index].add(x, mx.square(weights))
+                sums["down_proj"][expert.index].add(inner, mx.square(weights))
+                flat = flat.at[tokens].add(weights[:, None] * (inner @ expert.down.T))
+                mx.eval(flat)
+            if with_expert is not None:
+                with_expert(expert, routing)
+        self.hidden = flat.reshape(h.shape)
+        self.next_layer += 1
+        return {input_name(layer.matrices[name]): found for name, found in sums.items()}
+
+    def head_sum(self) -> dict[str, list[InputSum]]:
+        """The output head's input; after the last layer. A tied head is the embedding matrix itself."""
+        final = self.final_norm(self.hidden)
+        found = InputSum(self.config.hidden_size, self.full)
+        found.add(final)
+        return {"model.embed_tokens" if self.config.tie_word_embeddings else "lm_head": [found]}
+
+    def final_norm(self, hidden: mx.array) -> mx.array:
+        return read_norm(self.source, list(norms(self.config))[-1])(hidden)
+
+    def _sums(self, layer: Layer) -> Sums:
+        def make(matrix: Matrix) -> list[InputSum]:
+            return [InputSum(matrix.in_features, self.full) for _ in range(matrix.num_experts or 1)]
+
+        return {name: make(layer.matrices[name]) for name in ("q_proj", "o_proj", "gate_proj", "down_proj")}

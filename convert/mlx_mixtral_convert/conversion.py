@@ -1,0 +1,309 @@
+"""``convert``: one checkpoint in, one MLX folder out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+from mlx_mixtral import __version__
+from mlx_mixtral.device import current_device
+from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.hub import parse_repository, resolve
+from mlx_mixtral.layout import Matrix, matrices
+from mlx_mixtral.sizes import parse_size
+from mlx_mixtral.weights.manifest import MANIFEST
+from mlx_mixtral.weights.safetensors import ITEM_BYTES
+from mlx_mixtral_convert.calibration.file import Calibration
+from mlx_mixtral_convert.destination import Destination
+from mlx_mixtral_convert.journal import Journal
+from mlx_mixtral_convert.manifest import DTYPE_NAMES, conversion_text, copied_files, model_config_text, read_file
+from mlx_mixtral_convert.pipeline import Written, write_weights
+from mlx_mixtral_convert.plan import INDEX_FILE, Plan, make_plan
+from mlx_mixtral_convert.recipes import Recipe
+from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
+from mlx_mixtral_convert.recipes.fit import predicted_kl
+from mlx_mixtral_convert.recipes.machine import room_for_weights
+from mlx_mixtral_convert.report import ConversionReport, Progress, part_sizes, peak_memory_bytes
+from mlx_mixtral_convert.rounding import Gptq, make_rounder
+from mlx_mixtral_convert.sources import GeneratedFiles, TensorSource, open_source
+from mlx_mixtral_convert.streamed import StreamedSource, open_streamed
+from mlx_mixtral_convert.transcode_plan import exact_recipe, exact_specs, packed_as
+from mlx_mixtral_convert.vocabulary import check_vocabulary
+from mlx_mixtral_convert.write import write_file
+
+__all__ = ["DTYPES", "convert"]
+
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+# conversion.json, the file system's own blocks.
+SPARE_BYTES = 2**20
+WORST_LISTED = 10
+
+
+def convert(
+    source: str | Path,
+    dest: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    exact: bool = False,
+    kind: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    stream: bool = False,
+    dry_run: bool = False,
+    calibration: Calibration | str | Path | None = None,
+    fit: str | int | None = None,
+    context: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint to an MLX folder that this runtime and mlx-lm load.
+
+    ``dest`` appears complete or not at all, and memory is bounded by a few experts' matrices whatever the model's size.
+    The same source and recipe give the same bytes. A conversion that was interrupted (killed, cancelled, out of disk) left its
+    finished layers beside ``dest``; the same call goes on from there.
+
+    Args:
+        source: a folder, a GGUF file, ``owner/name`` or ``owner/name@revision`` of the hub, with ``:file.gguf`` after it to
+            choose one of several.
+        dest: the folder to make.
+        recipe: which matrix gets which bits; 4 bits in groups of 64 when None.
+        exact: keep the packing of a source that is quantised already: integers move as they are where MLX has a packing
+            for them, and what has none is rounded into the nearest. Of ``recipe`` only overrides and rounding count then.
+        kind: the source's layout, one of ``sources.KINDS``; auto finds it from the content.
+        dtype: float type of scales, norms and what stays unquantised: float16, bfloat16, float32, or auto, the source's own
+            (bfloat16 for a float32 source that is quantised, float16 with ``exact``).
+        revision: branch, tag or commit of a hub repository.
+        overwrite: replace a finished conversion at ``dest``, once the new one is complete.
+        restart: forget what an interrupted conversion left.
+        stream: fetch a hub repository's weights by byte range as they are needed, and store none of them.
+        dry_run: check and plan everything, write nothing.
+        calibration: of this checkpoint, or its file: weights the search of ``rounding``, is needed by ``gptq``, and gives
+            ``fit`` its losses.
+        fit: the size of the weight files ("20GB", bytes) to choose bits for; of ``recipe`` only the rounding counts then.
+            ``mac`` is what this machine recommends to its GPU, less a KV cache of ``context`` tokens and working memory.
+        context: tokens that ``fit="mac"`` leaves room for; the smaller of 4096 and the model's own when None.
+        progress: told each step, from this thread (while downloading, from the downloading ones).
+        cancelled: asked before each matrix; True ends the conversion with ConversionError.
+
+    Raises:
+        CheckpointError: the source is damaged, incomplete, or holds NaN, infinity or values beyond ``dtype``.
+        ConfigError: another architecture, or a recipe that does not fit the model.
+        ConversionError: quantised already, changed while it was read, or cancelled.
+        DestinationError: ``dest`` cannot be used, or holds an unfinished conversion of another source or with other options.
+        DiskSpaceError: the disk has too little room, before or while writing.
+        HubError: the repository cannot be downloaded.
+        InvalidRequestError: an unknown ``dtype`` or ``kind``; ``exact`` with ``fit`` or a source of floats; rounding by
+            gptq without a calibration.
+        MemoryBudgetError: ``fit`` is less than the model can be made.
+        TokenizerError: the tokenizer has more pieces than the model has embeddings.
+    """
+    started = time.perf_counter()
+    recipe = Recipe() if recipe is None else recipe
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InvalidRequestError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+    with ExitStack() as opened:
+        if stream:
+            tensors: TensorSource = opened.enter_context(_open_streamed(source, revision))
+            folder = tensors.folder
+        else:
+            folder = _resolve(source, revision, progress)
+        destination = Destination(Path(dest), folder, overwrite=overwrite)
+
+        def again() -> TensorSource:
+            return _open_streamed(source, revision) if stream else open_source(folder, kind)
+
+        if not stream:
+            tensors = opened.enter_context(open_source(folder, kind))
+        calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
+        if calibrated is not None:
+            calibrated.check_fits(tensors)
+        if fit is not None:
+            budget = room_for_weights(tensors.config, current_device(), context) if fit == "mac" else parse_size(fit)
+            recipe = _fit(tensors, budget, calibrated, recipe.rounding, dtype)
+        rounder = make_rounder(recipe.rounding, calibrated, again)
+        if exact and fit is not None:
+            raise InvalidRequestError("exact keeps the source's bits and fit chooses others; give one of them")
+        if exact:
+            recipe = exact_recipe(recipe)
+        recorded = recipe.to_dict() | ({"exact": True} if exact else {})
+        recorded |= {"calibration": calibrated.digest} if calibrated is not None else {}
+        plan = _plan(tensors, recipe, dtype, exact=exact)
+        small = _small_files(tensors)
+        check_vocabulary(small, tensors.config.vocab_size)
+        small["config.json"] = model_config_text(tensors.entries, plan, recipe)
+        small[INDEX_FILE] = plan.index()
+        needed = plan.output_bytes + sum(map(len, small.values())) + SPARE_BYTES
+        free = destination.free_bytes()
+        written: Written | None = None
+        resumed_layers = 0
+        if not dry_run:
+            origin = _origin(source, revision, folder, tensors)
+            identity = _identity(origin, plan, recorded, small)
+            with destination as partial, Journal(partial, identity, plan.shards, restart=restart) as journal:
+                destination.check_space(needed - journal.kept_bytes)
+                resumed_layers = journal.kept_layers
+                step = _step_progress(tensors, plan, progress, journal.kept)
+                with closing(rounder) if isinstance(rounder, Gptq) else nullcontext():
+                    written = write_weights(
+                        tensors, plan, partial, journal=journal, step=step, cancelled=cancelled, rounder=rounder
+                    )
+                _finish(partial, origin, plan, recorded, written, small)
+                _tell_finish(tensors, plan, progress)
+                destination.commit()
+        worst = sorted(written.errors, key=lambda error: -error.relative_rms)[:WORST_LISTED] if written else ()
+        return ConversionReport(
+            source=str(source),
+            destination=str(destination.path),
+            dtype=DTYPE_NAMES[plan.dtype],
+            source_bytes=tensors.files.nbytes,
+            output_bytes=plan.output_bytes,
+            bits_per_weight=8 * plan.data_bytes / plan.parameters,
+            parameters=plan.parameters,
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory_bytes(),
+            layers=plan.config.num_hidden_layers,
+            resumed_layers=resumed_layers,
+            sizes_by_part=part_sizes(plan),
+            worst=tuple(worst),
+            disk_needed_bytes=needed,
+            disk_free_bytes=free,
+            dry_run=dry_run,
+            packings=tuple(packed_as(plan, written)),
+            predicted_kl=predicted_kl(tensors.config, plan.specs, calibrated.losses if calibrated else None),
+        )
+
+
+def _fit(
+    tensors: TensorSource, budget: int, calibration: Calibration | None, rounding: str, dtype: str
+) -> Recipe:
+    """Fit the files, headers included, and not the tensors alone."""
+    scale_bytes = 4 if dtype == "float32" else 2
+    losses = calibration.losses if calibration is not None else None
+    unpacked = _plan(tensors, Recipe(bits=None), dtype)
+    overhead = unpacked.output_bytes - unpacked.data_bytes
+    while True:
+        found = fit_recipe(
+            tensors.config, budget, losses, scale_bytes=scale_bytes, overhead_bytes=overhead, rounding=rounding
+        )
+        plan = _plan(tensors, found.recipe, dtype)
+        if plan.output_bytes <= budget:
+            return found.recipe
+        overhead = max(overhead + 1, plan.output_bytes - plan.data_bytes)
+
+
+def _open_streamed(source: str | Path, revision: str | None) -> StreamedSource:
+    named = None if Path(source).expanduser().exists() else parse_repository(source, revision)
+    if named is None or str(source).endswith(".gguf"):
+        raise InvalidRequestError(f"{source} is not a hub repository of safetensors; stream applies to those only")
+    return open_streamed(*named)
+
+
+def _resolve(source: str | Path, revision: str | None, progress: Callable[[Progress], None] | None) -> Path:
+    """The folder, or the one file, to open."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        return resolve(source, revision=revision, convertible=True, progress=_download_progress(progress))
+    if revision is not None:
+        raise InvalidRequestError(f"{source} is a file; revision {revision!r} applies to hub repositories only")
+    return path
+
+
+def _small_files(tensors: TensorSource) -> dict[str, bytes]:
+    if isinstance(tensors, GeneratedFiles):
+        return tensors.small_files()
+    return {path.name: read_file(path) for path in copied_files(tensors.folder)}
+
+
+def _plan(tensors: TensorSource, recipe: Recipe, dtype: str, *, exact: bool = False) -> Plan:
+    specs, native = exact_specs(tensors, recipe) if exact else (recipe.assign(tensors.config), {})
+    if dtype != "auto" or native:
+        return make_plan(tensors.config, specs, "F16" if dtype == "auto" else DTYPES[dtype], native)
+    # A mixture has the type of most of its weights.
+    weights: dict[str, int] = {}
+    for matrix in matrices(tensors.config):
+        kind = tensors.dtype(matrix)
+        weights[kind] = weights.get(kind, 0) + matrix.parameters
+    own = max(weights, key=lambda kind: weights[kind])
+    quantised = any(spec is not None for spec in specs.values())
+    return make_plan(tensors.config, specs, "BF16" if own == "F32" and quantised else own)
+
+
+def _finish(
+    partial: Path,
+    origin: dict[str, Any],
+    plan: Plan,
+    recipe: Mapping[str, Any],
+    written: Written,
+    small: Mapping[str, bytes],
+) -> None:
+    files: dict[str, dict[str, Any]] = {}
+    for shard in plan.shards:
+        files[shard.file] = {"bytes": shard.nbytes, "sha256": written.hashes[shard.file]}
+    for name, data in small.items():
+        files[name] = {"bytes": len(data), "sha256": write_file(partial / name, data)}
+    write_file(partial / MANIFEST, conversion_text(origin, plan, recipe, written, files))
+
+
+def _origin(source: str | Path, revision: str | None, folder: Path, tensors: TensorSource) -> dict[str, Any]:
+    """Repository and commit, or the folder's name: never a path of this machine."""
+    files = tensors.files.describe()
+    named = None if Path(source).expanduser().exists() else parse_repository(source, revision)
+    if named is None:
+        return {"name": folder.resolve().name, "revision": None, "files": files}
+    # The hub's cache names a snapshot's folder by its commit.
+    return {"name": named[0], "revision": (folder.parent if folder.is_file() else folder).name, "files": files}
+
+
+def _identity(
+    origin: dict[str, Any], plan: Plan, recipe: Mapping[str, Any], small: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """Everything the bytes of the output follow from: an unfinished conversion goes on only where all of it is the same."""
+    return {
+        "converter": __version__,
+        "source": origin,
+        "recipe": recipe,
+        "dtype": DTYPE_NAMES[plan.dtype],
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(small.items())},
+    }
+
+
+def _total_bytes(tensors: TensorSource) -> int:
+    return sum(matrix.parameters * ITEM_BYTES[tensors.dtype(matrix)] for matrix in matrices(tensors.config))
+
+
+def _step_progress(
+    tensors: TensorSource, plan: Plan, progress: Callable[[Progress], None] | None, kept: Collection[str]
+) -> Callable[[Matrix, int], None]:
+    total, layers = _total_bytes(tensors), plan.config.num_hidden_layers
+    done = sum(
+        matrix.parameters * ITEM_BYTES[tensors.dtype(matrix)]
+        for shard in plan.shards
+        for matrix in shard.matrices
+        if shard.file in kept
+    )
+
+    def step(matrix: Matrix, nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(Progress("convert", done, total, matrix.layer, layers, matrix.path))
+
+    return step
+
+
+def _tell_finish(tensors: TensorSource, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
+    if progress is not None:
+        total = _total_bytes(tensors)
+        progress(Progress("finish", total, total, None, plan.config.num_hidden_layers, MANIFEST))
+
+
+def _download_progress(progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(Progress("download", done, total, None, 0, "weights"))

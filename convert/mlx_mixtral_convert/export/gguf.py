@@ -1,0 +1,237 @@
+"""A GGUF file for llama.cpp and what is built on it: architecture ``llama``, experts merged, queries and keys interleaved.
+
+    token_embd, output_norm, output                                            [V, D], [D], [V, D]
+    blk.N.{attn_norm,ffn_norm}                                                 [D], float32
+    blk.N.{attn_q,attn_k,attn_v,attn_output}                                   [out, D]
+    blk.N.ffn_gate_inp                                                         [E, D], the router, float32
+    blk.N.ffn_{gate,up,down}_exps (a dense model: ffn_{gate,up,down})          [E, out, in]
+
+The header is written by the ``gguf`` package; the data, far larger than memory, follows it one expert at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.errors import ConversionError, InvalidRequestError, MissingDependencyError
+from mlx_mixtral.layout import Matrix, Norm, matrices, norms
+from mlx_mixtral.weights.dtypes import convert
+from mlx_mixtral_convert.export.file_destination import FileDestination
+from mlx_mixtral_convert.export.gguf_blocks import ROW_BYTES, encode, interleave_halves, repack, repackable
+from mlx_mixtral_convert.export.gguf_header import rope_factors, write_header
+from mlx_mixtral_convert.export.gguf_vocabulary import Vocabulary, read_vocabulary
+from mlx_mixtral_convert.export.job import Job, Result
+from mlx_mixtral_convert.measure import decode
+from mlx_mixtral_convert.quantize import cast
+from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, Values
+from mlx_mixtral_convert.write import explain
+
+__all__ = ["GGUF_TYPES", "GgufTensor", "write_gguf"]
+
+GGUF_TYPES = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+ALIGNMENT = 32
+SPARE_BYTES = 2**20
+_NAMES = {
+    "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm",
+    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate": "ffn_gate_inp",
+    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the file; ``shape`` is row-major, ``kind`` GGUF's name of the type."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+    @property
+    def nbytes(self) -> int:
+        weights, nbytes = ROW_BYTES[self.kind]
+        return prod(self.shape) // weights * nbytes
+
+
+def write_gguf(job: Job, kind: str | None) -> Result:
+    """Write the file. ``kind`` is the type of all matrices but the routers, F16 when None.
+
+    Raises:
+        InvalidRequestError: rows that do not divide into the blocks of ``kind``.
+        MissingDependencyError: the package ``gguf`` is not installed.
+        ConfigError: rope scaling that GGUF has no keys for.
+        TokenizerError: no SentencePiece tokenizer that fits.
+    """
+    kind = "F16" if kind is None else kind
+    config = job.source.config
+    destination = FileDestination(job.dest, job.folder, overwrite=job.overwrite)
+    _require_gguf()
+    listed: list[Matrix | Norm] = [*norms(config), *matrices(config)]
+    factors = rope_factors(config)
+    tensors = {item.path: _tensor(item, kind) for item in listed}
+    if factors is not None:
+        tensors["rope"] = GgufTensor("rope_freqs.weight", factors.shape, "F32")
+    vocabulary = _vocabulary(job)
+    data_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    padded = sum(_padded(tensor.nbytes) for tensor in tensors.values())
+    # A generous bound of the header, which is known exactly only once it is written.
+    text = sum(map(len, vocabulary.templates.values())) * 4 + sum(
+        len(token.encode()) + 16 for token in vocabulary.tokens
+    )
+    header = text + 256 * len(tensors) + 2**16
+    needed, free = padded + header + SPARE_BYTES, destination.free_bytes()
+    output_bytes, exact = padded + header, 0
+    if not job.dry_run:
+        destination.check_space(needed)
+        with destination as partial:
+            write_header(partial, job.name, config, vocabulary, kind, list(tensors.values()))
+            exact = _append(job, partial, tensors, kind, factors)
+            output_bytes = partial.stat().st_size
+            job.finish(data_bytes)
+            destination.commit()
+    notes = tuple(_notes(config, bool(vocabulary.templates)))
+    return Result(destination.path, kind, output_bytes, data_bytes, needed, free, exact, notes)
+
+
+def _tensor(item: Matrix | Norm, kind: str) -> GgufTensor:
+    short = _NAMES[item.path if item.layer is None else item.path.rsplit(".", 1)[1]]
+    name = short if item.layer is None else f"blk.{item.layer}.{short}"
+    if isinstance(item, Norm):
+        return GgufTensor(f"{name}.weight", (item.size,), "F32")
+    if item.part == "router":
+        return GgufTensor(f"{name}.weight", item.shape, "F32")
+    if item.in_features % (block := ROW_BYTES[kind][0]):
+        raise InvalidRequestError(
+            f"{item.path} has rows of {item.in_features} weights, which do not divide into {kind}'s blocks of {block}; "
+            "use F16 or BF16"
+        )
+    if item.path.rpartition(".")[0].endswith(".mlp"):
+        return GgufTensor(f"{name}.weight", (item.out_features, item.in_features), kind)
+    return GgufTensor(f"{name}{'_exps' * (item.num_experts is not None)}.weight", item.shape, kind)
+
+
+def _vocabulary(job: Job) -> Vocabulary:
+    if not isinstance(job.source, GeneratedFiles):
+        return read_vocabulary(job.source.folder, job.source.config)
+    with tempfile.TemporaryDirectory() as held:
+        for name, data in job.small_files().items():
+            (Path(held) / name).write_bytes(data)
+        return read_vocabulary(Path(held), job.source.config)
+
+
+def _append(
+    job: Job, path: Path, tensors: dict[str, GgufTensor], kind: str, factors: npt.NDArray[np.float32] | None
+) -> int:
+    """Write all data after the header, in the header's order; returns how many matrices kept their integers."""
+    source, config = job.source, job.source.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    changed: set[str] = set()
+    with (
+        path.open("ab", buffering=0) as file,
+        ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="mlx-mixtral-encode") as pool,
+        closing(job.walk(list(matrices(config)), _reader(source, tensors))) as walk,
+    ):
+        out = _Out(file.fileno(), path, file.tell() + sum(_padded(tensor.nbytes) for tensor in tensors.values()))
+        out.pad()
+        for norm in norms(config):
+            out.write(cast(source.read_norm(norm), "F32", norm.path).array)
+            out.pad()
+        for matrix, expert, read in walk:
+            if isinstance(read, Values):
+                changed.add(matrix.path)
+                rows = encode(read, tensors[matrix.path].kind, source.name(matrix, expert), pool)
+            else:
+                rows = read
+            if (count := heads.get(matrix.path.rsplit(".", 1)[-1])) is not None:
+                rows = interleave_halves(rows, count)
+            out.write(rows)
+            if expert + 1 == (matrix.num_experts or 1):
+                out.pad()
+        if factors is not None:
+            out.write(factors)
+            out.pad()
+        out.finish()
+    return sum(matrix.path not in changed for matrix in matrices(config))
+
+
+def _reader(source: TensorSource, tensors: dict[str, GgufTensor]) -> Any:
+    """Reads an expert as blocks of the file where the source's integers fit them, else as floats."""
+
+    def read(matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values | npt.NDArray[np.uint8]:
+        kind = tensors[matrix.path].kind
+        native = source.native(matrix) if isinstance(source, PackedSource) else None
+        if native is None or not native.exact or not repackable(native.spec, kind):
+            return source.read(matrix, expert, scratch)
+        assert isinstance(source, PackedSource)
+        try:
+            packed = {str(field): array for field, array in source.read_packed(matrix, expert).items()}
+        except ConversionError:  # scales that float16 cannot hold
+            return source.read(matrix, expert, scratch)
+        values = None
+        if not native.lossless:
+            # Scales of bfloat16 are float16's too unless they are very small or large: the weights themselves tell.
+            values = source.read(matrix, expert, scratch)
+            as_floats = {field: a if field == "weight" else convert(a, "F16", "F32") for field, a in packed.items()}
+            if not np.array_equal(decode(as_floats, native.spec), convert(values.array, values.dtype, "F32")):
+                return values
+        rows = repack(packed, native.spec, kind)
+        return rows if rows is not None else source.read(matrix, expert, scratch) if values is None else values
+
+    return read
+
+
+class _Out:
+    """Appends to the open file, with the padding the format asks for between tensors."""
+
+    def __init__(self, descriptor: int, path: Path, expected: int) -> None:
+        self._descriptor, self._path, self._expected = descriptor, path, expected
+        self._written = os.fstat(descriptor).st_size
+
+    def write(self, array: npt.NDArray[Any]) -> None:
+        data, done = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)), 0  # type: ignore[arg-type]
+        while done < len(data):
+            try:
+                done += os.write(self._descriptor, data[done:])
+            except OSError as error:
+                raise explain(error, self._path, self._written + done, self._expected) from error
+        self._written += done
+
+    def pad(self) -> None:
+        self.write(np.zeros(_padded(self._written) - self._written, np.uint8))
+
+    def finish(self) -> None:
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise explain(error, self._path, self._written, self._expected) from error
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _notes(config: MixtralConfig, has_template: bool) -> Iterator[str]:
+    window = config.sliding_window
+    if window is not None and window < config.max_position_embeddings:
+        yield f"the context is cut to {window} tokens: GGUF's llama architecture has no sliding window"
+    if not has_template:
+        yield "there is no chat template in the source, so that other programs will guess one"
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("writing GGUF needs the package gguf: pip install gguf") from error

@@ -1,0 +1,225 @@
+"""Reading, packing and writing, one expert's matrix at a time: while one is packed, the next is read and the last is written.
+
+Three matrices and their packed forms are alive at most, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.layout import Field, Matrix, module_tensor
+from mlx_mixtral.weights.dtypes import NUMPY_DTYPES, bytes_of
+from mlx_mixtral.weights.safetensors import ITEM_BYTES
+from mlx_mixtral_convert.journal import CancelledError, Journal
+from mlx_mixtral_convert.measure import ErrorSum
+from mlx_mixtral_convert.plan import Plan, ShardPlan
+from mlx_mixtral_convert.quantize import cast, quantize
+from mlx_mixtral_convert.report import MatrixError
+from mlx_mixtral_convert.rounding import Rounder
+from mlx_mixtral_convert.sources import PackedSource, TensorSource, Values
+from mlx_mixtral_convert.write import ShardWriter
+
+__all__ = ["Written", "write_weights"]
+
+Step = Callable[[Matrix, int], None]
+Packed = Mapping[str, mx.array] | Mapping[str, Values] | Mapping[Field, Values]
+
+
+@dataclass(frozen=True)
+class Written:
+    """sha256 of every shard by file name, and the error of every packed matrix in the model's order."""
+
+    hashes: dict[str, str]
+    errors: tuple[MatrixError, ...]
+
+
+def write_weights(
+    source: TensorSource,
+    plan: Plan,
+    folder: Path,
+    *,
+    journal: Journal,
+    step: Step,
+    cancelled: Callable[[], bool] | None = None,
+    rounder: Rounder | None = None,
+) -> Written:
+    """Write the shards of ``plan`` into ``folder`` that ``journal`` does not have.
+
+    Args:
+        journal: told each shard that is on the disk.
+        step: told each matrix and the source bytes just done, from this thread; what it raises stops the conversion.
+        cancelled: asked before each matrix.
+        rounder: packs affine matrices, from this thread and layer by layer; ``mx.quantize`` when None.
+
+    Raises:
+        ConversionError: cancelled, a source that changed, a full disk, a destination that cannot be written.
+        CheckpointError: a source that cannot be read or holds NaN, infinity or values beyond the target type.
+    """
+    errors = {path: ErrorSum() for path, spec in plan.specs.items() if spec is not None}
+    remaining = [shard for shard in plan.shards if shard.file not in journal.finished]
+    # The threads end before the files they write to are closed.
+    with ExitStack() as files, _thread("read") as reader, _thread("write") as writer, ExitStack() as ending:
+        ending.callback(source.files.stop_waiting)
+        pieces = zip(_pieces(remaining), itertools.cycle(_scratch(source, remaining)), strict=False)
+        ahead = _read_next(reader, source, plan, pieces)
+        written: Future[None] | None = None
+        for shard in remaining:
+            out = files.enter_context(ShardWriter(folder, shard))
+            for _ in range(sum(matrix.num_experts or 1 for matrix in shard.matrices)):
+                if cancelled is not None and cancelled():
+                    raise CancelledError("conversion cancelled")
+                assert ahead is not None
+                piece = ahead.result()
+                ahead = _read_next(reader, source, plan, pieces)
+                packed = _pack(plan, piece, rounder)
+                if written is not None:
+                    written.result()
+                written = writer.submit(_store, out, plan, piece, packed, errors.get(piece.matrix.path))
+                step(piece.matrix, piece.values.nbytes)
+            if written is not None:
+                written.result()
+            writer.submit(_store_norms, out, source, shard, plan.dtype).result()
+            # Before the shard counts as finished: everything in it has been read.
+            source.files.check_unchanged()
+            written = writer.submit(_finish, out, journal, plan, errors)
+        if written is not None:
+            written.result()
+    known = {error.path: error for done in journal.finished.values() for error in done.errors}
+    hashes = {shard.file: journal.finished[shard.file].sha256 for shard in plan.shards}
+    return Written(hashes, tuple(known[path] for path in plan.specs if path in known))
+
+
+@contextmanager
+def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix=f"mlx-mixtral-{name}")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One expert of a matrix: values as read, the same in the conversion's float type, and the memory they were read into."""
+
+    matrix: Matrix
+    expert: int
+    name: str
+    values: Values
+    typed: Values
+    scratch: mx.array
+    packed: Mapping[Field, Values] | None = None
+    """The source's own packing, where it is kept."""
+
+
+def _scratch(source: TensorSource, shards: list[ShardPlan]) -> list[mx.array]:
+    """Memory for three matrices: one being read, one packed, one written. Used again and again, it is paged in once."""
+    sizes = [
+        matrix.out_features * matrix.in_features * ITEM_BYTES[source.dtype(matrix)]
+        for shard in shards
+        for matrix in shard.matrices
+    ]
+    buffers = [mx.zeros(max(sizes, default=0), mx.uint8) for _ in range(3)]
+    mx.eval(buffers)
+    return buffers
+
+
+def _pieces(shards: list[ShardPlan]) -> Iterator[tuple[Matrix, int]]:
+    for shard in shards:
+        # In the order of the file, so that hashing seldom has to read back.
+        for matrix in sorted(shard.matrices, key=lambda m: shard.tensors[module_tensor(m, "weight")].offset):
+            for expert in range(matrix.num_experts or 1):
+                yield matrix, expert
+
+
+def _read_next(
+    reader: ThreadPoolExecutor, source: TensorSource, plan: Plan, pieces: Iterator[tuple[tuple[Matrix, int], mx.array]]
+) -> Future[_Piece] | None:
+    if (following := next(pieces, None)) is None:
+        return None
+    (matrix, expert), scratch = following
+    return reader.submit(_read, source, plan, matrix, expert, scratch)
+
+
+def _read(source: TensorSource, plan: Plan, matrix: Matrix, expert: int, scratch: mx.array) -> _Piece:
+    values, name = source.read(matrix, expert, bytes_of(scratch)), source.name(matrix, expert)
+    if not plan.keeps(matrix.path):
+        return _Piece(matrix, expert, name, values, cast(values, plan.dtype, name), scratch)
+    assert isinstance(source, PackedSource)
+    # The values are searched for NaN, and measured against.
+    typed = cast(values, values.dtype, name)
+    packed = {
+        field: cast(Values(array, "F16"), plan.dtype, f"{name} {field}")
+        if array.dtype == np.float16
+        else Values(array, "U32" if field == "weight" else "U8")
+        for field, array in source.read_packed(matrix, expert).items()
+    }
+    return _Piece(matrix, expert, name, values, typed, scratch, packed)
+
+
+def _pack(plan: Plan, piece: _Piece, rounder: Rounder | None) -> Packed:
+    spec = plan.specs[piece.matrix.path]
+    if piece.packed is not None:
+        return piece.packed
+    if spec is None:
+        return {"weight": piece.typed}
+    if rounder is None:
+        return quantize(piece.typed, spec, piece.name, piece.scratch)
+
+    def rounding(weights: mx.array) -> dict[str, mx.array]:
+        return rounder.pack(piece.matrix, piece.expert, weights, spec)
+
+    return quantize(piece.typed, spec, piece.name, piece.scratch, rounding)
+
+
+def _store(
+    out: ShardWriter,
+    plan: Plan,
+    piece: _Piece,
+    packed: Packed,
+    error: ErrorSum | None,
+) -> None:
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for field, array in packed.items():
+        tensor = out.shard.tensors[f"{piece.matrix.path}.{field}"]
+        if isinstance(array, mx.array):
+            arrays[field] = bytes_of(array).view(NUMPY_DTYPES[tensor.dtype]).reshape(array.shape)
+        else:
+            arrays[field] = array.array
+        out.append(tensor.name, arrays[field])
+    spec = plan.specs[piece.matrix.path]
+    if error is not None and spec is not None:
+        error.add(piece.values, arrays, plan.dtype, spec)
+
+
+def _store_norms(out: ShardWriter, source: TensorSource, shard: ShardPlan, dtype: str) -> None:
+    for norm in shard.norms:
+        name = f"{norm.path}.weight"
+        out.append(name, cast(source.read_norm(norm), dtype, name).array)
+
+
+def _finish(out: ShardWriter, journal: Journal, plan: Plan, errors: dict[str, ErrorSum]) -> None:
+    shard, sha256 = out.shard, out.finish()
+    journal.record(shard.file, shard.nbytes, sha256, _summary(plan, shard, errors))
+
+
+def _summary(plan: Plan, shard: ShardPlan, errors: dict[str, ErrorSum]) -> Iterator[MatrixError]:
+    for matrix in shard.matrices:
+        if (total := errors.get(matrix.path)) is not None:
+            spec = str(plan.specs[matrix.path])
+            yield MatrixError(matrix.path, spec, _digits(total.relative_rms), _digits(total.worst))
+
+
+def _digits(value: float) -> float:
+    """Six significant digits: what is worth reading, and the same on every machine."""
+    return float(f"{value:.6g}")

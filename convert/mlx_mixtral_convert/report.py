@@ -1,0 +1,115 @@
+"""What a conversion tells its caller: progress while it runs, figures when it is done."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mlx_mixtral_convert.plan import Plan
+
+__all__ = ["ConversionReport", "MatrixError", "PackedAs", "PartSize", "Progress", "part_sizes", "peak_memory_bytes"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step. ``download`` counts bytes fetched, ``convert`` bytes of source weights converted, ``finish`` is the end.
+
+    ``layer`` is the decoder layer at hand, None outside the layers; ``what`` names the matrix or file.
+    """
+
+    stage: Literal["download", "convert", "finish"]
+    done_bytes: int
+    total_bytes: int
+    layer: int | None
+    layers: int
+    what: str
+
+
+@dataclass(frozen=True)
+class MatrixError:
+    """How far a packed matrix (all experts together) is from its source: ``‖w-ŵ‖/‖w‖`` and the largest ``|w-ŵ|``."""
+
+    path: str
+    spec: str
+    relative_rms: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class PackedAs:
+    """Matrices that an exact conversion found in one type: their packing now, and how they came to it.
+
+    ``how`` is ``exact`` (not one value changed), ``rounded`` (the integers are the source's, scales were rounded) or
+    ``requantised``; ``relative_rms`` the largest ``‖w-ŵ‖/‖w‖`` of these ``matrices``, None for a dry run.
+    """
+
+    type_name: str
+    spec: str
+    how: str
+    matrices: int
+    relative_rms: float | None
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """Bytes of one part of the model on disk, scales included, and bits a weight."""
+
+    bytes: int
+    bits: float
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Figures of a finished conversion, or with ``dry_run`` of a planned one.
+
+    ``source_bytes`` and ``output_bytes`` are sizes of the weight files. ``worst`` lists the packed matrices with the largest
+    relative error first (empty for a dry run). ``peak_memory_bytes`` is the process's own peak, since it started.
+    """
+
+    source: str
+    destination: str
+    dtype: str
+    source_bytes: int
+    output_bytes: int
+    bits_per_weight: float
+    parameters: int
+    seconds: float
+    peak_memory_bytes: int
+    layers: int
+    resumed_layers: int
+    sizes_by_part: Mapping[str, PartSize]
+    worst: tuple[MatrixError, ...]
+    disk_needed_bytes: int
+    disk_free_bytes: int
+    dry_run: bool = False
+    predicted_kl: float | None = None
+    """KL to the source in nats a token, from the calibration or built-in losses; None for packings they do not know."""
+    packings: tuple[PackedAs, ...] = ()
+    """What an exact conversion did with each type of its source."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as a JSON object."""
+        return {
+            **asdict(self),
+            "worst": [asdict(entry) for entry in self.worst],
+            "packings": [asdict(entry) for entry in self.packings],
+        }
+
+
+def part_sizes(plan: Plan) -> dict[str, PartSize]:
+    """Bytes and bits of each part of the model, in the order they appear."""
+    parameters: dict[str, int] = {}
+    nbytes: dict[str, int] = {}
+    for part, count, size in plan.parts():
+        parameters[part] = parameters.get(part, 0) + count
+        nbytes[part] = nbytes.get(part, 0) + size
+    return {part: PartSize(nbytes[part], 8 * nbytes[part] / parameters[part]) for part in parameters}
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process; macOS counts in bytes, Linux in KiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

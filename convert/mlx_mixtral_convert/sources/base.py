@@ -1,0 +1,183 @@
+"""What every input layout gives the converter: shapes first, then one matrix at a time.
+
+A source is opened on a folder, checks every tensor the model needs against the configuration, and only then hands out
+values. A new layout is one module with one class of this shape, and a line in ``sources/__init__.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.errors import ConversionError
+from mlx_mixtral.layout import Field, Matrix, Norm
+from mlx_mixtral.quantization import QuantizationSpec
+from mlx_mixtral_convert.fingerprint import describe_file
+
+__all__ = ["GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "TensorSource", "Values"]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Float values ``[rows, columns]`` as read: ``dtype`` is the safetensors name, BF16 is carried as uint16."""
+
+    array: npt.NDArray[Any]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
+
+class TensorSource(Protocol):
+    """One checkpoint of any layout, as the matrices and norms of ``mlx_mixtral.layout``.
+
+    Opening a source reads headers only and raises CheckpointError for a tensor that is missing, of another shape, or not of a
+    float type. ``read`` and ``read_norm`` may be called from one other thread than the one that opened it.
+    """
+
+    @property
+    def config(self) -> MixtralConfig: ...
+
+    @property
+    def entries(self) -> Mapping[str, Any]:
+        """The Hugging Face ``config.json`` entries to pass on."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """Where the tokenizer and the other small files lie."""
+        ...
+
+    @property
+    def files(self) -> SourceFiles:
+        """The weight files."""
+        ...
+
+    def dtype(self, matrix: Matrix) -> str:
+        """Safetensors float type of a matrix: F32, F16 or BF16."""
+        ...
+
+    def name(self, matrix: Matrix, expert: int) -> str:
+        """What this layout calls one expert of a matrix (expert 0 of a matrix that has none), for messages."""
+        ...
+
+    def read(self, matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values:
+        """One expert of a matrix, ``[out_features, in_features]``.
+
+        ``scratch`` is memory the result may lie in: at least as many bytes as the matrix has in its ``dtype``. It is used
+        again three reads later.
+        """
+        ...
+
+    def read_norm(self, norm: Norm) -> Values:
+        """A norm's weight, ``[1, size]``."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> TensorSource: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class NativePacking:
+    """What a matrix becomes when its source's packing is kept.
+
+    Args:
+        spec: the MLX packing that holds it.
+        exact: whether the source's integers fit that packing as they are. False: the nearest packing, into which the
+            dequantised values have to be rounded.
+        type_name: the source's name for its type, as in ``Q4_K``, for messages and the report.
+        lossless: with ``exact``, whether scales and biases fit float16 too, so that not one value changes.
+    """
+
+    spec: QuantizationSpec
+    exact: bool
+    type_name: str
+    lossless: bool = False
+
+
+@runtime_checkable
+class PackedSource(TensorSource, Protocol):
+    """A source whose weights are packed already, and that can hand its integers over as MLX stores them.
+
+    ``read`` still gives the dequantised values: what an ``exact`` conversion measures against, and what a plain one packs anew.
+    """
+
+    def native(self, matrix: Matrix) -> NativePacking | None:
+        """How a matrix is packed here, None for one of floats.
+
+        Raises:
+            ConversionError: its experts are packed in different ways.
+        """
+        ...
+
+    def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
+        """One expert of a matrix whose ``native`` is exact: ``weight`` uint32 ``[out_features, words]``, ``scales`` and
+        ``biases`` float16 ``[out_features, groups]``, in new arrays. In modes other than affine scales are bytes, and there
+        are no biases.
+
+        Raises:
+            ConversionError: a scale or bias that float16 cannot hold.
+        """
+        ...
+
+
+@runtime_checkable
+class GeneratedFiles(Protocol):
+    """A source that holds its tokenizer inside, or knows which small files belong to it."""
+
+    def small_files(self) -> dict[str, bytes]:
+        """Tokenizer files and the like by name, in place of those that would be copied from the source's folder."""
+        ...
+
+
+class SourceFiles:
+    """The weight files of a source and what they looked like when it was opened."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = tuple(paths)
+        self._seen = {path: _look(path) for path in self.paths}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file by its name."""
+        return {path.name: self._seen[path][0] for path in self.paths}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Size and sha256 or fingerprint of each file by its name."""
+        return {path.name: describe_file(path) for path in self.paths}
+
+    def stop_waiting(self) -> None:
+        """The conversion is over: reads that wait for something, such as a network, end soon with an error."""
+
+    def check_unchanged(self) -> None:
+        """Raise ConversionError if a file was written to since the source was opened."""
+        for path, (size, modified_ns) in self._seen.items():
+            now = _look(path)
+            if now != (size, modified_ns):
+                what = f"its size went from {size} to {now[0]} bytes" if now[0] != size else "it was written to"
+                raise ConversionError(f"{path} changed during the conversion ({what}); wait until it is complete")
+
+
+def _look(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read any more: {error.strerror or error}") from error
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,159 @@
+"""Integers with a scale and a zero point for each group of inputs: AWQ and GPTQ, whose matrices both lie ``[in, out]``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.errors import CheckpointError, ConversionError
+from mlx_mixtral.layout import Field, Matrix
+from mlx_mixtral.quantization import AFFINE_GROUP_SIZES, QuantizationSpec
+from mlx_mixtral.weights.dtypes import convert
+from mlx_mixtral_convert.sources.base import NativePacking
+from mlx_mixtral_convert.sources.packed_modules import Floats, PackedModules, packing_entry
+
+__all__ = ["GroupedSource", "fields_of_words"]
+
+Codes = npt.NDArray[np.uint8]
+# Inputs decoded at a time: with 16384 outputs and float32, 16 MB.
+BLOCK_INPUTS = 256
+
+
+def fields_of_words(words: npt.NDArray[Any], bits: int) -> Codes:
+    """The ``32 / bits`` numbers of each word along a new last axis, from the lowest bits on."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    return (words[..., None] >> shifts & np.uint32(2**bits - 1)).astype(np.uint8)
+
+
+class GroupedSource(PackedModules):
+    """A folder with ``qweight``, ``qzeros`` and ``scales``: ``w = (q - zero) * scale``.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape or type.
+        ConversionError: a number of bits or a variant that is not read here.
+    """
+
+    packed = "qweight"
+    fields = ("qweight", "qzeros", "scales", "g_idx", "bias")
+    method: str
+    allowed_bits: tuple[int, ...]
+
+    def __init__(self, folder: Path) -> None:
+        entry = packing_entry(folder)
+        self.bits, self.group_size = (
+            self._number(folder, entry, *names) for names in (("bits", "w_bit"), ("group_size", "q_group_size"))
+        )
+        if self.bits not in self.allowed_bits:
+            allowed = " or ".join(map(str, self.allowed_bits))
+            raise ConversionError(
+                f"{folder}: {self.method} with {self.bits} bits is not supported; {allowed} can be converted"
+            )
+        if self.group_size != -1 and self.group_size < 1:
+            raise ConversionError(f"{folder}: {self.method} with groups of {self.group_size} is not supported")
+        super().__init__(folder)
+
+    def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
+        """One expert's integers, the scales, and ``-zero * scale`` as biases, groups cut to a size MLX has."""
+        module = self._matrices[matrix.path][expert].name.removesuffix(".weight")
+        spec = self._packing(module, matrix).spec
+        outputs, inputs = matrix.out_features, matrix.in_features
+        weight = np.empty((outputs, spec.packed_columns(inputs)), np.uint32)
+        per_word = 32 // self.bits
+        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
+        for start, codes in self._blocks(module, inputs):
+            words = codes.T.reshape(outputs, -1, per_word).astype(np.uint32)
+            into = slice(start // per_word, (start + len(codes)) // per_word)
+            np.bitwise_or.reduce(words << shifts, axis=2, out=weight[:, into])
+        scales, zeros = self._scales(module), self._zeros(module)
+        with np.errstate(over="ignore", invalid="ignore"):
+            grouped = {"scales": scales.astype(np.float16), "biases": (-zeros * scales).astype(np.float16)}
+        packed: dict[Field, npt.NDArray[Any]] = {"weight": weight}
+        for field in ("scales", "biases"):
+            if not np.isfinite(grouped[field]).all():
+                raise ConversionError(f"tensor {module!r} has {field} beyond float16's range, or not finite")
+            packed[field] = np.repeat(grouped[field].T, self._group(inputs) // spec.group_size, axis=1)
+        return packed
+
+    def _decode(self, module: str, out: Floats) -> None:
+        inputs = out.shape[1]
+        scales, zeros = self._scales(module), self._zeros(module)
+        groups = self._groups(module, inputs)
+        for start, codes in self._blocks(module, inputs):
+            own = groups[start : start + len(codes)]
+            values = codes.astype(np.float32)
+            values -= zeros[own]
+            # What a scale that is not finite makes of them is refused by name later.
+            with np.errstate(over="ignore", invalid="ignore"):
+                values *= scales[own]
+            out[:, start : start + len(codes)] = values.T
+
+    def _packing(self, module: str, matrix: Matrix) -> NativePacking:
+        name = f"{self.method} {self.bits}-bit g{self._group(matrix.in_features)}"
+        fitting = [g for g in AFFINE_GROUP_SIZES if self._group(matrix.in_features) % g == 0]
+        plain = np.array_equal(self._groups(module, matrix.in_features), self._in_order(matrix.in_features))
+        if fitting and plain:
+            return NativePacking(QuantizationSpec(self.bits, max(fitting)), True, name)
+        return NativePacking(QuantizationSpec(8, 32), False, name if plain else f"{name}, act-order")
+
+    def _check(self, module: str, matrix: Matrix) -> None:
+        group = self._group(matrix.in_features)
+        if matrix.in_features % group or matrix.in_features % 32 or matrix.out_features * self.bits % 32:
+            raise CheckpointError(
+                f"{self.folder}: module {module!r} of {matrix.out_features} by {matrix.in_features} does not divide into "
+                f"groups of {group} and whole words"
+            )
+        groups = matrix.in_features // group
+        self._expect(f"{module}.qweight", self._words(matrix), ("I32", "U32"))
+        self._expect(f"{module}.qzeros", (groups, matrix.out_features * self.bits // 32), ("I32", "U32"))
+        self._expect(f"{module}.scales", (groups, matrix.out_features), ("F16", "BF16", "F32"))
+        if f"{module}.g_idx" in self.checkpoint:
+            self._expect(f"{module}.g_idx", (matrix.in_features,), ("I32", "U32"))
+        if f"{module}.bias" in self.checkpoint:
+            self._refuse_bias(module)
+
+    def _words(self, matrix: Matrix) -> tuple[int, int]:
+        """Shape of ``qweight``."""
+        raise NotImplementedError
+
+    def _blocks(self, module: str, inputs: int) -> Iterator[tuple[int, Codes]]:
+        """(first input, integers ``[inputs, out]``) in order, ``BLOCK_INPUTS`` at a time."""
+        raise NotImplementedError
+
+    def _zeros(self, module: str) -> Floats:
+        """Zero points ``[groups, out]``."""
+        raise NotImplementedError
+
+    def _groups(self, module: str, inputs: int) -> npt.NDArray[Any]:
+        """The group of each input."""
+        return self._in_order(inputs)
+
+    def _in_order(self, inputs: int) -> npt.NDArray[Any]:
+        return np.arange(inputs, dtype=np.uint32) // np.uint32(self._group(inputs))
+
+    def _group(self, inputs: int) -> int:
+        return inputs if self.group_size == -1 else self.group_size
+
+    def _scales(self, module: str) -> Floats:
+        name = f"{module}.scales"
+        return convert(self._array(name), self.checkpoint[name].dtype, "F32")
+
+    def _refuse_bias(self, module: str) -> None:
+        # GPTQ writes biases of zeros to modules that have none.
+        name = f"{module}.bias"
+        info = self.checkpoint[name]
+        with Path(info.file).open("rb") as file:
+            file.seek(info.offset)
+            if any(file.read(info.nbytes)):
+                raise CheckpointError(
+                    f"{info.file}: tensor {name!r} is a bias that is not zero; the model has no place for it"
+                )
+
+    def _number(self, folder: Path, entry: Any, *names: str) -> int:
+        value = next((entry[name] for name in names if name in entry), None)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConversionError(f"{folder}: {self.method} with {names[0]} = {value!r} is not supported")
+        return value

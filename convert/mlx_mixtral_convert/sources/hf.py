@@ -1,0 +1,183 @@
+"""Hugging Face folders of safetensors: experts one by one, fused or stacked, and dense Mistral and Llama models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.config import MixtralConfig, read_json
+from mlx_mixtral.errors import CheckpointError, ConversionError
+from mlx_mixtral.layout import Matrix, Norm, Rows, locate, matrices, norms
+from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
+from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
+from mlx_mixtral.weights.safetensors import TensorInfo
+from mlx_mixtral_convert.sources.base import SourceFiles, Values
+
+__all__ = ["HuggingFaceSource", "check_float", "detect", "open_path"]
+
+# Old checkpoints store the rotary frequencies, which follow from the configuration.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_HF_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def detect(path: Path) -> bool:
+    """Whether ``path`` is a folder with a Hugging Face configuration."""
+    return (path / "config.json").is_file()
+
+
+def open_path(path: Path) -> HuggingFaceSource:
+    """Open a folder."""
+    return HuggingFaceSource(path)
+
+
+class HuggingFaceSource:
+    """A folder with ``config.json`` and safetensors weights.
+
+    Every tensor the configuration calls for is found and checked here, and tensors it does not call for are refused: a model
+    that leaves weights out would run and answer wrongly.
+
+    Args:
+        checkpoint: tensors of other files, under Hugging Face's or MLX's names; the folder's safetensors when None.
+        entries: the configuration, where it does not come from ``config.json``.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, of another shape or not of a float type; damaged headers or index.
+        ConfigError: config.json describes another architecture.
+        ConversionError: the weights are quantised already.
+    """
+
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint | None = None, entries: Mapping[str, Any] | None = None
+    ) -> None:
+        self.folder = folder
+        self.entries = read_json(folder / "config.json") if entries is None else entries
+        _refuse_quantized(self.entries, folder)
+        self.config = MixtralConfig.from_hf(self.entries)
+        self.checkpoint = Checkpoint(folder) if checkpoint is None else checkpoint
+        self._matrices = {matrix.path: self._find(matrix) for matrix in matrices(self.config)}
+        self._norms = {norm.path: self._find_norm(norm) for norm in norms(self.config)}
+        self._refuse_leftovers()
+        self.files, self._reader = self._open()
+
+    def dtype(self, matrix: Matrix) -> str:
+        return self.checkpoint[self._matrices[matrix.path][0].name].dtype
+
+    def name(self, matrix: Matrix, expert: int) -> str:
+        rows = self._matrices[matrix.path][expert]
+        own = self.checkpoint[rows.name].name
+        return own if rows.experts is None else f"{own}[{expert}]"
+
+    def read(self, matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values:
+        rows = self._matrices[matrix.path][expert]
+        info = self.checkpoint[rows.name]
+        raw = scratch[: matrix.out_features * info.row_bytes].reshape(matrix.out_features, info.row_bytes)
+        values = Values(as_numpy(raw, info.dtype), info.dtype)
+        self._fill(matrix, info, rows.start * info.row_bytes, values)
+        return values
+
+    def read_norm(self, norm: Norm) -> Values:
+        info = self._norms[norm.path]
+        return Values(as_numpy(self._reader.rows(info, 0, 1), info.dtype), info.dtype)
+
+    def _open(self) -> tuple[SourceFiles, CheckpointReader]:
+        return SourceFiles(self.checkpoint.files), CheckpointReader(self.checkpoint)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def __enter__(self) -> HuggingFaceSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _fill(self, matrix: Matrix, info: TensorInfo, skip_bytes: int, into: Values) -> None:
+        """Read one expert of a matrix, which starts ``skip_bytes`` into its tensor."""
+        raw = into.array.view(np.uint8).reshape(-1)
+        self._reader.read(info, memoryview(raw), skip_bytes)  # type: ignore[arg-type]
+
+    def _find(self, matrix: Matrix) -> list[Rows]:
+        if locate(matrix, "scales", self.checkpoint) is not None:
+            raise ConversionError(
+                f"{self.folder}: {matrix.path} is quantised already (it has scales); convert from the unquantised original"
+            )
+        found = locate(matrix, "weight", self.checkpoint)
+        if found is None:
+            raise CheckpointError(f"{self.folder}: tensor {self._missing(matrix)!r} is missing")
+        for rows in found:
+            info = self.checkpoint.rows_of(rows)
+            if info.shape[-1] != matrix.in_features:
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}; "
+                    f"the configuration calls for {matrix.in_features} columns"
+                )
+            check_float(info)
+        return found
+
+    def _missing(self, matrix: Matrix) -> str:
+        """What this layout would call a matrix that is not there."""
+        return _hf_name(matrix)
+
+    def _find_norm(self, norm: Norm) -> TensorInfo:
+        info = self.checkpoint[f"{norm.path}.weight"]
+        if info.shape != (norm.size,):
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}; the configuration calls for [{norm.size}]"
+            )
+        check_float(info)
+        return info
+
+    def _used(self) -> set[str]:
+        """The names of all tensors that matrices and norms are read from."""
+        used = {rows.name for found in self._matrices.values() for rows in found}
+        return used | {f"{path}.weight" for path in self._norms}
+
+    def _refuse_leftovers(self) -> None:
+        used = self._used()
+        if self.config.tie_word_embeddings:
+            used.add("lm_head.weight")
+        for name in sorted(set(self.checkpoint) - used):
+            if not _DERIVED.fullmatch(name):
+                info = self.checkpoint[name]
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name!r} has no place in the model config.json describes; "
+                    "check num_hidden_layers, num_local_experts and model_type"
+                )
+
+
+def _refuse_quantized(entries: Mapping[str, Any], folder: Path) -> None:
+    if isinstance(entries.get("quantization"), Mapping):
+        raise ConversionError(
+            f"{folder} is an MLX checkpoint that is quantised already; convert from the unquantised original"
+        )
+    foreign = entries.get("quantization_config") or entries.get("compression_config")
+    if isinstance(foreign, Mapping):
+        # As text a terminal can be given: control characters escaped.
+        method = repr(str(foreign.get("quant_method", "an unnamed method"))[:40])[1:-1]
+        raise ConversionError(
+            f"{folder}: the weights are quantised with {method}, which is not supported; convert from the original"
+        )
+
+
+def check_float(info: TensorInfo) -> None:
+    """Raise CheckpointError unless a tensor is of a float type that can be converted."""
+    if info.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name!r} has dtype {info.dtype}; {', '.join(FLOATS)} can be converted"
+        )
+
+
+def _hf_name(matrix: Matrix) -> str:
+    """The hub's name for a matrix, of expert 0 where it has experts."""
+    block, _, projection = matrix.path.rpartition(".")
+    if block.endswith(".switch_mlp"):
+        return f"{block.removesuffix('.switch_mlp')}.experts.0.{_HF_EXPERT[projection]}.weight"
+    return f"{matrix.path}.weight"

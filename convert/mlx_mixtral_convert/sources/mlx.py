@@ -1,0 +1,117 @@
+"""MLX checkpoints that are quantised already, ours and mlx-lm's: to pack again with other bits, or to pass on as they are.
+
+Experts may be stacked, or apart as in the oldest repositories; any module may have bits of its own or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.config import MixtralConfig, read_json
+from mlx_mixtral.errors import CheckpointError, ConversionError
+from mlx_mixtral.layout import Field, Matrix, Rows, locate, matrices
+from mlx_mixtral.model.build import Builder
+from mlx_mixtral.weights.checkpoint import Checkpoint
+from mlx_mixtral.weights.dtypes import as_numpy, convert, is_finite
+from mlx_mixtral_convert.measure import decode, row_blocks
+from mlx_mixtral_convert.plan import fields_of
+from mlx_mixtral_convert.sources.base import NativePacking, Values
+from mlx_mixtral_convert.sources.hf import HuggingFaceSource
+
+__all__ = ["MlxSource", "detect", "open_path"]
+
+
+def detect(path: Path) -> bool:
+    """Whether ``path`` is a folder whose configuration has MLX's ``quantization`` entry."""
+    config = path / "config.json"
+    return config.is_file() and isinstance(read_json(config).get("quantization"), Mapping)
+
+
+def open_path(path: Path) -> MlxSource:
+    """Open a folder."""
+    return MlxSource(path)
+
+
+class MlxSource(HuggingFaceSource):
+    """A folder of packed matrices; they are read as float32, one expert at a time.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape or type.
+        ConfigError: config.json describes another architecture, or a packing the tensors do not have.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        entries = read_json(folder / "config.json")
+        config, checkpoint = MixtralConfig.from_hf(entries), Checkpoint(folder)
+        # What the runtime takes the tensors for, after checking every shape.
+        self._specs = Builder(config, checkpoint, "F32").specs
+        self._parts: dict[str, dict[Field, list[Rows]]] = {}
+        for matrix in matrices(config):
+            if (spec := self._specs[matrix.path]) is not None:
+                found = {field: locate(matrix, field, checkpoint) for field in fields_of(spec)}
+                self._parts[matrix.path] = {field: rows for field, rows in found.items() if rows is not None}
+        packing = ("quantization", "quantization_config")
+        super().__init__(folder, checkpoint, {key: value for key, value in entries.items() if key not in packing})
+
+    def dtype(self, matrix: Matrix) -> str:
+        return super().dtype(matrix) if self._specs[matrix.path] is None else "F32"
+
+    def read(self, matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values:
+        if (spec := self._specs[matrix.path]) is None:
+            return super().read(matrix, expert, scratch)
+        out = scratch[: 4 * matrix.out_features * matrix.in_features].view(np.float32)
+        out = out.reshape(matrix.out_features, matrix.in_features)
+        for block in row_blocks(*out.shape):
+            parts: dict[str, npt.NDArray[Any]] = {}
+            for field in fields_of(spec):
+                array, dtype = self._rows(matrix, field, expert, block)
+                parts[field] = array if field == "weight" or not spec.has_biases else convert(array, dtype, "F32")
+            out[block] = decode(parts, spec)
+        return Values(out, "F32")
+
+    def native(self, matrix: Matrix) -> NativePacking | None:
+        """The packing the matrix has; scales and biases of float16 stay what they are."""
+        if (spec := self._specs[matrix.path]) is None:
+            return None
+        scales = self.checkpoint[self._parts[matrix.path]["scales"][0].name]
+        return NativePacking(spec, True, f"MLX {spec}", lossless=scales.dtype in ("F16", "U8"))
+
+    def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
+        """One expert's words, and scales and biases in float16 (scales of one byte for modes other than affine)."""
+        spec = self._specs[matrix.path]
+        assert spec is not None
+        packed: dict[Field, npt.NDArray[Any]] = {}
+        for field in fields_of(spec):
+            array, dtype = self._rows(matrix, field, expert, slice(0, matrix.out_features))
+            if field != "weight" and spec.has_biases:
+                array = convert(array, dtype, "F16")
+                if not is_finite(array, "F16"):
+                    raise ConversionError(f"tensor {self.name(matrix, expert)!r} has {field} beyond float16's range")
+            packed[field] = array
+        return packed
+
+    def _rows(self, matrix: Matrix, field: Field, expert: int, block: slice) -> tuple[npt.NDArray[Any], str]:
+        rows = self._parts[matrix.path][field][expert]
+        info = self.checkpoint[rows.name]
+        return as_numpy(
+            self._reader.rows(info, rows.start + block.start, rows.start + block.stop), info.dtype
+        ), info.dtype
+
+    def _find(self, matrix: Matrix) -> list[Rows]:
+        if matrix.path not in self._parts:
+            return super()._find(matrix)
+        found = self._parts[matrix.path]["weight"]
+        # An expert is read with one packing, so that what its neighbours have must be its own too.
+        for field, located in self._parts[matrix.path].items():
+            if len({self.checkpoint[rows.name].dtype for rows in located}) > 1:
+                raise CheckpointError(f"{self.folder}: the experts of {matrix.path} have {field} of different types")
+        return found
+
+    def _used(self) -> set[str]:
+        packed = {rows.name for parts in self._parts.values() for found in parts.values() for rows in found}
+        return super()._used() | packed

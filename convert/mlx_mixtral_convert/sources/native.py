@@ -1,0 +1,203 @@
+"""Mistral's own files: ``params.json`` and ``consolidated*`` weights, experts apart or stacked.
+
+    apart      layers.N.feed_forward.experts.M.{w1,w2,w3}.weight     [out, in]        8x22B, and the first release of 8x7B
+    stacked    layers.N.block_sparse_moe.{w1,w2,w3}                  [E * F, D]       consolidated.00.pt … 07.pt of 8x7B
+
+Stacked, w2 lies transposed, so that the three look alike. Eight files of the stacked kind share the tensors out: a name is in
+one of them, or in several that hold the same. Queries and keys are made for rotary embeddings of neighbouring rows.
+https://github.com/mistralai/mistral-inference and transformers' convert_mixtral_weights_to_hf.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_mixtral.config import MixtralConfig, read_json
+from mlx_mixtral.errors import CheckpointError, ConfigError
+from mlx_mixtral.layout import Matrix
+from mlx_mixtral.weights.checkpoint import Checkpoint
+from mlx_mixtral.weights.safetensors import TensorInfo, read_header
+from mlx_mixtral_convert.sources.arranged import part_halves
+from mlx_mixtral_convert.sources.base import Values
+from mlx_mixtral_convert.sources.hf_bin import TorchSource
+from mlx_mixtral_convert.sources.torch_files import StoredTensor, read_torch
+
+__all__ = ["NativeSource", "detect", "hugging_face_entries", "open_path"]
+
+_OUTSIDE = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_IN_LAYER = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    **{f"attention.w{x}.weight": f"self_attn.{x}_proj.weight" for x in "qkvo"},
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "feed_forward.gate.weight": "block_sparse_moe.gate.weight",
+    "block_sparse_moe.w1": "block_sparse_moe.switch_mlp.gate_proj.weight",
+    "block_sparse_moe.w2": "block_sparse_moe.switch_mlp.down_proj.weight",
+    "block_sparse_moe.w3": "block_sparse_moe.switch_mlp.up_proj.weight",
+}
+_NATIVE = {new: old for old, new in _IN_LAYER.items()}
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"feed_forward\.(experts\.\d+\.w[123]\.weight)")
+# Follows from the configuration.
+_DERIVED = "rope.freqs"
+
+
+def detect(path: Path) -> bool:
+    """Whether ``path`` is a folder whose only weights are Mistral's own."""
+    if not path.is_dir() or any(next(path.glob(other), None) for other in ("model*.safetensors", "pytorch_model*.bin")):
+        return False
+    files = _weight_files(path)
+    # Another model's only file may have any name.
+    return bool(files) and (files[0].suffix != ".safetensors" or "tok_embeddings.weight" in _union(files))
+
+
+def open_path(path: Path) -> NativeSource:
+    """Open a folder."""
+    return NativeSource(path)
+
+
+def hugging_face_entries(config: MixtralConfig) -> dict[str, Any]:
+    """The ``config.json`` entries of a model read from ``params.json``."""
+    architecture = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
+    entries: dict[str, Any] = {
+        "architectures": [architecture[config.architecture]],
+        "model_type": config.architecture,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_ids[0] if len(config.eos_token_ids) == 1 else list(config.eos_token_ids),
+        "rope_theta": config.rope.theta,
+    }
+    same = [
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "vocab_size", "max_position_embeddings", "rms_norm_eps", "sliding_window", "tie_word_embeddings",
+    ]  # fmt: skip
+    if not config.is_dense:
+        same += ["num_local_experts", "num_experts_per_tok"]
+    return entries | {key: getattr(config, key) for key in same}
+
+
+class NativeSource(TorchSource):
+    """A folder of ``consolidated*`` files: one or more of safetensors, ``.pth`` or ``.pt``.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, of another shape or not of a float type; a damaged file.
+        ConfigError: params.json describes a model of another kind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        entries = _entries(folder)
+        config = MixtralConfig.from_hf(entries)
+        super().__init__(folder, _NativeCheckpoint(folder, config), entries)
+
+    def _fill(self, matrix: Matrix, info: TensorInfo, skip_bytes: int, into: Values) -> None:
+        super()._fill(matrix, info, skip_bytes, into)
+        if matrix.path.endswith((".q_proj", ".k_proj")):
+            part_halves(into, self.config.head_dim)
+
+    def _missing(self, matrix: Matrix) -> str:
+        return _native_name(super()._missing(matrix))
+
+
+class _NativeCheckpoint(Checkpoint):
+    """Mistral's tensors under the names of the other layouts; messages use their own."""
+
+    def __init__(self, folder: Path, config: MixtralConfig) -> None:
+        self.folder = folder
+        files = _weight_files(folder)
+        if not files:
+            raise CheckpointError(f"{folder} has no consolidated*.safetensors, consolidated.*.pth or consolidated.*.pt")
+        self._tensors = {
+            _renamed(name): _apart(info, config) for name, info in _union(files).items() if name != _DERIVED
+        }
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.folder}: tensor {_native_name(name)!r} is missing")
+        return self._tensors[name]
+
+
+def _entries(folder: Path) -> Mapping[str, Any]:
+    if not (folder / "params.json").is_file():
+        return read_json(folder / "config.json")
+    params = read_json(folder / "params.json")
+    if "hidden_size" not in params:
+        return hugging_face_entries(MixtralConfig.from_params(params))
+    # The release with stacked experts wrote the newer names, and its window as text.
+    window = params.get("sliding_window")
+    if isinstance(window, str):
+        if not window.isdecimal():
+            raise ConfigError(f"{folder / 'params.json'}: sliding_window is {window!r}, not a number")
+        params["sliding_window"] = int(window)
+    return {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "rope_theta": 1e6} | params
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """One kind of file: where a folder has the weights twice, safetensors."""
+    for pattern in ("consolidated*.safetensors", "consolidated.*.pth", "consolidated.*.pt"):
+        if found := sorted(folder.glob(pattern)):
+            return found
+    return []
+
+
+def _union(files: list[Path]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in (read_header(file) if file.suffix == ".safetensors" else read_torch(file)).items():
+            if name in tensors and tensors[name].shape != info.shape:
+                raise CheckpointError(
+                    f"{file}: tensor {name!r} has shape {list(info.shape)}, in {tensors[name].file.name} "
+                    f"{list(tensors[name].shape)}"
+                )
+            tensors[name] = info
+    return tensors
+
+
+def _apart(info: TensorInfo, config: MixtralConfig) -> TensorInfo:
+    """Stacked experts as ``[E, out, in]``; any other tensor as it is."""
+    stacked = re.search(r"block_sparse_moe\.(w[123])$", info.name)
+    if stacked is None or config.is_dense:
+        return info
+    experts, width, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
+    if info.shape != (experts * width, hidden) or getattr(info, "transposed", False):
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}; the configuration calls for "
+            f"[{experts * width}, {hidden}], the rows of {experts} experts"
+        )
+    if stacked[1] != "w2":
+        return replace(info, shape=(experts, width, hidden))
+    return StoredTensor(
+        info.name, info.file, info.dtype, (experts, hidden, width), info.offset, info.nbytes, transposed=True
+    )
+
+
+def _renamed(name: str) -> str:
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    if (layer := _LAYER.fullmatch(name)) is None:
+        return name
+    rest = layer[2]
+    expert = _EXPERT.fullmatch(rest)
+    rest = f"block_sparse_moe.{expert[1]}" if expert else _IN_LAYER.get(rest, rest)
+    return f"model.layers.{layer[1]}.{rest}"
+
+
+def _native_name(name: str) -> str:
+    for old, new in _OUTSIDE.items():
+        if name == new:
+            return old
+    layer = _LAYER.fullmatch(name.removeprefix("model."))
+    if layer is None:
+        return name
+    rest = _NATIVE.get(layer[2], layer[2].replace("block_sparse_moe.experts", "feed_forward.experts"))
+    return f"layers.{layer[1]}.{rest}"
