@@ -1,0 +1,105 @@
+"""The command group: subcommands imported when they are called, errors and interrupts turned into exit statuses."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import IO
+
+import click
+
+from mlx_mixtral import __version__
+from mlx_mixtral.cli.console import note, one_line
+from mlx_mixtral.errors import MixtralError
+
+__all__ = ["COMMANDS", "app", "main"]
+
+# Name -> where it lives and its line in `--help`, so that the list costs no import of MLX.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("mlx_mixtral.cli.demo:demo", "See it work: convert and run a small bundled Mixtral."),
+    "doctor": ("mlx_mixtral.cli.doctor:doctor", "Check that this machine computes what it should."),
+    "info": ("mlx_mixtral.cli.info:info", "Show what a model is, weighs and needs."),
+    "calibrate": ("mlx_mixtral.cli.calibrate:calibrate", "Measure a checkpoint on a text, for better conversions."),
+    "convert": ("mlx_mixtral.cli.convert:convert", "Convert a checkpoint to MLX, quantised."),
+    "verify": ("mlx_mixtral.cli.verify:verify", "Check a converted folder: hashes, shapes, finiteness."),
+    "generate": ("mlx_mixtral.cli.generate:generate", "Continue a prompt."),
+    "chat": ("mlx_mixtral.cli.chat:chat", "Talk with an instruct model."),
+}
+
+INTERRUPTED = 130
+PIPE_CLOSED = 141  # 128 + SIGPIPE: what a shell sees of any program whose reader went away
+
+
+class _App(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except MixtralError as error:
+            note(f"error: {one_line(error)}{_notes(error)}")
+            raise click.exceptions.Exit(1) from None
+        except KeyboardInterrupt as interrupt:
+            note(f"interrupted{_notes(interrupt)}")
+            raise click.exceptions.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            _drop_output()
+            raise click.exceptions.Exit(PIPE_CLOSED) from None
+        return result
+
+
+@click.group(
+    cls=_App,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="MODEL is a folder or a Hugging Face repository. Try `mlx-mixtral demo` first.",
+)
+@click.version_option(__version__, "-V", "--version", message="mlx-mixtral %(version)s")
+def app() -> None:
+    """Run Mixtral, the sparse mixture of experts, on the Mac you have."""
+
+
+def _notes(error: BaseException) -> str:
+    """What was added to an error on its way: how to go on."""
+    return "".join(f"; {one_line(text)}" for text in getattr(error, "__notes__", ()))
+
+
+def main() -> None:
+    """Entry point of the program; never returns."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets an escape, not a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    app(prog_name="mlx-mixtral")
+
+
+def _drop_output() -> None:
+    """Nobody reads any more: let what is still buffered go nowhere when the interpreter flushes at exit.
+
+    https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if (descriptor := _descriptor(stream)) is not None:
+            os.dup2(nowhere, descriptor)
+
+
+def _descriptor(stream: IO[str]) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None

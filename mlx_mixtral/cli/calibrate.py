@@ -1,0 +1,63 @@
+"""``mlx-mixtral calibrate``: what a text shows about a checkpoint, in a file that conversions use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_mixtral.cli.console import emit_json, note, out_console, print_table, seconds
+from mlx_mixtral.cli.options import json_option
+
+__all__ = ["calibrate"]
+
+SHOWN = 8
+
+
+@click.command(short_help="Measure a checkpoint on a text, for better conversions.")
+@click.argument("source")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--text", type=click.Path(path_type=Path), multiple=True, metavar="FILE", help="Text to measure on; repeatable."
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=16384, show_default=True, help="Tokens at most.")
+@click.option(
+    "--sensitivities/--no-sensitivities", default=True, help="Also measure what each packing costs, for --fit."
+)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub repository.")
+@json_option
+def calibrate(
+    source: str,
+    file: Path,
+    text: tuple[Path, ...],
+    tokens: int,
+    sensitivities: bool,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Pass a text through SOURCE and save to FILE what `convert --calibration FILE` uses.
+
+    One layer is in memory at a time. Without --text a bundled text in several languages and code is used.
+    """
+    import time
+
+    from mlx_mixtral_convert import calibrate as run
+
+    started = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        note(f"calibrate: layer {done}/{total}")
+
+    found = run(source, text, tokens=tokens, sensitivities=sensitivities, revision=revision, progress=progress)
+    found.save(file)
+    took = time.perf_counter() - started
+    costs = sorted(
+        ((loss["4-bit g64"], name) for name, loss in found.losses.items() if "4-bit g64" in loss), reverse=True
+    )
+    if as_json:
+        emit_json({"file": str(file), "tokens": int(found.tokens.size), "seconds": took, "losses": found.losses})
+        return
+    out_console().print(f"{file}: {found.tokens.size} tokens, {seconds(took)}", soft_wrap=True)
+    if costs:
+        rows = [[name, f"{loss:.4f}"] for loss, name in costs[:SHOWN]]
+        print_table("Most sensitive", ["matrices", "loss at 4 bits, nats a token"], rows)

@@ -1,0 +1,60 @@
+"""`mlx-mixtral doctor`: the checks of this machine as a table."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from mlx_mixtral.doctor import Diagnosis, run_doctor
+from mlx_mixtral.sizes import format_bytes
+
+__all__ = ["doctor"]
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable results on stdout.")
+def doctor(as_json: bool) -> None:
+    """Check that this machine computes what Mixtral needs; takes under a minute.
+
+    Exit status 1 when a check fails. The output is what a bug report should hold.
+    """
+    notes = Console(stderr=True)
+    if as_json or not notes.is_terminal:
+        diagnosis = run_doctor()
+    else:
+        with notes.status("checking") as status:
+            diagnosis = run_doctor(lambda name: status.update(f"checking {name}"))
+    if as_json:
+        click.echo(json.dumps(diagnosis.to_dict(), indent=1))
+    else:
+        _draw(diagnosis, Console())
+    if not diagnosis.passed:
+        sys.exit(1)
+
+
+def _draw(diagnosis: Diagnosis, console: Console) -> None:
+    device = diagnosis.device
+    console.print(
+        f"MLX {diagnosis.mlx_version} on {device.name} ({device.kind}), computing in {diagnosis.compute_dtype}"
+    )
+    if device.memory_bytes:
+        recommended = format_bytes(device.recommended_bytes) if device.recommended_bytes else "not told"
+        console.print(f"memory {format_bytes(device.memory_bytes)}, recommended working set {recommended}")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("check", "", "measured"):
+        table.add_column(heading)
+    for result in diagnosis.results:
+        table.add_row(result.name, "[green]ok[/]" if result.passed else "[red]FAILED[/]", result.measured)
+        if not result.passed:
+            table.add_row("", "", f"[red]{result.failure_means}[/]")
+    console.print(table)
+    console.print(
+        f"memory copies at {format_bytes(diagnosis.memory_bytes_per_s)}/s, "
+        f"disk reads at {format_bytes(diagnosis.disk_bytes_per_s)}/s"
+    )
+    failed = sum(not result.passed for result in diagnosis.results)
+    console.print("everything holds" if not failed else f"{failed} of {len(diagnosis.results)} checks failed")

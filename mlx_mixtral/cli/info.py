@@ -1,0 +1,49 @@
+"""``mlx-mixtral info``: what a model is, weighs and needs, without reading its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_mixtral.cli.console import emit_json
+from mlx_mixtral.cli.options import json_option
+
+__all__ = ["info"]
+
+
+@click.command(short_help="Show what a model is, weighs and needs.")
+@click.argument("model", metavar="MODEL|8x7b|8x22b")
+@click.option("--chip", metavar="NAME", help='One chip only for the speed bound, such as "M2 Max".')
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub repository.")
+@json_option
+def info(model: str, chip: str | None, revision: str | None, as_json: bool) -> None:
+    """Show what MODEL is, weighs and needs: a folder, a hub repository, or the published sizes 8x7b and 8x22b.
+
+    Reads configuration and file headers, never weights. What fits a Mac assumes that its GPU may use 2/3 of the memory
+    below 36 GB and 3/4 from there on, which is what macOS recommends to Metal applications (newer versions allow more).
+    Speed bounds are the chip's published bandwidth over the bytes read for one token: no implementation can be faster.
+    """
+    from mlx_mixtral.cli.machines import find_chips
+
+    chips = find_chips(chip)
+    if model.lower() in ("8x7b", "8x22b"):
+        from mlx_mixtral.cli.shape_report import print_shape, shape_report
+
+        shape = shape_report(model.lower(), chips)
+        if as_json:
+            emit_json(shape)
+        else:
+            print_shape(shape)
+        return
+
+    from mlx_mixtral.cli.checkpoint_report import checkpoint_report, print_checkpoint
+    from mlx_mixtral.cli.loading import fetch
+
+    folder = fetch(model, revision=revision, weights=False)
+    downloaded = not Path(model).expanduser().is_dir()
+    report = {"model": model, **checkpoint_report(folder, chips, downloaded=downloaded)}
+    if as_json:
+        emit_json(report)
+    else:
+        print_checkpoint(report, with_speed=chip is not None)

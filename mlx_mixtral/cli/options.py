@@ -1,0 +1,111 @@
+"""Options that several commands share, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mlx_mixtral.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from mlx_mixtral import SamplingParams
+
+__all__ = ["check_max_tokens", "json_option", "loading_options", "parse_token_ids", "sampling_options", "take_sampling"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def parse_token_ids(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """Option callback for ``1,415,2936``."""
+    if value is None:
+        return None
+    try:
+        return [int(part) for part in value.replace(",", " ").split()]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of token ids; write 1,415,2936", ctx, param) from None
+
+
+def parse_logit_bias(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[int, float]:
+    """Option callback for ``13=-5``, repeatable."""
+    biases = {}
+    for value in values:
+        token, _, bias = value.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not ID=VALUE; write 13=-5", ctx, param) from None
+    return biases
+
+
+def parse_seed(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Option callback: a seed out of its range is refused as any other sampling value is."""
+    try:
+        return None if value is None else int(value)
+    except ValueError:
+        raise InvalidRequestError(f"seed is {value!r}; it must be an integer") from None
+
+
+def loading_options(command: F) -> F:
+    """``--memory --context --dtype --revision --verify``, named as the arguments of ``load``."""
+    for option in (
+        click.option("--verify", is_flag=True, help="Check the files' hashes first, for a model `convert` wrote."),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub repository."),
+        click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="Compute type.", show_default=True),
+        click.option("--context", type=int, metavar="N", help="Tokens that --memory reserves KV cache for."),
+        click.option("--memory", metavar="SIZE", help="Memory budget for weights and KV cache, such as 12GB."),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(*, temperature: float, top_p: float) -> Callable[[F], F]:
+    """The fields of ``SamplingParams`` as options, with a command's own defaults."""
+
+    def decorate(command: F) -> F:
+        for option in (
+            click.option("--seed", callback=parse_seed, metavar="INTEGER", help="Same seed, same prompt, same text."),
+            click.option(
+                "--logit-bias",
+                callback=parse_logit_bias,
+                multiple=True,
+                metavar="ID=VALUE",
+                help="Added to a token's logit; repeatable.",
+            ),
+            click.option("--frequency-penalty", type=float, default=0.0, help="Off at 0."),
+            click.option("--presence-penalty", type=float, default=0.0, help="Off at 0."),
+            click.option("--repetition-penalty", type=float, default=1.0, help="Off at 1."),
+            click.option("--min-p", type=float, default=0.0, help="Keep tokens this fraction as likely as the best."),
+            click.option("--top-k", type=int, default=0, help="Keep the K likeliest tokens; 0 keeps all."),
+            click.option("--top-p", type=float, default=top_p, show_default=True, help="Keep this much probability."),
+            click.option(
+                "--temperature", "-t", type=float, default=temperature, show_default=True, help="0 is greedy."
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def take_sampling(options: dict[str, Any], logprobs: int | None = None) -> SamplingParams:
+    """Take the sampling options out of ``options`` and check them, before any model is loaded."""
+    from mlx_mixtral import SamplingParams
+
+    names = (
+        "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    )  # fmt: skip
+    taken = {name: options.pop(name) for name in names}
+    return SamplingParams(**taken, logit_bias=options.pop("logit_bias") or None, logprobs=logprobs)
+
+
+def check_max_tokens(max_tokens: int) -> None:
+    """As ``generate`` of the library does, before the model is loaded."""
+    if max_tokens < 1:
+        raise InvalidRequestError(f"max_tokens is {max_tokens}; it must be an integer of at least 1")
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")

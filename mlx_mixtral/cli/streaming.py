@@ -1,0 +1,96 @@
+"""Generated text on its way to stdout, and Ctrl-C while it is on its way."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import click
+
+from mlx_mixtral import Chunk, GenerationStats, TextStream
+from mlx_mixtral.cli.console import rate, terminal_safe
+from mlx_mixtral.sizes import format_bytes
+
+__all__ = ["Interruptible", "print_stream", "stats_line"]
+
+LONG_PROMPT_TOKENS = 1024
+
+
+class Interruptible:
+    """While entered, the first Ctrl-C asks the generation to end after its token; the second raises at once.
+
+    An exception thrown into the middle of a step would lose the text of that step; asking keeps text and history whole.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        # Who started this with interrupts ignored (a job in the background) wants them ignored.
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if threading.current_thread() is threading.main_thread() and not ignored:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def cancelled(self) -> bool:
+        """For ``cancelled=`` of a generation."""
+        return self.pressed
+
+    def on_prefill(self, done: int, total: int) -> None:
+        """For ``on_prefill=``: shows how far a long prompt is; Ctrl-C ends the wait between two chunks of it."""
+        if total > LONG_PROMPT_TOKENS and sys.stderr.isatty():
+            shown = f"reading the prompt: {done}/{total} tokens" if done < total else ""
+            click.echo(f"\r\x1b[K{shown}", nl=False, err=True)
+        if self.pressed and done < total:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+
+def print_stream(stream: TextStream, *, show_ids: bool = False) -> tuple[str, list[Chunk]]:
+    """Print text as it comes, flushed, and end with a newline; the text and the chunks it came in.
+
+    Args:
+        show_ids: print token ids instead, for a checkpoint without a tokenizer.
+    """
+    is_terminal = sys.stdout.isatty()
+    chunks: list[Chunk] = []
+    last = "\n"
+    try:
+        with stream:
+            for chunk in stream:
+                chunks.append(chunk)
+                shown = f"{' ' if len(chunks) > 1 else ''}{chunk.token_id}" if show_ids else chunk.text
+                if shown:
+                    sys.stdout.write(terminal_safe(shown) if is_terminal else shown)
+                    sys.stdout.flush()
+                    last = shown
+    finally:
+        if not last.endswith("\n"):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    return "".join(chunk.text for chunk in chunks), chunks
+
+
+def stats_line(stats: GenerationStats) -> str:
+    """``24 prompt tokens, 310 tok/s · 40 tokens, 56.3 tok/s · peak memory 26.9 GB``."""
+    decoded = f"{stats.tokens} token{'s' * (stats.tokens != 1)}"
+    if stats.decode_tok_s:
+        decoded += f", {rate(stats.decode_tok_s)}"
+    return (
+        f"{stats.prompt_tokens} prompt tokens, {rate(stats.prompt_tok_s)} · {decoded} · "
+        f"peak memory {format_bytes(stats.peak_memory_bytes)}"
+    )
