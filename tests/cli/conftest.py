@@ -1,0 +1,112 @@
+"""Running the program: in this process for results and errors, in one of its own for signals and pipes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mlx_mixtral.cli.app import app
+from mlx_mixtral.demo import checkpoint_path
+
+ROOT = Path(__file__).parents[2]
+
+Invoke = Callable[..., Result]
+Spawn = Callable[..., "subprocess.Popen[bytes]"]
+
+# A process started in the background inherits ignored interrupts; a terminal's foreground process does not.
+LAUNCH = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+{before}
+from mlx_mixtral.cli import main
+main()
+"""
+# Every read of a checkpoint takes its time and says so, so that there is a middle to interrupt.
+SLOW_READS = """
+import os, time
+import mlx_mixtral.weights.checkpoint as checkpoint
+read_into = checkpoint.read_into
+def slow(*arguments):
+    os.write(2, b"reading\\n")
+    time.sleep(0.1)
+    read_into(*arguments)
+checkpoint.read_into = slow
+"""
+
+
+@pytest.fixture
+def invoke() -> Invoke:
+    """``invoke("generate", folder, "-p", "Hi", input=b"…")`` gives exit_code, stdout, stderr."""
+
+    def run(*arguments: object, **options: Any) -> Result:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run
+
+
+@pytest.fixture
+def spawn() -> Any:
+    """Starts the program as a process with pipes; whatever still runs at the end of the test is killed."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: object, before: str = "", **options: Any) -> subprocess.Popen[bytes]:
+        path = os.pathsep.join([str(ROOT), str(ROOT / "convert")])
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH.format(before=before), *map(str, arguments)],
+            stdin=options.pop("stdin", subprocess.PIPE),
+            stdout=options.pop("stdout", subprocess.PIPE),
+            stderr=options.pop("stderr", subprocess.PIPE),
+            env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error", **options.pop("env", {})},
+            **options,
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled checkpoint in 4 bits, made by the program's own command."""
+    folder = tmp_path_factory.mktemp("converted") / "tiny-4bit"
+    result = CliRunner().invoke(app, ["convert", str(checkpoint_path()), str(folder), "--json"])
+    assert result.exit_code == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def checkpoint_copy(tmp_path: Path, tiny: Path) -> Path:
+    """A copy of the bundled checkpoint that a test may damage."""
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+@pytest.fixture
+def without_tokenizer(checkpoint_copy: Path) -> Path:
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (checkpoint_copy / name).unlink()
+    return checkpoint_copy
+
+
+def assert_one_error(result: Result, *parts: str) -> None:
+    """Exit status 1, nothing on stdout, one line on stderr that begins with ``error:`` and names ``parts``."""
+    assert result.exit_code == 1, (result.stdout, result.stderr)
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]

@@ -1,0 +1,79 @@
+"""The program as a whole: what starts, what it costs, how it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_mixtral import __version__
+from mlx_mixtral.cli.app import COMMANDS, app
+
+from .conftest import ROOT, Invoke, Spawn
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_neither_mlx_nor_rich(option: str) -> None:
+    code = (
+        "import sys\nfrom mlx_mixtral.cli import main\nsys.argv = ['mlx-mixtral', sys.argv[1]]\n"
+        "try:\n    main()\nfinally:\n"
+        "    print([m for m in ('mlx.core', 'rich', 'numpy', 'mlx_mixtral_convert') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, option], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "[]"
+    assert done.stdout.startswith("Usage: mlx-mixtral" if option == "--help" else f"mlx-mixtral {__version__}")
+
+
+def test_python_dash_m_is_the_same_program() -> None:
+    command = [sys.executable, "-m", "mlx_mixtral", "--version"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"mlx-mixtral {__version__}\n")
+
+
+def test_every_listed_command_exists_and_shows_its_help(invoke: Invoke) -> None:
+    listing = invoke("--help").stdout
+    for name, (_, line) in COMMANDS.items():
+        assert line in listing
+        shown = invoke(name, "--help")
+        assert shown.exit_code == 0
+        assert shown.stdout.startswith(f"Usage: {app.name or 'app'} {name}") or f" {name} " in shown.stdout
+
+
+def test_unknown_command_and_missing_argument_are_usage_errors(invoke: Invoke) -> None:
+    assert invoke("genrate").exit_code == 2
+    assert invoke("generate").exit_code == 2
+    assert invoke("convert", "source-only").exit_code == 2
+
+
+def test_a_reader_that_goes_away_ends_the_program_quietly(spawn: Spawn, tiny: Path) -> None:
+    process = spawn("generate", tiny, "-p", "And it came to pass", "-n", 900, "--logit-bias", "2=-100")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(5)
+    process.stdout.close()
+    assert process.wait(timeout=30) == 141
+    assert process.stderr.read() == b""
+
+
+def test_tables_end_quietly_too_when_nobody_reads_them(spawn: Spawn) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = spawn("info", "8x7b", stdout=writer)
+    os.close(writer)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (141, b"")
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_an_escape(spawn: Spawn, tiny: Path) -> None:
+    arguments = ("generate", tiny, "-p", "Au commencement, Dieu", "-n", 36, "--temperature", 0.8, "--seed", 3)
+    utf8, _ = spawn(*arguments, env={"PYTHONIOENCODING": "utf-8"}).communicate(timeout=30)
+    ascii_only, _ = spawn(*arguments, env={"PYTHONIOENCODING": "ascii"}).communicate(timeout=30)
+    text = utf8.decode("utf-8")
+    assert not text.isascii()
+    assert ascii_only == text.encode("ascii", "backslashreplace")

@@ -1,0 +1,210 @@
+"""``convert``: options become the recipe, the report is the converter's, failures leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mlx_mixtral import load
+
+from .conftest import SLOW_READS, Invoke, Spawn, assert_one_error
+
+
+def quantization(folder: Path) -> dict[str, object]:
+    return dict(json.loads((folder / "config.json").read_text())["quantization"])
+
+
+def test_report_names_sizes_parts_worst_matrices_and_the_next_command(
+    invoke: Invoke, tiny: Path, tmp_path: Path
+) -> None:
+    dest = tmp_path / "out"
+    result = invoke("convert", tiny, dest)
+    assert result.exit_code == 0
+    written = sum(file.stat().st_size for file in dest.glob("*.safetensors"))
+    assert f"16.9 MB -> {written / 1e6:.3g} MB, 4.51 bits per weight" in result.stdout
+    for word in ("experts", "4.50", "router", "16.00", "peak memory", "relative error", "4-bit g64"):
+        assert word in result.stdout
+    assert "Next: mlx-mixtral generate" in result.stdout.splitlines()[-1]
+    assert result.stderr == ""
+    with load(dest) as model:
+        assert model.generate("And God", max_tokens=2).token_ids
+
+
+def test_json_is_the_converters_report(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    result = invoke("convert", tiny, tmp_path / "out", "--bits", 3, "--group-size", 32, "--json")
+    report = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert report["source_bytes"] == (tiny / "model.safetensors").stat().st_size
+    assert report["output_bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert report["layers"] == 6
+    assert {"bits_per_weight", "seconds", "peak_memory_bytes", "resumed_layers", "worst"} <= report.keys()
+    assert report["worst"][0]["relative_rms"] >= report["worst"][-1]["relative_rms"] > 0
+    assert quantization(tmp_path / "out")["bits"] == 3
+    assert quantization(tmp_path / "out")["group_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("flags", "bits", "group_size", "mode"),
+    [
+        ([], 4, 64, "affine"),
+        (["--mode", "mxfp4"], 4, 32, "mxfp4"),
+        (["--mode", "mxfp8"], 8, 32, "mxfp8"),
+        (["--mode", "nvfp4"], 4, 16, "nvfp4"),
+        (["--bits", "8", "--group-size", "128"], 8, 128, "affine"),
+    ],
+)
+def test_options_reach_the_recipe(
+    invoke: Invoke, tiny: Path, tmp_path: Path, flags: list[str], bits: int, group_size: int, mode: str
+) -> None:
+    assert invoke("convert", tiny, tmp_path / "out", *flags, "--json").exit_code == 0
+    entry = quantization(tmp_path / "out")
+    assert (entry["bits"], entry["group_size"], entry.get("mode", "affine")) == (bits, group_size, mode)
+
+
+def test_bits_none_and_dtype_convert_without_quantising(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    result = invoke("convert", tiny, tmp_path / "out", "--bits", "none", "--dtype", "float16", "--json")
+    assert json.loads(result.stdout)["bits_per_weight"] == 16
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization" not in config
+    assert "float16" in (config.get("dtype"), config.get("torch_dtype"))
+
+
+def test_overrides_and_recipe_files(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"bits": 3, "overrides": {"lm_head": {"bits": 6}, "model.embed_tokens": False}}))
+    flags = ["--recipe", recipe, "--override", "*.self_attn.*=8:32", "--override", "lm_head=5", "--json"]
+    assert invoke("convert", tiny, tmp_path / "out", *flags).exit_code == 0
+    entry = quantization(tmp_path / "out")
+    attention, head = entry["model.layers.0.self_attn.q_proj"], entry["lm_head"]
+    assert isinstance(attention, dict)
+    assert isinstance(head, dict)
+    assert (attention["bits"], attention["group_size"], head["bits"]) == (8, 32, 5)
+    assert entry["model.embed_tokens"] is False
+    assert entry["bits"] == 3
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--bits", "7"],
+        ["--override", "nothing"],
+        ["--override", "=4"],
+        ["--override", "lm_head=four"],
+        ["--recipe", "r.json", "--bits", "4"],
+        ["--recipe", "r.json", "--mode", "affine"],
+        ["--recipe", "r.json", "--group-size", "64"],
+    ],
+)
+def test_malformed_options_are_usage_errors(invoke: Invoke, tiny: Path, tmp_path: Path, flags: list[str]) -> None:
+    assert invoke("convert", tiny, tmp_path / "out", *flags).exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_writes_nothing_and_promises_what_a_run_gives(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    planned = json.loads(invoke("convert", tiny, tmp_path / "out", "--dry-run", "--json").stdout)
+    assert list(tmp_path.iterdir()) == []
+    assert "nothing was written" in invoke("convert", tiny, tmp_path / "out", "--dry-run").stdout
+    assert list(tmp_path.iterdir()) == []
+    done = json.loads(invoke("convert", tiny, tmp_path / "out", "--json").stdout)
+    assert planned["output_bytes"] == done["output_bytes"]
+
+
+def test_destinations_that_cannot_be_used(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    assert_one_error(invoke("convert", tiny, mine), "thesis.txt")
+    assert_one_error(invoke("convert", tiny, mine, "--overwrite"), "thesis.txt")
+    assert [file.name for file in mine.iterdir()] == ["thesis.txt"]
+    assert_one_error(invoke("convert", tiny, mine / "thesis.txt"), "thesis.txt", "file")
+    assert (mine / "thesis.txt").read_text() == "precious"
+
+    ours = tmp_path / "ours"
+    assert invoke("convert", tiny, ours, "--bits", 4).exit_code == 0
+    assert_one_error(invoke("convert", tiny, ours, "--bits", 3), "--overwrite")
+    assert quantization(ours)["bits"] == 4
+    assert invoke("convert", tiny, ours, "--bits", 3, "--overwrite").exit_code == 0
+    assert quantization(ours)["bits"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "ours"]
+
+
+def test_a_destination_that_cannot_be_written(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o500)
+    if os.access(locked, os.W_OK):  # root may write anywhere but there
+        assert_one_error(invoke("convert", tiny, "/proc/out"), "/proc/out")
+    else:
+        assert_one_error(invoke("convert", tiny, locked / "out"), "locked")
+        assert list(locked.iterdir()) == []
+
+
+def test_bad_sources_are_one_line_and_leave_nothing(invoke: Invoke, checkpoint_copy: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "new" / "out"
+    (tmp_path / "empty").mkdir()
+    assert_one_error(invoke("convert", tmp_path / "absent", dest), "absent")
+    assert_one_error(invoke("convert", tmp_path / "empty", dest), "empty", "not a checkpoint")
+    assert_one_error(invoke("convert", checkpoint_copy, dest, "--recipe", tmp_path / "no.json"), "no.json")
+    assert_one_error(invoke("convert", checkpoint_copy, dest, "--bits", 4, "--group-size", 48), "48")
+    assert_one_error(invoke("convert", checkpoint_copy, dest, "--override", "nowhere=4"), "nowhere")
+    assert_one_error(invoke("convert", checkpoint_copy, dest, "--override", "*.gate=4"), "router")
+    config, weights = checkpoint_copy / "config.json", checkpoint_copy / "model.safetensors"
+    known = config.read_text()
+    config.write_text(known.replace('"mixtral"', '"qwen2_moe"'))
+    assert_one_error(invoke("convert", checkpoint_copy, dest), "qwen2_moe")
+    config.write_text(known)
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert_one_error(invoke("convert", checkpoint_copy, dest), "model.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "empty"]
+
+
+def test_ctrl_c_leaves_nothing_half_written(spawn: Spawn, tiny: Path, tmp_path: Path) -> None:
+    process = spawn("convert", tiny, tmp_path / "out", before=SLOW_READS)
+    assert process.stderr is not None
+    for _ in range(10):
+        assert process.stderr.readline() == b"reading\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out == b""
+    assert err.replace(b"reading\n", b"") == b"interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_says_where_the_same_command_goes_on(
+    invoke: Invoke, spawn: Spawn, tiny: Path, quantised: Path, tmp_path: Path
+) -> None:
+    process = spawn("convert", tiny, tmp_path / "out", before=SLOW_READS.replace("0.1", "0.01"))
+    assert process.stderr is not None
+    # 29 matrices and two norms a layer, and one read ahead.
+    for _ in range(2 * 31 + 10):
+        assert process.stderr.readline() == b"reading\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.replace(b"reading\n", b"") == b"interrupted; the same command goes on from layer 3 of 6\n"
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    refused = invoke("convert", tiny, tmp_path / "out", "--bits", 8)
+    assert_one_error(refused, "unfinished conversion", "recipe.bits 4, this one has 8", "--restart")
+    result = invoke("convert", tiny, tmp_path / "out")
+    assert result.exit_code == 0
+    assert ", 2 of 6 layers kept from before" in result.stdout
+    for path in quantised.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    again = invoke("convert", tiny, tmp_path / "out", "--bits", 8, "--overwrite", "--restart", "--json")
+    assert json.loads(again.stdout)["resumed_layers"] == 0
+
+
+def test_a_folder_cannot_be_streamed(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    assert_one_error(invoke("convert", tiny, tmp_path / "out", "--stream"), "is not a hub repository")
+
+
+def test_an_unknown_mode_is_named_with_the_known_ones(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    result = invoke("convert", tiny, tmp_path / "out", "--mode", "mxfp5")
+    assert result.exit_code == 1
+    assert result.stderr == ("error: quantization mode 'mxfp5' is unknown; use one of affine, mxfp4, mxfp8, nvfp4\n")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,204 @@
+"""``generate``: the text is the library's, results go to stdout alone, bad input is one line before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import signal
+import struct
+from pathlib import Path
+
+import pytest
+
+from mlx_mixtral import SamplingParams, load
+from mlx_mixtral.cli.console import terminal_safe
+
+from .conftest import SLOW_READS, Invoke, Spawn, assert_one_error
+
+PROMPT = "And it came to pass,"
+
+
+def test_text_is_what_the_library_generates(invoke: Invoke, quantised: Path) -> None:
+    with load(quantised) as model:
+        greedy = model.generate(PROMPT, max_tokens=12)
+        sampling = SamplingParams(temperature=0.9, top_p=0.8, top_k=50, min_p=0.01, repetition_penalty=1.2, seed=4)
+        sampled = model.generate(PROMPT, max_tokens=12, sampling=sampling)
+    result = invoke("generate", quantised, "-p", PROMPT, "-n", 12)
+    assert (result.exit_code, result.stdout) == (0, greedy.text + "\n")
+    values = {"temperature": 0.9, "top-p": 0.8, "top-k": 50, "min-p": 0.01, "repetition-penalty": 1.2, "seed": 4}
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    assert invoke("generate", quantised, "-p", PROMPT, "-n", 12, *flags).stdout == sampled.text + "\n"
+    assert greedy.text != sampled.text
+
+
+def test_stats_are_one_line_on_stderr_and_can_be_left_out(invoke: Invoke, quantised: Path) -> None:
+    shown = invoke("generate", quantised, "-p", PROMPT, "-n", 5).stderr
+    assert len(shown.splitlines()) == 1
+    assert "5 tokens" in shown
+    assert "tok/s" in shown
+    assert "peak memory" in shown
+    assert invoke("generate", quantised, "-p", PROMPT, "-n", 5, "--no-stats").stderr == ""
+
+
+def test_json_has_text_ids_reason_and_stats_and_nothing_on_stderr(invoke: Invoke, quantised: Path) -> None:
+    result = invoke("generate", quantised, "-p", PROMPT, "-n", 6, "--json")
+    answer = json.loads(result.stdout)
+    with load(quantised) as model:
+        wanted = model.generate(PROMPT, max_tokens=6)
+        prompt_tokens = len(model.tokenizer.encode(PROMPT))
+    assert (answer["text"], tuple(answer["token_ids"])) == (wanted.text, wanted.token_ids)
+    assert answer["finish_reason"] == "length"
+    assert answer["stats"]["prompt_tokens"] == prompt_tokens
+    assert answer["stats"]["tokens"] == 6
+    assert {"time_to_first_token_s", "prompt_tok_s", "decode_tok_s", "peak_memory_bytes"} <= answer["stats"].keys()
+    assert "logprobs" not in answer
+    assert result.stderr == ""
+
+
+def test_logprobs_come_with_the_likeliest_tokens(invoke: Invoke, quantised: Path) -> None:
+    answer = json.loads(invoke("generate", quantised, "-p", PROMPT, "-n", 3, "--json", "--logprobs", 2).stdout)
+    assert [entry["token_id"] for entry in answer["logprobs"]] == answer["token_ids"]
+    for entry in answer["logprobs"]:
+        # Greedy: the chosen token is the likeliest one.
+        assert entry["top"][0] == {"token_id": entry["token_id"], "logprob": entry["logprob"]}
+        assert entry["top"][1]["logprob"] <= entry["logprob"] < 0
+    assert invoke("generate", quantised, "-p", PROMPT, "--logprobs", 2).exit_code == 2
+
+
+def test_stop_strings_stop_ids_and_bias_reach_the_loop(invoke: Invoke, quantised: Path) -> None:
+    free = json.loads(invoke("generate", quantised, "-p", PROMPT, "-n", 12, "--json").stdout)
+    word = free["text"].split()[3]
+    cut = json.loads(invoke("generate", quantised, "-p", PROMPT, "-n", 12, "--stop", word, "--json").stdout)
+    assert cut["finish_reason"] == "stop"
+    assert cut["text"] == free["text"][: free["text"].index(word)]
+    third = free["token_ids"][2]
+    by_id = json.loads(invoke("generate", quantised, "-p", PROMPT, "--stop-token-id", third, "--json").stdout)
+    assert by_id["token_ids"] == free["token_ids"][: free["token_ids"].index(third) + 1]
+    bias = f"{free['token_ids'][0]}=-100"
+    biased = json.loads(invoke("generate", quantised, "-p", PROMPT, "-n", 1, "--logit-bias", bias, "--json").stdout)
+    assert biased["token_ids"] != free["token_ids"][:1]
+
+
+def test_prompt_from_standard_input_is_the_same_prompt(invoke: Invoke, quantised: Path) -> None:
+    piped = invoke("generate", quantised, "-p", "-", "-n", 8, input="Dieu se souvint de Noé".encode())
+    assert piped.stdout == invoke("generate", quantised, "-p", "Dieu se souvint de Noé", "-n", 8).stdout
+
+
+def test_standard_input_that_is_not_utf8_names_the_byte(invoke: Invoke, quantised: Path) -> None:
+    result = invoke("generate", quantised, "-p", "-", input="Noé".encode("latin-1"))
+    assert_one_error(result, "0xe9", "offset 2")
+
+
+def test_token_ids_work_without_a_tokenizer_and_text_says_why_not(invoke: Invoke, without_tokenizer: Path) -> None:
+    answer = json.loads(invoke("generate", without_tokenizer, "--token-ids", "1,497,832", "-n", 4, "--json").stdout)
+    assert len(answer["token_ids"]) == 4
+    shown = invoke("generate", without_tokenizer, "--token-ids", "1 497 832", "-n", 4)
+    assert shown.stdout == " ".join(map(str, answer["token_ids"])) + "\n"
+    assert_one_error(invoke("generate", without_tokenizer, "-p", "Hi"), "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--temperature", "-0.1"], "temperature is -0.1"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top-p", "0"], "top_p is 0"),
+        (["--top-p", "1.5"], "top_p is 1.5"),
+        (["--max-tokens", "0"], "max_tokens is 0"),
+        (["--top-k", "-1"], "top_k is -1"),
+        (["--min-p", "2"], "min_p is 2"),
+        (["--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (["--stop", ""], "stop string ''"),
+        (["--logprobs", "101", "--json"], "logprobs is 101"),
+        (["--prompt", ""], "prompt is empty"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_the_model_is_looked_for(
+    invoke: Invoke, flags: list[str], named: str
+) -> None:
+    assert_one_error(invoke("generate", "no-such-folder", "-p", PROMPT, *flags), named)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["-p", "x", "--top-k", "abc"],
+        ["-p", "x", "--logit-bias", "abc"],
+        ["--token-ids", "1,x"],
+        ["-p", "x", "--token-ids", "1"],
+        [],
+        ["-p", "x", "--dtype", "int8"],
+    ],
+)
+def test_malformed_options_are_usage_errors(invoke: Invoke, flags: list[str]) -> None:
+    assert invoke("generate", "no-such-folder", *flags).exit_code == 2
+
+
+def test_bad_models_are_one_line(invoke: Invoke, tmp_path: Path, checkpoint_copy: Path) -> None:
+    assert_one_error(invoke("generate", tmp_path / "absent", "-p", "x"), "absent", "no such folder")
+    (tmp_path / "empty").mkdir()
+    assert_one_error(invoke("generate", tmp_path / "empty", "-p", "x"), "empty", "not a checkpoint")
+    assert_one_error(invoke("generate", checkpoint_copy, "--token-ids", "1,4096"), "4096", "0 to 4095")
+    assert_one_error(invoke("generate", checkpoint_copy, "-p", "x", "--memory", "1MB"), "1 MB", "weights")
+    assert_one_error(invoke("generate", checkpoint_copy, "-p", "x", "--memory", "lots"), "'lots'")
+    assert_one_error(invoke("generate", checkpoint_copy, "-p", "x", "--context", "5000"), "1024")
+    assert_one_error(invoke("generate", checkpoint_copy, "-p", "x " * 1100), "context", "1024")
+
+    config = checkpoint_copy / "config.json"
+    config.write_text(config.read_text().replace('"mixtral"', '"qwen2_moe"'))
+    assert_one_error(invoke("generate", checkpoint_copy, "-p", "x"), "qwen2_moe")
+
+
+def test_truncated_weights_are_one_line(invoke: Invoke, checkpoint_copy: Path) -> None:
+    weights = checkpoint_copy / "model.safetensors"
+    data = weights.read_bytes()
+    for kept in (4, 100, len(data) - 1000):
+        weights.write_bytes(data[:kept])
+        assert_one_error(invoke("generate", checkpoint_copy, "-p", "x"), "model.safetensors")
+    weights.write_bytes(struct.pack("<Q", 2**40) + data[8:])
+    assert_one_error(invoke("generate", checkpoint_copy, "-p", "x"), "header")
+
+
+def test_names_from_a_checkpoint_cannot_steer_the_terminal(invoke: Invoke, checkpoint_copy: Path) -> None:
+    config = checkpoint_copy / "config.json"
+    config.write_text(config.read_text().replace('"mixtral"', '"\\u001b[2Jevil\\nerror: fake"'))
+    result = invoke("generate", checkpoint_copy, "-p", "x")
+    assert_one_error(result)
+    assert "\x1b" not in result.stderr
+    assert (
+        terminal_safe("a\x1b[2J\tb\nc\x07\x9b")
+        == "a\N{REPLACEMENT CHARACTER}[2J\tb\nc" + 2 * "\N{REPLACEMENT CHARACTER}"
+    )
+
+
+def test_ctrl_c_while_generating_keeps_the_text_so_far(spawn: Spawn, tiny: Path) -> None:
+    process = spawn("generate", tiny, "-p", PROMPT, "-n", 1000, "--logit-bias", "2=-100")
+    assert process.stdout is not None
+    begun = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    text = (begun + out).decode()
+    assert process.returncode == 130
+    assert err == b"interrupted\n"
+    assert text.endswith("\n")
+    shown = text.removesuffix("\n")
+    with load(tiny) as model:
+        beginning = model.generate(PROMPT, max_tokens=60, sampling=SamplingParams(logit_bias={2: -100})).text
+    assert beginning.startswith(shown) or shown.startswith(beginning)
+    assert len(shown) < 2500, "1000 tokens were generated: nothing was interrupted"
+
+
+def test_ctrl_c_while_loading_is_one_line(spawn: Spawn, tiny: Path) -> None:
+    process = spawn("generate", tiny, "-p", PROMPT, before=SLOW_READS)
+    assert process.stderr is not None
+    assert process.stderr.readline() == b"reading\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out == b""
+    assert err.replace(b"reading\n", b"") == b"interrupted\n"
+
+
+def test_a_seed_that_is_no_integer_is_refused_before_the_model_is_loaded(invoke: Invoke) -> None:
+    result = invoke("generate", "nowhere", "-p", "x", "--seed", "abc")
+    assert result.exit_code == 1
+    assert result.stderr == "error: seed is 'abc'; it must be an integer\n"

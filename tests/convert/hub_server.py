@@ -1,0 +1,162 @@
+"""A hub on this machine that serves one folder as ``owner/model``, by byte range, and breaks on purpose."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import random
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+BREAKS = ("drop", "503", "short", "429")
+
+
+@dataclass
+class Hub:
+    """``failures`` of all range requests fail, in one of four ways; ``served`` has (file, start, bytes) of each answer."""
+
+    folder: Path
+    url: str = ""
+    commit: str = COMMIT
+    failures: float = 0.0
+    ranges: bool = True
+    status: int | None = None
+    hangs: threading.Event = field(default_factory=threading.Event)
+    random: random.Random = field(default_factory=lambda: random.Random(3))
+    served: list[tuple[str, int, int]] = field(default_factory=list)
+    broken: Counter[str] = field(default_factory=Counter)
+    whole: list[str] = field(default_factory=list)
+    in_flight: int = 0
+    most_in_flight: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+@functools.cache
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is what some tests are about."""
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            if path.startswith("/api/models/owner/model/revision/no-such"):
+                self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            elif path.startswith("/api/models/owner/model/tree/"):
+                self._send(200, json.dumps([self._entry(name) for name in hub.names()]).encode())
+            elif path.startswith("/api/models/owner/model"):
+                self._send(200, json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": self._siblings()}).encode())
+            elif path.startswith("/owner/model/resolve/"):
+                with hub.lock:
+                    hub.in_flight += 1
+                    hub.most_in_flight = max(hub.most_in_flight, hub.in_flight)
+                try:
+                    self._file(path.rsplit("/", 1)[1])
+                finally:
+                    with hub.lock:
+                        hub.in_flight -= 1
+            else:
+                self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+
+        def _siblings(self) -> list[dict[str, object]]:
+            made = []
+            for name in hub.names():
+                file = hub.folder / name
+                entry: dict[str, object] = {"rfilename": name, "size": file.stat().st_size, "blobId": "0" * 40}
+                if name.endswith(".safetensors"):
+                    entry["lfs"] = {"sha256": _sha256(file), "size": file.stat().st_size, "pointerSize": 134}
+                made.append(entry)
+            return made
+
+        def _entry(self, name: str) -> dict[str, object]:
+            return {"type": "file", "oid": "0" * 40, "size": (hub.folder / name).stat().st_size, "path": name}
+
+        def _file(self, name: str) -> None:
+            data = (hub.folder / name).read_bytes()
+            headers = {"X-Repo-Commit": hub.commit if name.endswith(".safetensors") else COMMIT}
+            headers["ETag"] = f'"{_sha256(hub.folder / name)}"'
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if asked is None or not hub.ranges or not name.endswith(".safetensors"):
+                hub.whole += [name] * (self.command == "GET")
+                self._send(200, data, headers)
+                return
+            if hub.status is not None:
+                self._send(hub.status, b"", {})
+                return
+            if hub.hangs.is_set():
+                # Longer than any test; the client goes away first.
+                time.sleep(3)
+                return
+            start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            with hub.lock:
+                way = hub.random.choice(BREAKS) if hub.random.random() < hub.failures else ""
+                part = hub.random.randint(0, stop - start - 1)
+                hub.broken[way] += bool(way)
+            if way in ("503", "429"):
+                self._send(int(way), b"", {"Retry-After": "0"})
+                return
+            if way:
+                # The length of all of it, and a part of it: "drop" closes at once, "short" after some bytes.
+                self._head(206, headers | {"Content-Length": str(stop - start)})
+                self.wfile.write(data[start : start + (part if way == "short" else 0)])
+                self.close_connection = True
+                return
+            hub.served.append((name, start, stop - start))
+            self._send(206, data[start:stop], headers)
+
+        def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+            self._head(status, {"Content-Length": str(len(data)), **(headers or {})})
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        def _head(self, status: int, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    return Handler
+
+
+@contextlib.contextmanager
+def serve(folder: Path) -> Iterator[Hub]:
+    """A running hub for ``folder``."""
+    hub = Hub(folder)
+    server = _Server(("127.0.0.1", 0), _handler(hub))
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,118 @@
+"""kill -9 at random moments of a conversion, and at each step of its end: the same command always finishes the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_mixtral.errors import DestinationError
+from mlx_mixtral_convert import convert
+from mlx_mixtral_convert.journal import JOURNAL
+
+from .support import hashes, make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+LAYERS = 6
+KILLS = int(os.environ.get("MLX_MIXTRAL_TEST_KILLS", "5"))
+# Slow enough to be killed in the middle, and able to kill itself at a given call that changes the disk.
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from mlx_mixtral_convert import convert
+
+source, dest, die_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+calls = 0
+
+def deadly(owner, name):
+    genuine = getattr(owner, name)
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return genuine(*arguments, **options)
+    setattr(owner, name, call)
+
+for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")):
+    deadly(owner, name)
+print("ready", flush=True)
+report = convert(source, dest, progress=lambda _: time.sleep(0 if die_at else 0.008))
+print(report.resumed_layers, calls, flush=True)
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "source", num_hidden_layers=LAYERS)
+
+
+def start(source: Path, dest: Path, die_at: int = 0) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(source), str(dest), str(die_at)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def finished(partial: Path) -> int:
+    """Complete lines of the journal but the first."""
+    path = partial / JOURNAL
+    return max(0, path.read_bytes().count(b"\n") - 1) if path.is_file() else 0
+
+
+def test_killed_at_random_moments(tmp_path: Path, source: Path) -> None:
+    convert(source, tmp_path / "whole")
+    expected = hashes(tmp_path / "whole")
+    random_moments = random.Random(7)
+    interrupted = layers_kept = 0
+    for kill in range(KILLS):
+        dest = tmp_path / f"out{kill}"
+        process = start(source, dest)
+        time.sleep(random_moments.uniform(0.02, 1.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        done = finished(dest.with_name(f".{dest.name}.partial"))
+        if dest.is_dir():  # too late
+            assert process.returncode == 0
+        else:
+            interrupted += 1
+            report = convert(source, dest)
+            assert report.resumed_layers == min(done, LAYERS)
+            layers_kept += report.resumed_layers
+        assert hashes(dest) == expected
+    assert interrupted >= KILLS * 0.6
+    assert layers_kept >= interrupted
+    print(f"{interrupted} of {KILLS} killed in the middle, {layers_kept} of {LAYERS * interrupted} layers kept")
+
+
+def _calls(source: Path, dest: Path) -> int:
+    process = start(source, dest, -1)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return int(out.split()[1])
+
+
+@pytest.mark.parametrize("from_the_end", range(0, 11, 2 if KILLS <= 5 else 1))
+def test_killed_at_each_step_of_the_end(tmp_path: Path, source: Path, from_the_end: int) -> None:
+    """Writing the small files, the rename that makes the destination, and what follows it."""
+    last = _calls(source, tmp_path / "whole")
+    process = start(source, tmp_path / "out", last - from_the_end)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    if (tmp_path / "out").exists():
+        with pytest.raises(DestinationError, match="finished conversion already"):
+            convert(source, tmp_path / "out")
+    else:
+        assert convert(source, tmp_path / "out").resumed_layers == LAYERS
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "whole"]

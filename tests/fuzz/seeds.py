@@ -1,0 +1,141 @@
+"""The smallest valid checkpoints of every format, as file name to bytes: what the mutations start from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_mixtral_convert import convert
+from tests.convert import packers
+from tests.convert.native_writer import make_native, native
+from tests.convert.support import CONFIG, dense_config, fused, make_checkpoint, weights
+from tests.convert.torch_writer import save_torch
+from tests.fuzz.gguf_file import GgufFile, tiny
+from tests.fuzz.mutate_torch import entries_of, rewritten
+
+__all__ = ["FORMATS", "Files", "Seed", "make_seeds"]
+
+FORMATS = ("gguf", "safetensors", "torch", "index")
+Files = dict[str, bytes]
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": 32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seed:
+    """``targets`` are the files worth mutating; ``gguf`` is the structure a GGUF file was written from.
+
+    A source that is one file is named by ``single``. ``quantised`` sources can be converted with ``exact`` too.
+    """
+
+    name: str
+    files: Files
+    targets: tuple[str, ...]
+    quantised: bool = False
+    single: str | None = None
+    gguf: GgufFile | None = field(default=None, repr=False)
+
+
+def make_seeds(folder: Path) -> dict[str, list[Seed]]:
+    """Seeds of every format; ``folder`` is where the writers put their files first."""
+    return {
+        "gguf": list(_gguf()),
+        "safetensors": list(_safetensors(folder)),
+        "torch": list(_torch(folder)),
+        "index": list(_index(folder)),
+    }
+
+
+def read_folder(folder: Path) -> Files:
+    return {path.name: _undated(path.read_bytes()) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _undated(data: bytes) -> bytes:
+    """A zip without the time it was written at, so that a case is the same tomorrow; anything else as it is."""
+    return rewritten(entries_of(data)) if data.startswith(b"PK") else data
+
+
+def _gguf() -> Iterator[Seed]:
+    made = {
+        "f16": tiny("F16"), "bf16-bpe": tiny("BF16", vocabulary="gpt2"), "apart": tiny("Q8_0", merged=False),
+        "dense": tiny("Q4_0", experts=0), "q4_1": tiny("Q4_1"), "q5_0": tiny("Q5_0"), "iq4_nl": tiny("IQ4_NL"),
+        "mxfp4": tiny("MXFP4"), "q4_k": tiny("Q4_K", experts=0, hidden=256), "q6_k": tiny("Q6_K", experts=0, hidden=256),
+    }  # fmt: skip
+    for name, file in made.items():
+        quantised = not name.startswith(("f16", "bf16"))
+        yield Seed(name, {"m.gguf": file.write()}, ("m.gguf",), quantised, "m.gguf", file)
+
+
+def _safetensors(folder: Path) -> Iterator[Seed]:
+    one = ("model.safetensors",)
+    yield Seed("hf", read_folder(make_checkpoint(folder / "hf", **TINY)), one)
+    yield Seed("fused", read_folder(make_checkpoint(folder / "fused", layout="fused", dtype="F16", **TINY)), one)
+    yield Seed("dense", read_folder(make_checkpoint(folder / "dense", **TINY | dense_config())), one)
+    params = CONFIG | TINY
+    made = native(weights(params), params)
+    consolidated = "consolidated.safetensors"
+    yield Seed("native", read_folder(make_native(folder / "native", made, params, consolidated)), (consolidated,))
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    packers.make_packed(folder / "awq", awq, packers.grouped_packer(packers.awq, 32), **TINY)
+    yield Seed("awq", read_folder(folder / "awq"), one, quantised=True)
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+    packers.make_packed(folder / "gptq", gptq, packers.grouped_packer(packers.gptq, 32), **TINY)
+    yield Seed("gptq", read_folder(folder / "gptq"), one, quantised=True)
+    order = packers.grouped_packer(packers.gptq, 32, act_order=True)
+    packers.make_packed(folder / "order", gptq | {"desc_act": True}, order, **TINY)
+    yield Seed("gptq-order", read_folder(folder / "order"), one, quantised=True)
+    fp8 = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head", "re:.*gate$"]}
+    packers.make_packed(folder / "fp8", fp8, lambda _, weight: packers.fp8(weight, (len(weight), 1)), **TINY)
+    yield Seed("fp8", read_folder(folder / "fp8"), one, quantised=True)
+    convert(folder / "hf", folder / "mlx")
+    yield Seed("mlx", read_folder(folder / "mlx"), _weights(folder / "mlx"), quantised=True)
+
+
+def _torch(folder: Path) -> Iterator[Seed]:
+    config = CONFIG | TINY
+    made = weights(config)
+    file = _undated(save_torch(folder / "pytorch_model.bin", made).read_bytes())
+    entries = json.dumps(config).encode()
+    yield Seed("bin", {"config.json": entries, "pytorch_model.bin": file}, ("pytorch_model.bin",))
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    parts = [dict(list(made.items())[number::2]) for number in (0, 1)]
+    shards: Files = {"config.json": entries}
+    for name, part in zip(names, parts, strict=True):
+        shards[name] = _undated(save_torch(folder / name, part, "F16").read_bytes())
+    placed = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+    shards["pytorch_model.bin.index.json"] = json.dumps({"weight_map": placed}).encode()
+    yield Seed("bin-shards", shards, tuple(names))
+    stacked = native(made, config, stacked=True)
+    pth = "consolidated.00.pth"
+    yield Seed("pth", read_folder(make_native(folder / "pth", stacked, config, pth)), (pth,))
+    fused_bin = _undated(save_torch(folder / "fused.bin", fused(made, config)).read_bytes())
+    yield Seed("fused-bin", {"config.json": entries, "pytorch_model.bin": fused_bin}, ("pytorch_model.bin",))
+
+
+def _index(folder: Path) -> Iterator[Seed]:
+    """The JSON files: the index first of all, the configuration it is read with."""
+    index = "model.safetensors.index.json"
+    yield Seed("hf", read_folder(make_checkpoint(folder / "two", shards=2, **TINY)), (index, index, "config.json"))
+    (folder / "again").mkdir()
+    torch = next(seed for seed in _torch(folder / "again") if seed.name == "bin-shards")
+    yield Seed("bin", torch.files, ("pytorch_model.bin.index.json",))
+    yield Seed("mlx", read_folder(folder / "mlx"), (index, "config.json"), quantised=True)
+    config = CONFIG | TINY
+    made = native(weights(config), config)
+    yield Seed(
+        "native",
+        read_folder(make_native(folder / "params", made, config, "consolidated.safetensors")),
+        ("params.json",),
+    )
+    for name in ("awq", "gptq", "fp8"):
+        yield Seed(name, read_folder(folder / name), ("config.json",), quantised=True)
+
+
+def _weights(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.glob("*.safetensors")))

@@ -1,0 +1,118 @@
+"""The decode loop: what it computes, in which order, and what it never computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_mixtral import GenerationStats, Mixtral, SamplingParams
+from mlx_mixtral.generation import loop
+from mlx_mixtral.generation.loop import Token, decode
+from mlx_mixtral.generation.sampling import Sampler
+from mlx_mixtral.model.mixtral import MixtralModel
+
+
+class Watched:
+    """A model's forwards and head calls, and the reads of tokens, in the order they happen."""
+
+    def __init__(self, model: MixtralModel) -> None:
+        self.model = model
+        self.events: list[tuple[str, int]] = []
+
+    def hidden(self, tokens: mx.array, cache: Any, *, last_only: bool = False) -> mx.array:
+        self.events.append(("forward", tokens.shape[1]))
+        return self.model.hidden(tokens, cache, last_only=last_only)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        self.events.append(("head", hidden.size // hidden.shape[-1]))
+        return self.model.head(hidden)
+
+
+def _run(
+    model: Mixtral, prompt: Sequence[int], max_tokens: int, take: int | None = None, **options: Any
+) -> tuple[list[Token], Watched, GenerationStats]:
+    watched, stats = Watched(model.module), GenerationStats()
+    sampler = Sampler(SamplingParams(), prompt, model.config.vocab_size)
+    steps = decode(watched, prompt, model.make_cache(), sampler, max_tokens, stats, stream=model._stream, **options)  # type: ignore[arg-type]
+    tokens = []
+    for token in steps:
+        tokens.append(token)
+        watched.events.append(("read", token.token_id))
+        if take is not None and len(tokens) == take:
+            steps.close()
+            break
+    return tokens, watched, stats
+
+
+@pytest.fixture
+def prompt() -> list[int]:
+    return [1, *(int(i) for i in np.random.default_rng(0).integers(3, 4096, 20))]
+
+
+def test_greedy_decoding_is_the_argmax_of_one_forward_over_everything(model: Mixtral, prompt: list[int]) -> None:
+    tokens, _, _ = _run(model, prompt, 12)
+    ids = [token.token_id for token in tokens]
+    logits = np.asarray(model.module(mx.array([prompt + ids])))[0]
+    assert ids == [int(i) for i in logits[len(prompt) - 1 : -1].argmax(axis=-1)]
+
+
+def test_every_forward_is_used_when_the_length_ends_it(model: Mixtral, prompt: list[int]) -> None:
+    _, watched, _ = _run(model, prompt, 6)
+    assert [n for kind, n in watched.events if kind == "forward"] == [len(prompt)] + [1] * 5
+    assert sum(kind == "head" for kind, _ in watched.events) == 6
+
+
+def test_one_token_costs_one_forward(model: Mixtral, prompt: list[int]) -> None:
+    _, watched, _ = _run(model, prompt, 1)
+    assert [kind for kind, _ in watched.events] == ["forward", "head", "read"]
+
+
+def test_the_next_step_is_scheduled_before_the_last_is_read(model: Mixtral, prompt: list[int]) -> None:
+    _, watched, _ = _run(model, prompt, 4)
+    kinds = [kind for kind, _ in watched.events if kind != "head"]
+    assert kinds == ["forward", "forward", "read", "forward", "read", "forward", "read", "read"]
+
+
+def test_the_head_sees_the_last_position_only(model: Mixtral, prompt: list[int]) -> None:
+    _, watched, _ = _run(model, prompt, 2, prefill_chunk=8)
+    assert [n for kind, n in watched.events if kind == "head"] == [1, 1]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 20, 21, 22])
+def test_chunked_prefill_gives_the_same_tokens(model: Mixtral, prompt: list[int], chunk: int) -> None:
+    done: list[tuple[int, int]] = []
+    tokens, watched, _ = _run(model, prompt, 5, prefill_chunk=chunk, on_prefill=lambda *at: done.append(at))
+    assert tokens == _run(model, prompt, 5)[0]
+    sizes = [n for kind, n in watched.events if kind == "forward"][:-4]
+    assert sum(sizes) == len(prompt)
+    assert max(sizes) <= chunk
+    assert done[-1] == (len(prompt), len(prompt))
+    assert [at for at, _ in done] == sorted({at for at, _ in done})
+
+
+def test_raising_from_the_prefill_callback_cancels(model: Mixtral, prompt: list[int]) -> None:
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(model, prompt, 5, prefill_chunk=4, on_prefill=cancel)
+    assert len(_run(model, prompt, 3)[0]) == 3
+
+
+def test_stats_count_what_happened(model: Mixtral, prompt: list[int]) -> None:
+    _, _, stats = _run(model, prompt, 9, take=4)
+    assert (stats.prompt_tokens, stats.tokens) == (len(prompt), 4)
+    assert stats.time_to_first_token_s > 0
+    assert stats.decode_s > 0
+    assert stats.prompt_tok_s == pytest.approx(len(prompt) / stats.time_to_first_token_s)
+    assert stats.decode_tok_s == pytest.approx(3 / stats.decode_s)
+    assert GenerationStats().decode_tok_s == 0
+    assert set(stats.to_dict()) >= {"prompt_tokens", "tokens", "time_to_first_token_s", "prompt_tok_s", "decode_tok_s"}
+
+
+def test_default_chunk_bounds_what_is_computed_at_once(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loop.PREFILL_CHUNK_TOKENS <= 2048

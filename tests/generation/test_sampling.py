@@ -1,0 +1,172 @@
+"""Sampling against numpy: distributions by counting, penalties by hand, ranges by trying."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_mixtral import SamplingParams
+from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.generation.sampling import Sampler
+
+VOCAB = 24
+LOGITS = (np.random.default_rng(4).standard_normal(VOCAB) * 2).astype(np.float32)
+
+
+def _sampler(prompt: list[int] | None = None, **params: Any) -> Sampler:
+    return Sampler(SamplingParams(**params), prompt or [1], VOCAB)
+
+
+def _draws(count: int, **params: Any) -> np.ndarray[Any, Any]:
+    sampler = _sampler(**params)
+    return np.array([int(sampler(mx.array(LOGITS[None])).token.item()) for _ in range(count)])
+
+
+def _probabilities(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    shifted = np.exp(logits.astype(np.float64) - logits.max())
+    return np.asarray(shifted / shifted.sum())
+
+
+def _wanted(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray[Any, Any]:
+    """The distribution sampling should follow, in float64 and loops."""
+    p = _probabilities(LOGITS / temperature)
+    if top_k:
+        p[np.argsort(-p)[top_k:]] = 0
+        p /= p.sum()
+    reached, kept = 0.0, []
+    for token in np.argsort(-p):
+        if reached >= top_p:
+            break
+        kept.append(token)
+        reached += p[token]
+    q = np.zeros_like(p)
+    q[kept] = p[kept]
+    q[q < min_p * q.max()] = 0
+    return np.asarray(q / q.sum())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5},
+        {"temperature": 2.0, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.7},
+        {"temperature": 1.5, "min_p": 0.2},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
+    count = 3000
+    wanted = _wanted(**params)
+    seen = np.bincount(_draws(count, seed=11, **params), minlength=VOCAB)
+    assert seen[wanted == 0].sum() == 0, "a token that was cut off was drawn"
+    expected = wanted[wanted > 0] * count
+    chi2 = float(((seen[wanted > 0] - expected) ** 2 / expected).sum())
+    freedom = int((wanted > 0).sum()) - 1
+    # 99.99% of a chi-square with k degrees of freedom lies below k + 3.9 sqrt(2k) + 12; the seed is fixed.
+    assert chi2 < freedom + 3.9 * math.sqrt(2 * freedom) + 12
+
+
+def test_same_seed_draws_the_same_and_another_does_not() -> None:
+    first, again, other = (_draws(40, temperature=1.0, seed=seed) for seed in (5, 5, 6))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_seeds_of_any_sign_and_size_work_and_neighbours_are_unrelated() -> None:
+    draws = {seed: tuple(_draws(30, temperature=1.5, seed=seed)) for seed in (-1, 0, 1, 2, 2**40, -(2**63), 2**80)}
+    assert len(set(draws.values())) == len(draws)
+    # A shifted stream would make seed 1 the continuation of seed 0.
+    assert draws[0][1:] != draws[1][:-1]
+
+
+def test_no_seed_differs_between_samplers() -> None:
+    assert len({tuple(_draws(30, temperature=1.5)) for _ in range(3)}) == 3
+
+
+def test_greedy_takes_the_largest_whatever_the_filters() -> None:
+    assert set(_draws(5, top_p=0.1, top_k=3, min_p=0.5)) == {int(LOGITS.argmax())}
+
+
+@given(
+    repetition=st.floats(0.5, 3),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    history=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5),
+)
+@settings(max_examples=60, deadline=None)
+def test_penalties_and_bias_by_hand(
+    repetition: float, presence: float, frequency: float, history: list[int], prompt: list[int]
+) -> None:
+    bias = {3: 1.5, 7: -4.0}
+    sampler = _sampler(
+        prompt,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias=bias,
+    )
+    for token in history:
+        sampler._record(mx.array([token]))
+    ours = np.asarray(sampler._penalised(mx.array(LOGITS[None])))[0]
+    for token in range(VOCAB):
+        wanted = float(LOGITS[token])
+        if token in history or token in prompt:
+            wanted = wanted / repetition if wanted > 0 else wanted * repetition
+        if token in history:
+            wanted -= presence + frequency * history.count(token)
+        assert ours[token] == pytest.approx(wanted + bias.get(token, 0), abs=1e-4)
+
+
+def test_presence_penalty_counts_what_was_generated_not_the_prompt() -> None:
+    best = int(LOGITS.argmax())
+    assert int(_sampler([best], presence_penalty=50)(mx.array(LOGITS[None])).token.item()) == best
+    sampler = _sampler(presence_penalty=50)
+    drawn = [int(sampler(mx.array(LOGITS[None])).token.item()) for _ in range(3)]
+    assert drawn == list(np.argsort(-LOGITS)[:3])
+
+
+def test_bias_of_minus_infinity_bans_a_token() -> None:
+    best = int(LOGITS.argmax())
+    assert int(_sampler(logit_bias={best: -math.inf})(mx.array(LOGITS[None])).token.item()) != best
+
+
+def test_logprobs_are_the_models_own() -> None:
+    sampler = _sampler(temperature=3.0, top_k=2, repetition_penalty=2.0, logit_bias={0: 9.0}, logprobs=4, seed=1)
+    sampled = sampler(mx.array(LOGITS[None]))
+    wanted = np.log(_probabilities(LOGITS))
+    assert sampled.logprob is not None
+    assert sampled.top_ids is not None
+    assert float(sampled.logprob.item()) == pytest.approx(wanted[int(sampled.token.item())], abs=1e-5)
+    assert sampled.top_ids.tolist() == list(np.argsort(-LOGITS)[:4])
+    np.testing.assert_allclose(np.asarray(sampled.top_logprobs), np.sort(wanted)[::-1][:4], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
+        ("top_p", 0), ("top_p", 1.01), ("top_p", -1), ("min_p", 1.5), ("min_p", -0.1), ("top_k", -1), ("top_k", 2.5),
+        ("top_k", None), ("repetition_penalty", 0), ("repetition_penalty", -1), ("presence_penalty", math.inf),
+        ("frequency_penalty", math.nan), ("seed", 1.5), ("seed", "x"), ("seed", True), ("logprobs", -1),
+        ("logprobs", 101), ("logit_bias", {-1: 1.0}), ("logit_bias", {2: math.nan}), ("logit_bias", {"a": 1.0}),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_named(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=name) as caught:
+        SamplingParams(**{name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_bias_beyond_the_vocabulary_is_an_error() -> None:
+    with pytest.raises(InvalidRequestError, match=r"token 24.*24"):
+        _sampler(logit_bias={24: 1.0})

@@ -1,0 +1,72 @@
+"""Every example runs top to bottom on the bundled checkpoint and prints what it is about."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def run(name: str, *arguments: object) -> str:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")]),
+        "PYTHONIOENCODING": "utf-8",
+        "PYTHONWARNINGS": "error",
+    }
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_generate_is_repeatable_and_greedy_differs_from_sampled() -> None:
+    first, second = run("generate.py", Path("mlx_mixtral/demo/tiny-mixtral").absolute()), run("generate.py")
+    assert first.splitlines()[:2] == second.splitlines()[:2]
+    greedy, sampled, figures = first.splitlines()[0], first.splitlines()[1], first.splitlines()[-1]
+    assert greedy.startswith("In the beginning ")
+    assert sampled.startswith("In the beginning")
+    assert greedy != sampled
+    assert re.fullmatch(r"\d+ tokens, [\d.]+ tok/s, ended by (length|stop)", figures)
+
+
+def test_stream_continues_the_prompt() -> None:
+    text, figures = run("stream.py", EXAMPLES.parent / "mlx_mixtral/demo/tiny-mixtral", "In the beginning").splitlines()
+    assert text.startswith("In the beginning")
+    assert len(text) > len("In the beginning") + 5
+    assert re.fullmatch(r"\d+ tokens, [\d.]+ nats each", figures)
+
+
+def test_chat_holds_two_turns() -> None:
+    shown = run("chat.py")
+    assert shown.count("user: ") == shown.count("assistant: ") == 2
+    assert re.search(r"\d+ tokens before the last answer", shown)
+
+
+def test_convert_follows_its_recipe(tmp_path: Path) -> None:
+    shown = run("convert.py", ROOT / "mlx_mixtral" / "demo" / "tiny-mixtral", tmp_path / "out")
+    assert re.search(r"attention +8\.50 bits", shown)
+    assert re.search(r"expert +3\.50 bits", shown)
+    assert re.search(r"router +16\.00 bits", shown)
+    assert (tmp_path / "out" / "conversion.json").is_file()
+
+
+def test_two_requests_take_turns_and_one_is_cancelled() -> None:
+    lines = run("asyncio_two_requests.py").splitlines()
+    assert any(re.match(r"first \(\d+ tokens, (length|stop)\): And God said .+", line) for line in lines)
+    assert any(re.match(r"second \(10 tokens, cancelled\): Au commencement.+", line) for line in lines)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short_and_public(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert 20 <= len(source.splitlines()) <= 50
+    imported = re.findall(r"from (mlx_mixtral[\w.]*) import|import (mlx_mixtral[\w.]*)", source)
+    assert {a or b for a, b in imported} <= {"mlx_mixtral", "mlx_mixtral.demo", "mlx_mixtral_convert"}

@@ -1,0 +1,406 @@
+"""Resolving sources against a small hub on this machine: which files come, and what each failure says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError
+from mlx_mixtral.hub import parse_repository, resolve, wanted_files
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ROOT = Path(__file__).parents[1]
+FILES = {
+    "config.json": b'{"model_type": "mixtral"}',
+    "generation_config.json": b'{"eos_token_id": 2}',
+    "tokenizer.model": b"pieces",
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b'{"add_bos_token": true}',
+    "chat_template.jinja": b"{{ messages }}",
+    "LICENSE": b"Apache-2.0",
+    "model-00001-of-00002.safetensors": b"1" * 100,
+    "model-00002-of-00002.safetensors": b"2" * 50,
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    ).encode(),
+    "consolidated.safetensors": b"twice" * 100,
+    "consolidated.00.pt": b"three times" * 100,
+    "pytorch_model.bin": b"four times" * 100,
+    "README.md": b"# Model",
+    ".gitattributes": b"",
+    "original/model.safetensors": b"five times" * 100,
+}
+SMALL = sorted(name for name in FILES if name.startswith(("config", "generation", "tokenizer", "chat", "LICENSE")))
+WEIGHTS = [
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+]
+# What the subprocess runs: huggingface_hub reads its settings when it is imported.
+SCRIPT = """
+import json, sys
+from mlx_mixtral.errors import MixtralError
+from mlx_mixtral.hub import resolve
+seen = []
+try:
+    folder = resolve(*json.loads(sys.argv[1]), **json.loads(sys.argv[2]), progress=lambda *step: seen.append(step))
+    print(json.dumps({"folder": str(folder), "seen": seen}))
+except MixtralError as error:
+    print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+"""
+
+
+@dataclass
+class FakeHub:
+    """Answers of the hub, and the files asked for."""
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=lambda: dict(FILES))
+    failure: tuple[int, str] | None = None
+    downloads: list[str] = field(default_factory=list)
+
+
+def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            if "/nobody/" in path:
+                self._fail(404, "RepoNotFound")
+            elif "/gated/" in path:
+                self._fail(403, "GatedRepo")
+            elif "/no-such-revision" in path:
+                self._fail(404, "RevisionNotFound")
+            elif hub.failure is not None:
+                self._fail(*hub.failure)
+            elif path.startswith("/api/models/owner/model/tree/"):
+                self._answer(json.dumps([self._entry(name) for name in hub.files]).encode(), {})
+            elif path.startswith("/api/models/owner/model"):
+                siblings = [{"rfilename": name, "size": len(data)} for name, data in hub.files.items()]
+                self._answer(json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": siblings}).encode(), {})
+            elif path.startswith("/owner/model/resolve/"):
+                name = path.split("/resolve/", 1)[1].split("/", 1)[1]
+                data = hub.files[name]
+                if self.command == "GET":
+                    hub.downloads.append(name)
+                tag = hashlib.sha1(data).hexdigest()
+                self._answer(data, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
+            else:
+                self._fail(404, "EntryNotFound")
+
+        def _entry(self, name: str) -> dict[str, Any]:
+            data = hub.files[name]
+            return {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": name}
+
+        def _answer(self, data: bytes, headers: dict[str, str]) -> None:
+            self.send_response(200)
+            for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        def _fail(self, status: int, code: str) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", f"{code} said the hub")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    return Handler
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    fake = FakeHub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(fake))
+    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield fake
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def ask(home: Path, url: str, *args: Any, settings: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+    """``resolve(*args, **options)`` in a fresh process that knows only this hub; what it printed must be the result alone."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_ETAG_TIMEOUT": "2", "PYTHONPATH": str(ROOT), "NO_PROXY": "*",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(args), json.dumps(options)],
+        env=environment | (settings or {}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert isinstance(result, dict)
+    if "error" not in result:
+        assert done.stderr == ""
+    else:
+        assert "\n" not in result["message"]
+    return result
+
+
+def present(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_only_the_files_that_are_read_are_downloaded(tmp_path: Path, hub: FakeHub) -> None:
+    result = ask(tmp_path, hub.url, "owner/model")
+    assert sorted(hub.downloads) == sorted(SMALL + WEIGHTS)
+    assert present(result["folder"]) == {name: FILES[name] for name in SMALL + WEIGHTS}
+    assert Path(result["folder"]).name == COMMIT
+    total = sum(len(FILES[name]) for name in SMALL + WEIGHTS)
+    assert result["seen"][-1] == [total, total]
+    assert [done for done, _ in result["seen"]] == sorted(done for done, _ in result["seen"])
+    assert len(result["seen"]) > 2
+
+
+def test_a_second_call_downloads_nothing(tmp_path: Path, hub: FakeHub) -> None:
+    first = ask(tmp_path, hub.url, "owner/model")
+    hub.downloads.clear()
+    assert ask(tmp_path, hub.url, "owner/model@main")["folder"] == first["folder"]
+    assert hub.downloads == []
+
+
+def test_without_weights_only_small_files_come(tmp_path: Path, hub: FakeHub) -> None:
+    result = ask(tmp_path, hub.url, "owner/model", weights=False)
+    assert sorted(hub.downloads) == SMALL
+    assert sorted(present(result["folder"])) == SMALL
+
+
+def test_offline_the_cached_copy_is_used(tmp_path: Path, hub: FakeHub) -> None:
+    first = ask(tmp_path, hub.url, "owner/model")
+    hub.downloads.clear()
+    offline = ask(tmp_path, hub.url, "owner/model", settings={"HF_HUB_OFFLINE": "1"})
+    unreachable = ask(tmp_path, "http://127.0.0.1:9", "owner/model")
+    hub.failure = (503, "")
+    in_trouble = ask(tmp_path, hub.url, "owner/model")
+    assert first["folder"] == offline["folder"] == unreachable["folder"] == in_trouble["folder"]
+    assert hub.downloads == []
+
+
+def test_offline_an_incomplete_copy_is_named(tmp_path: Path, hub: FakeHub) -> None:
+    folder = Path(ask(tmp_path, hub.url, "owner/model")["folder"])
+    (folder / WEIGHTS[1]).unlink()
+    result = ask(tmp_path, hub.url, "owner/model", settings={"HF_HUB_OFFLINE": "1"})
+    assert result["error"] == "HubError"
+    assert f"lacks {WEIGHTS[1]} and the hub cannot be reached" in result["message"]
+    small = ask(tmp_path, hub.url, "owner/model", weights=False, settings={"HF_HUB_OFFLINE": "1"})
+    assert small["folder"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        (
+            "gated/model",
+            {},
+            ["gated/model is gated", "accept its licence on https://huggingface.co/gated/model", "HF_TOKEN"],
+        ),
+        ("nobody/model", {}, ["nobody/model", "no such public repository", "hf auth login"]),
+        ("owner/model@no-such-revision", {}, ["owner/model has no revision 'no-such-revision'"]),
+        ("owner/model", {"revision": "no-such-revision"}, ["no revision 'no-such-revision'"]),
+    ],
+)
+def test_what_the_hub_refuses_is_explained(
+    tmp_path: Path, hub: FakeHub, source: str, options: dict[str, Any], words: list[str]
+) -> None:
+    result = ask(tmp_path, hub.url, source, **options)
+    assert result["error"] == "HubError"
+    for word in words:
+        assert word in result["message"]
+    assert hub.downloads == []
+
+
+@pytest.mark.parametrize("settings", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_no_connection_and_no_cached_copy(tmp_path: Path, hub: FakeHub, settings: dict[str, str]) -> None:
+    result = ask(tmp_path, hub.url, "owner/model", settings=settings)
+    assert result["error"] == "HubError"
+    assert "the hub cannot be reached and there is no cached copy" in result["message"]
+
+
+def test_a_refused_token_is_explained(tmp_path: Path, hub: FakeHub) -> None:
+    hub.failure = (401, "")
+    result = ask(tmp_path, hub.url, "owner/model")
+    assert result["error"] == "HubError"
+    assert "HF_TOKEN" in result["message"]
+
+
+def test_a_repository_without_safetensors_is_refused_before_downloading(tmp_path: Path, hub: FakeHub) -> None:
+    hub.files = {name: data for name, data in FILES.items() if not name.startswith("model") or "/" in name}
+    result = ask(tmp_path, hub.url, "owner/model")
+    assert result["error"] == "HubError"
+    assert (
+        "owner/model: the repository has no model*.safetensors weights (only consolidated.00.pt and 2 more)"
+        in (result["message"])
+    )
+    assert hub.downloads == []
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def full(*args: Any, **options: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    siblings = [{"rfilename": name, "size": 1} for name in ("config.json", "model.safetensors")]
+    info = huggingface_hub.ModelInfo(id="owner/model", siblings=siblings)  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(HubError, match=r"owner/model: the disk of the hub's cache is full.*HF_HOME"):
+        resolve("owner/model")
+
+
+def test_folders_are_used_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve(tmp_path) == tmp_path
+    assert resolve("owner/model") == Path("owner/model")
+    with pytest.raises(InvalidRequestError, match="is a folder; revision 'main' applies to hub repositories only"):
+        resolve("owner/model", revision="main")
+
+
+@pytest.mark.parametrize(
+    "source", ["absent", "./absent", "../owner/model", "/absent/model", "a/b/c", "~/absent", "x y/z"]
+)
+def test_a_path_that_is_not_there_is_never_looked_up_on_the_hub(source: str) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        resolve(source)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        resolve(Path(source))
+
+
+def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is a file, not a checkpoint folder"):
+        resolve(tmp_path / "model.safetensors")
+
+
+def test_repositories_and_revisions_are_told_apart() -> None:
+    assert parse_repository("owner/model") == ("owner/model", None)
+    assert parse_repository("owner/model-v0.1@refs/pr/4") == ("owner/model-v0.1", "refs/pr/4")
+    assert parse_repository("owner/model", "v1") == ("owner/model", "v1")
+    assert parse_repository("owner/model@v1", "v1") == ("owner/model", "v1")
+    assert parse_repository(Path("owner/model")) is None
+    with pytest.raises(InvalidRequestError, match="names revision 'v1', the argument 'v2'"):
+        parse_repository("owner/model@v1", "v2")
+
+
+def test_single_files_and_other_names_are_chosen_too() -> None:
+    assert wanted_files(["config.json", "model.safetensors", "adapter.safetensors"]) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert wanted_files(["config.json", "weights.safetensors", "consolidated.safetensors"]) == [
+        "config.json",
+        "weights.safetensors",
+    ]
+
+
+BIN = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
+NATIVE = ["consolidated.00.pt", "consolidated.01.pt"]
+SPLIT = ["big.Q8_0-00001-of-00002.gguf", "big.Q8_0-00002-of-00002.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("names", "weights"),
+    [
+        (["config.json", *BIN, *NATIVE, "optimizer.bin"], BIN),
+        (["config.json", "pytorch_model.bin", "training_args.bin"], ["pytorch_model.bin"]),
+        (["params.json", *NATIVE, "small.gguf"], NATIVE),
+        (["params.json", "consolidated.00.pth", *NATIVE], ["consolidated.00.pth"]),
+        (["params.json", "consolidated.safetensors", *NATIVE], ["consolidated.safetensors"]),
+        (["config.json", "model.safetensors", *BIN, *NATIVE, *SPLIT], ["model.safetensors"]),
+        (["small.gguf", "README.md"], ["small.gguf"]),
+        (SPLIT, SPLIT),
+    ],
+)
+def test_the_converter_takes_one_kind_of_weights(names: list[str], weights: list[str]) -> None:
+    small = [name for name in names if name in ("config.json", "params.json")]
+    assert sorted(wanted_files(names, convertible=True)) == sorted(small + weights)
+    if "model.safetensors" not in names and "consolidated.safetensors" not in names:
+        with pytest.raises(HubError, match="mlx-mixtral convert reads those, downloaded whole"):
+            wanted_files(names)
+
+
+def test_one_gguf_of_several_has_to_be_named() -> None:
+    names = ["config.json", "a.Q4_0.gguf", "a.Q8_0.gguf", *SPLIT]
+    with pytest.raises(
+        HubError, match=r"has 3 GGUF files; name one as owner/name:FILE, of a\.Q4_0\.gguf, a\.Q8_0\.gguf, big"
+    ):
+        wanted_files(names, convertible=True)
+    assert wanted_files(names, convertible=True, file="a.Q8_0.gguf") == ["config.json", "a.Q8_0.gguf"]
+    assert wanted_files(names, convertible=True, file=SPLIT[0]) == ["config.json", *SPLIT]
+    with pytest.raises(HubError, match=r"has no file b\.gguf; it has a\.Q4_0\.gguf"):
+        wanted_files(names, convertible=True, file="b.gguf")
+
+
+def test_a_file_of_a_repository_is_told_apart() -> None:
+    assert parse_repository("owner/model:a.Q4_0.gguf") == ("owner/model", None)
+    assert parse_repository("owner/model@refs/pr/4:a.gguf") == ("owner/model", "refs/pr/4")
+    assert parse_repository("owner/model:../a.gguf") is None
+    assert parse_repository("owner/model:a.bin") is None
+
+
+@pytest.mark.parametrize("source", ["owner/model:a.gguf", "owner/model@main:a.gguf"])
+def test_a_named_gguf_comes_alone_and_offline_from_the_cache(tmp_path: Path, hub: FakeHub, source: str) -> None:
+    hub.files = {"a.gguf": b"GGUFa", "b.gguf": b"GGUFb", "model.safetensors": b"x", "tokenizer.model": b"pieces"}
+    result = ask(tmp_path, hub.url, source, convertible=True)
+    assert Path(result["folder"]).read_bytes() == b"GGUFa"
+    assert sorted(hub.downloads) == ["a.gguf", "tokenizer.model"]
+    assert ask(tmp_path, hub.url, source, convertible=True, settings={"HF_HUB_OFFLINE": "1"}) | {
+        "seen": 0
+    } == result | {"seen": 0}
+    other = ask(tmp_path, hub.url, "owner/model:b.gguf", convertible=True, settings={"HF_HUB_OFFLINE": "1"})
+    assert other["error"] == "HubError"
+    assert "has no file b.gguf" in other["message"]
+
+
+def test_a_named_gguf_is_for_the_converter(tmp_path: Path, hub: FakeHub) -> None:
+    result = ask(tmp_path, hub.url, "owner/model:a.gguf")
+    assert result["error"] == "CheckpointError"
+    assert "has to be converted first: mlx-mixtral convert owner/model:a.gguf DEST" in result["message"]
+    assert hub.downloads == []
+
+
+def test_offline_every_file_of_an_index_or_a_split_has_to_be_there(tmp_path: Path, hub: FakeHub) -> None:
+    index = json.dumps({"weight_map": {"a": BIN[0], "b": BIN[1]}}).encode()
+    hub.files = {"config.json": b"{}", BIN[0]: b"1", BIN[1]: b"2", BIN[2]: index}
+    folder = Path(ask(tmp_path / "bin", hub.url, "owner/model", convertible=True)["folder"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(hub.files)
+    (folder / BIN[1]).unlink()
+    offline = {"HF_HUB_OFFLINE": "1"}
+    result = ask(tmp_path / "bin", hub.url, "owner/model", convertible=True, settings=offline)
+    assert f"lacks {BIN[1]} and the hub cannot be reached" in result["message"]
+    hub.files = dict.fromkeys(SPLIT, b"GGUF")
+    folder = Path(ask(tmp_path / "gguf", hub.url, "owner/model", convertible=True)["folder"])
+    (folder / SPLIT[1]).unlink()
+    result = ask(tmp_path / "gguf", hub.url, "owner/model", convertible=True, settings=offline)
+    assert f"lacks {SPLIT[1]} and the hub cannot be reached" in result["message"]
