@@ -1,6 +1,6 @@
 """Two requests in turn on one model inside an asyncio program; the second is cancelled half-way.
 
-    python examples/asyncio_two_requests.py [MODEL]
+python examples/asyncio_two_requests.py [MODEL]
 """
 
 import asyncio

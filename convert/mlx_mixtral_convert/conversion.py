@@ -179,9 +179,7 @@ def convert(
         )
 
 
-def _fit(
-    tensors: TensorSource, budget: int, calibration: Calibration | None, rounding: str, dtype: str
-) -> Recipe:
+def _fit(tensors: TensorSource, budget: int, calibration: Calibration | None, rounding: str, dtype: str) -> Recipe:
     """Fit the files, headers included, and not the tensors alone."""
     scale_bytes = 4 if dtype == "float32" else 2
     losses = calibration.losses if calibration is not None else None

@@ -67,10 +67,16 @@ def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[st
     help="Type of scales and norms; with --to hf, of all weights.",
 )  # fmt: skip
 @click.option("--recipe", "recipe_name", metavar="NAME|FILE", help="A named recipe, or one as JSON.")
-@click.option("--rounding", type=click.Choice(ROUNDINGS), help="How codes are chosen at the same format.  [default: plain]")
-@click.option("--calibration", type=click.Path(), metavar="FILE", help="What `mlx-mixtral calibrate` measured on SOURCE.")
+@click.option(
+    "--rounding", type=click.Choice(ROUNDINGS), help="How codes are chosen at the same format.  [default: plain]"
+)
+@click.option(
+    "--calibration", type=click.Path(), metavar="FILE", help="What `mlx-mixtral calibrate` measured on SOURCE."
+)
 @click.option("--fit", metavar="SIZE|mac", help="Choose bits so that the weights fit a size, or this Mac.")
-@click.option("--context", type=int, metavar="N", help="Tokens of KV cache that --fit mac leaves room for.  [default: 4096]")
+@click.option(
+    "--context", type=int, metavar="N", help="Tokens of KV cache that --fit mac leaves room for.  [default: 4096]"
+)
 @click.option(
     "--override",
     callback=parse_overrides,
@@ -81,7 +87,9 @@ def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[st
 @click.option(
     "--exact", is_flag=True, help="Keep the packing of a quantised source: integers move as they are wherever they fit."
 )
-@click.option("--kind", metavar="KIND", default="auto", show_default=True, help="Layout of SOURCE: gguf, hf, native, ...")
+@click.option(
+    "--kind", metavar="KIND", default="auto", show_default=True, help="Layout of SOURCE: gguf, hf, native, ..."
+)
 @click.option("--overwrite", is_flag=True, help="Replace DEST if it is a finished conversion of ours.")
 @click.option("--restart", is_flag=True, help="Forget what an interrupted conversion to DEST left.")
 @click.option("--stream", is_flag=True, help="Fetch a hub repository's weights as they are needed; store none of them.")

@@ -58,7 +58,8 @@ class Calibration:
             ConversionError: it cannot be written.
         """
         try:
-            save_file(self._arrays(), str(path), {"format": FORMAT, "header": self._header()})
+            # One key: safetensors writes several in an order of its own, another one each time.
+            save_file(self._arrays(), str(path), {FORMAT: self._header()})
         except (OSError, SafetensorError) as error:
             raise ConversionError(f"calibration {path} cannot be written: {error}") from error
 
@@ -71,11 +72,11 @@ class Calibration:
         """
         try:
             with safe_open(str(path), "numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
+                header_text = (file.metadata() or {}).get(FORMAT)
+                if header_text is None:
                     raise CheckpointError(f"{path} is not a calibration file; make one with mlx-mixtral calibrate")
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = json.loads(metadata["header"])
+            header = json.loads(header_text)
             return cls(
                 header["identity"],
                 arrays.pop("tokens"),
