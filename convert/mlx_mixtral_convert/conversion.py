@@ -27,6 +27,7 @@ from mlx_mixtral_convert.recipes import Recipe
 from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
 from mlx_mixtral_convert.recipes.fit import predicted_kl
 from mlx_mixtral_convert.recipes.machine import room_for_weights
+from mlx_mixtral_convert.rehearsal import rehearse
 from mlx_mixtral_convert.report import ConversionReport, Progress, part_sizes, peak_memory_bytes
 from mlx_mixtral_convert.rounding import Gptq, make_rounder
 from mlx_mixtral_convert.sources import GeneratedFiles, TensorSource, open_source
@@ -82,7 +83,7 @@ def convert(
         overwrite: replace a finished conversion at ``dest``, once the new one is complete.
         restart: forget what an interrupted conversion left.
         stream: fetch a hub repository's weights by byte range as they are needed, and store none of them.
-        dry_run: check and plan everything, write nothing.
+        dry_run: check and plan everything, pack one matrix on trial to tell the time, write nothing.
         calibration: of this checkpoint, or its file: weights the search of ``rounding``, is needed by ``gptq``, and gives
             ``fit`` its losses.
         fit: the size of the weight files ("20GB", bytes) to choose bits for; of ``recipe`` only the rounding counts then.
@@ -142,6 +143,7 @@ def convert(
         free = destination.free_bytes()
         written: Written | None = None
         resumed_layers = 0
+        needs = rehearse(tensors, plan, rounder) if dry_run else None
         if not dry_run:
             origin = _origin(source, revision, folder, tensors)
             identity = _identity(origin, plan, recorded, small)
@@ -175,6 +177,8 @@ def convert(
             disk_free_bytes=free,
             dry_run=dry_run,
             packings=tuple(packed_as(plan, written)),
+            expected_seconds=needs.seconds if needs else None,
+            expected_memory_bytes=needs.memory_bytes if needs else None,
             predicted_kl=predicted_kl(tensors.config, plan.specs, calibrated.losses if calibrated else None),
         )
 

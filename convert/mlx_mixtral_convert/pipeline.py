@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.layout import Field, Matrix, module_tensor
-from mlx_mixtral.weights.dtypes import NUMPY_DTYPES, bytes_of
+from mlx_mixtral.weights.dtypes import MLX_DTYPES, NUMPY_DTYPES, bytes_of
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.journal import CancelledError, Journal
 from mlx_mixtral_convert.measure import ErrorSum
@@ -29,8 +29,9 @@ from mlx_mixtral_convert.rounding import Rounder
 from mlx_mixtral_convert.sources import PackedSource, TensorSource, Values
 from mlx_mixtral_convert.write import ShardWriter
 
-__all__ = ["Written", "write_weights"]
+__all__ = ["Piece", "Written", "pack_piece", "packed_arrays", "read_piece", "write_weights"]
 
+_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 Step = Callable[[Matrix, int], None]
 Packed = Mapping[str, mx.array] | Mapping[str, Values] | Mapping[Field, Values]
 
@@ -81,7 +82,7 @@ def write_weights(
                 assert ahead is not None
                 piece = ahead.result()
                 ahead = _read_next(reader, source, plan, pieces)
-                packed = _pack(plan, piece, rounder)
+                packed = pack_piece(plan, piece, rounder)
                 if written is not None:
                     written.result()
                 written = writer.submit(_store, out, plan, piece, packed, errors.get(piece.matrix.path))
@@ -109,7 +110,7 @@ def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """One expert of a matrix: values as read, the same in the conversion's float type, and the memory they were read into."""
 
     matrix: Matrix
@@ -144,17 +145,17 @@ def _pieces(shards: list[ShardPlan]) -> Iterator[tuple[Matrix, int]]:
 
 def _read_next(
     reader: ThreadPoolExecutor, source: TensorSource, plan: Plan, pieces: Iterator[tuple[tuple[Matrix, int], mx.array]]
-) -> Future[_Piece] | None:
+) -> Future[Piece] | None:
     if (following := next(pieces, None)) is None:
         return None
     (matrix, expert), scratch = following
-    return reader.submit(_read, source, plan, matrix, expert, scratch)
+    return reader.submit(read_piece, source, plan, matrix, expert, scratch)
 
 
-def _read(source: TensorSource, plan: Plan, matrix: Matrix, expert: int, scratch: mx.array) -> _Piece:
+def read_piece(source: TensorSource, plan: Plan, matrix: Matrix, expert: int, scratch: mx.array) -> Piece:
     values, name = source.read(matrix, expert, bytes_of(scratch)), source.name(matrix, expert)
     if not plan.keeps(matrix.path):
-        return _Piece(matrix, expert, name, values, cast(values, plan.dtype, name), scratch)
+        return Piece(matrix, expert, name, values, cast(values, plan.dtype, name), scratch)
     assert isinstance(source, PackedSource)
     # The values are searched for NaN, and measured against.
     typed = cast(values, values.dtype, name)
@@ -164,10 +165,10 @@ def _read(source: TensorSource, plan: Plan, matrix: Matrix, expert: int, scratch
         else Values(array, "U32" if field == "weight" else "U8")
         for field, array in source.read_packed(matrix, expert).items()
     }
-    return _Piece(matrix, expert, name, values, typed, scratch, packed)
+    return Piece(matrix, expert, name, values, typed, scratch, packed)
 
 
-def _pack(plan: Plan, piece: _Piece, rounder: Rounder | None) -> Packed:
+def pack_piece(plan: Plan, piece: Piece, rounder: Rounder | None) -> Packed:
     spec = plan.specs[piece.matrix.path]
     if piece.packed is not None:
         return piece.packed
@@ -182,21 +183,26 @@ def _pack(plan: Plan, piece: _Piece, rounder: Rounder | None) -> Packed:
     return quantize(piece.typed, spec, piece.name, piece.scratch, rounding)
 
 
+def packed_arrays(packed: Packed) -> dict[str, npt.NDArray[Any]]:
+    """The fields in numpy, where they lie; bfloat16 as uint16."""
+    return {
+        str(field): array.array
+        if isinstance(array, Values)
+        else bytes_of(array).view(NUMPY_DTYPES[_NAMES[array.dtype]]).reshape(array.shape)
+        for field, array in packed.items()
+    }
+
+
 def _store(
     out: ShardWriter,
     plan: Plan,
-    piece: _Piece,
+    piece: Piece,
     packed: Packed,
     error: ErrorSum | None,
 ) -> None:
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for field, array in packed.items():
-        tensor = out.shard.tensors[f"{piece.matrix.path}.{field}"]
-        if isinstance(array, mx.array):
-            arrays[field] = bytes_of(array).view(NUMPY_DTYPES[tensor.dtype]).reshape(array.shape)
-        else:
-            arrays[field] = array.array
-        out.append(tensor.name, arrays[field])
+    arrays = packed_arrays(packed)
+    for field, array in arrays.items():
+        out.append(f"{piece.matrix.path}.{field}", array)
     spec = plan.specs[piece.matrix.path]
     if error is not None and spec is not None:
         error.add(piece.values, arrays, plan.dtype, spec)

@@ -89,6 +89,10 @@ class ConversionReport:
     """KL to the source in nats a token, from the calibration or built-in losses; None for packings they do not know."""
     packings: tuple[PackedAs, ...] = ()
     """What an exact conversion did with each type of its source."""
+    expected_seconds: float | None = None
+    """Of a dry run: what a conversion should take, from one matrix packed on trial; None where that says nothing."""
+    expected_memory_bytes: int | None = None
+    """Of a dry run: memory that a conversion should need at most."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""

@@ -79,7 +79,9 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
         line += f", expected loss {report['predicted_kl']:.3g} nats a token"
     if report["dry_run"]:
         needed, free = format_bytes(report["disk_needed_bytes"]), format_bytes(report["disk_free_bytes"])
-        console.print(f"{line}\n{needed} of disk needed, {free} free\n", soft_wrap=True)
+        expected = "" if report["expected_seconds"] is None else f"about {seconds(report['expected_seconds'])}, "
+        expected += f"up to {format_bytes(report['expected_memory_bytes'])} of memory"
+        console.print(f"{line}\n{needed} of disk needed, {free} free; {expected}\n", soft_wrap=True)
     else:
         resumed = f", {report['resumed_layers']} of {report['layers']} layers kept from before" * bool(
             report["resumed_layers"]

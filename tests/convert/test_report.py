@@ -74,6 +74,28 @@ def test_a_dry_run_promises_what_the_run_delivers_and_writes_nothing(tiny: Path,
         ]
 
     assert promised(planned) == promised(done)
+    assert planned.expected_seconds is not None
+    assert planned.expected_seconds > 0
+    assert planned.expected_memory_bytes is not None
+    assert planned.expected_memory_bytes > done.peak_memory_bytes > 0
+    assert done.expected_seconds is done.expected_memory_bytes is None
+
+
+def test_expected_memory_grows_with_the_largest_matrix_and_not_with_the_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_mixtral_convert.rehearsal.peak_memory_bytes", lambda: 0)
+
+    def expected(**shape: int) -> int:
+        source = make_checkpoint(tmp_path / "-".join(map(str, shape.values())), **shape)
+        found = convert(source, tmp_path / "out", dry_run=True).expected_memory_bytes
+        assert found is not None
+        return found
+
+    few = expected(num_hidden_layers=1, vocab_size=4096)
+    assert expected(num_hidden_layers=6, vocab_size=4096) == few
+    # Three matrices in bfloat16, and their packed forms of 4.5 bits.
+    assert expected(num_hidden_layers=1, vocab_size=8192) - few == 3 * 4096 * 128 * (2 + 4.5 / 8)
 
 
 def test_a_dry_run_still_refuses_what_the_run_would(tmp_path: Path) -> None:
