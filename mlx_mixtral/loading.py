@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-from mlx_mixtral.config import MixtralConfig
-from mlx_mixtral.device import DTYPE_NAMES, current_device
-from mlx_mixtral.errors import ContextLengthError, InvalidRequestError, MemoryBudgetError
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.budget import DEFAULT_CONTEXT_TOKENS, RESIDENT_CHUNK_TOKENS, Demands, Planned
+from mlx_mixtral.device import DTYPE_NAMES, Device, current_device
+from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
+from mlx_mixtral.experts.machine import read_system_memory, usable_bytes
+from mlx_mixtral.experts.plan import Speeds, plan_residency
+from mlx_mixtral.experts.residency import Residency
+from mlx_mixtral.experts.speeds import measure_speeds
+from mlx_mixtral.experts.trace import RoutingTrace, hit_rates, published_trace
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.mixtral import MixtralModel
-from mlx_mixtral.sizes import format_bytes, parse_size
-from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
+from mlx_mixtral.sizes import parse_size
+from mlx_mixtral.weights.checkpoint import CheckpointReader
+from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral.weights.fill import fill
 
-__all__ = ["LoadProgress", "load_module"]
+__all__ = ["TRACE_FILE", "LoadProgress", "Planner", "load_module", "refuse_cpu_gather"]
 
-DEFAULT_CONTEXT_TOKENS = 4096
+TRACE_FILE = "routing_trace.safetensors"
+"""A routing trace of the model itself, beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -27,52 +39,105 @@ class LoadProgress:
     total_bytes: int
 
 
+class Planner:
+    """Plans which experts of a model stay in memory, and changes that under a loaded one.
+
+    Speeds are measured, and curves of hit rates made, when the first budget that cannot hold everything needs them.
+    """
+
+    def __init__(self, builder: Builder, device: Device) -> None:
+        self.builder, self.device = builder, device
+        self.sizes = builder.sizes()
+
+    def demands(self, context: int | None) -> Demands:
+        """What the model needs beside experts, with ``context`` tokens of KV cache.
+
+        Raises:
+            InvalidRequestError, ContextLengthError: not a number of tokens the model can hold.
+        """
+        config = self.builder.config
+        if context is not None and (not isinstance(context, int) or isinstance(context, bool) or context < 1):
+            raise InvalidRequestError(f"context is {context!r}; it must be a number of tokens, at least 1")
+        if context is not None and context > config.max_position_embeddings:
+            raise ContextLengthError(
+                f"context is {context}; the model's own is {config.max_position_embeddings} tokens"
+            )
+        tokens = context or min(config.max_position_embeddings, DEFAULT_CONTEXT_TOKENS)
+        reading = 0 if config.is_dense else self.builder.store.reading_bytes
+        return Demands(config, self.sizes, tokens, self.builder.item_bytes, self.device.kind == "cpu", reading)
+
+    def plan(self, memory: str | int | None, context: int | None) -> Planned:
+        """What stays in memory under a budget; None means what this machine can give.
+
+        Raises:
+            InvalidRequestError, ContextLengthError: sizes that are none.
+            MemoryBudgetError: the budget is below the least the model can do with.
+            CheckpointError: an expert cannot be read to see how fast the disk is.
+        """
+        demands = self.demands(context)
+        budget = self._budget(memory)
+        if budget is None or demands.everything_bytes <= budget:
+            return Planned(demands, None if memory is None else budget, RESIDENT_CHUNK_TOKENS, None)
+        chunk = demands.chunk_tokens(budget)
+        room = demands.room_for_experts(budget, chunk)
+        if self.builder.config.is_dense:
+            return Planned(demands, budget, chunk, None)
+        return Planned(demands, budget, chunk, plan_residency(self.sizes, room, self.speeds, self.hit_rates))
+
+    @cached_property
+    def speeds(self) -> Speeds:
+        """Measured on the checkpoint: a fraction of a second."""
+        builder, kinds = self.builder, self.sizes.kinds
+        layers = [layer for layer, kind in enumerate(kinds) if kind == kinds[0]]
+        x = mx.ones((1, builder.config.hidden_size), MLX_DTYPES[builder.dtype])
+        return measure_speeds(builder.store, builder.bank(0, 1), layers, x)
+
+    @cached_property
+    def hit_rates(self) -> npt.NDArray[np.float64]:
+        """Of the model's own routing trace where it has one beside its weights, else of the published repeat rates."""
+        config, own = self.builder.config, self.builder.checkpoint.folder / TRACE_FILE
+        trace = RoutingTrace.load(own) if own.is_file() else None
+        shape = (config.num_hidden_layers, config.num_experts_per_tok)
+        if trace is None or (trace.experts.shape[1:], trace.num_experts) != (shape, config.num_local_experts):
+            trace = published_trace(shape[0], config.num_local_experts, shape[1])
+        return hit_rates(trace, self.builder.policy)
+
+    def _budget(self, memory: str | int | None) -> int | None:
+        if memory is not None:
+            return parse_size(memory)
+        return usable_bytes(self.device, read_system_memory())
+
+
 def load_module(
-    config: MixtralConfig,
-    checkpoint: Checkpoint,
-    dtype: str,
-    memory: str | int | None,
-    context: int | None,
-    progress: Callable[[LoadProgress], None] | None,
-) -> MixtralModel:
-    builder = Builder(config, checkpoint, dtype)
-    _refuse_cpu_gather(builder)
-    _check_budget(config, builder, memory, context)
-    module = builder.build()
+    planner: Planner, planned: Planned, progress: Callable[[LoadProgress], None] | None
+) -> tuple[MixtralModel, Residency]:
+    """Allocate the model and read what stays in memory.
+
+    Raises:
+        CheckpointError: weights that cannot be read or held.
+    """
+    builder, plan = planner.builder, planned.residency
+    slots, overflow = (None, None) if plan is None else (plan.slots, plan.overflow_slots)
+    module = builder.build(slots, overflow)
     total = sum(item.nbytes for item in builder.fills)
 
     def report(done_bytes: int) -> None:
         if progress is not None:
             progress(LoadProgress(done_bytes, total))
 
-    with CheckpointReader(checkpoint) as reader:
+    with CheckpointReader(builder.checkpoint) as reader:
         fill(reader, builder.fills, report)
-    return module
+    builder.fills.clear()
+    residency = Residency(builder.store, planner.sizes, module.gathered, builder.overflow, planned, builder.policy)
+    builder.overflow = {}
+    return module, residency
 
 
-def _refuse_cpu_gather(builder: Builder) -> None:
+def refuse_cpu_gather(builder: Builder) -> None:
     """MLX's CPU ``gather_mm`` computes float32 only: say so at load, not in the first forward."""
     plain = any(m.part == "expert" and builder.specs[path] is None for path, m in builder.matrices.items())
     if plain and not builder.config.is_dense and builder.dtype != "F32" and current_device().kind == "cpu":
         raise InvalidRequestError(
             f"unquantised experts cannot be computed in {DTYPE_NAMES[builder.dtype]} on MLX's CPU backend; "
             "use --dtype float32, or convert the checkpoint"
-        )
-
-
-def _check_budget(config: MixtralConfig, builder: Builder, memory: str | int | None, context: int | None) -> None:
-    if context is not None and (not isinstance(context, int) or isinstance(context, bool) or context < 1):
-        raise InvalidRequestError(f"context is {context!r}; it must be a number of tokens, at least 1")
-    if context is not None and context > config.max_position_embeddings:
-        raise ContextLengthError(f"context is {context}; the model's own is {config.max_position_embeddings} tokens")
-    if memory is None:
-        return
-    budget = parse_size(memory)
-    tokens = context or min(config.max_position_embeddings, DEFAULT_CONTEXT_TOKENS)
-    kv_bytes = tokens * config.kv_bytes_per_token(builder.item_bytes)
-    weight_bytes = builder.memory_bytes
-    if weight_bytes + kv_bytes > budget:
-        raise MemoryBudgetError(
-            f"the model needs {format_bytes(weight_bytes + kv_bytes)}: {format_bytes(weight_bytes)} of weights and "
-            f"{format_bytes(kv_bytes)} of KV cache for {tokens} tokens; the budget is {format_bytes(budget)}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config import MixtralConfig
@@ -23,12 +26,18 @@ from mlx_mixtral.errors import (
     MissingDependencyError,
     TokenizerError,
 )
-from mlx_mixtral.generation.loop import PREFILL_CHUNK_TOKENS, GenerationStats, Token, decode
+from mlx_mixtral.experts.policy import make_policy
+from mlx_mixtral.experts.residency import Residency
+from mlx_mixtral.experts.trace import RoutingTrace
+from mlx_mixtral.generation.loop import GenerationStats, Token, decode
 from mlx_mixtral.generation.sampling import Sampler, SamplingParams
 from mlx_mixtral.generation.stop import StopStrings
 from mlx_mixtral.hub import resolve
-from mlx_mixtral.loading import LoadProgress, load_module
+from mlx_mixtral.loading import LoadProgress, Planner, load_module, refuse_cpu_gather
+from mlx_mixtral.model.build import Builder
+from mlx_mixtral.model.lookahead import LookaheadControl
 from mlx_mixtral.model.mixtral import MixtralModel
+from mlx_mixtral.model.moe import SparseMoe
 from mlx_mixtral.stream import Generation, TextAssembler, TextStream
 from mlx_mixtral.tokenizer import Tokenizer, load_tokenizer
 from mlx_mixtral.weights.checkpoint import Checkpoint
@@ -62,14 +71,25 @@ class GenerationOptions(TypedDict, total=False):
 class Mixtral:
     """A loaded model. Made by ``load``; use it from any thread, one generation at a time.
 
-    ``config``, ``device`` and ``module`` (the ``nn.Module``: token ids in, logits out) are public.
+    ``config``, ``device``, ``residency`` (what stays in memory, and what was read) and ``module`` (the ``nn.Module``: token
+    ids in, logits out) are public.
     """
 
     def __init__(
-        self, module: MixtralModel, config: MixtralConfig, device: Device, tokenizer: Tokenizer | TokenizerError
+        self,
+        module: MixtralModel,
+        residency: Residency,
+        planner: Planner,
+        config: MixtralConfig,
+        device: Device,
+        tokenizer: Tokenizer | TokenizerError,
+        lookahead: LookaheadControl,
     ) -> None:
         self.config = config
         self.device = device
+        self.residency = residency
+        self._planner, self._lookahead = planner, lookahead
+        lookahead.connect(module.layers)
         self._module: MixtralModel | None = module
         self._tokenizer = tokenizer
         self._busy = threading.Lock()
@@ -123,7 +143,30 @@ class Mixtral:
         """
         with self._exclusive():
             self._module = None
+            self.residency.close()
+            self.residency.release()
         mx.clear_cache()
+
+    def set_memory(self, memory: str | int | None, *, context: int | None = None) -> None:
+        """Give the model another budget, without loading it again: banks of experts shrink or grow.
+
+        Args:
+            memory: such as "12GB"; what this machine can give when None.
+            context: as for ``load``; the present one when None.
+
+        Raises:
+            MemoryBudgetError: less than the model can do with; nothing has changed then.
+            InvalidRequestError, ContextLengthError: an argument out of range.
+            CheckpointError: experts that have to be read cannot be; their layer goes on streaming.
+            BusyError: a generation is running.
+        """
+        with self._exclusive(), mx.stream(self._stream):
+            _ = self.module
+            planned = self._planner.plan(memory, context or self.residency.planned.demands.context)
+            try:
+                self.residency.change(planned, self._planner.builder.bank)
+            finally:
+                self._lookahead.connect(self.module.layers)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Generation:
         """Continue ``prompt``: text, sent as it is after BOS, or token ids, sent as they are.
@@ -189,14 +232,43 @@ class Mixtral:
             )
         with self._exclusive(), mx.stream(self._stream):
             module, parts = self.module, []
-            cache = module.make_cache()
-            for start in range(0, len(tokens), PREFILL_CHUNK_TOKENS):
-                chunk = mx.array([tokens[start : start + PREFILL_CHUNK_TOKENS]], mx.int32)
+            cache, length = module.make_cache(), self.residency.planned.chunk_tokens
+            for start in range(0, len(tokens), length):
+                chunk = mx.array([tokens[start : start + length]], mx.int32)
                 parts.append(module(chunk, cache)[0])
                 mx.eval(parts[-1], cache.arrays)
             result = parts[0] if len(parts) == 1 else mx.concatenate(parts)
             mx.eval(result)
         return result
+
+    def routing_trace(self, texts: Sequence[Sequence[int]]) -> RoutingTrace:
+        """Experts the routers choose for ``texts`` of token ids: what plans and replacement policies are judged by.
+
+        Saved as ``routing_trace.safetensors`` beside the weights, it is what budgets of this model are planned with.
+
+        Raises:
+            InvalidRequestError: no tokens, ids out of range, or a dense model, which has no routers.
+        """
+        layers = [layer.moe for layer in self.module.layers if isinstance(layer.moe, SparseMoe)]
+        if not layers:
+            raise InvalidRequestError("this model is dense: it has no experts to choose from")
+        parts: list[list[npt.NDArray[np.uint16]]] = [[] for _ in layers]
+        observer = object()
+
+        def record(chosen: mx.array, into: list[npt.NDArray[np.uint16]]) -> None:
+            into.append(np.asarray(chosen).reshape(-1, chosen.shape[-1]).astype(np.uint16))
+
+        for moe, part in zip(layers, parts, strict=True):
+            moe.observe(observer, functools.partial(record, into=part))
+        try:
+            for text in texts:
+                self.logits(text)
+        finally:
+            for moe in layers:
+                moe.observe(observer, None)
+        starts = np.cumsum([0, *(len(text) for text in texts)])[:-1]
+        experts = np.stack([np.concatenate(part) for part in parts], axis=1)
+        return RoutingTrace(experts, self.config.num_local_experts, tuple(int(at) for at in starts))
 
     def _text_stream(
         self,
@@ -214,13 +286,7 @@ class Mixtral:
         module, vocab_size = self.module, self.config.vocab_size
         if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
             raise InvalidRequestError(f"max_tokens is {max_tokens!r}; it must be an integer of at least 1")
-        room = self.config.max_position_embeddings - len(tokens)
-        if room < 1:
-            raise ContextLengthError(
-                f"the prompt has {len(tokens)} tokens; the model's context holds "
-                f"{self.config.max_position_embeddings}, and one must be left to generate"
-            )
-        limit = min(max_tokens, room)
+        limit = min(max_tokens, self._room(len(tokens)))
         stops = StopStrings([stop] if isinstance(stop, str) else stop)
         has_tokenizer = not isinstance(self._tokenizer, Exception)
         if stop and not has_tokenizer:
@@ -229,21 +295,47 @@ class Mixtral:
         sampler = Sampler(sampling or SamplingParams(), tokens, vocab_size)
 
         def run(stats: GenerationStats) -> Generator[Token, None, None]:
+            plan = self.residency.plan
+            stats.predicted_tok_s = None if plan is None else plan.tok_s
             return decode(
                 module,
                 tokens,
-                module.make_cache(),
+                module.make_cache(most_tokens=self._context_limit),
                 sampler,
                 limit,
                 stats,
                 stream=self._stream,
-                prefill_chunk=PREFILL_CHUNK_TOKENS,
+                prefill_chunk=self.residency.planned.chunk_tokens,
                 on_prefill=on_prefill,
             )
 
         decoder = self.tokenizer.streaming_decoder(continues=not is_answer) if has_tokenizer else None
         text = TextAssembler(decoder, limit, stop_ids, stops, cancelled)
         return TextStream(run, text, self._exclusive(), self.device, self._stream)
+
+    @property
+    def _context_limit(self) -> int:
+        """Tokens a sequence may have: the model's own, or those a memory budget holds KV cache for."""
+        model, planned = self.config.max_position_embeddings, self.residency.planned
+        return model if planned.budget_bytes is None else min(model, planned.demands.context_capacity)
+
+    def _room(self, prompt_tokens: int) -> int:
+        """Tokens that can be generated after a prompt.
+
+        Raises:
+            ContextLengthError: none.
+        """
+        model, limit = self.config.max_position_embeddings, self._context_limit
+        if prompt_tokens < limit:
+            return limit - prompt_tokens
+        if limit == model:
+            raise ContextLengthError(
+                f"the prompt has {prompt_tokens} tokens; the model's context holds {model}, and one must be left to generate"
+            )
+        raise ContextLengthError(
+            f"the prompt has {prompt_tokens} tokens; the memory budget holds KV cache for {limit}, and one must be left to "
+            f"generate: reserve more with --context or context= (the model's own is {model})"
+        )
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         _ = self.module  # a closed model says so before anything else
@@ -290,6 +382,9 @@ def load(
     dtype: str = "auto",
     revision: str | None = None,
     verify: bool = False,
+    page_cache: bool = False,
+    policy: str = "lru",
+    lookahead: str = "off",
     progress: Callable[[LoadProgress], None] | None = None,
 ) -> Mixtral:
     """Load a model from a folder or a hub repository.
@@ -299,20 +394,26 @@ def load(
 
     Args:
         path: folder, ``owner/name`` or ``owner/name@revision``.
-        memory: budget for weights and the KV cache of ``context`` tokens, such as "12GB"; the model must fit it.
+        memory: budget for weights, the KV cache of ``context`` tokens and working memory, such as "12GB". Experts it has no
+            room for are read from disk when a token needs them; the answer is the same. What this machine can give when None.
         context: tokens the budget reserves KV cache for; the smaller of the model's and 4096 when left out.
         dtype: compute type: auto (by device), float32, float16 or bfloat16.
         verify: compare every file of one of our conversions with its sha256 first, which reads the weights once more. The
             sizes of its weight files are compared always.
+        page_cache: let experts that are read from disk fill the operating system's page cache too; worth it where the machine
+            has memory to spare beyond the budget.
+        policy: which expert makes room for another one: lru or lfu.
+        lookahead: read the next layer's experts before its router has chosen: off, on, or auto, which measures whether it pays.
         progress: told the bytes read so far, from this thread.
 
     Raises:
         CheckpointError, ConfigError, HubError: the model cannot be found, read or run.
-        MemoryBudgetError: it does not fit ``memory``.
+        MemoryBudgetError: ``memory`` is below the least the model can do with.
         InvalidRequestError: an argument out of range.
     """
     device = current_device()
     kind = compute_dtype(dtype, device)
+    control, _ = LookaheadControl(lookahead), make_policy(policy)
     folder = resolve(path, revision=revision)
     check_sizes(folder)
     if verify:
@@ -322,14 +423,19 @@ def load(
     tokenizer: Tokenizer | TokenizerError
     try:
         tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
-    except MissingDependencyError as error:
+    except (MissingDependencyError, TokenizerError) as error:
+        # A fresh error: a raised one keeps this frame alive by its traceback, and the weights with it.
         tokenizer = TokenizerError(str(error))
-    except TokenizerError as error:
-        tokenizer = error
-    try:
-        module = load_module(config, checkpoint, kind, memory, context, progress)
-    except DtypeRangeError:
-        if kind != "F16" or dtype != "auto":
-            raise
-        module = load_module(config, checkpoint, "BF16", memory, context, progress)
-    return Mixtral(module, config, device, tokenizer)
+    for name in (kind, "BF16"):
+        builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy)
+        refuse_cpu_gather(builder)
+        planner = Planner(builder, device)
+        planned = planner.plan(memory, context)
+        try:
+            module, residency = load_module(planner, planned, progress)
+        except DtypeRangeError:
+            if name != "F16" or dtype != "auto":
+                raise
+            continue
+        return Mixtral(module, residency, planner, config, device, tokenizer, control)
+    raise AssertionError("bfloat16 has the range of float32")

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from mlx_mixtral.errors import InvalidRequestError
 
-__all__ = ["format_bytes", "parse_size"]
+__all__ = ["format_bytes", "format_bytes_up", "parse_size"]
 
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
@@ -40,3 +40,9 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def format_bytes_up(count: int) -> str:
+    """``26.31 GB``: rounded up, so that it is enough when typed back."""
+    unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if count >= u), (1, "B"))
+    return f"{-(-count * 100 // unit) / 100:.2f} {name}"

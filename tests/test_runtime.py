@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,7 @@ def test_context_is_named_when_the_prompt_does_not_fit(model: Mixtral) -> None:
 def test_logits_of_a_long_text_are_those_of_one_forward(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [1, *(int(i) for i in np.random.default_rng(3).integers(3, 4096, 60))]
     whole = np.asarray(model.module(mx.array([ids])))[0]
-    monkeypatch.setattr("mlx_mixtral.runtime.PREFILL_CHUNK_TOKENS", 16)
+    monkeypatch.setattr(model.residency, "planned", replace(model.residency.planned, chunk_tokens=16))
     logits = model.logits(ids)
     assert logits.shape == (61, 4096)
     np.testing.assert_allclose(np.asarray(logits), whole, atol=2e-4)
@@ -336,12 +337,15 @@ def test_progress_reaches_the_bytes_of_the_checkpoint(tiny: Path) -> None:
     assert [p.done_bytes for p in seen] == sorted(p.done_bytes for p in seen)
 
 
-def test_memory_budget_names_what_is_needed(tiny: Path) -> None:
-    weights, kv = 4 * 8_429_184, 512 * 2 * 6 * 2 * 32 * 4
-    with load(tiny, memory=weights + kv, context=512) as model:
-        assert model.nbytes == weights
-    with pytest.raises(MemoryBudgetError, match=r"33.7 MB of weights.*512 tokens.*budget"):
-        load(tiny, memory=weights + kv - 1, context=512)
+def test_memory_budget_holds_everything_or_names_the_least(tiny: Path) -> None:
+    weights = 4 * 8_429_184
+    with load(tiny, memory="100MB", context=512) as model:
+        assert model.nbytes == weights == model.residency.resident_bytes
+        # Half of a step more, of one of six layers: the cache while it grows.
+        assert model.residency.kv_bytes == 512 * 2 * 6 * 2 * 32 * 4 * 7 // 6
+        assert model.residency.budget_bytes == 100_000_000
+    with pytest.raises(MemoryBudgetError, match=r"of weights.*512 tokens.*smaller context"):
+        load(tiny, memory="5MB", context=512)
     with pytest.raises(InvalidRequestError, match="not a size"):
         load(tiny, memory="lots")
     for context in (0, 2000, "many"):
@@ -378,7 +382,7 @@ def test_weights_beyond_float16_fall_back_or_say_so(
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + 70000.0
     mx.save_safetensors(str(tmp_path / "model.safetensors"), tensors)
     (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
-    monkeypatch.setattr("mlx_mixtral.loading._refuse_cpu_gather", lambda *_: None)
+    monkeypatch.setattr("mlx_mixtral.runtime.refuse_cpu_gather", lambda *_: None)
     with pytest.raises(DtypeRangeError, match=r"model.norm.weight.*65504.*bfloat16"):
         load(tmp_path, dtype="float16")
     monkeypatch.setattr("mlx_mixtral.runtime.compute_dtype", lambda *_: "F16")

@@ -24,6 +24,7 @@ class KVCache:
         num_layers, kv_heads, head_dim: shape of the model.
         window: sliding window in tokens, None for full attention.
         left_padding: padding tokens of each row; None when there are none. Its length is the batch size.
+        most_tokens: room is made for no more than these (in whole steps) until more are held.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class KVCache:
         *,
         window: int | None = None,
         left_padding: Sequence[int] | None = None,
+        most_tokens: int | None = None,
     ) -> None:
         if left_padding is not None and any(pad < 0 for pad in left_padding):
             raise InvalidRequestError(f"left_padding is {list(left_padding)}; padding cannot be negative")
@@ -42,6 +44,7 @@ class KVCache:
         self.left_padding = list(left_padding) if left_padding is not None and any(left_padding) else None
         self._padding = None if self.left_padding is None else mx.array(self.left_padding, mx.int32)
         self._kv_heads, self._head_dim = kv_heads, head_dim
+        self._most_tokens = most_tokens
         self._keys: list[mx.array | None] = [None] * num_layers
         self._values: list[mx.array | None] = [None] * num_layers
 
@@ -119,7 +122,10 @@ class KVCache:
     def _grown(self, held: mx.array | None, new: mx.array, tokens: int) -> mx.array:
         """``held`` with room for ``tokens``: a step at least, an eighth more than there was when that is larger."""
         kept = 0 if held is None else held.shape[2]
-        capacity = max(tokens, kept + kept // 8)
+        capacity = kept + kept // 8
+        if self._most_tokens is not None:
+            capacity = min(capacity, self._most_tokens)
+        capacity = max(tokens, capacity)
         capacity = -(-capacity // STEP_TOKENS) * STEP_TOKENS
         B = new.shape[0]
         room = mx.zeros((B, self._kv_heads, capacity - kept, self._head_dim), new.dtype)

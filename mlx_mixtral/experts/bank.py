@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import mlx.core as mx
@@ -60,8 +61,35 @@ class ExpertBank(Module):
         order = mx.argsort(slots.reshape(-1))  # [P]
         back = mx.argsort(order)
         tokens = x.reshape(-1, x.shape[-1])[order // per_token]  # [P, D]
-        y = self._experts(tokens[:, None, :], slots.reshape(-1)[order], is_sorted=True)  # [P, 1, D]
+        y = self.pairs(tokens, slots.reshape(-1)[order], is_sorted=True)  # [P, D]
         return y[back].reshape(*slots.shape, x.shape[-1])
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """All arrays ``[S, rows, columns]``, by names such as ``gate_up.0.weight``."""
+        named = {f"gate_up.{index}": matrix for index, matrix in enumerate(self.gate_up)} | {"down": self.down}
+        fields = ("weight", "scales", "biases")
+        return {
+            f"{name}.{field}": array
+            for name, matrix in named.items()
+            for field in fields
+            if (array := getattr(matrix, field)) is not None
+        }
+
+    def with_arrays(self, arrays: Mapping[str, mx.array]) -> ExpertBank:
+        """A bank of the same packing with other arrays, named as in ``arrays``."""
+
+        def matrix(name: str, own: StackedLinear) -> StackedLinear:
+            prefix = f"{name}."
+            found = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+            return StackedLinear(found, own.spec)
+
+        gate_up = [matrix(f"gate_up.{index}", own) for index, own in enumerate(self.gate_up)]
+        return ExpertBank(gate_up, matrix("down", self.down))
+
+    def pairs(self, x: mx.array, slots: mx.array, *, is_sorted: bool) -> mx.array:
+        """Row by row: ``x [P, D]`` through ``slots [P]`` gives ``[P, D]``; ``is_sorted`` promises that slots ascend."""
+        return self._experts(x[:, None, :], slots, is_sorted=is_sorted).squeeze(-2)
 
     def _experts(self, x: mx.array, slots: mx.array, *, is_sorted: bool) -> mx.array:
         y = _swiglu_of([projection(x, slots, is_sorted=is_sorted) for projection in self.gate_up])

@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.experts.store import Counters
 from mlx_mixtral.generation.sampling import Sampled, Sampler
 from mlx_mixtral.model.mixtral import MixtralModel
 
 __all__ = ["PREFILL_CHUNK_TOKENS", "GenerationStats", "Token", "decode"]
 
-# Working memory of a chunk grows with it: at 8x7B width 1024 tokens need some 250 MB in 16 bits.
 PREFILL_CHUNK_TOKENS = 1024
 
 
@@ -39,6 +39,12 @@ class GenerationStats:
     """From the first token to the last."""
     peak_memory_bytes: int = 0
     """Largest memory MLX held at once during the generation, weights included."""
+    prompt_experts: Counters | None = None
+    """What streaming did up to the first token; None when all experts are resident."""
+    decode_experts: Counters | None = None
+    """The same from the first token to the last."""
+    predicted_tok_s: float | None = None
+    """What the plan in force predicts for decoding."""
 
     @property
     def prompt_tok_s(self) -> float:
@@ -59,7 +65,21 @@ class GenerationStats:
             "decode_s": self.decode_s,
             "decode_tok_s": self.decode_tok_s,
             "peak_memory_bytes": self.peak_memory_bytes,
+            **self._streaming(),
         }
+
+    def _streaming(self) -> dict[str, float | int]:
+        prompt, decoded = self.prompt_experts, self.decode_experts
+        if prompt is None or decoded is None:
+            return {}
+        steps = max(self.tokens - 1, 1)
+        return {
+            "prompt_bytes_read": prompt.bytes_read,
+            "bytes_read_per_token": decoded.bytes_read / steps,
+            "hit_rate": decoded.hit_rate,
+            "readbacks_per_token": decoded.readbacks / steps,
+            "disk_wait_s": prompt.wait_s + decoded.wait_s,
+        } | ({} if self.predicted_tok_s is None else {"predicted_tok_s": self.predicted_tok_s})
 
 
 def decode(
@@ -88,17 +108,27 @@ def decode(
     """
     started = time.perf_counter()
     stats.prompt_tokens = len(prompt)
+    counters = model.counters if model.is_streamed else None
+    before = counters.copy() if counters is not None else None
     with mx.stream(stream):
         hidden = _prefill(model, prompt, cache, prefill_chunk, on_prefill)
         ahead = sampler(model.head(hidden[:, -1]))
         mx.async_eval(ahead.arrays)
     first_token_at = started
+
+    def following(current: Sampled) -> Sampled:
+        with mx.stream(stream):
+            sampled = sampler(model.head(model.hidden(current.token[None], cache)[:, -1]))
+            mx.async_eval(sampled.arrays)
+        return sampled
+
+    prompt_experts = None
     for step in range(max_tokens):
         current = ahead
-        if step + 1 < max_tokens:
-            with mx.stream(stream):
-                ahead = sampler(model.head(model.hidden(current.token[None], cache)[:, -1]))
-                mx.async_eval(ahead.arrays)
+        # A forward that waits for experts would wait for this token too: nothing is gained by starting it early.
+        is_early = step + 1 < max_tokens and not model.is_streamed
+        if is_early:
+            ahead = following(current)
         token = _read(current)
         now = time.perf_counter()
         if step == 0:
@@ -108,7 +138,13 @@ def decode(
                 on_prefill(len(prompt), len(prompt))
         stats.tokens = step + 1
         stats.decode_s = now - first_token_at
+        if counters is not None and before is not None:
+            prompt_experts = prompt_experts or counters.copy()
+            stats.prompt_experts = prompt_experts.since(before)
+            stats.decode_experts = counters.since(prompt_experts)
         yield token
+        if step + 1 < max_tokens and not is_early:
+            ahead = following(current)
 
 
 def _prefill(
@@ -118,14 +154,11 @@ def _prefill(
     chunk: int,
     on_prefill: Callable[[int, int], None] | None,
 ) -> mx.array:
-    """Hidden state of the prompt's last token ``[1, 1, D]``, lazily; all chunks but the last are computed and dropped.
-
-    Evaluating only the cache leaves the last layer's experts out for those chunks: nothing reads what they would give.
-    """
+    """Hidden state of the prompt's last token ``[1, 1, D]``, lazily; all chunks but the last are computed and dropped."""
     tokens = mx.array([list(prompt)], mx.int32)
     start = 0
     while len(prompt) - start > chunk:
-        model.hidden(tokens[:, start : start + chunk], cache)
+        model.remember(tokens[:, start : start + chunk], cache)
         mx.eval(cache.arrays)
         start += chunk
         if on_prefill is not None:

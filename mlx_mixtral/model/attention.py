@@ -35,6 +35,19 @@ class Attention(Module):
         self, x: mx.array, layer: int, cache: KVCache, mask: mx.array | str | None, *, last_only: bool = False
     ) -> mx.array:
         """``x [B, L, D]`` to ``[B, L, D]``, or to ``[B, 1, D]`` of the last token; all keys and values enter the cache."""
+        queries, keys, values = self._enter(x, layer, cache)
+        if last_only:
+            queries = queries[:, :, -1:]
+            mask = mask[..., -1:, :] if isinstance(mask, mx.array) else None
+        y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self._scale, mask=mask)
+        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(x.shape[0], queries.shape[2], -1))
+
+    def remember(self, x: mx.array, layer: int, cache: KVCache) -> None:
+        """Put keys and values of ``x [B, L, D]`` into the cache and compute nothing else."""
+        self._enter(x, layer, cache)
+
+    def _enter(self, x: mx.array, layer: int, cache: KVCache) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries ``[B, H, L, d]``, and all keys and values ``[B, KV, T, d]`` they may attend to."""
         B, L, _ = x.shape
         projected = [projection(x) for projection in self.qkv]
         qkv = projected[0] if len(projected) == 1 else mx.concatenate(projected, axis=-1)
@@ -45,9 +58,4 @@ class Attention(Module):
         qk = self._rotary(qk, cache.positions, cache.length + L)
         values = v.reshape(B, L, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         keys, values = cache.update(layer, qk[:, self.heads :], values)
-        queries = qk[:, : self.heads]
-        if last_only:
-            queries = queries[:, :, -1:]
-            mask = mask[..., -1:, :] if isinstance(mask, mx.array) else None
-        y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self._scale, mask=mask)
-        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, queries.shape[2], -1))
+        return qk[:, : self.heads], keys, values

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from functools import cached_property
 
 import mlx.core as mx
 
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConfigError
 from mlx_mixtral.experts.bank import ExpertBank, FeedForward
+from mlx_mixtral.experts.gather import GatheredExperts
+from mlx_mixtral.experts.plan import ModelSizes
+from mlx_mixtral.experts.policy import make_policy
+from mlx_mixtral.experts.pool import SlotPool
+from mlx_mixtral.experts.store import ExpertPart, ExpertStore
 from mlx_mixtral.layout import FIELDS, Field, Matrix, Norm, Rows, layer_path, locate, matrices, norms
 from mlx_mixtral.model.attention import Attention
 from mlx_mixtral.model.linear import Linear, StackedLinear
@@ -22,10 +27,9 @@ from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral.weights.fill import Fill, allocate
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
+from mlx_mixtral.weights.uncached import identities
 
 __all__ = ["Builder"]
-
-M = TypeVar("M", Linear, StackedLinear)
 
 
 class Builder:
@@ -36,15 +40,29 @@ class Builder:
             are held in it; packed words go in place as they are.
         fuse: make one matrix of q, k, v and one of gate and up where their packing agrees. Without it the results are the
             same up to rounding; tests use it.
+        page_cache: whether experts are streamed through the operating system's page cache.
+        policy: which expert makes room for a streamed one, by name.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape. Everything is checked before anything is allocated.
         ConfigError: the quantisation entry contradicts the tensors.
     """
 
-    def __init__(self, config: MixtralConfig, checkpoint: Checkpoint, dtype: str, *, fuse: bool = True) -> None:
+    def __init__(
+        self,
+        config: MixtralConfig,
+        checkpoint: Checkpoint,
+        dtype: str,
+        *,
+        fuse: bool = True,
+        page_cache: bool = False,
+        policy: str = "lru",
+    ) -> None:
         self.config, self.checkpoint, self.dtype, self.fuse = config, checkpoint, dtype, fuse
+        self.page_cache, self.policy = page_cache, policy
+        self.identities = identities(checkpoint)
         self.fills: list[Fill] = []
+        self.overflow: dict[int, SlotPool] = {}
         self.matrices = {matrix.path: matrix for matrix in matrices(config)}
         self.norms = {norm.path: norm for norm in norms(config)}
         self.specs = {path: self._spec(matrix) for path, matrix in self.matrices.items()}
@@ -61,70 +79,165 @@ class Builder:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes the weights will take in memory, scales in the compute type."""
-        total = sum(norm.size * self.item_bytes for norm in self.norms.values())
-        for path, matrix in self.matrices.items():
-            spec, rows = self.specs[path], matrix.parameters // matrix.in_features
-            if spec is None:
-                total += matrix.parameters * self.item_bytes
-            else:
-                total += spec.nbytes(rows, matrix.in_features, self.item_bytes)
-        return total
+        """Bytes the weights will take in memory with all experts resident, scales in the compute type."""
+        norms_bytes = sum(norm.size * self.item_bytes for norm in self.norms.values())
+        return norms_bytes + sum(self._memory_bytes(matrix) for matrix in self.matrices.values())
 
-    def build(self) -> MixtralModel:
-        """The model, allocated; it is complete once ``fills`` are carried out."""
+    def sizes(self) -> ModelSizes:
+        """What the planner of residency has to know. A dense model has no experts: all of it is trunk."""
+        config, stacked = self.config, [m for m in self.matrices.values() if m.part == "expert"]
+        if config.is_dense:
+            return ModelSizes(self.memory_bytes, (), (), (), 1, 1)
+        layers = range(config.num_hidden_layers)
+        kinds: dict[tuple[QuantizationSpec | None, ...], int] = {}
+        signatures = [tuple(self.specs[m.path] for m in stacked if m.layer == layer) for layer in layers]
+        for signature in signatures:
+            kinds.setdefault(signature, len(kinds))
+        experts = config.num_local_experts
+        return ModelSizes(
+            self.memory_bytes - sum(map(self._memory_bytes, stacked)),
+            tuple(sum(self._memory_bytes(m) for m in stacked if m.layer == layer) // experts for layer in layers),
+            tuple(self.store.file_bytes(layer) for layer in layers),
+            tuple(kinds[signature] for signature in signatures),
+            experts,
+            config.num_experts_per_tok,
+        )
+
+    def build(
+        self, slots: Sequence[int] | None = None, overflow_slots: Mapping[int, int] | None = None
+    ) -> MixtralModel:
+        """The model, allocated; it is complete once ``fills`` are carried out.
+
+        Args:
+            slots: expert slots of each layer; all experts are resident when None. A layer with fewer than there are experts
+                streams the rest; one with none goes through the overflow bank of its kind.
+            overflow_slots: slots of the overflow banks by kind, as in ``sizes().kinds``.
+        """
         config = self.config
         rotary = Rotary(config.rope, config.head_dim)
+        experts = config.num_local_experts
+        slots = [experts] * config.num_hidden_layers if slots is None else slots
+        kinds = () if config.is_dense else self.sizes().kinds
+        for kind, count in (overflow_slots or {}).items():
+            self.overflow[kind] = SlotPool(self.bank(kinds.index(kind), count), count, make_policy(self.policy))
         return MixtralModel(
             config,
-            self._matrix(Linear, ["model.embed_tokens"]),
-            [self._layer(index, rotary) for index in range(config.num_hidden_layers)],
+            self._matrix(["model.embed_tokens"]),
+            [
+                self._layer(index, rotary, slots[index], self.overflow.get(kinds[index]) if kinds else None)
+                for index in range(config.num_hidden_layers)
+            ],
             self._norm("model.norm"),
-            None if config.tie_word_embeddings else self._matrix(Linear, ["lm_head"]),
+            None if config.tie_word_embeddings else self._matrix(["lm_head"]),
             MLX_DTYPES[self.dtype],
         )
 
-    def _layer(self, index: int, rotary: Rotary) -> DecoderLayer:
+    @cached_property
+    def store(self) -> ExpertStore:
+        """Where every expert lies in the checkpoint."""
+        layers = () if self.config.is_dense else range(self.config.num_hidden_layers)
+        return ExpertStore(
+            self.checkpoint, self.identities, {layer: self._expert_parts(layer) for layer in layers}, self.page_cache
+        )
+
+    def _layer(self, index: int, rotary: Rotary, slots: int, overflow: SlotPool | None) -> DecoderLayer:
         path = layer_path(index)
-        qkv = self._fused(Linear, [f"{path}.self_attn.{name}_proj" for name in "qkv"])
-        attention = Attention(self.config, qkv, self._matrix(Linear, [f"{path}.self_attn.o_proj"]), rotary)
+        qkv = [self._matrix(paths) for paths in self._fused([f"{path}.self_attn.{name}_proj" for name in "qkv"])]
+        attention = Attention(self.config, qkv, self._matrix([f"{path}.self_attn.o_proj"]), rotary)
         moe: SparseMoe | FeedForward
         if self.config.is_dense:
-            gate_up = self._fused(Linear, [f"{path}.mlp.gate_proj", f"{path}.mlp.up_proj"])
-            moe = FeedForward(gate_up, self._matrix(Linear, [f"{path}.mlp.down_proj"]))
+            gate_up = [self._matrix(paths) for paths in self._fused([f"{path}.mlp.gate_proj", f"{path}.mlp.up_proj"])]
+            moe = FeedForward(gate_up, self._matrix([f"{path}.mlp.down_proj"]))
         else:
-            block = f"{path}.block_sparse_moe"
-            stacked = self._fused(StackedLinear, [f"{block}.switch_mlp.gate_proj", f"{block}.switch_mlp.up_proj"])
-            bank = ExpertBank(stacked, self._matrix(StackedLinear, [f"{block}.switch_mlp.down_proj"]))
-            gate = self._matrix(Linear, [f"{block}.gate"])
-            moe = SparseMoe(gate, bank, self.config.num_local_experts, self.config.num_experts_per_tok)
+            gate = self._matrix([f"{path}.block_sparse_moe.gate"])
+            experts = self._gathered(index, slots, overflow)
+            moe = SparseMoe(gate, experts, self.config.num_local_experts, self.config.num_experts_per_tok)
         return DecoderLayer(
             self._norm(f"{path}.input_layernorm"), attention, self._norm(f"{path}.post_attention_layernorm"), moe
         )
 
-    def _fused(self, kind: type[M], paths: Sequence[str]) -> list[M]:
-        """One matrix with the rows of all ``paths``, or one each where bits, group or mode differ."""
-        if self.fuse and len({self.specs[path] for path in paths}) == 1:
-            return [self._matrix(kind, paths)]
-        return [self._matrix(kind, [path]) for path in paths]
+    def _gathered(self, layer: int, slots: int, overflow: SlotPool | None) -> GatheredExperts:
+        """A layer's experts, the first ``slots`` of them to be read into a bank of its own."""
+        gathered = GatheredExperts(layer, self.config.num_local_experts, self.store)
+        if not slots:
+            assert overflow is not None
+            gathered.stream_through(overflow)
+            return gathered
+        bank = self.bank(layer, slots)
+        for expert in range(slots):
+            self.fills += self.store.fills(layer, expert, bank.arrays, expert)
+        if slots == self.config.num_local_experts:
+            gathered.stay_in(bank)
+        else:
+            pool = SlotPool(bank, slots, make_policy(self.policy))
+            pool.fill({(layer, expert): expert for expert in range(slots)})
+            gathered.stream_through(pool)
+        return gathered
 
-    def _matrix(self, kind: type[M], paths: Sequence[str]) -> M:
+    def bank(self, layer: int, slots: int) -> ExpertBank:
+        """An allocated bank of the packing of a layer."""
+
+        def stacked(paths: Sequence[str]) -> StackedLinear:
+            matrix, spec = self.matrices[paths[0]], self.specs[paths[0]]
+            rows = sum(self.matrices[path].out_features for path in paths)
+            arrays: dict[str, mx.array] = {
+                field: allocate((slots, rows, self._columns(matrix, field)), self._memory_dtype(spec, field))
+                for field in self._fields(matrix)
+            }
+            return StackedLinear(arrays, spec)
+
+        *gate_up, down = self._expert_matrices(layer)
+        return ExpertBank([stacked(paths) for paths in gate_up], stacked(down))
+
+    def _expert_matrices(self, layer: int) -> list[list[str]]:
+        """Paths of the stacked matrices of a bank: gate and up, fused or apart, and down."""
+        path = f"{layer_path(layer)}.block_sparse_moe.switch_mlp"
+        return [*self._fused([f"{path}.gate_proj", f"{path}.up_proj"]), [f"{path}.down_proj"]]
+
+    def _expert_parts(self, layer: int) -> list[list[ExpertPart]]:
+        """Where each expert of a layer lies, by the names of ``ExpertBank.arrays``."""
+        experts: list[list[ExpertPart]] = [[] for _ in range(self.config.num_local_experts)]
+        *gate_up, down = self._expert_matrices(layer)
+        for name, paths in [*((f"gate_up.{index}", paths) for index, paths in enumerate(gate_up)), ("down", down)]:
+            spec, above = self.specs[paths[0]], 0
+            for part in (self.matrices[path] for path in paths):
+                for field in self._fields(part):
+                    dtype = self._memory_dtype(spec, field)
+                    for expert, found in enumerate(self._locations(part, field)):
+                        info = self.checkpoint[found.name]
+                        experts[expert].append(
+                            ExpertPart(f"{name}.{field}", above, dtype, info, found.start, found.stop)
+                        )
+                above += part.out_features
+        return experts
+
+    def _fused(self, paths: Sequence[str]) -> list[list[str]]:
+        """Which of ``paths`` become one matrix: all of them, or each its own where bits, group or mode differ."""
+        if self.fuse and len({self.specs[path] for path in paths}) == 1:
+            return [list(paths)]
+        return [[path] for path in paths]
+
+    def _matrix(self, paths: Sequence[str]) -> Linear:
+        """One matrix with the rows of all ``paths``."""
         parts = [self.matrices[path] for path in paths]
         spec = self.specs[paths[0]]
         arrays: dict[str, mx.array] = {}
-        slots = parts[0].num_experts if kind is StackedLinear else None
         rows = sum(part.out_features for part in parts)
         for field in self._fields(parts[0]):
             columns, dtype = self._columns(parts[0], field), self._memory_dtype(spec, field)
-            shape = (rows, columns) if slots is None else (slots, rows, columns)
-            arrays[field] = array = allocate(shape, dtype)
+            arrays[field] = array = allocate((rows, columns), dtype)
             above = 0
             for part in parts:
-                for expert, found in enumerate(self._locations(part, field)):
-                    info = self.checkpoint[found.name]
-                    self.fills.append(Fill(array, expert * rows + above, dtype, info, found.start, found.stop))
+                (found,) = self._locations(part, field)
+                self.fills.append(Fill(array, above, dtype, self.checkpoint[found.name], found.start, found.stop))
                 above += part.out_features
-        return kind(arrays, spec)
+        return Linear(arrays, spec)
+
+    def _memory_bytes(self, matrix: Matrix) -> int:
+        spec, rows = self.specs[matrix.path], matrix.parameters // matrix.in_features
+        if spec is None:
+            return matrix.parameters * self.item_bytes
+        return spec.nbytes(rows, matrix.in_features, self.item_bytes)
 
     def _fields(self, matrix: Matrix) -> tuple[Field, ...]:
         spec = self.specs[matrix.path]

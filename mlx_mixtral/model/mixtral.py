@@ -11,6 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.experts.bank import FeedForward
+from mlx_mixtral.experts.gather import GatheredExperts
+from mlx_mixtral.experts.store import Counters
 from mlx_mixtral.model.attention import Attention
 from mlx_mixtral.model.linear import Linear
 from mlx_mixtral.model.moe import SparseMoe
@@ -75,8 +77,11 @@ class MixtralModel(Module):
         self.norm = norm
         self.lm_head = lm_head
 
-    def make_cache(self, left_padding: Sequence[int] | None = None) -> KVCache:
-        """An empty cache; ``left_padding`` has one entry a row of the batch to come."""
+    def make_cache(self, left_padding: Sequence[int] | None = None, *, most_tokens: int | None = None) -> KVCache:
+        """An empty cache; ``left_padding`` has one entry a row of the batch to come.
+
+        ``most_tokens`` are allocated at most while no more are held.
+        """
         c = self.config
         return KVCache(
             c.num_hidden_layers,
@@ -84,6 +89,7 @@ class MixtralModel(Module):
             c.head_dim,
             window=c.sliding_window,
             left_padding=left_padding,
+            most_tokens=most_tokens,
         )
 
     def hidden(self, tokens: mx.array, cache: KVCache, *, last_only: bool = False) -> mx.array:
@@ -91,11 +97,22 @@ class MixtralModel(Module):
 
         ``last_only`` gives ``[B, 1, D]``: in the last layer no token but the last needs its query, nor its experts.
         """
+        x = self._before_last(tokens, cache)
+        x = self.layers[-1](x, len(self.layers) - 1, cache, cache.mask(tokens.shape[1]), last_only=last_only)
+        cache.advance(tokens.shape[1])
+        return x
+
+    def remember(self, tokens: mx.array, cache: KVCache) -> None:
+        """Take ``tokens [B, L]`` into the cache: of the last layer only keys and values, for nothing reads the rest."""
+        x, last = self._before_last(tokens, cache), self.layers[-1]
+        last.attention.remember(last.input_norm(x), len(self.layers) - 1, cache)
+        cache.advance(tokens.shape[1])
+
+    def _before_last(self, tokens: mx.array, cache: KVCache) -> mx.array:
         x = self.embed_tokens.rows(tokens, self.dtype)
         mask = cache.mask(tokens.shape[1])
-        for index, layer in enumerate(self.layers):
-            x = layer(x, index, cache, mask, last_only=last_only and index == len(self.layers) - 1)
-        cache.advance(tokens.shape[1])
+        for index, layer in enumerate(self.layers[:-1]):
+            x = layer(x, index, cache, mask)
         return x
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -108,8 +125,23 @@ class MixtralModel(Module):
         return self.head(self.hidden(tokens, self.make_cache() if cache is None else cache))
 
     @property
+    def gathered(self) -> list[GatheredExperts]:
+        """The experts of every layer; empty for a dense model."""
+        return [layer.moe.experts for layer in self.layers if isinstance(layer.moe, SparseMoe)]
+
+    @property
+    def counters(self) -> Counters | None:
+        """What streaming did so far; None for a dense model."""
+        return self.gathered[0].counters if self.gathered else None
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether a forward waits for the device in between, to know which experts to read."""
+        return any(experts.pool is not None for experts in self.gathered)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all weights as they lie in memory."""
+        """Bytes of all weights as they lie in memory; a bank that layers share counts once."""
         arrays = tree_flatten(self.parameters(), destination={})
         assert isinstance(arrays, dict)
-        return sum(array.nbytes for array in arrays.values())
+        return sum(array.nbytes for array in {id(array): array for array in arrays.values()}.values())

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from mlx_mixtral.experts.bank import ExpertBank
+from mlx_mixtral.experts.gather import GatheredExperts, Lookahead
 from mlx_mixtral.model.linear import Linear
 
-__all__ = ["SparseMoe", "route"]
+__all__ = ["Ahead", "Observer", "SparseMoe", "route"]
+
+Observer = Callable[[mx.array], None]
+Ahead = Callable[[mx.array], Lookahead | None]
+"""From hidden states ``[B, L, D]`` before a layer's experts to a guess at the next layer's; None for no guess."""
 
 
 def route(gate_logits: mx.array, num_experts_per_tok: int) -> tuple[mx.array, mx.array]:
@@ -34,15 +40,30 @@ def route(gate_logits: mx.array, num_experts_per_tok: int) -> tuple[mx.array, mx
 class SparseMoe(Module):
     r"""``y = sum_i softmax(top_k(x W_g))_i SwiGLU_i(x)``."""
 
-    def __init__(self, gate: Linear, experts: ExpertBank, num_experts: int, num_experts_per_tok: int) -> None:
+    def __init__(self, gate: Linear, experts: GatheredExperts, num_experts: int, num_experts_per_tok: int) -> None:
         super().__init__()
         self.gate = gate
         self.experts = experts
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
+        self._observers: dict[object, Observer] = {}
+        self._ahead: Ahead | None = None
+
+    def observe(self, owner: object, observer: Observer | None) -> None:
+        """Tell ``observer`` the experts chosen in every call, ``[B, L, K]``; None ends it."""
+        self._observers.pop(owner, None)
+        if observer is not None:
+            self._observers[owner] = observer
+
+    def look_ahead(self, ahead: Ahead | None) -> None:
+        """Let a streamed layer guess the experts of the next one, from the state that enters its own; None ends it."""
+        self._ahead = ahead
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """``residual + y`` for ``x [B, L, D]``: the weighted sum and the residual are one matrix product."""
         selected_experts, weights = route(self.gate(x), self.num_experts_per_tok)  # [B, L, K]
-        y = self.experts(x, selected_experts, self.num_experts)  # [B, L, K, D]
+        for observer in self._observers.values():
+            observer(selected_experts)
+        ahead = self._ahead(residual) if self._ahead is not None else None
+        y = self.experts(x, selected_experts, self.num_experts, ahead)  # [B, L, K, D]
         return mx.addmm(residual[..., None, :], weights[..., None, :], y).squeeze(-2)

@@ -18,7 +18,7 @@ from mlx_mixtral.weights.checkpoint import CheckpointReader
 from mlx_mixtral.weights.dtypes import FLOATS, MLX_DTYPES, NUMPY_DTYPES, as_numpy, bytes_of, convert, is_finite
 from mlx_mixtral.weights.safetensors import ITEM_BYTES, TensorInfo
 
-__all__ = ["Fill", "fill"]
+__all__ = ["READ_THREADS", "Fill", "allocate", "chunks", "fill", "fill_chunk"]
 
 CHUNK_BYTES = 4 * 2**20
 READ_THREADS = 8
@@ -55,10 +55,10 @@ def fill(reader: CheckpointReader, fills: list[Fill], progress: Callable[[int], 
     done = 0
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="mlx-mixtral-read") as pool:
         pending: set[Future[int]] = set()
-        chunks = (chunk for item in fills for chunk in _chunks(item))
+        pieces = (chunk for item in fills for chunk in chunks(item))
         try:
-            for chunk in chunks:
-                pending.add(pool.submit(_fill_chunk, reader, chunk))
+            for chunk in pieces:
+                pending.add(pool.submit(fill_chunk, reader, chunk))
                 # A bounded queue keeps an interrupted load from reading on for seconds.
                 while len(pending) >= 4 * READ_THREADS:
                     finished, pending = wait(pending, return_when=FIRST_EXCEPTION, timeout=0.02)
@@ -75,14 +75,16 @@ def fill(reader: CheckpointReader, fills: list[Fill], progress: Callable[[int], 
             raise
 
 
-def _chunks(item: Fill) -> Iterator[Fill]:
+def chunks(item: Fill) -> Iterator[Fill]:
+    """A fill in pieces of about ``CHUNK_BYTES``: what one read takes."""
     rows = max(1, CHUNK_BYTES // max(item.info.row_bytes, 1))
     for start in range(item.start, item.stop, rows):
         stop = min(start + rows, item.stop)
         yield Fill(item.array, item.row + start - item.start, item.dtype, item.info, start, stop)
 
 
-def _fill_chunk(reader: CheckpointReader, item: Fill) -> int:
+def fill_chunk(reader: CheckpointReader, item: Fill) -> int:
+    """Carry out one piece; its bytes. Raises as ``fill``."""
     rows = item.stop - item.start
     columns = item.info.row_bytes // ITEM_BYTES[item.info.dtype]
     row_bytes = columns * ITEM_BYTES[item.dtype]

@@ -22,10 +22,15 @@ class Watched:
     def __init__(self, model: MixtralModel) -> None:
         self.model = model
         self.events: list[tuple[str, int]] = []
+        self.is_streamed, self.counters = model.is_streamed, model.counters
 
     def hidden(self, tokens: mx.array, cache: Any, *, last_only: bool = False) -> mx.array:
         self.events.append(("forward", tokens.shape[1]))
         return self.model.hidden(tokens, cache, last_only=last_only)
+
+    def remember(self, tokens: mx.array, cache: Any) -> None:
+        self.events.append(("forward", tokens.shape[1]))
+        self.model.remember(tokens, cache)
 
     def head(self, hidden: mx.array) -> mx.array:
         self.events.append(("head", hidden.size // hidden.shape[-1]))

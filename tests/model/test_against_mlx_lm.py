@@ -73,7 +73,7 @@ def test_modules_that_cannot_be_fused_compute_the_same(
     with load(folder) as model:
         attention, moe = model.module.layers[0].attention, model.module.layers[0].moe
         assert len(attention.qkv) == 3
-        assert len(moe.experts.gate_up) == 2
+        assert len(moe.experts.bank.gate_up) == 2
         assert moe.gate.spec.bits == 8
         assert model.module.layers[1].attention.o_proj.spec is None
         ours = np.asarray(model.module(mx.array(ids)))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlx_mixtral import Mixtral
 from mlx_mixtral.experts.bank import ExpertBank, gathers_sorted
 from mlx_mixtral.model.linear import StackedLinear
+from mlx_mixtral.experts.gather import GatheredExperts
 from mlx_mixtral.model.moe import SparseMoe, route
 from mlx_mixtral.quantization import QuantizationSpec
 
@@ -123,7 +124,7 @@ def test_each_token_uses_exactly_its_two_experts(model: Mixtral, recorded: dict[
     before = np.asarray(moe(x, zero))
     used = set(np.asarray(route(moe.gate(x), 2)[0]).ravel().tolist())
     assert len(used) == 2
-    gate_up, down = moe.experts.gate_up[0], moe.experts.down
+    gate_up, down = moe.experts.bank.gate_up[0], moe.experts.bank.down
     saved = gate_up.weight, down.weight
     try:
         keep = mx.array([e in used for e in range(8)])[:, None, None]
@@ -142,7 +143,8 @@ def test_block_adds_the_weighted_sum_to_the_residual() -> None:
 
     generator = np.random.default_rng(9)
     router = generator.standard_normal((4, 64)).astype(np.float32)
-    moe = SparseMoe(Linear({"weight": mx.array(router)}, None), bank, 4, 3)
+    gathered = GatheredExperts(0, 4, None, bank)  # type: ignore[arg-type]
+    moe = SparseMoe(Linear({"weight": mx.array(router)}, None), gathered, 4, 3)
     x, residual = (generator.standard_normal((2, 9, 64)).astype(np.float32) for _ in "xr")
     ours = np.asarray(moe(mx.array(x), mx.array(residual)))
     for index in np.ndindex(2, 9):

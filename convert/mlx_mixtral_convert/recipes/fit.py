@@ -18,7 +18,7 @@ from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.errors import MemoryBudgetError
 from mlx_mixtral.layout import Matrix, matrices, norms
 from mlx_mixtral.quantization import QuantizationSpec
-from mlx_mixtral.sizes import format_bytes
+from mlx_mixtral.sizes import format_bytes, format_bytes_up
 from mlx_mixtral_convert.calibration.file import Losses
 from mlx_mixtral_convert.calibration.sensitivity import candidates_for, group_of
 from mlx_mixtral_convert.recipes.defaults import default_losses
@@ -97,7 +97,7 @@ def fit(
     if room < 0:
         raise MemoryBudgetError(
             f"{format_bytes(budget_bytes)} is too small for this model: the smallest it can be is "
-            f"{_rounded_up(budget_bytes - room)}, at 2 bits"
+            f"{format_bytes_up(budget_bytes - room)}, at 2 bits"
         )
     taken = _best(choices, room)
     picked = {name: choices[name][index] for name, index in taken.items()}
@@ -176,8 +176,3 @@ def _most_common(groups: Mapping[str, list[Matrix]], picked: Mapping[str, _Choic
             weights[spec] = weights.get(spec, 0) + sum(matrix.parameters for matrix in group)
     return max(weights, key=lambda spec: weights[spec]) if weights else None
 
-
-def _rounded_up(count: int) -> str:
-    """A size that fits when typed back."""
-    unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if count >= u), (1, "B"))
-    return f"{-(-count * 100 // unit) / 100:.2f} {name}"

@@ -1,0 +1,249 @@
+"""A layer's experts wherever they are: all in memory, or some of them on disk until a token needs them.
+
+A resident layer is one call of its bank and never waits. A streamed one reads the router's choice back once a call, for all
+rows; experts that are in slots compute while the others are read. When a call needs more experts than there are slots they take
+turns: each is read once, and half of the slots are being read while the other half compute.
+
+The result does not depend on how much is resident. Each token-expert pair is a product of its own, and which kernel computes
+it is chosen by the model's number of experts and the pairs of the whole call, never by the slots there are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx.nn.layers.base import Module
+
+from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.experts.bank import ExpertBank, gathers_sorted
+from mlx_mixtral.experts.pool import Key, SlotPool
+from mlx_mixtral.experts.store import Counters, ExpertStore, Loading
+
+__all__ = ["GatheredExperts", "Lookahead"]
+
+# Results of larger calls are waited for rather than kept alive until the next one.
+KEPT_PAIRS = 64
+Indices = npt.NDArray[np.int64]
+
+
+class GatheredExperts(Module):
+    """Experts of layer ``layer``: resident in ``bank``, or in the slots of ``pool`` and on disk.
+
+    A layer has a pool of its own, or shares one with layers whose experts have the same shapes.
+    """
+
+    def __init__(self, layer: int, num_experts: int, store: ExpertStore, bank: ExpertBank | None = None) -> None:
+        super().__init__()
+        self.layer, self.num_experts = layer, num_experts
+        self.bank = bank
+        self._store = store
+        self._pool: SlotPool | None = None
+
+    @property
+    def pool(self) -> SlotPool | None:
+        """The slots of a streamed layer, None for a resident one."""
+        return self._pool
+
+    @property
+    def counters(self) -> Counters:
+        """What streaming did so far, in all layers together."""
+        return self._store.counters
+
+    def stay_in(self, bank: ExpertBank) -> None:
+        """All experts lie in ``bank``, each in the slot of its number."""
+        self.bank, self._pool = bank, None
+
+    def stream_through(self, pool: SlotPool) -> None:
+        """Experts are read into the slots of ``pool`` when they are needed."""
+        self.bank, self._pool = pool.bank, pool
+
+    def __call__(
+        self, x: mx.array, selected_experts: mx.array, num_experts: int, ahead: Lookahead | None = None
+    ) -> mx.array:
+        """Each token through each of its experts: ``x [B, L, D]``, ``selected_experts [B, L, K]`` give ``[B, L, K, D]``.
+
+        Raises:
+            CheckpointError: an expert cannot be read.
+        """
+        if self._pool is None:
+            assert self.bank is not None
+            return self.bank(x, selected_experts, num_experts)
+        chosen = self._read_back(selected_experts, ahead)
+        return _Call(self, self._pool, self._store, x, chosen, selected_experts.shape).run()
+
+    def _read_back(self, selected_experts: mx.array, ahead: Lookahead | None) -> Indices:
+        """The router's choice ``[P]`` on the host: the only synchronisation of a layer."""
+        self._store.counters.readbacks += 1
+        if ahead is not None:
+            mx.eval(selected_experts, ahead.predicted)
+            ahead.begin(self._store)
+        else:
+            mx.eval(selected_experts)
+        return np.asarray(selected_experts).reshape(-1).astype(np.int64)
+
+
+class Lookahead:
+    """Experts that a layer will probably need, judged one layer early, and reading them before they are asked for."""
+
+    def __init__(self, experts: GatheredExperts, predicted: mx.array) -> None:
+        self._experts, self.predicted = experts, predicted
+
+    def begin(self, store: ExpertStore) -> None:
+        """Start to read those that are missing; failures are left for the real read to report."""
+        pool, layer = self._experts.pool, self._experts.layer
+        if pool is None or pool.ahead:
+            return
+        pool.looked_ahead = True
+        keys = [(layer, int(expert)) for expert in dict.fromkeys(np.asarray(self.predicted).reshape(-1).tolist())]
+        for key in keys:
+            if key in pool:
+                continue
+            if (slot := pool.make_room(keys)) is None:
+                return
+            try:
+                pool.ahead[key] = store.start(*key, pool.bank.arrays, slot)
+            except CheckpointError:
+                pool.give_back(slot)
+                return
+            store.counters.predicted += 1
+
+
+class _Call:
+    """One call of a streamed layer: groups of experts that are ready compute while others are read."""
+
+    def __init__(
+        self,
+        experts: GatheredExperts,
+        pool: SlotPool,
+        store: ExpertStore,
+        x: mx.array,
+        chosen: Indices,
+        shape: tuple[int, ...],
+    ) -> None:
+        self.layer, self.num_experts = experts.layer, experts.num_experts
+        self.pool, self.store = pool, store
+        self.x, self.chosen, self.shape = x, chosen, shape
+        self.is_sorted = gathers_sorted(len(chosen), experts.num_experts)
+        self.loading: dict[int, Loading] = {}
+        self.outputs: list[mx.array] = []
+        self.order: list[Indices] = []
+
+    def run(self) -> mx.array:
+        pool, counters = self.pool, self.store.counters
+        # Reading back has waited for all of it, but for results nobody asked for.
+        pool.settle()
+        needed = list(dict.fromkeys(self.chosen.tolist()))
+        hits = [expert for expert in needed if self._key(expert) in pool]
+        misses = deque(expert for expert in needed if self._key(expert) not in pool)
+        counters.hits += len(hits)
+        counters.misses += len(misses)
+        pool.touch(map(self._key, hits))
+        if pool.looked_ahead:
+            pool.looked_ahead = False
+            counters.predicted_needed += len(misses)
+        try:
+            result = self._take_turns(hits, misses)
+            pool.finish_ahead()
+        except BaseException:
+            self._abandon()
+            raise
+        if len(self.chosen) > KEPT_PAIRS:
+            pool.settle()
+        return result
+
+    def _take_turns(self, hits: list[int], misses: deque[int]) -> mx.array:
+        pool = self.pool
+        for expert in [expert for expert in misses if self._key(expert) in pool.ahead]:
+            self.loading[expert] = pool.ahead.pop(self._key(expert))
+            misses.remove(expert)
+            self.store.counters.predicted_right += 1
+        half = -(-pool.size // 2)
+        fits = len(hits) + len(misses) + len(self.loading) <= pool.size
+        self._begin(misses, hits, pool.size if fits or hits else half)
+        if hits:
+            self._compute(hits)
+        while self.loading or misses:
+            if not self.loading:
+                self._begin(misses, [], half)
+            ready = self._finish()
+            # The slots of the group before are free once it is computed, which it had the time of these reads for.
+            self._begin(misses, ready, pool.size)
+            self._compute(ready)
+        return self._assembled()
+
+    def _begin(self, misses: deque[int], keep: list[int], limit: int) -> None:
+        """Start to read misses, at most ``limit`` at a time, into slots whose experts are not in ``keep``."""
+        kept = {self._key(expert) for expert in keep}
+        while misses and len(self.loading) < limit:
+            slot = self.pool.make_room(kept)
+            if slot is None:
+                if not self.pool.ahead:
+                    return
+                self.pool.finish_ahead()
+                continue
+            expert = misses.popleft()
+            try:
+                self.loading[expert] = self.store.start(self.layer, expert, self.pool.bank.arrays, slot)
+            except BaseException:
+                self.pool.give_back(slot)
+                raise
+
+    def _finish(self) -> list[int]:
+        """Wait for everything that is being read."""
+        problem = self.store.finish(self.loading.values())
+        if problem is not None:
+            raise problem
+        ready = list(self.loading)
+        for expert, loading in self.loading.items():
+            self.pool.put(self._key(expert), loading.slot)
+        self.loading.clear()
+        return ready
+
+    def _abandon(self) -> None:
+        """After a failure: no thread writes any more, and what it wrote counts as nothing."""
+        for loading in self.loading.values():
+            loading.wait()
+            self.pool.give_back(loading.slot)
+        self.loading.clear()
+        self.pool.finish_ahead()
+        self.pool.settle()
+
+    def _compute(self, experts: list[int]) -> None:
+        """Start the products of all pairs of these experts."""
+        pairs = np.flatnonzero(np.isin(self.chosen, experts))
+        slot_of = np.zeros(self.num_experts, np.uint32)
+        slot_of[experts] = [self.pool.slot(self._key(expert)) for expert in experts]
+        slots, bank = slot_of[self.chosen[pairs]], self.pool.bank
+        if len(pairs) == len(self.chosen):
+            y = bank(self.x, mx.array(slots.reshape(self.shape)), self.num_experts)
+            y = y.reshape(len(pairs), -1)
+        else:
+            count = len(pairs)
+            if self.is_sorted:
+                order = np.argsort(slots, kind="stable")
+                pairs, slots = pairs[order], slots[order]
+                # As many rows as the grouped kernel asks for: a part of the call takes the path of the whole.
+                missing = max(0, max(16, 4 * self.pool.size) - count)
+                filler = np.concatenate([np.arange(count), np.full(missing, count - 1)])
+            else:
+                filler = np.arange(count)
+            rows = self.x.reshape(-1, self.x.shape[-1])[mx.array(pairs[filler] // self.shape[-1])]
+            y = bank.pairs(rows, mx.array(slots[filler]), is_sorted=self.is_sorted)[:count]
+        self.pool.used(y)
+        mx.async_eval(y)
+        self.outputs.append(y)
+        self.order.append(pairs)
+
+    def _assembled(self) -> mx.array:
+        """The groups' results in the order of the call."""
+        shape = (*self.shape, self.x.shape[-1])
+        if len(self.outputs) == 1:
+            return self.outputs[0].reshape(shape)
+        back = np.argsort(np.concatenate(self.order))
+        return mx.concatenate(self.outputs)[mx.array(back)].reshape(shape)
+
+    def _key(self, expert: int) -> Key:
+        return (self.layer, expert)

@@ -1,0 +1,169 @@
+"""Where every expert lies in the checkpoint, and reading one into a slot.
+
+An expert's rows in a stacked tensor, in a tensor of its own or in a fused one are runs of bytes all the same, so any checkpoint
+the runtime loads can be streamed as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_mixtral.weights.checkpoint import Checkpoint
+from mlx_mixtral.weights.fill import READ_THREADS, Fill, chunks, fill_chunk
+from mlx_mixtral.weights.safetensors import TensorInfo
+from mlx_mixtral.weights.uncached import BLOCK_BYTES, BOUNCE_BYTES, ExpertFileReader, Identity
+
+__all__ = ["Counters", "ExpertPart", "ExpertStore", "Loading"]
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """Rows of one array of a slot, from ``row`` of the slot on: rows ``start`` to ``stop`` of a tensor.
+
+    ``name`` is what ``ExpertBank.arrays`` calls the array, ``dtype`` the safetensors name of its type.
+    """
+
+    name: str
+    row: int
+    dtype: str
+    info: TensorInfo
+    start: int
+    stop: int
+
+    def into(self, array: mx.array, slot: int) -> Fill:
+        """The read that puts it into ``slot`` of ``array [S, rows, columns]``."""
+        return Fill(array, slot * array.shape[1] + self.row, self.dtype, self.info, self.start, self.stop)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return (self.stop - self.start) * self.info.row_bytes
+
+
+@dataclass
+class Counters:
+    """What streaming did so far. A hit or miss is one expert that one call of one layer needed."""
+
+    hits: int = 0
+    misses: int = 0
+    readbacks: int = 0
+    """Times the router's choice was read back from the device."""
+    bytes_read: int = 0
+    wait_s: float = 0.0
+    """Time in which nothing could be done but wait for the disk."""
+    predicted: int = 0
+    """Experts that look-ahead read, and of these the ones that were needed."""
+    predicted_right: int = 0
+    predicted_needed: int = 0
+    """Experts that were missing when look-ahead had its say."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts needed that were in memory."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 0.0
+
+    def copy(self) -> Counters:
+        return Counters(**vars(self))
+
+    def since(self, before: Counters) -> Counters:
+        return Counters(**{name: value - getattr(before, name) for name, value in vars(self).items()})
+
+
+class Loading:
+    """One expert on its way into a slot."""
+
+    def __init__(self, slot: int, nbytes: int, reads: list[Future[int]]) -> None:
+        self.slot, self.nbytes, self._reads = slot, nbytes, reads
+
+    def wait(self) -> BaseException | None:
+        """Until no thread writes to the slot any more; what went wrong, if anything."""
+        wait(self._reads)
+        return next((error for read in self._reads if (error := read.exception()) is not None), None)
+
+    @property
+    def is_done(self) -> bool:
+        return all(read.done() for read in self._reads)
+
+
+@dataclass
+class ExpertStore:
+    """Reads experts of ``checkpoint``: ``parts[layer][expert]`` tell where one lies.
+
+    Files are opened when the first expert is read. One thread calls; several read.
+    """
+
+    checkpoint: Checkpoint
+    identities: Mapping[Path, Identity]
+    parts: Mapping[int, Sequence[Sequence[ExpertPart]]]
+    page_cache: bool = False
+    counters: Counters = field(default_factory=Counters)
+
+    def file_bytes(self, layer: int) -> int:
+        """Bytes on disk of the largest expert of a layer."""
+        return max(sum(part.nbytes for part in parts) for parts in self.parts[layer])
+
+    @property
+    def reading_bytes(self) -> int:
+        """Memory that reading takes: a buffer a thread."""
+        largest = max(part.nbytes for layer in self.parts.values() for parts in layer for part in parts)
+        return READ_THREADS * min(largest + 2 * BLOCK_BYTES, BOUNCE_BYTES)
+
+    def fills(self, layer: int, expert: int, arrays: Mapping[str, mx.array], slot: int) -> list[Fill]:
+        """The reads that fill a slot of a bank's ``arrays``."""
+        return [part.into(arrays[part.name], slot) for part in self.parts[layer][expert]]
+
+    def start(self, layer: int, expert: int, arrays: Mapping[str, mx.array], slot: int) -> Loading:
+        """Begin to read an expert. Nothing in flight may use the slot.
+
+        Raises:
+            CheckpointError: a file is not what it was when the model was loaded.
+        """
+        reader = self._reader
+        fills = self.fills(layer, expert, arrays, slot)
+        for file in {item.info.file for item in fills}:
+            reader.check_unchanged(file)
+        reads = [self._pool.submit(fill_chunk, reader, chunk) for item in fills for chunk in chunks(item)]
+        return Loading(slot, sum(item.nbytes for item in fills), reads)
+
+    def finish(self, loadings: Iterable[Loading]) -> BaseException | None:
+        """Wait for all of them; the first error. Their time and bytes are counted."""
+        started = time.perf_counter()
+        problem = None
+        for loading in loadings:
+            error = loading.wait()
+            problem = problem or error
+            self.counters.bytes_read += loading.nbytes
+        self.counters.wait_s += time.perf_counter() - started
+        return problem
+
+    def files_of(self, layer: int) -> set[Path]:
+        return {part.info.file for parts in self.parts[layer] for part in parts}
+
+    def close(self) -> None:
+        """Close the files; they open again when an expert is read."""
+        for name in ("_pool", "_reader"):
+            held = self.__dict__.pop(name, None)
+            if isinstance(held, ThreadPoolExecutor):
+                held.shutdown(wait=True, cancel_futures=True)
+            elif held is not None:
+                held.close()
+
+    @cached_property
+    def _reader(self) -> ExpertFileReader:
+        return ExpertFileReader(self.checkpoint, self.identities, page_cache=self.page_cache)
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(READ_THREADS, thread_name_prefix="mlx-mixtral-expert")
+
+    @property
+    def reader(self) -> ExpertFileReader:
+        """The open files."""
+        return self._reader
