@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from mlx_mixtral.errors import MixtralError
     from mlx_mixtral.generation.loop import GenerationStats
     from mlx_mixtral.generation.sampling import SamplingParams
-    from mlx_mixtral.loading import LoadProgress
+    from mlx_mixtral.loading import LoadProgress, load
     from mlx_mixtral.quantization import QuantizationConfig, QuantizationSpec
-    from mlx_mixtral.runtime import GenerationOptions, Mixtral, load
+    from mlx_mixtral.runtime import GenerationOptions, Mixtral
     from mlx_mixtral.stream import Chunk, Generation, TextStream
     from mlx_mixtral.tokenizer import Tokenizer
 
@@ -66,7 +66,7 @@ _HOMES = {
     "SamplingParams": "generation.sampling",
     "TextStream": "stream",
     "Tokenizer": "tokenizer",
-    "load": "runtime",
+    "load": "loading",
 }
 
 

@@ -72,8 +72,10 @@ def compute_dtype(requested: str, device: Device) -> str:
 
 
 @contextlib.contextmanager
-def wired(device: Device, stream: mx.Stream | None = None) -> Iterator[None]:
+def wired(device: Device, stream: mx.Stream | None = None, budget_bytes: int | None = None) -> Iterator[None]:
     """Keep the weights wired while generating, as far as the system recommends; the old limit is restored.
+
+    With a budget no more than that is wired: what streams experts leaves the rest to the system.
 
     Without it macOS may page weights out between tokens. Never beyond the recommended working set: raising the system's own
     limit (``sysctl iogpu.wired_limit_mb``) has cost users kernel panics and is not ours to do. Needs macOS 15; a no-op
@@ -82,7 +84,7 @@ def wired(device: Device, stream: mx.Stream | None = None) -> Iterator[None]:
     if device.kind != "metal" or device.recommended_bytes is None:
         yield
         return
-    before = mx.set_wired_limit(device.recommended_bytes)
+    before = mx.set_wired_limit(min(device.recommended_bytes, budget_bytes or device.recommended_bytes))
     try:
         yield
     finally:

@@ -1,34 +1,29 @@
-"""Building and filling a network from a checkpoint, within a memory budget."""
+"""``load``: from a folder or repository to a model in memory, within a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
-
-from mlx_mixtral.budget import DEFAULT_CONTEXT_TOKENS, RESIDENT_CHUNK_TOKENS, Demands, Planned
-from mlx_mixtral.device import DTYPE_NAMES, Device, current_device
-from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
-from mlx_mixtral.experts.machine import read_system_memory, usable_bytes
-from mlx_mixtral.experts.plan import Speeds, plan_residency
+from mlx_mixtral.budget import Planned
+from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.device import DTYPE_NAMES, compute_dtype, current_device
+from mlx_mixtral.errors import DtypeRangeError, InvalidRequestError, MissingDependencyError, TokenizerError
+from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.residency import Residency
-from mlx_mixtral.experts.speeds import measure_speeds
-from mlx_mixtral.experts.trace import RoutingTrace, hit_rates, published_trace
+from mlx_mixtral.hub import resolve
 from mlx_mixtral.model.build import Builder
+from mlx_mixtral.model.lookahead import LookaheadControl
 from mlx_mixtral.model.mixtral import MixtralModel
-from mlx_mixtral.sizes import parse_size
-from mlx_mixtral.weights.checkpoint import CheckpointReader
-from mlx_mixtral.weights.dtypes import MLX_DTYPES
+from mlx_mixtral.planning import Planner
+from mlx_mixtral.runtime import Mixtral
+from mlx_mixtral.tokenizer import Tokenizer, load_tokenizer
+from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.fill import fill
+from mlx_mixtral.weights.manifest import check_files, check_sizes
 
-__all__ = ["TRACE_FILE", "LoadProgress", "Planner", "load_module", "refuse_cpu_gather"]
-
-TRACE_FILE = "routing_trace.safetensors"
-"""A routing trace of the model itself, beside its weights."""
+__all__ = ["LoadProgress", "load", "load_module", "refuse_cpu_gather"]
 
 
 @dataclass(frozen=True)
@@ -39,73 +34,71 @@ class LoadProgress:
     total_bytes: int
 
 
-class Planner:
-    """Plans which experts of a model stay in memory, and changes that under a loaded one.
+def load(
+    path: str | Path,
+    *,
+    memory: str | int | None = None,
+    context: int | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    verify: bool = False,
+    page_cache: bool = False,
+    policy: str = "lru",
+    lookahead: str = "off",
+    progress: Callable[[LoadProgress], None] | None = None,
+) -> Mixtral:
+    """Load a model from a folder or a hub repository.
 
-    Speeds are measured, and curves of hit rates made, when the first budget that cannot hold everything needs them.
+    Reads MLX checkpoints (ours and mlx-lm's, quantised in any MLX mode) and unquantised Hugging Face folders; dense Mistral
+    and Llama models as the one-expert case. Weights are read straight into arrays of their final size.
+
+    Args:
+        path: folder, ``owner/name`` or ``owner/name@revision``.
+        memory: budget for weights, the KV cache of ``context`` tokens and working memory, such as "12GB". Experts it has no
+            room for are read from disk when a token needs them; the answer is the same. What this machine can give when None.
+        context: tokens the budget reserves KV cache for; the smaller of the model's and 4096 when left out.
+        dtype: compute type: auto (by device), float32, float16 or bfloat16.
+        verify: compare every file of one of our conversions with its sha256 first, which reads the weights once more. The
+            sizes of its weight files are compared always.
+        page_cache: let experts that are read from disk fill the operating system's page cache too; worth it where the machine
+            has memory to spare beyond the budget.
+        policy: which expert makes room for another one: lru or lfu.
+        lookahead: read the next layer's experts before its router has chosen: off, on, or auto, which measures whether it pays.
+        progress: told the bytes read so far, from this thread.
+
+    Raises:
+        CheckpointError, ConfigError, HubError: the model cannot be found, read or run.
+        MemoryBudgetError: ``memory`` is below the least the model can do with.
+        InvalidRequestError: an argument out of range.
     """
-
-    def __init__(self, builder: Builder, device: Device) -> None:
-        self.builder, self.device = builder, device
-        self.sizes = builder.sizes()
-
-    def demands(self, context: int | None) -> Demands:
-        """What the model needs beside experts, with ``context`` tokens of KV cache.
-
-        Raises:
-            InvalidRequestError, ContextLengthError: not a number of tokens the model can hold.
-        """
-        config = self.builder.config
-        if context is not None and (not isinstance(context, int) or isinstance(context, bool) or context < 1):
-            raise InvalidRequestError(f"context is {context!r}; it must be a number of tokens, at least 1")
-        if context is not None and context > config.max_position_embeddings:
-            raise ContextLengthError(
-                f"context is {context}; the model's own is {config.max_position_embeddings} tokens"
-            )
-        tokens = context or min(config.max_position_embeddings, DEFAULT_CONTEXT_TOKENS)
-        reading = 0 if config.is_dense else self.builder.store.reading_bytes
-        return Demands(config, self.sizes, tokens, self.builder.item_bytes, self.device.kind == "cpu", reading)
-
-    def plan(self, memory: str | int | None, context: int | None) -> Planned:
-        """What stays in memory under a budget; None means what this machine can give.
-
-        Raises:
-            InvalidRequestError, ContextLengthError: sizes that are none.
-            MemoryBudgetError: the budget is below the least the model can do with.
-            CheckpointError: an expert cannot be read to see how fast the disk is.
-        """
-        demands = self.demands(context)
-        budget = self._budget(memory)
-        if budget is None or demands.everything_bytes <= budget:
-            return Planned(demands, None if memory is None else budget, RESIDENT_CHUNK_TOKENS, None)
-        chunk = demands.chunk_tokens(budget)
-        room = demands.room_for_experts(budget, chunk)
-        if self.builder.config.is_dense:
-            return Planned(demands, budget, chunk, None)
-        return Planned(demands, budget, chunk, plan_residency(self.sizes, room, self.speeds, self.hit_rates))
-
-    @cached_property
-    def speeds(self) -> Speeds:
-        """Measured on the checkpoint: a fraction of a second."""
-        builder, kinds = self.builder, self.sizes.kinds
-        layers = [layer for layer, kind in enumerate(kinds) if kind == kinds[0]]
-        x = mx.ones((1, builder.config.hidden_size), MLX_DTYPES[builder.dtype])
-        return measure_speeds(builder.store, builder.bank(0, 1), layers, x)
-
-    @cached_property
-    def hit_rates(self) -> npt.NDArray[np.float64]:
-        """Of the model's own routing trace where it has one beside its weights, else of the published repeat rates."""
-        config, own = self.builder.config, self.builder.checkpoint.folder / TRACE_FILE
-        trace = RoutingTrace.load(own) if own.is_file() else None
-        shape = (config.num_hidden_layers, config.num_experts_per_tok)
-        if trace is None or (trace.experts.shape[1:], trace.num_experts) != (shape, config.num_local_experts):
-            trace = published_trace(shape[0], config.num_local_experts, shape[1])
-        return hit_rates(trace, self.builder.policy)
-
-    def _budget(self, memory: str | int | None) -> int | None:
-        if memory is not None:
-            return parse_size(memory)
-        return usable_bytes(self.device, read_system_memory())
+    device = current_device()
+    kind = compute_dtype(dtype, device)
+    control, _ = LookaheadControl(lookahead), make_policy(policy)
+    folder = resolve(path, revision=revision)
+    check_sizes(folder)
+    if verify:
+        check_files(folder)
+    config = MixtralConfig.from_folder(folder)
+    checkpoint = Checkpoint(folder)
+    tokenizer: Tokenizer | TokenizerError
+    try:
+        tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
+    except (MissingDependencyError, TokenizerError) as error:
+        # A fresh error: a raised one keeps this frame alive by its traceback, and the weights with it.
+        tokenizer = TokenizerError(str(error))
+    for name in (kind, "BF16"):
+        builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy)
+        refuse_cpu_gather(builder)
+        planner = Planner(builder, device)
+        planned = planner.plan(memory, context)
+        try:
+            module, residency = load_module(planner, planned, progress)
+        except DtypeRangeError:
+            if name != "F16" or dtype != "auto":
+                raise
+            continue
+        return Mixtral(module, residency, planner, config, device, tokenizer, control)
+    raise AssertionError("bfloat16 has the range of float32")
 
 
 def load_module(

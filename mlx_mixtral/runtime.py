@@ -1,4 +1,4 @@
-"""The object apps use: load a model, generate text with it, ask it for logits."""
+"""The object apps use: generate text with a model, ask it for logits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
@@ -16,34 +15,27 @@ import numpy.typing as npt
 
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config import MixtralConfig
-from mlx_mixtral.device import Device, compute_dtype, current_device
+from mlx_mixtral.device import Device
 from mlx_mixtral.errors import (
     BusyError,
     ClosedError,
     ContextLengthError,
-    DtypeRangeError,
     InvalidRequestError,
-    MissingDependencyError,
     TokenizerError,
 )
-from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.generation.loop import GenerationStats, Token, decode
 from mlx_mixtral.generation.sampling import Sampler, SamplingParams
 from mlx_mixtral.generation.stop import StopStrings
-from mlx_mixtral.hub import resolve
-from mlx_mixtral.loading import LoadProgress, Planner, load_module, refuse_cpu_gather
-from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.lookahead import LookaheadControl
 from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.model.moe import SparseMoe
+from mlx_mixtral.planning import Planner
 from mlx_mixtral.stream import Generation, TextAssembler, TextStream
-from mlx_mixtral.tokenizer import Tokenizer, load_tokenizer
-from mlx_mixtral.weights.checkpoint import Checkpoint
-from mlx_mixtral.weights.manifest import check_files, check_sizes
+from mlx_mixtral.tokenizer import Tokenizer
 
-__all__ = ["CHAT_SAMPLING", "GenerationOptions", "Mixtral", "load"]
+__all__ = ["CHAT_SAMPLING", "GenerationOptions", "Mixtral"]
 
 DEFAULT_MAX_TOKENS = 256
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
@@ -69,7 +61,7 @@ class GenerationOptions(TypedDict, total=False):
 
 
 class Mixtral:
-    """A loaded model. Made by ``load``; use it from any thread, one generation at a time.
+    """A loaded model, made by ``load``; use it from any thread, one generation at a time.
 
     ``config``, ``device``, ``residency`` (what stays in memory, and what was read) and ``module`` (the ``nn.Module``: token
     ids in, logits out) are public.
@@ -130,6 +122,11 @@ class Mixtral:
     def nbytes(self) -> int:
         """Bytes of the weights as they lie in memory."""
         return self.module.nbytes
+
+    @property
+    def least_memory(self) -> int:
+        """Bytes of the smallest memory budget the model can do with, for the context it was loaded for."""
+        return self.residency.planned.demands.least_bytes
 
     def make_cache(self, left_padding: Sequence[int] | None = None) -> KVCache:
         """An empty key-value cache for ``module``; ``left_padding`` has one entry a row of a batch."""
@@ -311,7 +308,8 @@ class Mixtral:
 
         decoder = self.tokenizer.streaming_decoder(continues=not is_answer) if has_tokenizer else None
         text = TextAssembler(decoder, limit, stop_ids, stops, cancelled)
-        return TextStream(run, text, self._exclusive(), self.device, self._stream)
+        budget = self.residency.budget_bytes
+        return TextStream(run, text, self._exclusive(), self.device, self._stream, budget)
 
     @property
     def _context_limit(self) -> int:
@@ -372,70 +370,3 @@ class Mixtral:
             yield
         finally:
             self._busy.release()
-
-
-def load(
-    path: str | Path,
-    *,
-    memory: str | int | None = None,
-    context: int | None = None,
-    dtype: str = "auto",
-    revision: str | None = None,
-    verify: bool = False,
-    page_cache: bool = False,
-    policy: str = "lru",
-    lookahead: str = "off",
-    progress: Callable[[LoadProgress], None] | None = None,
-) -> Mixtral:
-    """Load a model from a folder or a hub repository.
-
-    Reads MLX checkpoints (ours and mlx-lm's, quantised in any MLX mode) and unquantised Hugging Face folders; dense Mistral
-    and Llama models as the one-expert case. Weights are read straight into arrays of their final size.
-
-    Args:
-        path: folder, ``owner/name`` or ``owner/name@revision``.
-        memory: budget for weights, the KV cache of ``context`` tokens and working memory, such as "12GB". Experts it has no
-            room for are read from disk when a token needs them; the answer is the same. What this machine can give when None.
-        context: tokens the budget reserves KV cache for; the smaller of the model's and 4096 when left out.
-        dtype: compute type: auto (by device), float32, float16 or bfloat16.
-        verify: compare every file of one of our conversions with its sha256 first, which reads the weights once more. The
-            sizes of its weight files are compared always.
-        page_cache: let experts that are read from disk fill the operating system's page cache too; worth it where the machine
-            has memory to spare beyond the budget.
-        policy: which expert makes room for another one: lru or lfu.
-        lookahead: read the next layer's experts before its router has chosen: off, on, or auto, which measures whether it pays.
-        progress: told the bytes read so far, from this thread.
-
-    Raises:
-        CheckpointError, ConfigError, HubError: the model cannot be found, read or run.
-        MemoryBudgetError: ``memory`` is below the least the model can do with.
-        InvalidRequestError: an argument out of range.
-    """
-    device = current_device()
-    kind = compute_dtype(dtype, device)
-    control, _ = LookaheadControl(lookahead), make_policy(policy)
-    folder = resolve(path, revision=revision)
-    check_sizes(folder)
-    if verify:
-        check_files(folder)
-    config = MixtralConfig.from_folder(folder)
-    checkpoint = Checkpoint(folder)
-    tokenizer: Tokenizer | TokenizerError
-    try:
-        tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
-    except (MissingDependencyError, TokenizerError) as error:
-        # A fresh error: a raised one keeps this frame alive by its traceback, and the weights with it.
-        tokenizer = TokenizerError(str(error))
-    for name in (kind, "BF16"):
-        builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy)
-        refuse_cpu_gather(builder)
-        planner = Planner(builder, device)
-        planned = planner.plan(memory, context)
-        try:
-            module, residency = load_module(planner, planned, progress)
-        except DtypeRangeError:
-            if name != "F16" or dtype != "auto":
-                raise
-            continue
-        return Mixtral(module, residency, planner, config, device, tokenizer, control)
-    raise AssertionError("bfloat16 has the range of float32")

@@ -61,10 +61,11 @@ class TextStream(Iterator[Chunk]):
         guard: contextlib.AbstractContextManager[None],
         device: Device,
         stream: mx.Stream,
+        budget_bytes: int | None = None,
     ) -> None:
         self.stats = GenerationStats()
         # The generator does not know this object: no cycle, so dropping the stream closes it at once.
-        self._steps = _run(tokens, text, guard, wired(device, stream), self.stats, stream)
+        self._steps = _run(tokens, text, guard, wired(device, stream, budget_bytes), self.stats, stream)
 
     def __iter__(self) -> Self:
         return self

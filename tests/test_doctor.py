@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_mixtral import Mixtral
 from mlx_mixtral.demo import reference_path
 from mlx_mixtral.doctor import CheckResult, Diagnosis, run_doctor
 from mlx_mixtral.doctor import bandwidth as bandwidth_module
@@ -21,6 +22,8 @@ from mlx_mixtral.doctor.bandwidth import disk_bandwidth, memory_bandwidth
 from mlx_mixtral.doctor.checks import CHECKS, CheckFailedError
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.experts import bank
+from mlx_mixtral.experts.pool import SlotPool
+from mlx_mixtral.experts.store import ExpertStore
 from mlx_mixtral.model.linear import StackedLinear
 from mlx_mixtral.weights import dtypes
 
@@ -145,6 +148,20 @@ def _rows_one_off(patch: Patch) -> None:
     patch.setattr(checks_module, "fill", shifted)
 
 
+def _wrong_slot_of_a_pool(patch: Patch) -> None:
+    real = SlotPool.slot
+    patch.setattr(SlotPool, "slot", lambda self, key: (real(self, key) + 1) % self.size)
+
+
+def _neighbour_read(patch: Patch) -> None:
+    real = ExpertStore.start
+    patch.setattr(
+        ExpertStore,
+        "start",
+        lambda self, layer, expert, arrays, slot: real(self, layer, (expert + 1) % 8, arrays, slot),
+    )
+
+
 def _gelu(patch: Patch) -> None:
     patch.setattr(bank, "swiglu", lambda gate, up: gate * 0.5 * (1 + mx.erf(gate / math.sqrt(2))) * up)
 
@@ -224,6 +241,14 @@ BROKEN: list[tuple[str, str, str, Callable[[Patch], None]]] = [
     ),
     ("slots from disk", "the next slot", "experts in other slots give other products", _wrong_slot),
     ("slots from disk", "a row not read", "experts in other slots give other products", _rows_one_off),
+    ("resident against streamed", "another slot", "logits differ by up to", _wrong_slot_of_a_pool),
+    ("resident against streamed", "wrong expert read", "logits differ by up to", _neighbour_read),
+    (
+        "resident against streamed",
+        "a budget that holds everything",
+        "nothing was streamed",
+        lambda p: p.setattr(Mixtral, "least_memory", property(lambda self: 10**9)),
+    ),
     ("compiled against plain", "GELU", "the compiled SwiGLU: relative error", _gelu),
     ("compiled against plain", "gate and up swapped", "the compiled SwiGLU: relative error", _swapped_halves),
     (

@@ -50,13 +50,32 @@ def parse_seed(ctx: click.Context, param: click.Parameter, value: str | None) ->
 
 
 def loading_options(command: F) -> F:
-    """``--memory --context --dtype --revision --verify``, named as the arguments of ``load``."""
+    """``--memory --context --dtype --revision --verify`` and how experts are streamed, named as the arguments of ``load``."""
     for option in (
+        click.option(
+            "--lookahead",
+            type=click.Choice(("off", "on", "auto")),
+            default="off",
+            show_default=True,
+            help="Read the next layer's experts early; auto measures whether it pays.",
+        ),
+        click.option(
+            "--policy",
+            type=click.Choice(("lru", "lfu")),
+            default="lru",
+            show_default=True,
+            help="Which expert makes room for one that is read.",
+        ),
+        click.option("--page-cache", is_flag=True, help="Let streamed experts fill the system's page cache too."),
         click.option("--verify", is_flag=True, help="Check the files' hashes first, for a model `convert` wrote."),
         click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub repository."),
         click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="Compute type.", show_default=True),
         click.option("--context", type=int, metavar="N", help="Tokens that --memory reserves KV cache for."),
-        click.option("--memory", metavar="SIZE", help="Memory budget for weights and KV cache, such as 12GB."),
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            help="Memory budget, such as 12GB; experts beyond it are read from disk.  [default: what this machine can give]",
+        ),
     ):
         command = option(command)
     return command

@@ -90,7 +90,15 @@ def stats_line(stats: GenerationStats) -> str:
     decoded = f"{stats.tokens} token{'s' * (stats.tokens != 1)}"
     if stats.decode_tok_s:
         decoded += f", {rate(stats.decode_tok_s)}"
-    return (
+    line = (
         f"{stats.prompt_tokens} prompt tokens, {rate(stats.prompt_tok_s)} · {decoded} · "
         f"peak memory {format_bytes(stats.peak_memory_bytes)}"
+    )
+    experts = stats.decode_experts
+    if experts is None or stats.tokens < 2:
+        return line
+    predicted = f" (predicted {rate(stats.predicted_tok_s)})" if stats.predicted_tok_s else ""
+    return (
+        f"{line}\nexperts: {experts.hit_rate:.0%} in memory, {format_bytes(experts.bytes_read / (stats.tokens - 1))} read a "
+        f"token, {experts.wait_s / max(stats.decode_s, 1e-9):.0%} of the time waiting for the disk{predicted}"
     )

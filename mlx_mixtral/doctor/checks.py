@@ -13,11 +13,11 @@ from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.demo import checkpoint_path, reference_path
 from mlx_mixtral.experts import bank
 from mlx_mixtral.experts.bank import ExpertBank, gathers_sorted
+from mlx_mixtral.loading import load
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.linear import Linear, StackedLinear
 from mlx_mixtral.model.moe import route
 from mlx_mixtral.quantization import QuantizationSpec
-from mlx_mixtral.runtime import load
 from mlx_mixtral.weights import dtypes
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
@@ -127,6 +127,27 @@ def _slots_from_disk(dtype: str) -> str:
     return f"3 of {config.num_local_experts} experts in slots of their own, products identical"
 
 
+def _streamed(dtype: str) -> str:
+    """The bundled checkpoint in memory and with as few experts in memory as can be: the same bits."""
+    with np.load(reference_path()) as archive:
+        prompt = [int(i) for i in archive["greedy_prompt"]] * 2
+    with load(checkpoint_path(), memory="1GB") as resident:
+        wanted, greedy = resident.logits(prompt), resident.generate(prompt, max_tokens=8).token_ids
+        least = resident.least_memory
+    with load(checkpoint_path(), memory=least) as streamed:
+        got = streamed.logits(prompt)
+        own = streamed.generate(prompt, max_tokens=8).token_ids
+        slots, misses = streamed.residency.slots, streamed.residency.misses
+    if not misses:
+        raise CheckFailedError(f"nothing was streamed with a budget of {least} bytes")
+    if not np.array_equal(_floats(got), _floats(wanted)):
+        worst = float(np.abs(_floats(got) - _floats(wanted)).max())
+        raise CheckFailedError(f"logits differ by up to {worst:.1e} between resident and streamed experts")
+    if own != greedy:
+        raise CheckFailedError("tokens differ between resident and streamed experts")
+    return f"{sum(slots)} of {8 * len(slots)} slots, {misses} reads, logits identical"
+
+
 def _compiled(dtype: str) -> str:
     generator = np.random.default_rng(5)
     gate, up = (mx.array(_rounded(generator.standard_normal((33, 96)), dtype)).astype(MLX_DTYPES[dtype]) for _ in "gu")
@@ -181,6 +202,11 @@ CHECKS: tuple[Check, ...] = (
         "sorted gathering", "long prompts compute otherwise than single tokens: prompts are misread", _sorted_gathering
     ),
     Check("slots from disk", "an expert's answer depends on where in memory it lies", _slots_from_disk),
+    Check(
+        "resident against streamed",
+        "a model that does not fit memory answers otherwise than one that does: do not use --memory below its size",
+        _streamed,
+    ),
     Check(
         "compiled against plain",
         "MLX's kernel compiler gives other numbers: report it with your MLX version",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import mlx.core as mx
 
 from mlx_mixtral.config import MixtralConfig
-from mlx_mixtral.errors import CheckpointError, ConfigError
+from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.experts.bank import ExpertBank, FeedForward
 from mlx_mixtral.experts.gather import GatheredExperts
 from mlx_mixtral.experts.plan import ModelSizes
@@ -21,8 +20,9 @@ from mlx_mixtral.model.attention import Attention
 from mlx_mixtral.model.linear import Linear, StackedLinear
 from mlx_mixtral.model.mixtral import DecoderLayer, MixtralModel, RMSNorm
 from mlx_mixtral.model.moe import SparseMoe
+from mlx_mixtral.model.packing import packing_of
 from mlx_mixtral.model.rotary import Rotary
-from mlx_mixtral.quantization import MODES, QuantizationConfig, QuantizationSpec
+from mlx_mixtral.quantization import QuantizationSpec
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral.weights.fill import Fill, allocate
@@ -65,7 +65,9 @@ class Builder:
         self.overflow: dict[int, SlotPool] = {}
         self.matrices = {matrix.path: matrix for matrix in matrices(config)}
         self.norms = {norm.path: norm for norm in norms(config)}
-        self.specs = {path: self._spec(matrix) for path, matrix in self.matrices.items()}
+        self.specs = {
+            path: packing_of(matrix, config.quantization, checkpoint) for path, matrix in self.matrices.items()
+        }
         for norm in self.norms.values():
             self._norm_info(norm)
         for matrix in self.matrices.values():
@@ -274,48 +276,6 @@ class Builder:
                 raise CheckpointError(f"{info.file}: tensor {rows.name!r} has dtype {info.dtype}; {kind} was expected")
         return found
 
-    def _spec(self, matrix: Matrix) -> QuantizationSpec | None:
-        """A matrix is quantised when it has scales; the config says how, the shapes confirm it."""
-        scales = locate(matrix, "scales", self.checkpoint)
-        if scales is None:
-            return None
-        config = self.config.quantization
-        if config is None:
-            raise ConfigError(f"{matrix.path} has scales, but config.json has no 'quantization' entry")
-        if locate(replace(matrix, path=matrix.path), "weight", self.checkpoint) is None:
-            raise CheckpointError(f"{self.checkpoint.folder}: {matrix.path} has scales but no weight")
-        if f"{matrix.path}.global_scale" in self.checkpoint:
-            raise ConfigError(f"{matrix.path} has a global scale, which MLX computes on CUDA only; convert without it")
-        weight = locate(matrix, "weight", self.checkpoint)
-        assert weight is not None
-        named = _override(config, matrix, scales[0])
-        columns = self.checkpoint[weight[0].name].shape[-1], self.checkpoint[scales[0].name].shape[-1]
-        if named is not None and _fits(named, matrix, columns):
-            return named
-        inferred = self._inferred(matrix, scales[0], columns)
-        listed = matrix.path in config.overrides
-        if inferred is None or listed:
-            raise ConfigError(
-                f"{matrix.path}: config.json says {named}, but weight has {columns[0]} columns and scales {columns[1]}, "
-                f"for {matrix.in_features} inputs"
-            )
-        return inferred
-
-    def _inferred(self, matrix: Matrix, scales: Rows, columns: tuple[int, int]) -> QuantizationSpec | None:
-        """The one packing that gives these shapes: some checkpoints override modules without saying so."""
-        affine = self.checkpoint[scales.name].dtype != "U8"
-        for mode in MODES:
-            if (mode == "affine") != affine or not columns[1]:
-                continue
-            bits, group_size = columns[0] * 32 // matrix.in_features, matrix.in_features // columns[1]
-            try:
-                spec = QuantizationSpec.make(bits, group_size, mode)
-            except ConfigError:
-                continue
-            if _fits(spec, matrix, columns):
-                return spec
-        return None
-
     def _norm_info(self, norm: Norm) -> None:
         info = self.checkpoint[f"{norm.path}.weight"]
         if info.shape != (norm.size,):
@@ -332,17 +292,3 @@ class Builder:
         info = self.checkpoint[f"{path}.weight"]
         self.fills.append(Fill(array, 0, self.dtype, info, 0, 1))
         return RMSNorm(array, self.config.rms_norm_eps)
-
-
-def _override(config: QuantizationConfig, matrix: Matrix, scales: Rows) -> QuantizationSpec | None:
-    """The entry for a matrix by module path; per-expert checkpoints may name each expert's module instead."""
-    own = scales.name.removesuffix(".scales")
-    return config.for_module(own if own in config.overrides else matrix.path)
-
-
-def _fits(spec: QuantizationSpec, matrix: Matrix, columns: tuple[int, int]) -> bool:
-    return (
-        matrix.in_features % spec.group_size == 0
-        and columns[0] == spec.packed_columns(matrix.in_features)
-        and columns[1] == spec.groups(matrix.in_features)
-    )
