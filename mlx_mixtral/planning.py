@@ -31,9 +31,10 @@ class Planner:
     Speeds are measured, and curves of hit rates made, when the first budget that cannot hold everything needs them.
     """
 
-    def __init__(self, builder: Builder, device: Device) -> None:
+    def __init__(self, builder: Builder, device: Device, speeds: Speeds | None = None) -> None:
         self.builder, self.device = builder, device
         self.sizes = builder.sizes()
+        self._given = speeds
 
     def demands(self, context: int | None) -> Demands:
         """What the model needs beside experts, with ``context`` tokens of KV cache.
@@ -72,7 +73,9 @@ class Planner:
 
     @cached_property
     def speeds(self) -> Speeds:
-        """Measured on the checkpoint: a fraction of a second."""
+        """As given, else measured on the checkpoint in a fraction of a second."""
+        if self._given is not None:
+            return self._given
         builder, kinds = self.builder, self.sizes.kinds
         layers = [layer for layer, kind in enumerate(kinds) if kind == kinds[0]]
         x = mx.ones((1, builder.config.hidden_size), MLX_DTYPES[builder.dtype])

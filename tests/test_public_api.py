@@ -130,7 +130,9 @@ MAY_IMPORT = {
     "device": {"errors"},
     "weights": FOUNDATION | {"weights"},
     "model": FOUNDATION | {"weights", "model", "cache", "experts"},
-    "generation": {"errors", "device", "model", "cache", "generation"},
+    "experts": FOUNDATION | {"weights", "model", "experts", "budget", "device"},
+    "budget": FOUNDATION | {"experts", "sizes"},
+    "generation": {"errors", "device", "model", "cache", "experts", "generation"},
 }
 
 
