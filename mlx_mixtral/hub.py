@@ -19,7 +19,7 @@ from typing import Any
 from mlx_mixtral.config import read_json
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError, MissingDependencyError, MixtralError
 
-__all__ = ["explained", "is_unreachable", "parse_repository", "resolve", "wanted_files"]
+__all__ = ["download", "explained", "is_unreachable", "named_file", "parse_repository", "resolve", "wanted_files"]
 
 Progress = Callable[[int, int], None]
 
@@ -73,14 +73,13 @@ def resolve(
     if named is None:
         raise CheckpointError(f"{source}: no such folder")
     repository, revision = named
-    match = _REPOSITORY.fullmatch(str(source))
-    file = match[3] if match is not None else None
+    file = named_file(source)
     if file is not None and not convertible:
         raise CheckpointError(
             f"{source} is a GGUF file, which has to be converted first: mlx-mixtral convert {source} DEST"
         )
     wanted = functools.partial(wanted_files, weights=weights, convertible=convertible, file=file)
-    downloaded = _download(repository, revision, wanted, progress)
+    downloaded = download(repository, revision, wanted, progress)
     return downloaded if file is None else downloaded / file
 
 
@@ -96,6 +95,12 @@ def parse_repository(source: str | Path, revision: str | None = None) -> tuple[s
     if revision is not None and match[2] is not None and match[2] != revision:
         raise InvalidRequestError(f"{source} names revision {match[2]!r}, the argument {revision!r}; give one of them")
     return match[1], match[2] if revision is None else revision
+
+
+def named_file(source: str | Path) -> str | None:
+    """The file of ``owner/name[@revision]:file.gguf``."""
+    match = _REPOSITORY.fullmatch(str(source))
+    return None if match is None else match[3]
 
 
 def wanted_files(
@@ -159,12 +164,17 @@ def _gguf_parts(top: list[str], file: str) -> list[str]:
     return [name for name in top if (other := _GGUF_PART.fullmatch(name)) and other.groups() == part.groups()]
 
 
-def _download(
+def download(
     repository: str,
     revision: str | None,
     choose: Callable[[Iterable[str]], list[str]],
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> Path:
+    """The folder with those files of a repository that ``choose`` picks by name, out of the Hub's cache.
+
+    Raises:
+        HubError: as for ``resolve``.
+    """
     with explained(repository, revision):
         import huggingface_hub as hub
 

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_mixtral import __version__
 from mlx_mixtral.device import current_device
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.hub import parse_repository, resolve
+from mlx_mixtral.hub import named_file, parse_repository, resolve
 from mlx_mixtral.layout import Matrix, matrices
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.manifest import MANIFEST
@@ -31,7 +31,7 @@ from mlx_mixtral_convert.rehearsal import rehearse
 from mlx_mixtral_convert.report import ConversionReport, Progress, part_sizes, peak_memory_bytes
 from mlx_mixtral_convert.rounding import Gptq, make_rounder
 from mlx_mixtral_convert.sources import GeneratedFiles, TensorSource, open_source
-from mlx_mixtral_convert.streamed import StreamedSource, open_streamed
+from mlx_mixtral_convert.streamed import RemoteStorage, open_remote
 from mlx_mixtral_convert.transcode_plan import exact_recipe, exact_specs, packed_as
 from mlx_mixtral_convert.vocabulary import check_vocabulary
 from mlx_mixtral_convert.write import write_file
@@ -109,18 +109,14 @@ def convert(
     if dtype != "auto" and dtype not in DTYPES:
         raise InvalidRequestError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     with ExitStack() as opened:
-        if stream:
-            tensors: TensorSource = opened.enter_context(_open_streamed(source, revision))
-            folder = tensors.folder
-        else:
-            folder = _resolve(source, revision, progress)
+        remote = opened.enter_context(closing(_open_remote(source, revision))) if stream else None
+        folder = _resolve(source, revision, progress) if remote is None else remote.folder
         destination = Destination(Path(dest), folder, overwrite=overwrite)
+        tensors = opened.enter_context(open_source(folder if remote is None else remote, kind))
 
         def again() -> TensorSource:
-            return _open_streamed(source, revision) if stream else open_source(folder, kind)
+            return open_source(folder if remote is None else remote.again(), kind)
 
-        if not stream:
-            tensors = opened.enter_context(open_source(folder, kind))
         calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
         if calibrated is not None:
             calibrated.check_fits(tensors)
@@ -199,11 +195,11 @@ def _fit(tensors: TensorSource, budget: int, calibration: Calibration | None, ro
         overhead = max(overhead + 1, plan.output_bytes - plan.data_bytes)
 
 
-def _open_streamed(source: str | Path, revision: str | None) -> StreamedSource:
+def _open_remote(source: str | Path, revision: str | None) -> RemoteStorage:
     named = None if Path(source).expanduser().exists() else parse_repository(source, revision)
-    if named is None or str(source).endswith(".gguf"):
-        raise InvalidRequestError(f"{source} is not a hub repository of safetensors; stream applies to those only")
-    return open_streamed(*named)
+    if named is None:
+        raise InvalidRequestError(f"{source} is not a hub repository; stream applies to those only")
+    return open_remote(*named, named_file(source))
 
 
 def _resolve(source: str | Path, revision: str | None, progress: Callable[[Progress], None] | None) -> Path:

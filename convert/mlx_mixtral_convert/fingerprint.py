@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.errors import ConversionError
 
-__all__ = ["describe_file"]
+__all__ = ["describe_bytes", "describe_file"]
 
 # Files up to this size are hashed whole.
 WHOLE_BYTES = 16 * 2**20
@@ -36,17 +37,26 @@ def describe_file(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if path.is_symlink() and _SHA256.fullmatch(blob := path.readlink().name):
             return {"bytes": size, "sha256": blob}
-        digest = hashlib.sha256()
         with path.open("rb", buffering=0) as file:
-            if size <= WHOLE_BYTES:
-                while data := file.read(HEAD_BYTES):
-                    digest.update(data)
-                return {"bytes": size, "sha256": digest.hexdigest()}
-            digest.update(size.to_bytes(8, "little"))
-            digest.update(file.read(HEAD_BYTES))
-            for offset in [*range(STRIDE_BYTES, size - SAMPLE_BYTES, STRIDE_BYTES), size - SAMPLE_BYTES]:
+
+            def read(offset: int, count: int) -> bytes:
                 file.seek(offset)
-                digest.update(file.read(SAMPLE_BYTES))
+                return file.read(count)
+
+            return describe_bytes(size, read)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def describe_bytes(size: int, read: Callable[[int, int], bytes]) -> dict[str, Any]:
+    """The same of ``size`` bytes of which ``read(offset, count)`` gives some."""
+    digest = hashlib.sha256()
+    if size <= WHOLE_BYTES:
+        for offset in range(0, size, HEAD_BYTES):
+            digest.update(read(offset, min(HEAD_BYTES, size - offset)))
+        return {"bytes": size, "sha256": digest.hexdigest()}
+    digest.update(size.to_bytes(8, "little"))
+    digest.update(read(0, HEAD_BYTES))
+    for offset in [*range(STRIDE_BYTES, size - SAMPLE_BYTES, STRIDE_BYTES), size - SAMPLE_BYTES]:
+        digest.update(read(offset, SAMPLE_BYTES))
     return {"bytes": size, "fingerprint": digest.hexdigest()}

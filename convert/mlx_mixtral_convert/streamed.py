@@ -5,128 +5,103 @@ Configuration, tokenizer and index are small and come through the hub's cache; w
 
 from __future__ import annotations
 
-import struct
+import io
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from mlx_mixtral.errors import CheckpointError, ConversionError, HubError
-from mlx_mixtral.hub import explained, resolve, wanted_files
-from mlx_mixtral.weights.checkpoint import INDEX, Checkpoint, CheckpointReader
-from mlx_mixtral.weights.safetensors import TensorInfo, header_bytes, parse_header
+from mlx_mixtral.hub import download, explained, wanted_files
+from mlx_mixtral_convert.fingerprint import describe_bytes
 from mlx_mixtral_convert.ranges import Listing, RangeReader, list_files
-from mlx_mixtral_convert.sources import SourceFiles
-from mlx_mixtral_convert.sources.hf import HuggingFaceSource
+from mlx_mixtral_convert.sources.storage import StoredFile
 
-__all__ = ["StreamedSource", "open_streamed"]
+__all__ = ["RemoteStorage", "open_remote"]
 
-# Most headers are shorter: one request then brings all of one.
-HEADER_GUESS_BYTES = 2**17
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt")
+# Most heads are shorter: one request then brings all of one. GGUF's have the tokenizer inside.
+HEAD_BYTES, GGUF_HEAD_BYTES = 2**17, 2**20
+# A packed matrix of 8x22B, so that one that is read in small parts comes in one piece; several connections share it.
+AHEAD_BYTES = 64 * 2**20
 
 
-def open_streamed(repository: str, revision: str | None) -> StreamedSource:
-    """Open a hub repository of safetensors weights under Hugging Face names.
+def open_remote(repository: str, revision: str | None, file: str | None = None) -> RemoteStorage:
+    """A repository at the commit its revision stands for now, with the files that a download would bring.
+
+    Args:
+        file: the GGUF to take, with the other parts of a split one.
 
     Raises:
-        HubError: it cannot be reached, or has other weights.
-        CheckpointError, ConfigError, ConversionError: as for a folder.
+        HubError: it cannot be reached, or has no weights that can be converted.
     """
     listing = list_files(repository, revision)
     with explained(repository, revision):
-        wanted = wanted_files(listing.files)
-        weights = [name for name in wanted if name.endswith(".safetensors") and not name.startswith("consolidated")]
-        if not weights or "config.json" not in listing.files:
-            raise HubError("only safetensors weights with a config.json can be streamed; convert without --stream")
-    folder = resolve(repository, revision=listing.commit, weights=False)
-    if INDEX in listing.files:
-        with explained(repository, revision):
-            import huggingface_hub as hub
-
-            hub.hf_hub_download(repository, INDEX, revision=listing.commit)
-    reader = RangeReader(listing)
-    try:
-        return StreamedSource(folder, StreamedCheckpoint(folder, reader, weights))
-    except BaseException:
-        reader.close()
-        raise
+        wanted = wanted_files(listing.files, convertible=True, file=file)
+    weights = [name for name in wanted if name.endswith(WEIGHTS)]
+    small = [name for name in wanted if name not in weights]
+    folder = download(repository, listing.commit, lambda names: small)
+    return RemoteStorage(listing, folder, weights, file)
 
 
-class StreamedCheckpoint(Checkpoint):
-    """The tensors of a repository; ``folder`` has its small files."""
+class RemoteStorage:
+    """Weight files of a repository, pinned to a commit: they cannot change. A ``Storage``.
 
-    def __init__(self, folder: Path, ranges: RangeReader, weights: list[str]) -> None:
-        self.ranges, self._weights = ranges, weights
-        super().__init__(folder)
+    Args:
+        listing: what the repository holds.
+        folder: where its small files are.
+        weights: the weight files that count.
+        named: the one the user named, if any.
+    """
 
-    def _has(self, file: str) -> bool:
-        return file in self.ranges.listing.files
+    ahead_bytes = AHEAD_BYTES
 
-    def _single_file(self) -> Path:
-        if len(self._weights) > 1:
-            raise CheckpointError(
-                f"{self.ranges.listing.repository} has {len(self._weights)} safetensors files and no {INDEX} "
-                "to say which tensor is where"
-            )
-        return Path(self._weights[0])
+    def __init__(self, listing: Listing, folder: Path, weights: list[str], named: str | None) -> None:
+        self.folder = folder
+        self.named = None if named is None else self._path(listing, named)
+        self.path = Path(listing.repository) if self.named is None else self.named
+        self._listing, self._weights = listing, sorted(weights)
+        self._ranges = RangeReader(listing)
 
-    def _header(self, file: str) -> dict[str, TensorInfo]:
-        size = self.ranges.listing.files[file].nbytes
-        path = Path(self.ranges.listing.repository, file)
-        raw = bytearray(min(size, HEADER_GUESS_BYTES))
-        self.ranges.read_into(file, memoryview(raw), 0)
-        end = struct.calcsize("<Q") + header_bytes(path, bytes(raw[:8]), size)
-        if end > (have := len(raw)):
-            raw += bytes(end - have)
-            self.ranges.read_into(file, memoryview(raw)[have:], have)
-        return parse_header(path, bytes(raw[8:end]), size)
+    def again(self) -> RemoteStorage:
+        """The same files at the same commit, to be read and closed apart."""
+        return RemoteStorage(self._listing, self.folder, self._weights, None if self.named is None else self.named.name)
 
+    def glob(self, pattern: str) -> list[Path]:
+        return [self.at(name) for name in self._weights if fnmatchcase(name, pattern)]
 
-class StreamedReader(CheckpointReader):
-    """Reads tensors of a ``StreamedCheckpoint``."""
+    def at(self, name: str) -> Path:
+        return self._path(self._listing, name)
 
-    def __init__(self, checkpoint: StreamedCheckpoint) -> None:
-        self.checkpoint: Checkpoint = checkpoint
-        self._ranges = checkpoint.ranges
+    def has(self, name: str) -> bool:
+        return name in self._weights
 
-    def read(self, info: TensorInfo, buffer: memoryview, skip_bytes: int = 0) -> None:
-        self._ranges.read_into(info.file.name, buffer.cast("B"), info.offset + skip_bytes)
+    def look(self, file: Path) -> tuple[int, int]:
+        return self._listing.files[file.name].nbytes, 0
+
+    def open(self, file: Path) -> BinaryIO:
+        return io.BufferedReader(StoredFile(self, file), GGUF_HEAD_BYTES if file.suffix == ".gguf" else HEAD_BYTES)
+
+    def read_into(self, file: Path, buffer: memoryview, offset: int) -> None:
+        self._ranges.read_into(file.name, buffer, offset)
+
+    def describe(self, file: Path) -> dict[str, Any]:
+        # As a file in the hub's cache is described, so that a conversion may go on from a downloaded copy and back.
+        known = self._listing.files[file.name]
+        if known.sha256 is not None:
+            return {"bytes": known.nbytes, "sha256": known.sha256}
+
+        def read(offset: int, count: int) -> bytes:
+            buffer = bytearray(count)
+            self.read_into(file, memoryview(buffer), offset)
+            return bytes(buffer)
+
+        return describe_bytes(known.nbytes, read)
+
+    def stop(self) -> None:
+        self._ranges.stop()
 
     def close(self) -> None:
         self._ranges.close()
 
-
-class StreamedFiles(SourceFiles):
-    """The weight files of a repository, pinned to a commit: they cannot change."""
-
-    def __init__(self, ranges: RangeReader, paths: list[Path]) -> None:
-        self.paths = tuple(paths)
-        self._ranges, self._listing = ranges, ranges.listing
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {path.name: self._listing.files[path.name].nbytes for path in self.paths}
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        return {path.name: self._describe(self._listing, path.name) for path in self.paths}
-
-    def check_unchanged(self) -> None:
-        pass
-
-    def stop_waiting(self) -> None:
-        self._ranges.stop()
-
     @staticmethod
-    def _describe(listing: Listing, name: str) -> dict[str, Any]:
-        file = listing.files[name]
-        # As for a file in the hub's cache, so that a conversion may go on from a downloaded copy and the other way round.
-        return {"bytes": file.nbytes} | ({"sha256": file.sha256} if file.sha256 else {"blob": file.blob})
-
-
-class StreamedSource(HuggingFaceSource):
-    """A repository under Hugging Face names, fetched as it is read."""
-
-    checkpoint: StreamedCheckpoint
-
-    def _open(self) -> tuple[SourceFiles, CheckpointReader]:
-        if not isinstance(self.checkpoint, StreamedCheckpoint):
-            raise ConversionError("a streamed source needs a streamed checkpoint")
-        return StreamedFiles(self.checkpoint.ranges, self.checkpoint.files), StreamedReader(self.checkpoint)
+    def _path(listing: Listing, name: str) -> Path:
+        return Path(listing.repository, name)

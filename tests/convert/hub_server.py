@@ -1,4 +1,7 @@
-"""A hub on this machine that serves one folder as ``owner/model``, by byte range, and breaks on purpose."""
+"""A hub on this machine that serves one folder as ``owner/model``, by byte range, and breaks on purpose.
+
+``run`` converts from it in a process of its own: huggingface_hub reads its settings when it is imported.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,15 +21,60 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BREAKS = ("drop", "503", "short", "429")
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt")
+ROOT = Path(__file__).parents[2]
+# Pieces are small so that there are many. ``home`` is all this process may write to beside the destination.
+SCRIPT = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+from mlx_mixtral.errors import MixtralError
+from mlx_mixtral_convert import Recipe, convert, ranges, streamed
+ranges.PIECE_BYTES, ranges.WAIT_S, ranges.TIMEOUT_S, home = 12000, 0.001, 5.0, Path(sys.argv[1])
+streamed.RemoteStorage.ahead_bytes = 30000
+readers, stop_at, sizes = [], int(sys.argv[4]), []
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Counted(ranges.RangeReader):
+    def __init__(self, listing):
+        super().__init__(listing)
+        readers.append(self)
+streamed.RangeReader = Counted
+def interrupt():
+    time.sleep(float(os.environ["MLX_MIXTRAL_TEST_INTERRUPT_S"]) + 1)
+    os.kill(os.getpid(), signal.SIGINT)
+if "MLX_MIXTRAL_TEST_INTERRUPT_S" in os.environ:
+    threading.Thread(target=interrupt, daemon=True).start()
+def watch(at):
+    sizes.append(sum(p.stat().st_size for p in home.rglob("*") if p.is_file() and not p.is_symlink()))
+    if stop_at and len(sizes) == stop_at + 1:
+        raise KeyboardInterrupt
+for options in json.loads(sys.argv[3]):
+    sizes.clear(), readers.clear(), watch(None)
+    options["recipe"] = Recipe(**options.get("recipe", {}))
+    try:
+        report = convert(options.pop("source", sys.argv[2]), **options, progress=watch)
+        result = {"resumed": report.resumed_layers, "source_bytes": report.source_bytes}
+    except KeyboardInterrupt as error:
+        result = {"error": "KeyboardInterrupt", "message": "", "notes": getattr(error, "__notes__", [])}
+    except MixtralError as error:
+        result = {"error": type(error).__name__, "message": str(error), "notes": getattr(error, "__notes__", [])}
+    result["retries"] = sum(reader.retries for reader in readers)
+    result["received"] = sum(reader.received_bytes for reader in readers)
+    print(json.dumps(result | {"peak": max(sizes) - sizes[0]}))
+"""
 
 
 @dataclass
 class Hub:
-    """``failures`` of all range requests fail, in one of four ways; ``served`` has (file, start, bytes) of each answer."""
+    """``failures`` of all range requests fail, in one of four ways; ``served`` has (file, start, bytes) of each answer.
+
+    ``revisions`` are those files were asked for at; ``listed`` sizes the listing says in place of the true ones; ``large``
+    whether it knows the weights' sha256.
+    """
 
     folder: Path
     url: str = ""
@@ -36,6 +87,9 @@ class Hub:
     served: list[tuple[str, int, int]] = field(default_factory=list)
     broken: Counter[str] = field(default_factory=Counter)
     whole: list[str] = field(default_factory=list)
+    revisions: set[str] = field(default_factory=set)
+    listed: dict[str, int] = field(default_factory=dict)
+    large: bool = True
     in_flight: int = 0
     most_in_flight: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -75,7 +129,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     hub.in_flight += 1
                     hub.most_in_flight = max(hub.most_in_flight, hub.in_flight)
                 try:
-                    self._file(path.rsplit("/", 1)[1])
+                    revision, name = path.removeprefix("/owner/model/resolve/").split("/", 1)
+                    hub.revisions.add(revision)
+                    self._file(name)
                 finally:
                     with hub.lock:
                         hub.in_flight -= 1
@@ -87,7 +143,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             for name in hub.names():
                 file = hub.folder / name
                 entry: dict[str, object] = {"rfilename": name, "size": file.stat().st_size, "blobId": "0" * 40}
-                if name.endswith(".safetensors"):
+                entry["size"] = hub.listed.get(name, entry["size"])
+                if hub.large and name.endswith(WEIGHTS):
                     entry["lfs"] = {"sha256": _sha256(file), "size": file.stat().st_size, "pointerSize": 134}
                 made.append(entry)
             return made
@@ -97,10 +154,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def _file(self, name: str) -> None:
             data = (hub.folder / name).read_bytes()
-            headers = {"X-Repo-Commit": hub.commit if name.endswith(".safetensors") else COMMIT}
+            headers = {"X-Repo-Commit": hub.commit if name.endswith(WEIGHTS) else COMMIT}
             headers["ETag"] = f'"{_sha256(hub.folder / name)}"'
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            if asked is None or not hub.ranges or not name.endswith(".safetensors"):
+            if asked is None or not hub.ranges or not name.endswith(WEIGHTS):
                 hub.whole += [name] * (self.command == "GET")
                 self._send(200, data, headers)
                 return
@@ -160,3 +217,42 @@ def serve(folder: Path) -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def run_all(
+    home: Path,
+    hub: Hub,
+    conversions: list[dict[str, Any]],
+    *,
+    source: str = "owner/model",
+    stop_at: int = 0,
+    settings: dict[str, str] | None = None,
+) -> list[Any]:
+    """``convert(…)`` with each of the options, one after another, in a process that knows only this hub.
+
+    ``peak`` of each result is the most its disk grew outside of the destination; ``retries`` counts requests made again.
+    """
+    (home / "tmp").mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hub"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_ETAG_TIMEOUT": "2", "NO_PROXY": "*", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")]),
+        "TMPDIR": str(home / "tmp"),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(home), source, json.dumps(conversions, default=str), str(stop_at)],
+        env=environment | (settings or {}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def run(
+    home: Path, hub: Hub, dest: Path, stop_at: int = 0, settings: dict[str, str] | None = None, **options: Any
+) -> Any:
+    """One conversion, streamed unless ``options`` say otherwise."""
+    return run_all(home, hub, [{"dest": dest, "stream": True, **options}], stop_at=stop_at, settings=settings)[0]

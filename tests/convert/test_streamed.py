@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,39 +13,8 @@ import pytest
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral_convert import convert
 
-from .hub_server import COMMIT, Hub, serve
+from .hub_server import COMMIT, Hub, run, serve
 from .support import hashes, make_checkpoint
-
-ROOT = Path(__file__).parents[2]
-# huggingface_hub reads its settings when it is imported, hence a process. Pieces are small so that there are many.
-SCRIPT = """
-import json, os, signal, sys, threading, time
-from pathlib import Path
-from mlx_mixtral.errors import MixtralError
-from mlx_mixtral_convert import convert, ranges
-ranges.PIECE_BYTES, ranges.WAIT_S, ranges.TIMEOUT_S, home = 12000, 0.001, 5.0, Path(sys.argv[1])
-peak, seen = 0, 0
-stop_at = int(sys.argv[4])
-signal.signal(signal.SIGINT, signal.default_int_handler)
-def interrupt():
-    time.sleep(float(os.environ["MLX_MIXTRAL_TEST_INTERRUPT_S"]) + 1)
-    os.kill(os.getpid(), signal.SIGINT)
-if "MLX_MIXTRAL_TEST_INTERRUPT_S" in os.environ:
-    threading.Thread(target=interrupt, daemon=True).start()
-def watch(at):
-    global peak, seen
-    seen += 1
-    peak = max(peak, sum(p.stat().st_size for p in home.rglob("*") if p.is_file() and not p.is_symlink()))
-    if seen == stop_at:
-        raise KeyboardInterrupt
-try:
-    report = convert(sys.argv[2], **json.loads(sys.argv[3]), progress=watch)
-    print(json.dumps({"peak": peak, "resumed": report.resumed_layers, "source_bytes": report.source_bytes}))
-except KeyboardInterrupt as error:
-    print(json.dumps({"error": "KeyboardInterrupt", "message": "", "notes": getattr(error, "__notes__", [])}))
-except MixtralError as error:
-    print(json.dumps({"error": type(error).__name__, "message": str(error), "notes": getattr(error, "__notes__", [])}))
-"""
 
 
 @pytest.fixture
@@ -64,29 +30,6 @@ def source(tmp_path: Path) -> Path:
 def hub(source: Path) -> Iterator[Hub]:
     with serve(source) as running:
         yield running
-
-
-def run(
-    home: Path, hub: Hub, dest: Path, stop_at: int = 0, settings: dict[str, str] | None = None, **options: Any
-) -> Any:
-    """``convert(…, stream=True)`` in a process that knows only this hub."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_ETAG_TIMEOUT": "2", "NO_PROXY": "*", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")]),
-    }  # fmt: skip
-    options = {"dest": str(dest), "stream": True, **options}
-    name = options.pop("source", "owner/model")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(home), name, json.dumps(options), str(stop_at)],
-        env=environment | (settings or {}),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_a_repository_is_converted_without_storing_its_weights(tmp_path: Path, hub: Hub, source: Path) -> None:
@@ -118,6 +61,7 @@ def test_every_weight_is_fetched_about_once_and_several_pieces_at_a_time(
     assert {name for name, _, _ in hub.served} == {path.name for path in source.glob("model-*.safetensors")}
     assert not [name for name in hub.whole if name.endswith(".safetensors")]
     assert hub.most_in_flight > 2
+    assert hub.revisions == {COMMIT}
 
 
 @pytest.mark.parametrize("failures", [0.1, 0.3])
@@ -214,17 +158,22 @@ def test_offline_is_one_line_at_once(tmp_path: Path, hub: Hub) -> None:
     assert time.monotonic() - started < 10
 
 
-def test_other_weights_are_not_streamed(tmp_path: Path, hub: Hub, source: Path) -> None:
+def test_a_repository_without_weights_is_one_line(tmp_path: Path, hub: Hub, source: Path) -> None:
     (source / "config.json").unlink()
-    assert "without --stream" in run(tmp_path / "home", hub, tmp_path / "out")["message"]
-    for file in source.glob("model*"):
+    result = run(tmp_path / "home", hub, tmp_path / "out")
+    assert (result["error"], result["message"].partition(", only ")[0]) == (
+        "CheckpointError",
+        "owner/model is not a checkpoint that can be converted: there is no config.json",
+    )
+    for file in [*source.glob("model*"), source / "consolidated.safetensors"]:
         file.unlink()
     result = run(tmp_path / "home", hub, tmp_path / "out")
-    assert result["error"] == "HubError", result
+    assert (result["error"], result["message"]) == (
+        "HubError",
+        "owner/model: the repository has no model*.safetensors weights (none); choose one that has",
+    )
 
 
 def test_a_folder_is_not_streamed(tmp_path: Path, source: Path) -> None:
-    with pytest.raises(
-        InvalidRequestError, match="is not a hub repository of safetensors; stream applies to those only"
-    ):
+    with pytest.raises(InvalidRequestError, match="is not a hub repository; stream applies to those only"):
         convert(source, tmp_path / "out", stream=True)

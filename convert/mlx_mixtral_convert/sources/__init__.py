@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -16,14 +17,15 @@ from mlx_mixtral_convert.sources.base import (
     TensorSource,
     Values,
 )
+from mlx_mixtral_convert.sources.storage import LocalStorage, Storage
 
 __all__ = [
-    "KINDS", "GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "TensorSource", "Values", "detect",
-    "open_source",
+    "KINDS", "GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "Storage", "TensorSource", "Values",
+    "detect", "open_source",
 ]  # fmt: skip
 
-# Kind -> the module that reads it, asked in this order. A module has ``detect(path) -> bool``, which looks at content and
-# reads little, and ``open_path(path) -> TensorSource``.
+# Kind -> the module that reads it, asked in this order. A module has ``detect(storage) -> bool``, which looks at content
+# and reads little, and ``open_storage(storage) -> TensorSource``.
 KINDS: dict[str, str] = {
     "gguf": "gguf",
     "mlx": "mlx",
@@ -36,28 +38,36 @@ KINDS: dict[str, str] = {
 }
 
 
-def detect(path: Path) -> str:
-    """The kind of checkpoint at ``path``, a folder or a file.
+# Those whose model may be one file among others.
+_ONE_FILE = ("gguf",)
+
+
+def detect(place: Path | Storage) -> str:
+    """The kind of checkpoint at a folder or file, or in a storage.
 
     Raises:
         CheckpointError: no layout known here.
     """
-    for kind in KINDS:
-        if _module(kind).detect(path):
+    if isinstance(place, Path):
+        with closing(LocalStorage(place)) as storage:
+            return detect(storage)
+    for kind in KINDS if place.named is None else _ONE_FILE:
+        if _module(kind).detect(place):
             return kind
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a checkpoint that can be converted")
-    found = sorted(entry.name for entry in path.iterdir())[:4]
+    if place.named is not None or not place.folder.is_dir():
+        raise CheckpointError(f"{place.path} is not a checkpoint that can be converted")
+    found = [file.name for file in place.glob("*")][:4]
     raise CheckpointError(
-        f"{path} is not a checkpoint that can be converted: there is no config.json"
+        f"{place.path} is not a checkpoint that can be converted: there is no config.json"
         + (f", only {', '.join(found)}" if found else "; it is empty")
     )
 
 
-def open_source(path: Path, kind: str = "auto") -> TensorSource:
-    """Open the checkpoint at ``path``; its content says which layout it is, not its name.
+def open_source(place: Path | Storage, kind: str = "auto") -> TensorSource:
+    """Open the checkpoint at a folder or file, or in a storage; its content says which layout it is, not its name.
 
     Args:
+        place: a storage is the source's from now on, and closed with it.
         kind: one of ``KINDS`` to skip the detection.
 
     Raises:
@@ -68,7 +78,15 @@ def open_source(path: Path, kind: str = "auto") -> TensorSource:
     """
     if kind not in ("auto", *KINDS):
         raise InvalidRequestError(f"source kind {kind!r} is unknown; use auto, {', '.join(KINDS)}")
-    return cast("TensorSource", _module(detect(path) if kind == "auto" else kind).open_path(path))
+    storage = LocalStorage(place) if isinstance(place, Path) else place
+    try:
+        kind = detect(storage) if kind == "auto" else kind
+        if storage.named is not None and kind not in _ONE_FILE:
+            raise CheckpointError(f"{storage.path} is one file; kind {kind} is read from a folder")
+        return cast("TensorSource", _module(kind).open_storage(storage))
+    except BaseException:
+        storage.close()
+        raise
 
 
 def _module(kind: str) -> ModuleType:

@@ -7,7 +7,6 @@ https://github.com/casper-hansen/AutoAWQ
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -15,21 +14,21 @@ from mlx_mixtral.errors import ConversionError
 from mlx_mixtral.layout import Matrix
 from mlx_mixtral_convert.sources.grouped import BLOCK_INPUTS, Codes, GroupedSource, fields_of_words
 from mlx_mixtral_convert.sources.packed_modules import Floats, packing_entry
+from mlx_mixtral_convert.sources.storage import Storage
 
-__all__ = ["AwqSource", "detect", "open_path"]
+__all__ = ["AwqSource", "detect", "open_storage"]
 
 # Output o of eight lies in the bits of this number in its word.
 _PLACE = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
-def detect(path: Path) -> bool:
-    """Whether ``path`` is a folder whose configuration says AWQ."""
-    return packing_entry(path).get("quant_method") == "awq"
+def detect(storage: Storage) -> bool:
+    """Whether the configuration says AWQ."""
+    return packing_entry(storage).get("quant_method") == "awq"
 
 
-def open_path(path: Path) -> AwqSource:
-    """Open a folder."""
-    return AwqSource(path)
+def open_storage(storage: Storage) -> AwqSource:
+    return AwqSource(storage)
 
 
 class AwqSource(GroupedSource):
@@ -38,11 +37,13 @@ class AwqSource(GroupedSource):
     method = "AWQ"
     allowed_bits = (4,)
 
-    def __init__(self, folder: Path) -> None:
-        version = str(packing_entry(folder).get("version", "gemm"))
+    def __init__(self, storage: Storage) -> None:
+        version = str(packing_entry(storage).get("version", "gemm"))
         if version.lower() != "gemm":
-            raise ConversionError(f"{folder}: AWQ version {version[:40]!r} is not supported; gemm can be converted")
-        super().__init__(folder)
+            raise ConversionError(
+                f"{storage.path}: AWQ version {version[:40]!r} is not supported; gemm can be converted"
+            )
+        super().__init__(storage)
 
     def _words(self, matrix: Matrix) -> tuple[int, int]:
         return matrix.in_features, matrix.out_features // 8

@@ -19,7 +19,7 @@ from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.errors import ConversionError
 from mlx_mixtral.layout import Field, Matrix, Norm
 from mlx_mixtral.quantization import QuantizationSpec
-from mlx_mixtral_convert.fingerprint import describe_file
+from mlx_mixtral_convert.sources.storage import Storage
 
 __all__ = ["GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "TensorSource", "Values"]
 
@@ -146,9 +146,10 @@ class GeneratedFiles(Protocol):
 class SourceFiles:
     """The weight files of a source and what they looked like when it was opened."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, storage: Storage, paths: list[Path]) -> None:
         self.paths = tuple(paths)
-        self._seen = {path: _look(path) for path in self.paths}
+        self._storage = storage
+        self._seen = {path: self._look(path) for path in self.paths}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -161,23 +162,22 @@ class SourceFiles:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Size and sha256 or fingerprint of each file by its name."""
-        return {path.name: describe_file(path) for path in self.paths}
+        return {path.name: self._storage.describe(path) for path in self.paths}
 
     def stop_waiting(self) -> None:
         """The conversion is over: reads that wait for something, such as a network, end soon with an error."""
+        self._storage.stop()
 
     def check_unchanged(self) -> None:
         """Raise ConversionError if a file was written to since the source was opened."""
         for path, (size, modified_ns) in self._seen.items():
-            now = _look(path)
+            now = self._look(path)
             if now != (size, modified_ns):
                 what = f"its size went from {size} to {now[0]} bytes" if now[0] != size else "it was written to"
                 raise ConversionError(f"{path} changed during the conversion ({what}); wait until it is complete")
 
-
-def _look(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read any more: {error.strerror or error}") from error
-    return status.st_size, status.st_mtime_ns
+    def _look(self, path: Path) -> tuple[int, int]:
+        try:
+            return self._storage.look(path)
+        except OSError as error:
+            raise ConversionError(f"{path} cannot be read any more: {error.strerror or error}") from error

@@ -7,7 +7,6 @@ activations and of the KV cache are not needed. https://github.com/neuralmagic/c
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -18,8 +17,9 @@ from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.measure import row_blocks
 from mlx_mixtral_convert.sources.base import NativePacking
 from mlx_mixtral_convert.sources.packed_modules import Floats, PackedModules, packing_entry
+from mlx_mixtral_convert.sources.storage import Storage
 
-__all__ = ["E4M3", "Fp8Source", "detect", "open_path"]
+__all__ = ["E4M3", "Fp8Source", "detect", "open_storage"]
 
 _METHODS = ("compressed-tensors", "fp8", "fbgemm_fp8")
 _CACHE_SCALE = re.compile(r"model\.layers\.\d+\.self_attn\.(kv_scale|[kv]_scale|[qkv]_proj\.output_scale)")
@@ -38,14 +38,13 @@ def _e4m3() -> Floats:
 E4M3 = _e4m3()
 
 
-def detect(path: Path) -> bool:
-    """Whether ``path`` is a folder whose configuration says FP8, or anything of compressed-tensors."""
-    return packing_entry(path).get("quant_method") in _METHODS
+def detect(storage: Storage) -> bool:
+    """Whether the configuration says FP8, or anything of compressed-tensors."""
+    return packing_entry(storage).get("quant_method") in _METHODS
 
 
-def open_path(path: Path) -> Fp8Source:
-    """Open a folder."""
-    return Fp8Source(path)
+def open_storage(storage: Storage) -> Fp8Source:
+    return Fp8Source(storage)
 
 
 class Fp8Source(PackedModules):
@@ -59,18 +58,19 @@ class Fp8Source(PackedModules):
     packed = "weight_scale"
     fields = ("weight", "weight_scale", "input_scale", "input_scale_ub", "activation_scale_ub")
 
-    def __init__(self, folder: Path) -> None:
-        entry = packing_entry(folder)
+    def __init__(self, storage: Storage) -> None:
+        entry = packing_entry(storage)
         kind = entry.get("format", "float-quantized")
         if kind not in ("float-quantized", "naive-quantized"):
             raise ConversionError(
-                f"{folder}: compressed-tensors format {str(kind)[:40]!r} is not supported; float-quantized can be converted"
+                f"{storage.path}: compressed-tensors format {str(kind)[:40]!r} is not supported; "
+                "float-quantized can be converted"
             )
         if entry.get("weight_block_size"):
             raise ConversionError(
-                f"{folder}: FP8 with a scale for each block is not supported; convert from the original"
+                f"{storage.path}: FP8 with a scale for each block is not supported; convert from the original"
             )
-        super().__init__(folder)
+        super().__init__(storage)
 
     def _check(self, module: str, matrix: Matrix) -> None:
         self._expect(f"{module}.weight", (matrix.out_features, matrix.in_features), ("F8_E4M3",))

@@ -6,10 +6,8 @@ undone here, on whole rows: blocks run along the columns, and a row of them move
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,9 +24,10 @@ from mlx_mixtral_convert.sources.gguf_files import check_split, gguf_files, mode
 from mlx_mixtral_convert.sources.gguf_header import GgufTensor, is_gguf, read_header
 from mlx_mixtral_convert.sources.gguf_types import FLOAT_TYPES, dequantize, native_packing
 from mlx_mixtral_convert.sources.gguf_vocab import tokenizer_files
+from mlx_mixtral_convert.sources.storage import Storage
 from mlx_mixtral_convert.transcode import AFFINE, transcode
 
-__all__ = ["GgufSource", "detect", "open_path"]
+__all__ = ["GgufSource", "detect", "open_storage"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -38,16 +37,16 @@ _NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
-def detect(path: Path) -> bool:
-    """Whether ``path`` is a GGUF file, or a folder whose weights are GGUF files."""
-    if path.is_file():
-        return is_gguf(path)
-    return path.is_dir() and bool(gguf_files(path)) and not any(p.suffix in _OTHER_WEIGHTS for p in path.iterdir())
+def detect(storage: Storage) -> bool:
+    """Whether the file named is GGUF or, where none is, all weights are."""
+    if storage.named is not None:
+        return is_gguf(storage, storage.named)
+    return bool(gguf_files(storage)) and not any(file.suffix in _OTHER_WEIGHTS for file in storage.glob("*"))
 
 
-def open_path(path: Path) -> GgufSource:
-    """Open a file, one file of a split set, or a folder that holds one model."""
-    return GgufSource(path)
+def open_storage(storage: Storage) -> GgufSource:
+    """Open the file named, with the others of a split set, or the one model there is."""
+    return GgufSource(storage)
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,14 @@ class GgufSource:
         ConfigError: another architecture, or a key that changes the computation.
     """
 
-    def __init__(self, path: Path) -> None:
-        paths = model_files(path)
-        headers = [read_header(file) for file in paths]
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        paths = model_files(storage)
+        headers = [read_header(file, storage) for file in paths]
         check_split(headers)
         self._head = headers[0]
-        self.path, self.folder = self._head.path, self._head.path.parent
-        self._own_folder = path.is_dir()
+        self.path, self.folder = self._head.path, storage.folder
+        self._own_folder = storage.named is None
         self._tensors: dict[str, GgufTensor] = {}
         for header in headers:
             for name, tensor in header.tensors.items():
@@ -88,13 +88,9 @@ class GgufSource:
         self._used: set[str] = set()
         self._parts = {matrix.path: self._find(matrix) for matrix in matrices(self.config)}
         self._norms = {norm.path: self._find_norm(norm) for norm in norms(self.config)}
-        self.files = SourceFiles(list(paths))
-        self._descriptors = {file: os.open(file, os.O_RDONLY) for file in paths}
-        try:
-            self._refuse_leftovers()
-        except BaseException:
-            self.close()
-            raise
+        self._fetched = "", 0, np.empty((0, 0), np.uint8)
+        self.files = SourceFiles(storage, list(paths))
+        self._refuse_leftovers()
 
     def dtype(self, matrix: Matrix) -> str:
         kind = self._parts[matrix.path][0].tensor.kind.name
@@ -109,7 +105,11 @@ class GgufSource:
             raw = scratch[: shape[0] * shape[1] * kind.nbytes].reshape(shape[0], -1)
             return Values(as_numpy(self._raw(matrix, expert, raw), kind.name), kind.name)
         values = scratch[: 4 * shape[0] * shape[1]].view(np.float32).reshape(shape)
-        dequantize(self._raw(matrix, expert), kind.name, values)
+        raw = self._raw(matrix, expert)
+        if self._storage.ahead_bytes:
+            # Fetched once, whether an exact conversion asks for the integers too or not.
+            self._fetched = matrix.path, expert, raw
+        dequantize(raw, kind.name, values)
         return Values(values, "F32")
 
     def read_norm(self, norm: Norm) -> Values:
@@ -122,7 +122,10 @@ class GgufSource:
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         part = self._parts[matrix.path][expert]
-        return transcode(self._raw(matrix, expert), AFFINE[part.tensor.kind.name], part.label)
+        path, number, raw = self._fetched
+        if (path, number) != (matrix.path, expert):
+            raw = self._raw(matrix, expert)
+        return transcode(raw, AFFINE[part.tensor.kind.name], part.label)
 
     def small_files(self) -> dict[str, bytes]:
         """Tokenizer, its settings and the chat template out of the keys; a licence that lies in the model's own folder."""
@@ -130,9 +133,7 @@ class GgufSource:
         return tokenizer_files(self._head) | {path.name: path.read_bytes() for path in licences if path.is_file()}
 
     def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors = {}
+        self._storage.close()
 
     def __enter__(self) -> GgufSource:
         return self
@@ -155,15 +156,7 @@ class GgufSource:
         return out
 
     def _pread(self, tensor: GgufTensor, skip: int, out: Bytes) -> Bytes:
-        target, done = memoryview(out.reshape(-1)), 0  # type: ignore[arg-type]
-        while done < len(target):
-            try:
-                got = os.preadv(self._descriptors[tensor.file], [target[done:]], tensor.offset + skip + done)
-            except OSError as error:
-                raise CheckpointError(f"{tensor.file} cannot be read: {error.strerror or error}") from error
-            if not got:
-                raise CheckpointError(f"{tensor.file} became shorter while it was read")
-            done += got
+        self._storage.read_into(tensor.file, out.reshape(-1).data, tensor.offset + skip)
         return out
 
     def _tensor(self, name: str) -> GgufTensor:

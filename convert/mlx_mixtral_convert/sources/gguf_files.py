@@ -7,31 +7,33 @@ from pathlib import Path
 
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral_convert.sources.gguf_header import GgufHeader, is_gguf
+from mlx_mixtral_convert.sources.storage import Storage
 
 __all__ = ["check_split", "gguf_files", "model_files"]
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
-def gguf_files(folder: Path) -> list[Path]:
-    """The GGUF files of a folder, by content."""
-    return sorted(path for path in folder.glob("*.gguf") if path.is_file() and is_gguf(path))
+def gguf_files(storage: Storage) -> list[Path]:
+    """The GGUF files there are, by content."""
+    return [file for file in storage.glob("*.gguf") if is_gguf(storage, file)]
 
 
-def model_files(path: Path) -> tuple[Path, ...]:
-    """The files of the one model at ``path``, a file, any file of a split set, or a folder, in order.
+def model_files(storage: Storage) -> tuple[Path, ...]:
+    """The files of the one model there is, or of the one named by any of them, in order.
 
     Raises:
         CheckpointError: none, several models, or a part of a set missing.
     """
-    if path.is_dir():
-        found = gguf_files(path)
+    path = storage.named
+    if path is None:
+        found = gguf_files(storage)
         sets = {_SPLIT.sub(r"\1-of-\3", file.name) for file in found}
         if len(sets) != 1:
             listed = ", ".join(file.name for file in found[:3])
             raise CheckpointError(
-                f"{path} holds {len(sets)} GGUF models ({listed}); name the file to convert" if found
-                else f"{path} holds no GGUF file"
+                f"{storage.path} holds {len(sets)} GGUF models ({listed}); name the file to convert" if found
+                else f"{storage.path} holds no GGUF file"
             )  # fmt: skip
         path = found[0]
     match = _SPLIT.fullmatch(path.name)
@@ -40,10 +42,10 @@ def model_files(path: Path) -> tuple[Path, ...]:
     count = int(match[3])
     if not 1 <= count <= 1024:
         raise CheckpointError(f"{path}: a set of {count} files is not believed")
-    parts = tuple(path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, count + 1))
-    if missing := [part.name for part in parts if not part.is_file()]:
+    names = [f"{match[1]}-{number:05}-of-{match[3]}.gguf" for number in range(1, count + 1)]
+    if missing := [name for name in names if not storage.has(name)]:
         raise CheckpointError(f"{path.parent}: {missing[0]} is missing, one of the {count} files of the model")
-    return parts
+    return tuple(map(storage.at, names))
 
 
 def check_split(headers: list[GgufHeader]) -> None:

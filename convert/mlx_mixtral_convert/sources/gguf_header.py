@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral_convert.sources.gguf_types import TYPES, GgufType
+from mlx_mixtral_convert.sources.storage import LocalStorage, Storage
 
 __all__ = ["MAGIC", "GgufHeader", "GgufTensor", "is_gguf", "read_header"]
 
@@ -61,24 +62,28 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
 
 
-def is_gguf(path: Path) -> bool:
+def is_gguf(storage: Storage, path: Path) -> bool:
     """Whether a file begins as GGUF does."""
+    head = bytearray(len(MAGIC))
     try:
-        with path.open("rb") as file:
-            return file.read(4) == MAGIC
-    except OSError:
+        if storage.look(path)[0] < len(head):
+            return False
+        storage.read_into(path, memoryview(head), 0)
+    except (CheckpointError, OSError):
         return False
+    return head == MAGIC
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Read the head of a file and check that the tensors it describes lie within it.
+def read_header(path: Path, storage: Storage | None = None) -> GgufHeader:
+    """Read the head of a file, of this machine unless ``storage`` says, and check that its tensors lie within it.
 
     Raises:
         CheckpointError: not GGUF, another version or byte order, truncated, absurd counts, or a type not known here.
     """
+    storage = LocalStorage(path) if storage is None else storage
     try:
-        with path.open("rb") as file:
-            return _Head(path, file, path.stat().st_size).read()
+        with storage.open(path) as file:
+            return _Head(path, file, storage.look(path)[0]).read()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 

@@ -8,7 +8,6 @@ are. https://github.com/AutoGPTQ/AutoGPTQ, https://github.com/ModelCloud/GPTQMod
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,20 +17,20 @@ from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.layout import Matrix
 from mlx_mixtral_convert.sources.grouped import BLOCK_INPUTS, Codes, GroupedSource, fields_of_words
 from mlx_mixtral_convert.sources.packed_modules import Floats, packing_entry
+from mlx_mixtral_convert.sources.storage import Storage
 
-__all__ = ["GptqSource", "detect", "open_path"]
+__all__ = ["GptqSource", "detect", "open_storage"]
 
 _FORMATS = {"gptq": 1, "gptq_v2": 0}
 
 
-def detect(path: Path) -> bool:
-    """Whether ``path`` is a folder whose configuration says GPTQ."""
-    return packing_entry(path).get("quant_method") == "gptq"
+def detect(storage: Storage) -> bool:
+    """Whether the configuration says GPTQ."""
+    return packing_entry(storage).get("quant_method") == "gptq"
 
 
-def open_path(path: Path) -> GptqSource:
-    """Open a folder."""
-    return GptqSource(path)
+def open_storage(storage: Storage) -> GptqSource:
+    return GptqSource(storage)
 
 
 class GptqSource(GroupedSource):
@@ -40,15 +39,15 @@ class GptqSource(GroupedSource):
     method = "GPTQ"
     allowed_bits = (2, 4, 8)
 
-    def __init__(self, folder: Path) -> None:
-        kind = packing_entry(folder).get("checkpoint_format", "gptq")
+    def __init__(self, storage: Storage) -> None:
+        kind = packing_entry(storage).get("checkpoint_format", "gptq")
         if kind not in _FORMATS:
             raise ConversionError(
-                f"{folder}: GPTQ with checkpoint_format {str(kind)[:40]!r} is not supported; {' or '.join(_FORMATS)} can be "
-                "converted"
+                f"{storage.path}: GPTQ with checkpoint_format {str(kind)[:40]!r} is not supported; "
+                f"{' or '.join(_FORMATS)} can be converted"
             )
         self._missing_from_zero = _FORMATS[kind]
-        super().__init__(folder)
+        super().__init__(storage)
 
     def _words(self, matrix: Matrix) -> tuple[int, int]:
         return matrix.in_features * self.bits // 32, matrix.out_features

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,15 @@ from mlx_mixtral.quantization import AFFINE_GROUP_SIZES, QuantizationSpec
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.sources.base import NativePacking
 from mlx_mixtral_convert.sources.packed_modules import Floats, PackedModules, packing_entry
+from mlx_mixtral_convert.sources.storage import Storage
 
 __all__ = ["GroupedSource", "fields_of_words"]
 
 Codes = npt.NDArray[np.uint8]
 # Inputs decoded at a time: with 16384 outputs and float32, 16 MB.
 BLOCK_INPUTS = 256
+# Small tensors that opening reads of every module: one at a time from a hub would take minutes.
+THREADS = 8
 
 
 def fields_of_words(words: npt.NDArray[Any], bits: int) -> Codes:
@@ -42,19 +45,21 @@ class GroupedSource(PackedModules):
     method: str
     allowed_bits: tuple[int, ...]
 
-    def __init__(self, folder: Path) -> None:
-        entry = packing_entry(folder)
+    def __init__(self, storage: Storage) -> None:
+        entry = packing_entry(storage)
         self.bits, self.group_size = (
-            self._number(folder, entry, *names) for names in (("bits", "w_bit"), ("group_size", "q_group_size"))
+            self._number(storage, entry, *names) for names in (("bits", "w_bit"), ("group_size", "q_group_size"))
         )
         if self.bits not in self.allowed_bits:
             allowed = " or ".join(map(str, self.allowed_bits))
             raise ConversionError(
-                f"{folder}: {self.method} with {self.bits} bits is not supported; {allowed} can be converted"
+                f"{storage.path}: {self.method} with {self.bits} bits is not supported; {allowed} can be converted"
             )
         if self.group_size != -1 and self.group_size < 1:
-            raise ConversionError(f"{folder}: {self.method} with groups of {self.group_size} is not supported")
-        super().__init__(folder)
+            raise ConversionError(f"{storage.path}: {self.method} with groups of {self.group_size} is not supported")
+        super().__init__(storage)
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-mixtral-open") as pool:
+            list(pool.map(self._look, self._modules))
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         """One expert's integers, the scales, and ``-zero * scale`` as biases, groups cut to a size MLX has."""
@@ -103,7 +108,7 @@ class GroupedSource(PackedModules):
         group = self._group(matrix.in_features)
         if matrix.in_features % group or matrix.in_features % 32 or matrix.out_features * self.bits % 32:
             raise CheckpointError(
-                f"{self.folder}: module {module!r} of {matrix.out_features} by {matrix.in_features} does not divide into "
+                f"{self.path}: module {module!r} of {matrix.out_features} by {matrix.in_features} does not divide into "
                 f"groups of {group} and whole words"
             )
         groups = matrix.in_features // group
@@ -112,8 +117,6 @@ class GroupedSource(PackedModules):
         self._expect(f"{module}.scales", (groups, matrix.out_features), ("F16", "BF16", "F32"))
         if f"{module}.g_idx" in self.checkpoint:
             self._expect(f"{module}.g_idx", (matrix.in_features,), ("I32", "U32"))
-        if f"{module}.bias" in self.checkpoint:
-            self._refuse_bias(module)
 
     def _words(self, matrix: Matrix) -> tuple[int, int]:
         """Shape of ``qweight``."""
@@ -141,19 +144,16 @@ class GroupedSource(PackedModules):
         name = f"{module}.scales"
         return convert(self._array(name), self.checkpoint[name].dtype, "F32")
 
-    def _refuse_bias(self, module: str) -> None:
+    def _look(self, module: str) -> None:
+        """Check the small tensors of a module."""
         # GPTQ writes biases of zeros to modules that have none.
-        name = f"{module}.bias"
-        info = self.checkpoint[name]
-        with Path(info.file).open("rb") as file:
-            file.seek(info.offset)
-            if any(file.read(info.nbytes)):
-                raise CheckpointError(
-                    f"{info.file}: tensor {name!r} is a bias that is not zero; the model has no place for it"
-                )
+        if (name := f"{module}.bias") in self.checkpoint and self._array(name).any():
+            raise CheckpointError(
+                f"{self.checkpoint[name].file}: tensor {name!r} is a bias that is not zero; the model has no place for it"
+            )
 
-    def _number(self, folder: Path, entry: Any, *names: str) -> int:
+    def _number(self, storage: Storage, entry: Any, *names: str) -> int:
         value = next((entry[name] for name in names if name in entry), None)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ConversionError(f"{folder}: {self.method} with {names[0]} = {value!r} is not supported")
+            raise ConversionError(f"{storage.path}: {self.method} with {names[0]} = {value!r} is not supported")
         return value

@@ -14,36 +14,37 @@ import numpy.typing as npt
 from mlx_mixtral.config import MixtralConfig, read_json
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.layout import Matrix, Norm, Rows, locate, matrices, norms
-from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
+from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.sources.base import SourceFiles, Values
+from mlx_mixtral_convert.sources.storage import Storage
+from mlx_mixtral_convert.sources.stored import StoredCheckpoint, StoredReader
 
-__all__ = ["HuggingFaceSource", "check_float", "detect", "open_path"]
+__all__ = ["HuggingFaceSource", "check_float", "detect", "open_storage"]
 
 # Old checkpoints store the rotary frequencies, which follow from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _HF_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
-def detect(path: Path) -> bool:
-    """Whether ``path`` is a folder with a Hugging Face configuration."""
-    return (path / "config.json").is_file()
+def detect(storage: Storage) -> bool:
+    """Whether there is a Hugging Face configuration."""
+    return (storage.folder / "config.json").is_file()
 
 
-def open_path(path: Path) -> HuggingFaceSource:
-    """Open a folder."""
-    return HuggingFaceSource(path)
+def open_storage(storage: Storage) -> HuggingFaceSource:
+    return HuggingFaceSource(storage)
 
 
 class HuggingFaceSource:
-    """A folder with ``config.json`` and safetensors weights.
+    """``config.json`` and safetensors weights.
 
     Every tensor the configuration calls for is found and checked here, and tensors it does not call for are refused: a model
     that leaves weights out would run and answer wrongly.
 
     Args:
-        checkpoint: tensors of other files, under Hugging Face's or MLX's names; the folder's safetensors when None.
+        checkpoint: tensors of other files, under Hugging Face's or MLX's names; the storage's safetensors when None.
         entries: the configuration, where it does not come from ``config.json``.
 
     Raises:
@@ -53,17 +54,18 @@ class HuggingFaceSource:
     """
 
     def __init__(
-        self, folder: Path, checkpoint: Checkpoint | None = None, entries: Mapping[str, Any] | None = None
+        self, storage: Storage, checkpoint: Checkpoint | None = None, entries: Mapping[str, Any] | None = None
     ) -> None:
-        self.folder = folder
-        self.entries = read_json(folder / "config.json") if entries is None else entries
-        _refuse_quantized(self.entries, folder)
+        self.path, self.folder = storage.path, storage.folder
+        self.entries = read_json(self.folder / "config.json") if entries is None else entries
+        _refuse_quantized(self.entries, self.path)
         self.config = MixtralConfig.from_hf(self.entries)
-        self.checkpoint = Checkpoint(folder) if checkpoint is None else checkpoint
+        self.checkpoint = StoredCheckpoint(storage) if checkpoint is None else checkpoint
+        self._reader = StoredReader(storage)
         self._matrices = {matrix.path: self._find(matrix) for matrix in matrices(self.config)}
         self._norms = {norm.path: self._find_norm(norm) for norm in norms(self.config)}
         self._refuse_leftovers()
-        self.files, self._reader = self._open()
+        self.files = SourceFiles(storage, self.checkpoint.files)
 
     def dtype(self, matrix: Matrix) -> str:
         return self.checkpoint[self._matrices[matrix.path][0].name].dtype
@@ -85,9 +87,6 @@ class HuggingFaceSource:
         info = self._norms[norm.path]
         return Values(as_numpy(self._reader.rows(info, 0, 1), info.dtype), info.dtype)
 
-    def _open(self) -> tuple[SourceFiles, CheckpointReader]:
-        return SourceFiles(self.checkpoint.files), CheckpointReader(self.checkpoint)
-
     def close(self) -> None:
         self._reader.close()
 
@@ -107,11 +106,11 @@ class HuggingFaceSource:
     def _find(self, matrix: Matrix) -> list[Rows]:
         if locate(matrix, "scales", self.checkpoint) is not None:
             raise ConversionError(
-                f"{self.folder}: {matrix.path} is quantised already (it has scales); convert from the unquantised original"
+                f"{self.path}: {matrix.path} is quantised already (it has scales); convert from the unquantised original"
             )
         found = locate(matrix, "weight", self.checkpoint)
         if found is None:
-            raise CheckpointError(f"{self.folder}: tensor {self._missing(matrix)!r} is missing")
+            raise CheckpointError(f"{self.path}: tensor {self._missing(matrix)!r} is missing")
         for rows in found:
             info = self.checkpoint.rows_of(rows)
             if info.shape[-1] != matrix.in_features:
@@ -153,17 +152,17 @@ class HuggingFaceSource:
                 )
 
 
-def _refuse_quantized(entries: Mapping[str, Any], folder: Path) -> None:
+def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:
     if isinstance(entries.get("quantization"), Mapping):
         raise ConversionError(
-            f"{folder} is an MLX checkpoint that is quantised already; convert from the unquantised original"
+            f"{path} is an MLX checkpoint that is quantised already; convert from the unquantised original"
         )
     foreign = entries.get("quantization_config") or entries.get("compression_config")
     if isinstance(foreign, Mapping):
         # As text a terminal can be given: control characters escaped.
         method = repr(str(foreign.get("quant_method", "an unnamed method"))[:40])[1:-1]
         raise ConversionError(
-            f"{folder}: the weights are quantised with {method}, which is not supported; convert from the original"
+            f"{path}: the weights are quantised with {method}, which is not supported; convert from the original"
         )
 
 

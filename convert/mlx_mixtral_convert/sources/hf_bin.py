@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from mlx_mixtral.config import read_json
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.layout import Matrix
@@ -12,56 +10,54 @@ from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.sources.arranged import read_transposed
 from mlx_mixtral_convert.sources.base import Values
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource
+from mlx_mixtral_convert.sources.storage import Storage
 from mlx_mixtral_convert.sources.torch_files import StoredTensor, read_torch
 
-__all__ = ["INDEX", "SINGLE", "TorchCheckpoint", "TorchSource", "detect", "open_path"]
+__all__ = ["INDEX", "SINGLE", "TorchCheckpoint", "TorchSource", "detect", "open_storage"]
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
 
 
-def detect(path: Path) -> bool:
-    """Whether ``path`` is a folder with a Hugging Face configuration and no weights but PyTorch's."""
-    if not (path / "config.json").is_file() or next(path.glob("*.safetensors"), None) is not None:
+def detect(storage: Storage) -> bool:
+    """Whether there is a Hugging Face configuration and no weights but PyTorch's."""
+    if not (storage.folder / "config.json").is_file() or storage.glob("*.safetensors"):
         return False
-    return (path / INDEX).is_file() or (path / SINGLE).is_file()
+    return (storage.folder / INDEX).is_file() or storage.has(SINGLE)
 
 
-def open_path(path: Path) -> TorchSource:
-    """Open a folder."""
-    return TorchSource(path, TorchCheckpoint(path))
+def open_storage(storage: Storage) -> TorchSource:
+    return TorchSource(storage, TorchCheckpoint(storage))
 
 
 class TorchCheckpoint(Checkpoint):
-    """The tensors of a folder's ``pytorch_model*.bin`` files by name; the index decides, where there is one.
+    """The tensors of all ``pytorch_model*.bin`` files by name; the index decides, where there is one.
 
     Raises:
         CheckpointError: no weights, an index that names an absent file or one outside the folder, a damaged file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / INDEX).is_file():
-            if not (folder / SINGLE).is_file():
-                raise CheckpointError(f"{folder} has no PyTorch weights: neither {INDEX} nor {SINGLE}")
-            self._tensors = dict(read_torch(folder / SINGLE))
+    def __init__(self, storage: Storage) -> None:
+        self.folder, index = storage.path, storage.folder / INDEX
+        if not index.is_file():
+            if not storage.has(SINGLE):
+                raise CheckpointError(f"{storage.path} has no PyTorch weights: neither {INDEX} nor {SINGLE}")
+            self._tensors = dict(read_torch(storage.at(SINGLE), storage))
             return
-        weight_map = read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX}: there is no weight_map")
+            raise CheckpointError(f"{index}: there is no weight_map")
         files: dict[str, dict[str, StoredTensor]] = {}
-        present = {entry.name for entry in folder.iterdir()}
+        present = {file.name: file for file in storage.glob("*")}
         self._tensors = {}
         for name, file in weight_map.items():
             # A name from the listing of the folder cannot lead out of it.
             if not isinstance(file, str) or file not in present:
-                raise CheckpointError(
-                    f"{folder / INDEX}: tensor {name!r} is placed in {file!r}, not a file of this folder"
-                )
+                raise CheckpointError(f"{index}: tensor {name!r} is placed in {file!r}, not a file of this folder")
             if file not in files:
-                files[file] = read_torch(folder / file)
+                files[file] = read_torch(present[file], storage)
             if name not in files[file]:
-                raise CheckpointError(f"{folder / INDEX} places tensor {name!r} in {file!r}, which does not have it")
+                raise CheckpointError(f"{index} places tensor {name!r} in {file!r}, which does not have it")
             self._tensors[name] = files[file][name]
 
 

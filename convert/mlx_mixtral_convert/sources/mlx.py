@@ -6,7 +6,6 @@ Experts may be stacked, or apart as in the oldest repositories; any module may h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,25 +15,25 @@ from mlx_mixtral.config import MixtralConfig, read_json
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.layout import Field, Matrix, Rows, locate, matrices
 from mlx_mixtral.model.build import Builder
-from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import as_numpy, convert, is_finite
 from mlx_mixtral_convert.measure import decode, row_blocks
 from mlx_mixtral_convert.plan import fields_of
 from mlx_mixtral_convert.sources.base import NativePacking, Values
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource
+from mlx_mixtral_convert.sources.storage import Storage
+from mlx_mixtral_convert.sources.stored import StoredCheckpoint
 
-__all__ = ["MlxSource", "detect", "open_path"]
+__all__ = ["MlxSource", "detect", "open_storage"]
 
 
-def detect(path: Path) -> bool:
-    """Whether ``path`` is a folder whose configuration has MLX's ``quantization`` entry."""
-    config = path / "config.json"
+def detect(storage: Storage) -> bool:
+    """Whether the configuration has MLX's ``quantization`` entry."""
+    config = storage.folder / "config.json"
     return config.is_file() and isinstance(read_json(config).get("quantization"), Mapping)
 
 
-def open_path(path: Path) -> MlxSource:
-    """Open a folder."""
-    return MlxSource(path)
+def open_storage(storage: Storage) -> MlxSource:
+    return MlxSource(storage)
 
 
 class MlxSource(HuggingFaceSource):
@@ -45,9 +44,9 @@ class MlxSource(HuggingFaceSource):
         ConfigError: config.json describes another architecture, or a packing the tensors do not have.
     """
 
-    def __init__(self, folder: Path) -> None:
-        entries = read_json(folder / "config.json")
-        config, checkpoint = MixtralConfig.from_hf(entries), Checkpoint(folder)
+    def __init__(self, storage: Storage) -> None:
+        entries = read_json(storage.folder / "config.json")
+        config, checkpoint = MixtralConfig.from_hf(entries), StoredCheckpoint(storage)
         # What the runtime takes the tensors for, after checking every shape.
         self._specs = Builder(config, checkpoint, "F32").specs
         self._parts: dict[str, dict[Field, list[Rows]]] = {}
@@ -56,7 +55,7 @@ class MlxSource(HuggingFaceSource):
                 found = {field: locate(matrix, field, checkpoint) for field in fields_of(spec)}
                 self._parts[matrix.path] = {field: rows for field, rows in found.items() if rows is not None}
         packing = ("quantization", "quantization_config")
-        super().__init__(folder, checkpoint, {key: value for key, value in entries.items() if key not in packing})
+        super().__init__(storage, checkpoint, {key: value for key, value in entries.items() if key not in packing})
 
     def dtype(self, matrix: Matrix) -> str:
         return super().dtype(matrix) if self._specs[matrix.path] is None else "F32"
@@ -109,7 +108,7 @@ class MlxSource(HuggingFaceSource):
         # An expert is read with one packing, so that what its neighbours have must be its own too.
         for field, located in self._parts[matrix.path].items():
             if len({self.checkpoint[rows.name].dtype for rows in located}) > 1:
-                raise CheckpointError(f"{self.folder}: the experts of {matrix.path} have {field} of different types")
+                raise CheckpointError(f"{self.path}: the experts of {matrix.path} have {field} of different types")
         return found
 
     def _used(self) -> set[str]:

@@ -20,13 +20,15 @@ from mlx_mixtral.config import MixtralConfig, read_json
 from mlx_mixtral.errors import CheckpointError, ConfigError
 from mlx_mixtral.layout import Matrix
 from mlx_mixtral.weights.checkpoint import Checkpoint
-from mlx_mixtral.weights.safetensors import TensorInfo, read_header
+from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.sources.arranged import part_halves
 from mlx_mixtral_convert.sources.base import Values
 from mlx_mixtral_convert.sources.hf_bin import TorchSource
+from mlx_mixtral_convert.sources.storage import Storage
+from mlx_mixtral_convert.sources.stored import read_header
 from mlx_mixtral_convert.sources.torch_files import StoredTensor, read_torch
 
-__all__ = ["NativeSource", "detect", "hugging_face_entries", "open_path"]
+__all__ = ["NativeSource", "detect", "hugging_face_entries", "open_storage"]
 
 _OUTSIDE = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -52,18 +54,17 @@ _EXPERT = re.compile(r"feed_forward\.(experts\.\d+\.w[123]\.weight)")
 _DERIVED = "rope.freqs"
 
 
-def detect(path: Path) -> bool:
-    """Whether ``path`` is a folder whose only weights are Mistral's own."""
-    if not path.is_dir() or any(next(path.glob(other), None) for other in ("model*.safetensors", "pytorch_model*.bin")):
+def detect(storage: Storage) -> bool:
+    """Whether the only weights are Mistral's own."""
+    if storage.glob("model*.safetensors") or storage.glob("pytorch_model*.bin"):
         return False
-    files = _weight_files(path)
+    files = _weight_files(storage)
     # Another model's only file may have any name.
-    return bool(files) and (files[0].suffix != ".safetensors" or "tok_embeddings.weight" in _union(files))
+    return bool(files) and (files[0].suffix != ".safetensors" or "tok_embeddings.weight" in _union(files, storage))
 
 
-def open_path(path: Path) -> NativeSource:
-    """Open a folder."""
-    return NativeSource(path)
+def open_storage(storage: Storage) -> NativeSource:
+    return NativeSource(storage)
 
 
 def hugging_face_entries(config: MixtralConfig) -> dict[str, Any]:
@@ -88,17 +89,17 @@ def hugging_face_entries(config: MixtralConfig) -> dict[str, Any]:
 
 
 class NativeSource(TorchSource):
-    """A folder of ``consolidated*`` files: one or more of safetensors, ``.pth`` or ``.pt``.
+    """``params.json`` and ``consolidated*`` files: one or more of safetensors, ``.pth`` or ``.pt``.
 
     Raises:
         CheckpointError: a tensor is missing, left over, of another shape or not of a float type; a damaged file.
         ConfigError: params.json describes a model of another kind.
     """
 
-    def __init__(self, folder: Path) -> None:
-        entries = _entries(folder)
+    def __init__(self, storage: Storage) -> None:
+        entries = _entries(storage.folder)
         config = MixtralConfig.from_hf(entries)
-        super().__init__(folder, _NativeCheckpoint(folder, config), entries)
+        super().__init__(storage, _NativeCheckpoint(storage, config), entries)
 
     def _fill(self, matrix: Matrix, info: TensorInfo, skip_bytes: int, into: Values) -> None:
         super()._fill(matrix, info, skip_bytes, into)
@@ -112,13 +113,15 @@ class NativeSource(TorchSource):
 class _NativeCheckpoint(Checkpoint):
     """Mistral's tensors under the names of the other layouts; messages use their own."""
 
-    def __init__(self, folder: Path, config: MixtralConfig) -> None:
-        self.folder = folder
-        files = _weight_files(folder)
+    def __init__(self, storage: Storage, config: MixtralConfig) -> None:
+        self.folder = storage.path
+        files = _weight_files(storage)
         if not files:
-            raise CheckpointError(f"{folder} has no consolidated*.safetensors, consolidated.*.pth or consolidated.*.pt")
+            raise CheckpointError(
+                f"{storage.path} has no consolidated*.safetensors, consolidated.*.pth or consolidated.*.pt"
+            )
         self._tensors = {
-            _renamed(name): _apart(info, config) for name, info in _union(files).items() if name != _DERIVED
+            _renamed(name): _apart(info, config) for name, info in _union(files, storage).items() if name != _DERIVED
         }
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -142,18 +145,19 @@ def _entries(folder: Path) -> Mapping[str, Any]:
     return {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "rope_theta": 1e6} | params
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """One kind of file: where a folder has the weights twice, safetensors."""
+def _weight_files(storage: Storage) -> list[Path]:
+    """One kind of file: where there are the weights twice, safetensors."""
     for pattern in ("consolidated*.safetensors", "consolidated.*.pth", "consolidated.*.pt"):
-        if found := sorted(folder.glob(pattern)):
+        if found := storage.glob(pattern):
             return found
     return []
 
 
-def _union(files: list[Path]) -> dict[str, TensorInfo]:
+def _union(files: list[Path], storage: Storage) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for name, info in (read_header(file) if file.suffix == ".safetensors" else read_torch(file)).items():
+        held = read_header(storage, file) if file.suffix == ".safetensors" else read_torch(file, storage)
+        for name, info in held.items():
             if name in tensors and tensors[name].shape != info.shape:
                 raise CheckpointError(
                     f"{file}: tensor {name!r} has shape {list(info.shape)}, in {tensors[name].file.name} "

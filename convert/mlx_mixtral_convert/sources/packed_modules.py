@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,20 +11,20 @@ import numpy.typing as npt
 from mlx_mixtral.config import read_json
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.layout import Field, Matrix, Rows, locate
-from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.sources.base import NativePacking, Values
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource, check_float
+from mlx_mixtral_convert.sources.storage import Storage
 
 __all__ = ["PackedModules", "packing_entry"]
 
 Floats = npt.NDArray[np.float32]
 
 
-def packing_entry(path: Path) -> Mapping[str, Any]:
-    """``quantization_config`` of a folder's config.json (or its older spelling), empty where there is none."""
-    config = path / "config.json"
+def packing_entry(storage: Storage) -> Mapping[str, Any]:
+    """``quantization_config`` of config.json (or its older spelling), empty where there is none."""
+    config = storage.folder / "config.json"
     if not config.is_file():
         return {}
     entries = read_json(config)
@@ -44,11 +43,11 @@ class PackedModules(HuggingFaceSource):
     fields: tuple[str, ...]
     """All tensors a packed module may have."""
 
-    def __init__(self, folder: Path) -> None:
-        entries = read_json(folder / "config.json")
+    def __init__(self, storage: Storage) -> None:
+        entries = read_json(storage.folder / "config.json")
         plain = {k: v for k, v in entries.items() if k not in ("quantization_config", "compression_config")}
         self._modules: dict[str, None] = {}
-        super().__init__(folder, Checkpoint(folder), plain)
+        super().__init__(storage, entries=plain)
 
     def dtype(self, matrix: Matrix) -> str:
         return "F32" if any(self._is_packed(rows) for rows in self._matrices[matrix.path]) else super().dtype(matrix)
@@ -103,7 +102,7 @@ class PackedModules(HuggingFaceSource):
             if f"{module}." in packed:
                 if rows.of != matrix.out_features:
                     raise CheckpointError(
-                        f"{self.folder}: module {module!r} has all experts in one, which is not known here"
+                        f"{self.path}: module {module!r} has all experts in one, which is not known here"
                     )
                 self._modules[module] = None
                 self._check(module, matrix)

@@ -7,15 +7,17 @@ pickle is run; see ``torch_pickle``.
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.safetensors import ITEM_BYTES, TensorInfo
+from mlx_mixtral_convert.sources.storage import LocalStorage, Storage
 from mlx_mixtral_convert.sources.torch_pickle import PickleError, TensorDescription, describe
 
 __all__ = ["StoredTensor", "read_torch"]
@@ -23,6 +25,8 @@ __all__ = ["StoredTensor", "read_torch"]
 # The largest real one, of a thousand tensors, has under a megabyte.
 MAX_PICKLE_BYTES = 4 * 2**20
 _LOCAL_HEADER_BYTES = 30
+# Where a storage begins stands before each: a thousand requests to a hub, one after another, would take minutes.
+THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,20 @@ class StoredTensor(TensorInfo):
     transposed: bool = False
 
 
-def read_torch(path: Path) -> dict[str, StoredTensor]:
-    """Names, shapes, dtypes and byte ranges of every tensor in ``path``; no tensor is read.
+def read_torch(path: Path, storage: Storage | None = None) -> dict[str, StoredTensor]:
+    """Names, shapes, dtypes and byte ranges of every tensor in ``path``, of this machine unless ``storage`` says.
+
+    No tensor is read.
 
     Raises:
         CheckpointError: not a zip, truncated, compressed, a pickle that names anything but tensors, a tensor beyond its
             storage, or one with strides that are neither plain nor transposed.
     """
+    if storage is None:
+        with closing(LocalStorage(path)) as local:
+            return read_torch(path, local)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with storage.open(path) as file, zipfile.ZipFile(file) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             root = _root(path, entries)
             _check_order(path, archive, entries.get(f"{root}/byteorder"))
@@ -56,18 +65,18 @@ def read_torch(path: Path) -> dict[str, StoredTensor]:
         described = describe(data)
     except PickleError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    starts: dict[str, int] = {}
-    found: dict[str, StoredTensor] = {}
-    with path.open("rb") as file:
-        for name, tensor in described.items():
-            key = f"{root}/data/{tensor.storage.key}"
-            if key not in entries:
-                raise CheckpointError(f"{path}: tensor {name!r} lies in storage {key!r}, which is not in the file")
-            entry = _stored(path, entries[key])
-            if key not in starts:
-                starts[key] = _data_start(path, file.fileno(), entry)
-            found[name] = _place(path, name, tensor, starts[key], entry.file_size)
-    return found
+    used: dict[str, zipfile.ZipInfo] = {}
+    for name, tensor in described.items():
+        key = f"{root}/data/{tensor.storage.key}"
+        if key not in entries:
+            raise CheckpointError(f"{path}: tensor {name!r} lies in storage {key!r}, which is not in the file")
+        used[tensor.storage.key] = _stored(path, entries[key])
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-mixtral-open") as pool:
+        starts = dict(zip(used, pool.map(lambda entry: _data_start(path, storage, entry), used.values()), strict=True))
+    return {
+        name: _place(path, name, tensor, starts[tensor.storage.key], used[tensor.storage.key].file_size)
+        for name, tensor in described.items()
+    }
 
 
 def _root(path: Path, entries: dict[str, zipfile.ZipInfo]) -> str:
@@ -95,13 +104,14 @@ def _stored(path: Path, entry: zipfile.ZipInfo, limit: int | None = None) -> zip
     return entry
 
 
-def _data_start(path: Path, descriptor: int, entry: zipfile.ZipInfo) -> int:
-    head = os.pread(descriptor, _LOCAL_HEADER_BYTES, entry.header_offset)
-    if len(head) < _LOCAL_HEADER_BYTES or head[:4] != b"PK\3\4":
+def _data_start(path: Path, storage: Storage, entry: zipfile.ZipInfo) -> int:
+    head, size = bytearray(_LOCAL_HEADER_BYTES), storage.look(path)[0]
+    if 0 <= entry.header_offset <= size - len(head):
+        storage.read_into(path, memoryview(head), entry.header_offset)
+    if head[:4] != b"PK\3\4":
         raise CheckpointError(f"{path}: entry {entry.filename!r} is not where the directory says; the file is damaged")
     name_bytes, extra_bytes = struct.unpack_from("<HH", head, 26)
     start: int = entry.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-    size = os.fstat(descriptor).st_size
     if start + entry.file_size > size:
         raise CheckpointError(f"{path}: entry {entry.filename!r} ends beyond the file's {size} bytes; it is truncated")
     return start
