@@ -21,7 +21,7 @@ from mlx_mixtral.weights.dtypes import MLX_DTYPES
 
 __all__ = ["TRACE_FILE", "Planner"]
 
-TRACE_FILE = "routing_trace.safetensors"
+TRACE_FILE = "routing.trace"
 """A routing trace of the model itself, beside its weights."""
 
 

@@ -241,7 +241,7 @@ class Mixtral:
     def routing_trace(self, texts: Sequence[Sequence[int]]) -> RoutingTrace:
         """Experts the routers choose for ``texts`` of token ids: what plans and replacement policies are judged by.
 
-        Saved as ``routing_trace.safetensors`` beside the weights, it is what budgets of this model are planned with.
+        Saved as ``routing.trace`` beside the weights, it is what budgets of this model are planned with.
 
         Raises:
             InvalidRequestError: no tokens, ids out of range, or a dense model, which has no routers.

@@ -1,0 +1,258 @@
+"""Experts beyond memory on a checkpoint: peak memory against the budget, decode time against fully resident and the disk.
+
+    python tests/benchmarks/streaming.py FOLDER                    budgets with 100, 50 and 25% of the experts, and the least
+    python tests/benchmarks/streaming.py FOLDER --shares 0.5 --json
+
+Each budget runs in a process of its own, under a limit on its memory (a control group where this user may make one) and so that
+its peak is its own. The disk is read past the page cache throughout. ``replay`` reads the experts of the decode steps again
+without arithmetic, beside a plain parallel ``pread`` of the same bytes from the same places: what the disk itself can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mixtral import Mixtral, load
+from mlx_mixtral.experts.store import Loading
+from mlx_mixtral.weights.fill import CHUNK_BYTES, READ_THREADS
+
+CGROUP = Path("/sys/fs/cgroup")
+# The interpreter and its libraries, which a budget for the model does not cover.
+PROCESS_BYTES = 400_000_000
+
+
+def budget_of(model: Mixtral, share: float) -> int:
+    demands = model._planner.demands(None)
+    experts = sum(demands.sizes.expert_bytes) * demands.sizes.num_experts
+    if share >= 1:
+        return demands.everything_bytes
+    return demands.least_bytes + int(share * experts)
+
+
+def peak_rss() -> int:
+    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
+    line = next((line for line in status.splitlines() if line.startswith("VmHWM")), "VmHWM: 0 kB")
+    return int(line.split()[1]) * 1024
+
+
+def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int) -> dict[str, Any]:
+    base = peak_rss()
+    started = time.perf_counter()
+    model = load(folder, memory=budget, context=1024)
+    load_s = time.perf_counter() - started
+    residency = model.residency
+    starts: list[tuple[int, int]] = []
+    begin = residency.store.start
+
+    def noted(layer: int, expert: int, *rest: Any) -> Loading:
+        starts.append((layer, expert))
+        return begin(layer, expert, *rest)
+
+    residency.store.start = noted  # type: ignore[method-assign]
+    prompt = [int(i) for i in np.random.default_rng(0).integers(3, model.config.vocab_size, prompt_tokens)]
+    out = model.generate(prompt, max_tokens=1)
+    prefill_misses, prefill_s = residency.misses, out.stats.time_to_first_token_s
+    streamed = [slots < residency.sizes.num_experts for slots in residency.slots]
+    starts.clear()
+    out = model.generate(prompt[:8], max_tokens=tokens)
+    stats, peak_mlx = out.stats, mx.get_peak_memory()
+    result: dict[str, Any] = {
+        "budget": budget,
+        "slots": residency.slots,
+        "chunk_tokens": residency.planned.chunk_tokens,
+        "load_s": load_s,
+        "prefill_s": prefill_s,
+        "prefill_tok_s": prompt_tokens / prefill_s,
+        "prefill_misses": prefill_misses,
+        "chunks": -(-prompt_tokens // residency.planned.chunk_tokens),
+        "decode_s": stats.decode_s / (tokens - 1),
+        "predicted_s": None if residency.plan is None else residency.plan.seconds_per_token,
+        "peak_mlx": peak_mlx,
+        "peak_rss": peak_rss(),
+        "base_rss": base,
+        "token_ids": out.token_ids,
+    }
+    if (experts := stats.decode_experts) is not None and any(streamed):
+        result |= {
+            "hit_rate": experts.hit_rate,
+            "bytes_per_token": experts.bytes_read / (tokens - 1),
+            "readbacks_per_token": experts.readbacks / (tokens - 1),
+            "wait_s": experts.wait_s / (tokens - 1),
+        }
+        result |= replay(model, starts)
+    return result
+
+
+def replay(model: Mixtral, experts: list[tuple[int, int]]) -> dict[str, float]:
+    """Bytes a second of reading ``experts`` as generation does, two at a time, and of plain reads of the same ranges."""
+    residency = model.residency
+    store = residency.store
+    # The two slots any pool has: nothing computes now, and the experts in them are forgotten afterwards.
+    pool = next(layer.pool for layer in residency.layers if layer.pool is not None)
+    ours = theirs = nbytes = 0.0
+    half = [experts[i : i + 2] for i in range(0, len(experts), 2)]
+    for number, pair in enumerate(half):
+        fills = [item for layer, expert in pair for item in store.fills(layer, expert, pool.bank.arrays, 0)]
+        sides = [lambda pair=pair: _ours(store, pool, pair), lambda fills=fills: _plain(fills)]
+        times = {}
+        # In turn, so that neither always meets what the other left in the drive's own cache.
+        for side in (0, 1) if number % 2 else (1, 0):
+            started = time.perf_counter()
+            sides[side]()
+            times[side] = time.perf_counter() - started
+        ours, theirs = ours + times[0], theirs + times[1]
+        nbytes += sum(item.nbytes for item in fills)
+    return {"replay_bytes_per_s": nbytes / ours, "pread_bytes_per_s": nbytes / theirs, "replayed_bytes": nbytes}
+
+
+def _ours(store: Any, pool: Any, pair: list[tuple[int, int]]) -> None:
+    loadings = [
+        type(store).start(store, layer, expert, pool.bank.arrays, slot) for slot, (layer, expert) in enumerate(pair)
+    ]
+    for loading in loadings:
+        if (problem := loading.wait()) is not None:
+            raise problem
+
+
+_OPENED: dict[Path, int] = {}
+_BUFFERS = [np.empty(CHUNK_BYTES + 8192, np.uint8) for _ in range(READ_THREADS)]
+
+
+def _plain(fills: list[Any]) -> None:
+    """The same bytes with ``pread`` past the page cache into fresh memory, in as many threads."""
+    import mmap
+
+    pieces = []
+    for item in fills:
+        file = item.info.file
+        if file not in _OPENED:
+            _OPENED[file] = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        start = item.info.offset + item.start * item.info.row_bytes
+        end = start + item.nbytes
+        start, end = start // 4096 * 4096, -(-end // 4096) * 4096
+        pieces += [(_OPENED[file], at, min(CHUNK_BYTES, end - at)) for at in range(start, end, CHUNK_BYTES)]
+
+    def read(piece: tuple[int, int, int]) -> int:
+        descriptor, offset, count = piece
+        with mmap.mmap(-1, count) as memory:
+            return os.preadv(descriptor, [memory], offset)
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        sum(pool.map(read, pieces))
+
+
+@contextmanager
+def limited(nbytes: int | None) -> Iterator[list[str]]:
+    """A prefix for a command that may not use more memory, where control groups can be made; else none."""
+    if nbytes is None:
+        yield []
+        return
+    # Control groups of version 2, or the memory controller of version 1.
+    root, limit = CGROUP, "memory.max"
+    if not (CGROUP / "cgroup.controllers").exists():
+        root, limit = CGROUP / "memory", "memory.limit_in_bytes"
+    group = root / f"mlx-mixtral-bench-{os.getpid()}"
+    try:
+        if not (root / "cgroup.procs").exists():
+            raise FileNotFoundError(root)
+        group.mkdir()
+        (group / limit).write_text(str(nbytes))
+    except OSError:
+        yield []
+        return
+    try:
+        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+    finally:
+        time.sleep(0.2)
+        group.rmdir()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.5, 0.25, 0.0])
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.one is not None:
+        print(json.dumps(measure(arguments.folder, arguments.one or None, arguments.prompt, arguments.tokens)))
+        return
+    probe = [sys.executable, "-c", _PROBE, str(arguments.folder), *map(str, arguments.shares)]
+    budgets = json.loads(subprocess.run(probe, capture_output=True, text=True, check=True).stdout)
+    rows = []
+    for share, budget in zip(arguments.shares, budgets, strict=True):
+        with limited(budget + PROCESS_BYTES) as prefix:
+            command = [*prefix, sys.executable, __file__, str(arguments.folder), "--one", str(budget)]
+            command += ["--prompt", str(arguments.prompt), "--tokens", str(arguments.tokens)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"share {share}: failed ({done.returncode}): {done.stderr.strip()[-300:]}", flush=True)
+            continue
+        row = {"share": share, "limited": bool(prefix), **json.loads(done.stdout.splitlines()[-1])}
+        rows.append(row)
+        _print(row, rows[0])
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+
+
+_PROBE = """
+import json, sys
+from pathlib import Path
+from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.device import compute_dtype, current_device
+from mlx_mixtral.model.build import Builder
+from mlx_mixtral.planning import Planner
+from mlx_mixtral.weights.checkpoint import Checkpoint
+folder, device = Path(sys.argv[1]), current_device()
+builder = Builder(MixtralConfig.from_folder(folder), Checkpoint(folder), compute_dtype("auto", device))
+demands = Planner(builder, device).demands(1024)
+experts = sum(demands.sizes.expert_bytes) * demands.sizes.num_experts
+print(json.dumps([demands.everything_bytes if float(s) >= 1 else demands.least_bytes + int(float(s) * experts) * (float(s) > 0)
+                  for s in sys.argv[2:]]))
+"""
+
+
+def _print(row: dict[str, Any], whole: dict[str, Any]) -> None:
+    budget, same = row["budget"], row["token_ids"] == whole["token_ids"]
+    print(
+        f"share {row['share']:.0%}: budget {budget / 1e9:.2f} GB{' in a control group' if row['limited'] else ''}, "
+        f"slots {row['slots']}, chunk {row['chunk_tokens']}"
+    )
+    print(
+        f"  peak of MLX {row['peak_mlx'] / 1e9:.2f} GB = {row['peak_mlx'] / budget:.2f}x, of the process "
+        f"{row['peak_rss'] / 1e9:.2f} GB ({row['base_rss'] / 1e9:.2f} before loading)"
+    )
+    print(f"  prefill {row['prefill_tok_s']:.1f} tok/s, {row['prefill_misses']} experts read in {row['chunks']} chunks")
+    line = f"  decode {row['decode_s']:.3f} s a token ({whole['decode_s']:.3f} with everything resident)"
+    if "bytes_per_token" in row:
+        disk_s = row["bytes_per_token"] / row["pread_bytes_per_s"]
+        larger = max(whole["decode_s"], disk_s)
+        line += (
+            f", predicted {row['predicted_s']:.3f}; bytes / raw disk {disk_s:.3f} s: "
+            f"{row['decode_s'] / larger:.2f}x the larger\n"
+            f"  hits {row['hit_rate']:.0%}, {row['bytes_per_token'] / 1e6:.0f} MB and {row['readbacks_per_token']:.1f} "
+            f"read-backs a token, {row['wait_s'] / row['decode_s']:.0%} waiting\n"
+            f"  replay {row['replay_bytes_per_s'] / 1e9:.2f} GB/s against plain pread "
+            f"{row['pread_bytes_per_s'] / 1e9:.2f} GB/s: {row['replay_bytes_per_s'] / row['pread_bytes_per_s']:.2f}x"
+        )
+    print(line)
+    print(f"  tokens {'as with everything resident' if same else 'DIFFER'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
