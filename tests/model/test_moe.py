@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mlx_mixtral import Mixtral
 from mlx_mixtral.experts.bank import ExpertBank, gathers_sorted
-from mlx_mixtral.model.linear import StackedLinear
 from mlx_mixtral.experts.gather import GatheredExperts
+from mlx_mixtral.model.linear import StackedLinear
 from mlx_mixtral.model.moe import SparseMoe, route
 from mlx_mixtral.quantization import QuantizationSpec
 
