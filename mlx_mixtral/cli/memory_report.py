@@ -89,13 +89,13 @@ def print_plans(plans: Sequence[Mapping[str, Any]]) -> None:
     rows = []
     for plan in plans:
         if plan.get("problem"):
-            rows.append([plan["model"], f"needs {format_bytes(plan['least_bytes'])}", "", "", "", "", ""])
+            rows.append([plan["model"], f"needs {format_bytes(plan['least_bytes'])}", *[""] * 6])
             continue
         streamed = plan["streamed_layers"]
         rows.append(
             [
                 plan["model"],
-                _slots(plan),
+                *_slots(plan),
                 format_bytes(plan["resident_bytes"]),
                 format_bytes(plan["kv_bytes"] + plan["working_bytes"]),
                 "" if not streamed else f"{plan['hit_rate']:.0%}",
@@ -105,13 +105,14 @@ def print_plans(plans: Sequence[Mapping[str, Any]]) -> None:
         )
     print_table(
         "Under this budget",
-        ["", "layers in memory", "weights", "cache, work", "hits", "read/token", "predicted"],
+        ["", "resident", "slots", "weights", "other", "hits", "read/token", "predicted"],
         rows,
-        left=2,
+        left=3,
     )
     speeds = next((plan["speeds"] for plan in plans if plan.get("speeds")), None)
     if speeds is not None:
         out_console().print(
+            "Resident: layers with all experts in memory; slots: of the others. Other: KV cache and working memory.\n"
             f"Predicted for {format_bytes(speeds['disk_bytes_per_s'])}/s of disk, "
             f"{format_bytes(speeds['memory_bytes_per_s'])}/s through the weights and "
             f"{speeds['readback_s'] * 1e6:.0f} µs for reading a router's choice back.\n",
@@ -166,14 +167,14 @@ def _predictions(sizes: ModelSizes, plan: ResidencyPlan | None, speeds: Speeds |
     }
 
 
-def _slots(plan: Mapping[str, Any]) -> str:
-    """``12 of 32, others 5-6 of 8``."""
+def _slots(plan: Mapping[str, Any]) -> tuple[str, str]:
+    """Layers with all their experts in memory, and the slots of the others."""
     slots, experts = plan["slots"], plan["num_experts"]
     if not slots:
-        return "all"
+        return "all", ""
     others = sorted({count for count in slots if count < experts})
-    whole = sum(count == experts for count in slots)
+    whole = f"{sum(count == experts for count in slots)} of {len(slots)}"
     if not others:
-        return f"all {len(slots)}"
+        return whole, ""
     span = f"{others[0]}" if len(others) == 1 else f"{others[0]}-{others[-1]}"
-    return f"{whole} of {len(slots)}, others {span} of {experts}"
+    return whole, f"{span} of {experts}"
