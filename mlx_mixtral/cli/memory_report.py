@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.budget import DEFAULT_CONTEXT_TOKENS, RESIDENT_CHUNK_TOKENS, Demands, Planned
-from mlx_mixtral.cli.console import out_console, print_table, rate
+from mlx_mixtral.cli.console import figures, out_console, print_table
 from mlx_mixtral.cli.estimate import BUILT_IN, WIDTHS, Width, bytes_by_part, expert_bytes
 from mlx_mixtral.cli.machines import Chip
 from mlx_mixtral.errors import InvalidRequestError, MemoryBudgetError
@@ -100,12 +100,12 @@ def print_plans(plans: Sequence[Mapping[str, Any]]) -> None:
                 format_bytes(plan["kv_bytes"] + plan["working_bytes"]),
                 "" if not streamed else f"{plan['hit_rate']:.0%}",
                 "" if not streamed else format_bytes(plan["bytes_read_per_token"]),
-                rate(plan["predicted_tok_s"]) if plan["predicted_tok_s"] else "",
+                figures(plan["predicted_tok_s"]) if plan["predicted_tok_s"] else "",
             ]
         )
     print_table(
         "Under this budget",
-        ["", "resident", "slots", "weights", "other", "hits", "read/token", "predicted"],
+        ["", "resident", "slots", "weights", "other", "hits", "read/token", "tok/s"],
         rows,
         left=3,
     )
@@ -177,4 +177,4 @@ def _slots(plan: Mapping[str, Any]) -> tuple[str, str]:
     if not others:
         return whole, ""
     span = f"{others[0]}" if len(others) == 1 else f"{others[0]}-{others[-1]}"
-    return whole, f"{span} of {experts}"
+    return whole, span
