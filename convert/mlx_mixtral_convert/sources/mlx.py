@@ -14,8 +14,10 @@ import numpy.typing as npt
 from mlx_mixtral.config import MixtralConfig, read_json
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.layout import Field, Matrix, Rows, locate, matrices
-from mlx_mixtral.model.build import Builder
-from mlx_mixtral.weights.dtypes import as_numpy, convert, is_finite
+from mlx_mixtral.model.packing import packing_of
+from mlx_mixtral.quantization import QuantizationSpec
+from mlx_mixtral.weights.checkpoint import Checkpoint
+from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert, is_finite
 from mlx_mixtral_convert.measure import decode, row_blocks
 from mlx_mixtral_convert.plan import fields_of
 from mlx_mixtral_convert.sources.base import NativePacking, Values
@@ -47,13 +49,12 @@ class MlxSource(HuggingFaceSource):
     def __init__(self, storage: Storage) -> None:
         entries = read_json(storage.folder / "config.json")
         config, checkpoint = MixtralConfig.from_hf(entries), StoredCheckpoint(storage)
-        # What the runtime takes the tensors for, after checking every shape.
-        self._specs = Builder(config, checkpoint, "F32").specs
+        # What the runtime takes the tensors for.
+        self._specs = {matrix.path: packing_of(matrix, config.quantization, checkpoint) for matrix in matrices(config)}
         self._parts: dict[str, dict[Field, list[Rows]]] = {}
         for matrix in matrices(config):
             if (spec := self._specs[matrix.path]) is not None:
-                found = {field: locate(matrix, field, checkpoint) for field in fields_of(spec)}
-                self._parts[matrix.path] = {field: rows for field, rows in found.items() if rows is not None}
+                self._parts[matrix.path] = {field: _part(matrix, field, spec, checkpoint) for field in fields_of(spec)}
         packing = ("quantization", "quantization_config")
         super().__init__(storage, checkpoint, {key: value for key, value in entries.items() if key not in packing})
 
@@ -114,3 +115,23 @@ class MlxSource(HuggingFaceSource):
     def _used(self) -> set[str]:
         packed = {rows.name for parts in self._parts.values() for found in parts.values() for rows in found}
         return super()._used() | packed
+
+
+def _part(matrix: Matrix, field: Field, spec: QuantizationSpec, checkpoint: Checkpoint) -> list[Rows]:
+    """Where one field of a packed matrix lies, after checking its shape and type."""
+    found = locate(matrix, field, checkpoint)
+    if found is None:
+        raise CheckpointError(f"{checkpoint.folder}: tensor {matrix.path}.{field} is missing, in every layout")
+    columns = spec.packed_columns(matrix.in_features) if field == "weight" else spec.groups(matrix.in_features)
+    wanted = ("U32",) if field == "weight" else FLOATS if spec.mode == "affine" else ("U8",)
+    for rows in found:
+        info = checkpoint.rows_of(rows)
+        if info.shape[-1] != columns:
+            raise CheckpointError(
+                f"{info.file}: tensor {rows.name!r} has shape {list(info.shape)}; its last axis should be {columns}"
+            )
+        if info.dtype not in wanted:
+            raise CheckpointError(
+                f"{info.file}: tensor {rows.name!r} has dtype {info.dtype}; {', '.join(wanted)} was expected"
+            )
+    return found
