@@ -19,7 +19,7 @@ from mlx_mixtral.quantization import QuantizationSpec
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.sources.base import Values
 
-__all__ = ["ErrorSum", "decode", "row_blocks"]
+__all__ = ["ErrorSum", "decode", "row_blocks", "unpack"]
 
 Floats = npt.NDArray[np.float32]
 # Blocks that fit in a core's cache: five passes over them cost one over memory.
@@ -80,7 +80,7 @@ class ErrorSum:
 def decode(packed: Mapping[str, npt.NDArray[Any]], spec: QuantizationSpec) -> Floats:
     """Weights float32 ``[rows, columns]`` of packed rows: uint32 words, and scales and biases in float32 or bytes."""
     words = packed["weight"]
-    codes = _unpack(words, spec.bits)
+    codes = unpack(words, spec.bits)
     scales = packed["scales"]
     grouped = (len(words), -1, spec.group_size)
     if spec.has_biases:
@@ -102,7 +102,7 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _unpack(words: npt.NDArray[np.uint32], bits: int) -> npt.NDArray[np.uint8]:
+def unpack(words: npt.NDArray[np.uint32], bits: int) -> npt.NDArray[np.uint8]:
     """The codes of each row, uint8: ``32 / bits`` a word, read as a stream of bits from the lowest one on."""
     stream = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:

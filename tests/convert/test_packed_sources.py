@@ -34,7 +34,7 @@ MODULE = "model.layers.1.block_sparse_moe.experts.2.w2"
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices of several blocks, the last of them short, and groups across their bounds."""
     monkeypatch.setattr("mlx_mixtral_convert.sources.awq.BLOCK_INPUTS", 96)
-    monkeypatch.setattr("mlx_mixtral_convert.sources.gptq.BLOCK_INPUTS", 96)
+    monkeypatch.setattr("mlx_mixtral_convert.measure.BLOCK_VALUES", 700)
 
 
 def as_hub(folder: Path, meant: dict[str, Floats], **changes: Any) -> Path:

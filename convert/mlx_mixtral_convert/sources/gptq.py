@@ -7,7 +7,6 @@ are. https://github.com/AutoGPTQ/AutoGPTQ, https://github.com/ModelCloud/GPTQMod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.layout import Matrix
-from mlx_mixtral_convert.sources.grouped import BLOCK_INPUTS, Codes, GroupedSource, fields_of_words
+from mlx_mixtral_convert.sources.grouped import GroupedSource, fields_of_words
 from mlx_mixtral_convert.sources.packed_modules import Floats, packing_entry
 from mlx_mixtral_convert.sources.storage import Storage
 
@@ -52,12 +51,9 @@ class GptqSource(GroupedSource):
     def _words(self, matrix: Matrix) -> tuple[int, int]:
         return matrix.in_features * self.bits // 32, matrix.out_features
 
-    def _blocks(self, module: str, inputs: int) -> Iterator[tuple[int, Codes]]:
-        per_word = 32 // self.bits
-        for start in range(0, inputs, BLOCK_INPUTS):
-            stop = min(start + BLOCK_INPUTS, inputs)
-            words = self._array(f"{module}.qweight", start // per_word, stop // per_word)
-            yield start, fields_of_words(words, self.bits).swapaxes(1, 2).reshape(stop - start, -1)
+    def _rows(self, module: str) -> npt.NDArray[np.uint32]:
+        # A word holds inputs in order already: it only lies in a column instead of a row.
+        return np.ascontiguousarray(self._array(f"{module}.qweight").T)
 
     def _zeros(self, module: str) -> Floats:
         words = self._array(f"{module}.qzeros")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +12,7 @@ from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.layout import Field, Matrix
 from mlx_mixtral.quantization import AFFINE_GROUP_SIZES, QuantizationSpec
 from mlx_mixtral.weights.dtypes import convert
+from mlx_mixtral_convert.measure import row_blocks, unpack
 from mlx_mixtral_convert.sources.base import NativePacking
 from mlx_mixtral_convert.sources.packed_modules import Floats, PackedModules, packing_entry
 from mlx_mixtral_convert.sources.storage import Storage
@@ -20,8 +20,6 @@ from mlx_mixtral_convert.sources.storage import Storage
 __all__ = ["GroupedSource", "fields_of_words"]
 
 Codes = npt.NDArray[np.uint8]
-# Inputs decoded at a time: with 16384 outputs and float32, 16 MB.
-BLOCK_INPUTS = 256
 # Small tensors that opening reads of every module: one at a time from a hub would take minutes.
 THREADS = 8
 
@@ -65,18 +63,11 @@ class GroupedSource(PackedModules):
         """One expert's integers, the scales, and ``-zero * scale`` as biases, groups cut to a size MLX has."""
         module = self._matrices[matrix.path][expert].name.removesuffix(".weight")
         spec = self._packing(module, matrix).spec
-        outputs, inputs = matrix.out_features, matrix.in_features
-        weight = np.empty((outputs, spec.packed_columns(inputs)), np.uint32)
-        per_word = 32 // self.bits
-        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
-        for start, codes in self._blocks(module, inputs):
-            words = codes.T.reshape(outputs, -1, per_word).astype(np.uint32)
-            into = slice(start // per_word, (start + len(codes)) // per_word)
-            np.bitwise_or.reduce(words << shifts, axis=2, out=weight[:, into])
+        inputs = matrix.in_features
         scales, zeros = self._scales(module), self._zeros(module)
         with np.errstate(over="ignore", invalid="ignore"):
             grouped = {"scales": scales.astype(np.float16), "biases": (-zeros * scales).astype(np.float16)}
-        packed: dict[Field, npt.NDArray[Any]] = {"weight": weight}
+        packed: dict[Field, npt.NDArray[Any]] = {"weight": self._rows(module)}
         for field in ("scales", "biases"):
             if not np.isfinite(grouped[field]).all():
                 raise ConversionError(f"tensor {module!r} has {field} beyond float16's range, or not finite")
@@ -85,16 +76,21 @@ class GroupedSource(PackedModules):
 
     def _decode(self, module: str, out: Floats) -> None:
         inputs = out.shape[1]
-        scales, zeros = self._scales(module), self._zeros(module)
-        groups = self._groups(module, inputs)
-        for start, codes in self._blocks(module, inputs):
-            own = groups[start : start + len(codes)]
-            values = codes.astype(np.float32)
-            values -= zeros[own]
+        words, groups = self._rows(module), self._groups(module, inputs)
+        scales, zeros = (np.ascontiguousarray(values.T) for values in (self._scales(module), self._zeros(module)))
+        in_order = np.array_equal(groups, self._in_order(inputs))
+        for block in row_blocks(*out.shape):
+            values, own = out[block], (zeros[block], scales[block])
+            values[:] = unpack(words[block], self.bits)
+            if in_order:
+                values = values.reshape(len(values), -1, self._group(inputs))
+                zero, scale = (part[:, :, None] for part in own)
+            else:
+                zero, scale = (part[:, groups] for part in own)
+            values -= zero
             # What a scale that is not finite makes of them is refused by name later.
             with np.errstate(over="ignore", invalid="ignore"):
-                values *= scales[own]
-            out[:, start : start + len(codes)] = values.T
+                values *= scale
 
     def _packing(self, module: str, matrix: Matrix) -> NativePacking:
         name = f"{self.method} {self.bits}-bit g{self._group(matrix.in_features)}"
@@ -122,8 +118,8 @@ class GroupedSource(PackedModules):
         """Shape of ``qweight``."""
         raise NotImplementedError
 
-    def _blocks(self, module: str, inputs: int) -> Iterator[tuple[int, Codes]]:
-        """(first input, integers ``[inputs, out]``) in order, ``BLOCK_INPUTS`` at a time."""
+    def _rows(self, module: str) -> npt.NDArray[np.uint32]:
+        """``[out, words]``: the integers of each row of the matrix as one stream from the lowest bits on, as MLX packs them."""
         raise NotImplementedError
 
     def _zeros(self, module: str) -> Floats:
