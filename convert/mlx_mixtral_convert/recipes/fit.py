@@ -175,4 +175,3 @@ def _most_common(groups: Mapping[str, list[Matrix]], picked: Mapping[str, _Choic
         if (spec := picked[name].spec) is not None:
             weights[spec] = weights.get(spec, 0) + sum(matrix.parameters for matrix in group)
     return max(weights, key=lambda spec: weights[spec]) if weights else None
-
