@@ -152,6 +152,10 @@ class MixtralConfig:
             return cls.from_hf(entries, extra_eos=extra_eos)
         if (folder / "params.json").is_file():
             return cls.from_params(read_json(folder / "params.json"))
+        if any(folder.glob("*.gguf")):
+            raise CheckpointError(
+                f"{folder} holds a GGUF file, which has to be converted first: mlx-mixtral convert {folder} DEST"
+            )
         raise CheckpointError(f"{folder} is not a checkpoint: it has neither config.json nor params.json")
 
     @classmethod
@@ -305,7 +309,8 @@ def _refuse_unsupported(entries: Mapping[str, Any]) -> None:
     foreign = entries.get("quantization_config")
     if isinstance(foreign, Mapping) and "quant_method" in foreign and "quantization" not in entries:
         raise ConfigError(
-            f"config.json: weights are quantised with {foreign['quant_method']!r}; only MLX quantisation runs here"
+            f"config.json: weights are quantised with {foreign['quant_method']!r}; only MLX quantisation runs here: "
+            "convert them first, with mlx-mixtral convert"
         )
 
 

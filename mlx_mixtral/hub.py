@@ -68,6 +68,10 @@ def resolve(
             raise InvalidRequestError(f"{source} is a folder; revision {revision!r} applies to hub repositories only")
         return folder
     named = parse_repository(source, revision)
+    if folder.suffix == ".gguf" and folder.exists() and not convertible:
+        raise CheckpointError(
+            f"{source} is a GGUF file, which has to be converted first: mlx-mixtral convert {source} DEST"
+        )
     if folder.exists():
         raise CheckpointError(f"{source} is a file, not a checkpoint folder; give the folder it lies in")
     if named is None:

@@ -18,6 +18,7 @@ from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.device import Device
 from mlx_mixtral.errors import (
     BusyError,
+    ChatTemplateError,
     ClosedError,
     ContextLengthError,
     InvalidRequestError,
@@ -211,6 +212,10 @@ class Mixtral:
     ) -> TextStream:
         """As ``chat``, chunk by chunk."""
         tokens = self.tokenizer.encode_chat(messages, tools)
+        if not tokens:
+            raise ChatTemplateError(
+                "the checkpoint's chat template makes nothing of these messages; use generate instead"
+            )
         options.setdefault("sampling", CHAT_SAMPLING)
         return self._text_stream(tokens, is_answer=True, **options)
 

@@ -17,6 +17,7 @@ import pytest
 from mlx_mixtral import Chunk, LoadProgress, Mixtral, SamplingParams, load
 from mlx_mixtral.errors import (
     BusyError,
+    ChatTemplateError,
     ClosedError,
     ContextLengthError,
     DtypeRangeError,
@@ -319,6 +320,14 @@ def test_chat_applies_the_format_and_samples(model: Mixtral) -> None:
     streamed = model.stream_chat(messages, sampling=chat, max_tokens=10)
     assert "".join(chunk.text for chunk in streamed) == ours.text == model.tokenizer.decode(ours.token_ids)
     assert not ours.text.startswith(" ")
+
+
+def test_a_template_that_writes_nothing_is_an_error(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    (folder / "chat_template.jinja").write_text("{{ '' }}")
+    with load(folder) as model, pytest.raises(ChatTemplateError, match="makes nothing of these messages"):
+        model.chat([{"role": "user", "content": "Hi"}])
 
 
 def test_closed_model_says_so(tiny: Path) -> None:

@@ -60,6 +60,12 @@ class _App(click.Group):
         except BrokenPipeError:
             _drop_output()
             raise click.exceptions.Exit(PIPE_CLOSED) from None
+        except OSError as error:
+            # What the library meets in files is a MixtralError: this is the output itself, a full disk for instance.
+            _drop_output(keep_errors=True)
+            where = f": {error.filename}" if error.filename else ""
+            note(f"error: {error.strerror or error}{where}")
+            raise click.exceptions.Exit(1) from None
         return result
 
 
@@ -87,13 +93,13 @@ def main() -> None:
     app(prog_name="mlx-mixtral")
 
 
-def _drop_output() -> None:
+def _drop_output(*, keep_errors: bool = False) -> None:
     """Nobody reads any more: let what is still buffered go nowhere when the interpreter flushes at exit.
 
     https://docs.python.org/3/library/signal.html#note-on-sigpipe
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout,) if keep_errors else (sys.stdout, sys.stderr):
         if (descriptor := _descriptor(stream)) is not None:
             os.dup2(nowhere, descriptor)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from mlx_mixtral.cli.console import emit_json, err_console, out_console
 from mlx_mixtral.doctor import Diagnosis, run_doctor
 from mlx_mixtral.sizes import format_bytes
 
@@ -22,16 +23,16 @@ def doctor(as_json: bool) -> None:
 
     Exit status 1 when a check fails. The output is what a bug report should hold.
     """
-    notes = Console(stderr=True)
+    notes = err_console()
     if as_json or not notes.is_terminal:
         diagnosis = run_doctor()
     else:
         with notes.status("checking") as status:
             diagnosis = run_doctor(lambda name: status.update(f"checking {name}"))
     if as_json:
-        click.echo(json.dumps(diagnosis.to_dict(), indent=1))
+        emit_json(diagnosis.to_dict())
     else:
-        _draw(diagnosis, Console())
+        _draw(diagnosis, out_console())
     if not diagnosis.passed:
         sys.exit(1)
 
@@ -48,9 +49,10 @@ def _draw(diagnosis: Diagnosis, console: Console) -> None:
     for heading in ("check", "", "measured"):
         table.add_column(heading)
     for result in diagnosis.results:
-        table.add_row(result.name, "[green]ok[/]" if result.passed else "[red]FAILED[/]", result.measured)
+        verdict = Text("ok", "green") if result.passed else Text("FAILED", "red")
+        table.add_row(result.name, verdict, result.measured)
         if not result.passed:
-            table.add_row("", "", f"[red]{result.failure_means}[/]")
+            table.add_row("", "", Text(result.failure_means, "red"))
     console.print(table)
     console.print(
         f"memory copies at {format_bytes(diagnosis.memory_bytes_per_s)}/s, "

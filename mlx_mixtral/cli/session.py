@@ -44,12 +44,17 @@ class Session:
         }
 
     def check(self) -> None:
-        """Raise what a first message would, before one is typed: no tokenizer, no chat format.
+        """Raise what a first message would, before one is typed: no tokenizer, no chat format, no room.
 
         Raises:
+            ContextLengthError: the system prompt fills the context.
             TokenizerError: the model cannot chat.
         """
-        self.model.tokenizer.encode_chat([*self.conversation.messages, {"role": "user", "content": "Hi"}])
+        used = len(self.model.tokenizer.encode_chat([*self.conversation.messages, {"role": "user", "content": "Hi"}]))
+        if used >= (limit := self.model.config.max_position_embeddings):
+            raise ContextLengthError(
+                f"the system prompt alone takes {used} tokens, and the context holds {limit}; give a shorter --system"
+            )
 
     def handle(self, message: str) -> bool:
         """Take one message or command; False when the session ends. Errors become one line and the session goes on."""

@@ -90,10 +90,13 @@ class JinjaChat:
                 )
             except TemplateLimitError as error:
                 raise ChatTemplateError(f"{_THE_TEMPLATE} is out of bounds: {error.message}") from error
+            except jinja2.TemplateSyntaxError as error:
+                raise ChatTemplateError(f"{_THE_TEMPLATE} is broken: {error.message} (line {error.lineno})") from error
+            except jinja2.UndefinedError as error:
+                raise ChatTemplateError(f"{_THE_TEMPLATE} is broken: {error.message}") from error
             except jinja2.TemplateError as error:
-                where = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
                 message = error.message or type(error).__name__
-                raise ChatTemplateError(f"{_THE_TEMPLATE} refuses these messages: {message}{where}") from error
+                raise ChatTemplateError(f"{_THE_TEMPLATE} refuses these messages: {message}") from error
             except (RecursionError, MemoryError) as error:
                 raise ChatTemplateError(f"{_THE_TEMPLATE} is out of bounds: {type(error).__name__}") from error
             except Exception as error:

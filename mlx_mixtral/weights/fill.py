@@ -112,8 +112,10 @@ def fill_chunk(reader: CheckpointReader, item: Fill) -> int:
 
 def _check(item: Fill, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: str) -> None:
     if dtype in FLOATS and not is_finite(values, dtype):
+        rows = values.reshape(item.stop - item.start, -1)
+        row = next(index for index, one in enumerate(rows) if not is_finite(one, dtype))
         raise NonFiniteWeightsError(
-            f"{item.info.file}: tensor {item.info.name!r} holds NaN or infinity in rows {item.start} to {item.stop - 1}; "
+            f"{item.info.file}: tensor {item.info.name!r} holds NaN or infinity in row {item.start + row}; "
             "the checkpoint is damaged"
         )
 

@@ -12,7 +12,7 @@ import pytest
 from mlx_mixtral import __version__
 from mlx_mixtral.cli.app import COMMANDS, app
 
-from .conftest import ROOT, Invoke, Spawn
+from .conftest import ROOT, Invoke, Spawn, assert_one_error
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
 
@@ -77,3 +77,35 @@ def test_a_terminal_that_cannot_show_a_character_gets_an_escape(spawn: Spawn, ti
     text = utf8.decode("utf-8")
     assert not text.isascii()
     assert ascii_only == text.encode("ascii", "backslashreplace")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_one_line(spawn: Spawn, tiny: Path) -> None:
+    for arguments in (("info", "8x7b"), ("info", "8x7b", "--json"), ("generate", tiny, "-p", "And", "-n", "3")):
+        with Path("/dev/full").open("wb") as full:
+            process = spawn(*arguments, stdout=full)
+            _, stderr = process.communicate()
+        assert process.returncode == 1
+        lines = [line for line in stderr.decode().splitlines() if "tok/s" not in line]
+        assert lines == ["error: No space left on device"]
+
+
+def test_closed_streams_are_empty_input_and_lost_output(tiny: Path) -> None:
+    def run(redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        program = "from mlx_mixtral.cli import main; main()"
+        command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", program, *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    assert run("<&-", "chat", tiny).returncode == 0
+    empty = run("<&-", "generate", tiny, "-p", "-")
+    assert (empty.returncode, empty.stderr.count("\n")) == (1, 1)
+    assert "the prompt is empty" in empty.stderr
+    assert run(">&-", "info", "8x7b").returncode == 0
+
+
+def test_a_file_of_another_format_says_how_to_convert_it(invoke: Invoke, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert_one_error(invoke("generate", file, "-p", "x"), "has to be converted first: mlx-mixtral convert")
+    assert_one_error(invoke("info", tmp_path), "holds a GGUF file", "mlx-mixtral convert")

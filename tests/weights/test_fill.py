@@ -125,7 +125,7 @@ def test_nothing_to_fill_is_nothing_done(write: WriteCheckpoint) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("source", "target"), [(s, t) for s in FLOATS for t in FLOATS])
-def test_nan_and_infinity_are_refused_with_tensor_and_rows(
+def test_nan_and_infinity_are_refused_with_tensor_and_row(
     tmp_path: Path, write: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch, bad: float, source: str, target: str
 ) -> None:
     values = np.ones((10, 4), np.float32)
@@ -135,7 +135,7 @@ def test_nan_and_infinity_are_refused_with_tensor_and_rows(
     items = [_whole(checkpoint, name, target) for name in ("model.norm", "lm_head")]
     with (
         CheckpointReader(checkpoint) as reader,
-        pytest.raises(NonFiniteWeightsError, match="tensor 'lm_head' holds NaN or infinity in rows 6 to 8"),
+        pytest.raises(NonFiniteWeightsError, match="tensor 'lm_head' holds NaN or infinity in row 6;"),
     ):
         fill(reader, items)
 
@@ -264,7 +264,7 @@ def test_an_error_in_one_chunk_ends_the_others_and_leaves_no_threads(
     values[0, 0] = np.nan
     checkpoint = write({"w": mx.array(values)})
     told: list[int] = []
-    with CheckpointReader(checkpoint) as reader, pytest.raises(NonFiniteWeightsError, match="rows 0 to 0"):
+    with CheckpointReader(checkpoint) as reader, pytest.raises(NonFiniteWeightsError, match="in row 0;"):
         fill(reader, [_whole(checkpoint, "w", target)], told.append)
     assert _reading_threads() == []
     assert not told or told[-1] < checkpoint.nbytes
