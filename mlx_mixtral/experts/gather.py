@@ -192,14 +192,18 @@ class _Call:
                 raise
 
     def _finish(self) -> list[int]:
-        """Wait for everything that is being read."""
-        problem = self.store.finish(self.loading.values())
+        """Wait for experts that are being read: for all of them in a long call, else for the first and what came with it."""
+        waited = list(self.loading) if self.is_sorted else list(self.loading)[:1]
+        problem = self.store.finish([self.loading[expert] for expert in waited])
         if problem is not None:
             raise problem
-        ready = list(self.loading)
-        for expert, loading in self.loading.items():
-            self.pool.put(self._key(expert), loading.slot)
-        self.loading.clear()
+        ready = [expert for expert, loading in self.loading.items() if expert in waited or loading.is_done]
+        if (
+            problem := self.store.finish([self.loading[expert] for expert in ready if expert not in waited])
+        ) is not None:
+            raise problem
+        for expert in ready:
+            self.pool.put(self._key(expert), self.loading.pop(expert).slot)
         return ready
 
     def _abandon(self) -> None:
@@ -225,8 +229,9 @@ class _Call:
             if self.is_sorted:
                 order = np.argsort(slots, kind="stable")
                 pairs, slots = pairs[order], slots[order]
-                # As many rows as the grouped kernel asks for: a part of the call takes the path of the whole.
-                missing = max(0, max(16, 4 * self.pool.size) - count)
+                # As many rows as the grouped kernel asks for: on GPUs a part of the call takes the path of the whole.
+                is_gpu = mx.default_device().type == mx.DeviceType.gpu
+                missing = max(0, max(16, 4 * self.pool.size) - count) if is_gpu else 0
                 filler = np.concatenate([np.arange(count), np.full(missing, count - 1)])
             else:
                 filler = np.arange(count)

@@ -48,10 +48,10 @@ def peak_rss() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int) -> dict[str, Any]:
+def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, lookahead: str) -> dict[str, Any]:
     base = peak_rss()
     started = time.perf_counter()
-    model = load(folder, memory=budget, context=1024)
+    model = load(folder, memory=budget, context=1024, lookahead=lookahead)
     load_s = time.perf_counter() - started
     residency = model.residency
     starts: list[tuple[int, int]] = []
@@ -91,6 +91,8 @@ def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int) -
             "bytes_per_token": experts.bytes_read / (tokens - 1),
             "readbacks_per_token": experts.readbacks / (tokens - 1),
             "wait_s": experts.wait_s / (tokens - 1),
+            "recall": experts.predicted_right / max(experts.predicted_needed, 1),
+            "waste": 1 - experts.predicted_right / experts.predicted if experts.predicted else 0.0,
         }
         result |= replay(model, starts)
     return result
@@ -186,11 +188,13 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.5, 0.25, 0.0])
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--lookahead", default="off", help="off, on or auto")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.one is not None:
-        print(json.dumps(measure(arguments.folder, arguments.one or None, arguments.prompt, arguments.tokens)))
+        one = arguments.one or None
+        print(json.dumps(measure(arguments.folder, one, arguments.prompt, arguments.tokens, arguments.lookahead)))
         return
     probe = [sys.executable, "-c", _PROBE, str(arguments.folder), *map(str, arguments.shares)]
     budgets = json.loads(subprocess.run(probe, capture_output=True, text=True, check=True).stdout)
@@ -199,6 +203,7 @@ def main() -> None:
         with limited(budget + PROCESS_BYTES) as prefix:
             command = [*prefix, sys.executable, __file__, str(arguments.folder), "--one", str(budget)]
             command += ["--prompt", str(arguments.prompt), "--tokens", str(arguments.tokens)]
+            command += ["--lookahead", arguments.lookahead]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"share {share}: failed ({done.returncode}): {done.stderr.strip()[-300:]}", flush=True)
@@ -242,6 +247,8 @@ def _print(row: dict[str, Any], whole: dict[str, Any]) -> None:
     if "bytes_per_token" in row:
         disk_s = row["bytes_per_token"] / row["pread_bytes_per_s"]
         larger = max(whole["decode_s"], disk_s)
+        if row["recall"]:
+            print(f"  looking ahead found {row['recall']:.0%} of what was missing, {row['waste']:.0%} of its reads for nothing")
         line += (
             f", predicted {row['predicted_s']:.3f}; bytes / raw disk {disk_s:.3f} s: "
             f"{row['decode_s'] / larger:.2f}x the larger\n"
