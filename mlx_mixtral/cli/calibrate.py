@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from mlx_mixtral.cli.console import emit_json, note, out_console, print_table, seconds
+from mlx_mixtral.cli.console import emit_json, note, one_line, out_console, print_table, seconds
 from mlx_mixtral.cli.options import json_option
+from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["calibrate"]
 
@@ -16,11 +17,11 @@ SHOWN = 8
 
 @click.command(short_help="Measure a checkpoint on a text, for better conversions.")
 @click.argument("source")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @click.option(
     "--text", type=click.Path(path_type=Path), multiple=True, metavar="FILE", help="Text to measure on; repeatable."
 )
-@click.option("--tokens", type=click.IntRange(min=1), default=16384, show_default=True, help="Tokens at most.")
+@click.option("--tokens", type=int, default=16384, show_default=True, help="Tokens at most.")
 @click.option(
     "--sensitivities/--no-sensitivities", default=True, help="Also measure what each packing costs, for --fit."
 )
@@ -28,7 +29,7 @@ SHOWN = 8
 @json_option
 def calibrate(
     source: str,
-    file: Path,
+    file: str,
     text: tuple[Path, ...],
     tokens: int,
     sensitivities: bool,
@@ -42,11 +43,17 @@ def calibrate(
     import time
 
     from mlx_mixtral_convert import calibrate as run
+    from mlx_mixtral_convert.calibration import check_place
 
+    if not file:
+        raise InvalidRequestError("the file to write is an empty name; give one")
+    check_place(file, source or None)
     started = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
         note(f"calibrate: layer {done}/{total}")
+        if done == total and sensitivities:
+            note("calibrate: sensitivities")
 
     found = run(source, text, tokens=tokens, sensitivities=sensitivities, revision=revision, progress=progress)
     found.save(file)
@@ -55,9 +62,9 @@ def calibrate(
         ((loss["4-bit g64"], name) for name, loss in found.losses.items() if "4-bit g64" in loss), reverse=True
     )
     if as_json:
-        emit_json({"file": str(file), "tokens": int(found.tokens.size), "seconds": took, "losses": found.losses})
+        emit_json({"file": file, "tokens": int(found.tokens.size), "seconds": took, "losses": found.losses})
         return
-    out_console().print(f"{file}: {found.tokens.size} tokens, {seconds(took)}", soft_wrap=True)
+    out_console().print(f"{one_line(file)}: {found.tokens.size} tokens, {seconds(took)}", soft_wrap=True)
     if costs:
         rows = [[name, f"{loss:.4f}"] for loss, name in costs[:SHOWN]]
         print_table("Most sensitive", ["matrices", "loss at 4 bits, nats a token"], rows)

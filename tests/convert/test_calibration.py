@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,18 @@ import numpy as np
 import pytest
 
 from mlx_mixtral import load
-from mlx_mixtral.errors import CheckpointError, ConversionError, InvalidRequestError
+from mlx_mixtral.errors import (
+    CheckpointError,
+    ConversionError,
+    DestinationError,
+    DiskSpaceError,
+    InvalidRequestError,
+    NonFiniteWeightsError,
+)
 from mlx_mixtral.layout import matrices
 from mlx_mixtral.quantization import QuantizationSpec
 from mlx_mixtral_convert import Calibration, Recipe, calibrate, convert
+from mlx_mixtral_convert.calibration import check_place
 from mlx_mixtral_convert.calibration.layer import Layer, read_matrix
 from mlx_mixtral_convert.calibration.sensitivity import Sensitivity
 from mlx_mixtral_convert.calibration.text import default_texts, sequences
@@ -22,7 +33,7 @@ from mlx_mixtral_convert.calibration.walk import Walk
 from mlx_mixtral_convert.rounding import PRIOR_TOKENS, Search
 from mlx_mixtral_convert.sources import open_source
 
-from .support import CONFIG, dense_config, hashes, make_checkpoint, read_output
+from .support import CONFIG, EXPERT, Tensors, dense_config, hashes, make_checkpoint, read_output
 
 HELD_OUT = Path(__file__).parents[1] / "goldens" / "tiny-mixtral" / "heldout"
 LAYER = "model.layers.1"
@@ -238,3 +249,96 @@ def test_sequences_begin_with_bos_and_fit_the_context(tiny: Path) -> None:
     assert found.shape[1] == 64
     assert (found[:, 0] == 1).all()
     assert len(sequences(load(tiny).tokenizer, ["word " * 3000], 300, 64)) == 4
+
+
+def test_saving_replaces_a_calibration_and_nothing_else(calibrated: Calibration, tiny: Path, tmp_path: Path) -> None:
+    calibrated.save(tmp_path / "file")
+    once = (tmp_path / "file").read_bytes()
+    calibrated.save(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == once
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((tiny / weights.name).read_bytes())
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "empty").touch()
+    (tmp_path / "cut").write_bytes(once[:-10])
+    for name in ("model.safetensors", "thesis.tex", "empty", "cut"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(DestinationError, match=rf"{name} exists and is not a calibration file; give another name"):
+            calibrated.save(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+    with pytest.raises(DestinationError, match="is a folder; give a file"):
+        calibrated.save(tmp_path)
+    with pytest.raises(DestinationError, match=r"no folder .*/no; make it first"):
+        calibrated.save(tmp_path / "no" / "file")
+    with pytest.raises(DestinationError, match="File name too long"):
+        calibrated.save(tmp_path / ("n" * 300))
+    calibrated.save(tmp_path / ("n" * 255))
+
+
+def test_a_place_in_the_source_is_refused_through_links_too(tiny: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny, tmp_path / "source")
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "file").symlink_to(source / "config.json")
+    for place in ("source/file", "source/model.safetensors", "link/file", "file", "source/new/file"):
+        with pytest.raises(DestinationError, match=r"lies in the source .*; give a file outside it"):
+            check_place(tmp_path / place, source)
+    with pytest.raises(DestinationError, match="is the source itself"):
+        check_place(tmp_path / "link", source)
+    check_place(tmp_path / "new", source)
+    check_place(tmp_path / "new", "owner/name")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "source"]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_save_that_fails_keeps_the_old_file_and_names_no_temporary_one(
+    calibrated: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    calibrated.save(tmp_path / "file")
+    before = hashes(tmp_path)
+
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC if call == "write" else errno.EIO, "no room")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises((DiskSpaceError, DestinationError)) as caught:
+        calibrated.save(tmp_path / "file")
+    assert "file" in str(caught.value)
+    assert "partial" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert hashes(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        EXPERT,
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.1.post_attention_layernorm.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tiny: Path, tmp_path: Path, name: str, value: float) -> None:
+    def spoil(tensors: Tensors) -> None:
+        tensors[name].reshape(-1)[-1] = value
+
+    changes = {"vocab_size": 4096, "max_position_embeddings": 256}
+    source = make_checkpoint(tmp_path / "source", edit=spoil, **changes)
+    shutil.copy(tiny / "tokenizer.model", source)
+    with pytest.raises(NonFiniteWeightsError, match=f"tensor '{name}' holds NaN or infinity"):
+        calibrate(source, tokens=1024, sensitivities=False)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 10, 1023])
+def test_too_few_tokens_are_refused_with_the_least_there_may_be(tiny: Path, count: int) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{count} tokens are too few .* at least 1024, 4 sequences of 256"):
+        calibrate(tiny, tokens=count)
+
+
+def test_an_empty_source_is_not_the_current_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny)
+    with pytest.raises(InvalidRequestError, match="empty name"):
+        calibrate("", tokens=1024)

@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.layout import matrices, norms
 from mlx_mixtral.weights.dtypes import convert
+from mlx_mixtral_convert.calibration.place import FORMAT, check_place, replace_file
 from mlx_mixtral_convert.calibration.statistics import input_name
 from mlx_mixtral_convert.sources.base import TensorSource
 
 __all__ = ["Calibration", "Losses", "identity"]
-
-FORMAT = "mlx-mixtral-calibration-1"
 
 # group of matrices -> packing ("4-bit g64") -> predicted mean KL in nats a token
 Losses = Mapping[str, Mapping[str, float]]
@@ -52,16 +51,15 @@ class Calibration:
         return whole.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; the same calibration gives the same bytes.
+        """Write a safetensors file; the same calibration gives the same bytes. It appears whole or not at all.
 
         Raises:
-            ConversionError: it cannot be written.
+            DestinationError: it cannot be written, or something that is no calibration file lies there.
+            DiskSpaceError: the disk is full.
         """
-        try:
-            # One key: safetensors writes several in an order of its own, another one each time.
-            save_file(self._arrays(), str(path), {FORMAT: self._header()})
-        except (OSError, SafetensorError) as error:
-            raise ConversionError(f"calibration {path} cannot be written: {error}") from error
+        check_place(path)
+        # One key: safetensors writes several in an order of its own, another one each time.
+        replace_file(path, save(self._arrays(), {FORMAT: self._header()}))
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

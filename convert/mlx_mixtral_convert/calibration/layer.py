@@ -20,7 +20,7 @@ from mlx_mixtral.model.linear import Linear
 from mlx_mixtral.model.mixtral import RMSNorm
 from mlx_mixtral.model.moe import route
 from mlx_mixtral.model.rotary import Rotary
-from mlx_mixtral.weights.dtypes import convert
+from mlx_mixtral_convert.quantize import cast
 from mlx_mixtral_convert.sources.base import TensorSource, Values
 
 __all__ = ["Expert", "Layer", "Routing", "plain", "read_matrix", "read_norm"]
@@ -30,17 +30,22 @@ ATTEND_AT_ONCE = 8
 
 
 def read_matrix(source: TensorSource, matrix: Matrix, expert: int = 0) -> mx.array:
-    """One expert of a matrix, float32 ``[out, in]``."""
+    """One expert of a matrix, float32 ``[out, in]``.
+
+    Raises:
+        NonFiniteWeightsError: NaN or infinity, which would turn all that is measured into the same.
+    """
     scratch = np.empty(matrix.out_features * matrix.in_features * 4, np.uint8)
-    return _floats(source.read(matrix, expert, scratch))
+    return _floats(source.read(matrix, expert, scratch), source.name(matrix, expert))
 
 
 def read_norm(source: TensorSource, norm: Norm) -> RMSNorm:
-    return RMSNorm(_floats(source.read_norm(norm)).reshape(-1), source.config.rms_norm_eps)
+    weight = _floats(source.read_norm(norm), f"{norm.path}.weight").reshape(-1)
+    return RMSNorm(weight, source.config.rms_norm_eps)
 
 
-def _floats(values: Values) -> mx.array:
-    return mx.array(convert(values.array, values.dtype, "F32"))
+def _floats(values: Values, name: str) -> mx.array:
+    return mx.array(cast(values, "F32", name).array)
 
 
 def plain(weight: mx.array) -> Linear:

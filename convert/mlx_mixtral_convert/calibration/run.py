@@ -7,19 +7,28 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.hub import resolve
+from mlx_mixtral.layout import matrices, norms
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral_convert.calibration.file import Calibration, Losses, identity
-from mlx_mixtral_convert.calibration.layer import Layer
+from mlx_mixtral_convert.calibration.layer import Layer, read_matrix, read_norm
 from mlx_mixtral_convert.calibration.sensitivity import Sensitivity
-from mlx_mixtral_convert.calibration.text import default_texts, read_texts, sequences
+from mlx_mixtral_convert.calibration.text import (
+    MIN_SEQUENCES,
+    SEQUENCE_TOKENS,
+    default_texts,
+    read_texts,
+    sequences,
+)
 from mlx_mixtral_convert.calibration.walk import Sums, Walk
-from mlx_mixtral_convert.sources import open_source
+from mlx_mixtral_convert.sources import TensorSource, open_source
 
 __all__ = ["calibrate"]
 
 DEFAULT_TOKENS = 16384
 SENSITIVITY_TOKENS = 1024
+MIN_TOKENS = MIN_SEQUENCES * SEQUENCE_TOKENS
 
 
 def calibrate(
@@ -39,20 +48,29 @@ def calibrate(
     Args:
         source: a folder or hub repository, as for ``convert``.
         texts: UTF-8 text files; a bundled text in several languages and code when empty.
-        tokens: how many tokens at most.
+        tokens: how many tokens at most; 1024 at least.
         sensitivities: measure the cost of packings, which fitting a size needs; without them it is several times faster.
         progress: told layers done and layers in all, from this thread.
 
     Raises:
-        InvalidRequestError: a text that cannot be read, is empty or too short.
+        InvalidRequestError: a text that cannot be read, is empty or too short; too few ``tokens``.
+        NonFiniteWeightsError: NaN or infinity in the source.
         CheckpointError, ConfigError, HubError, TokenizerError: as ``convert`` and loading a tokenizer.
     """
+    if source == "":
+        raise InvalidRequestError("the source is an empty name; give a folder or a hub repository")
+    if tokens < MIN_TOKENS:
+        raise InvalidRequestError(
+            f"{tokens} tokens are too few to calibrate on; give at least {MIN_TOKENS}, {MIN_SEQUENCES} sequences of "
+            f"{SEQUENCE_TOKENS}"
+        )
     folder = resolve(source, revision=revision)
     written = read_texts([Path(path) for path in texts]) if texts else default_texts()
     with open_source(folder) as tensors:
         config = tensors.config
         tokenizer = load_tokenizer(tensors.folder, vocab_size=config.vocab_size)
         ids = sequences(tokenizer, written, tokens, config.max_position_embeddings)
+        _check_ends(tensors)
         walk = Walk(tensors, ids)
         few = max(1, min(len(ids), SENSITIVITY_TOKENS // ids.shape[1]))
         picked = np.linspace(0, len(ids) - 1, few).round().astype(int)
@@ -74,3 +92,9 @@ def calibrate(
             {name: np.array([one.tokens for one in found]) for name, found in sums.items()},
             losses,
         )
+
+
+def _check_ends(source: TensorSource) -> None:
+    """Refuse NaN now in what is used after the last layer; without sensitivities the head is not read again at all."""
+    read_matrix(source, list(matrices(source.config))[0 if source.config.tie_word_embeddings else -1])
+    read_norm(source, list(norms(source.config))[-1])

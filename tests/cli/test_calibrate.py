@@ -1,0 +1,49 @@
+"""``calibrate``: what cannot be written is refused before the hours that measuring takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_mixtral_convert import Calibration
+
+from .conftest import Invoke, assert_one_error
+
+
+def test_a_calibration_is_written_with_progress_to_the_end_and_may_be_replaced(
+    invoke: Invoke, tiny: Path, tmp_path: Path
+) -> None:
+    flags = ("--tokens", 1024, "--json")
+    result = invoke("calibrate", tiny, tmp_path / "file", *flags)
+    assert json.loads(result.stdout)["tokens"] == 1024
+    assert result.stderr.splitlines()[-2:] == ["calibrate: layer 6/6", "calibrate: sensitivities"]
+    assert Calibration.load(tmp_path / "file").losses
+    again = invoke("calibrate", tiny, tmp_path / "file", *flags, "--no-sensitivities")
+    assert again.stderr.splitlines()[-1] == "calibrate: layer 6/6"
+    assert not Calibration.load(tmp_path / "file").losses
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_run(
+    invoke: Invoke, checkpoint_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_mixtral_convert.calibrate", lambda *_, **__: pytest.fail("it ran"))
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years of work")
+    before = (checkpoint_copy / "config.json").read_bytes()
+    assert_one_error(invoke("calibrate", checkpoint_copy, thesis), "thesis.tex", "is not a calibration file")
+    assert_one_error(invoke("calibrate", checkpoint_copy, checkpoint_copy / "config.json"), "lies in the source")
+    assert_one_error(invoke("calibrate", checkpoint_copy, checkpoint_copy), "is the source itself")
+    assert_one_error(invoke("calibrate", checkpoint_copy, tmp_path / "no" / "file"), "make it first")
+    assert_one_error(invoke("calibrate", checkpoint_copy, "/proc/file"), "/proc/file cannot be written")
+    assert_one_error(invoke("calibrate", checkpoint_copy, ""), "empty name")
+    assert thesis.read_text() == "years of work"
+    assert (checkpoint_copy / "config.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "thesis.tex"]
+
+
+def test_too_few_tokens_are_refused(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    assert_one_error(invoke("calibrate", tiny, tmp_path / "file", "--tokens", 10), "10 tokens", "at least 1024")
+    assert list(tmp_path.iterdir()) == []
