@@ -1,7 +1,9 @@
 """Experts beyond memory on a checkpoint: peak memory against the budget, decode time against fully resident and the disk.
 
     python tests/benchmarks/streaming.py FOLDER                    budgets with 100, 50 and 25% of the experts, and the least
-    python tests/benchmarks/streaming.py FOLDER --shares 0.5 --json
+    python tests/benchmarks/streaming.py FOLDER --shares 0.5 --mlx-lm --json
+
+``--mlx-lm`` runs mlx-lm on the same folder under the same limit, in float32 on the CPU backend; it has to hold everything.
 
 Each budget runs in a process of its own, under a limit on its memory (a control group where this user may make one) and so that
 its peak is its own. The disk is read past the page cache throughout. ``replay`` reads the experts of the decode steps again
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--lookahead", default="off", help="off, on or auto")
+    parser.add_argument("--mlx-lm", action="store_true")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -211,9 +214,46 @@ def main() -> None:
         row = {"share": share, "limited": bool(prefix), **json.loads(done.stdout.splitlines()[-1])}
         rows.append(row)
         _print(row, rows[0])
+        if arguments.mlx_lm:
+            _print_mlx_lm(arguments.folder, budget, arguments.tokens)
     if arguments.json:
         print(json.dumps(rows, indent=1))
 
+
+def _print_mlx_lm(folder: Path, budget: int, tokens: int) -> None:
+    with limited(budget + PROCESS_BYTES) as prefix:
+        command = [*prefix, sys.executable, "-c", _MLX_LM, str(folder), str(tokens)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        except subprocess.TimeoutExpired:
+            print("  mlx-lm: not done after 600 s")
+            return
+    if done.returncode:
+        print(
+            f"  mlx-lm: ended by signal {-done.returncode}" if done.returncode < 0 else "  mlx-lm: failed", flush=True
+        )
+        return
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"  mlx-lm: {found['decode_s']:.3f} s a token, peak of the process {found['peak'] / 1e9:.2f} GB", flush=True)
+
+
+_MLX_LM = """
+import json, resource, sys, time
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+from pathlib import Path
+network, _ = load_model(Path(sys.argv[1]))
+if mx.default_device().type == mx.DeviceType.cpu:
+    network.set_dtype(mx.float32)
+steps = generate_step(mx.arange(10, 18), network, max_tokens=int(sys.argv[2]), prompt_cache=make_prompt_cache(network))
+next(steps)
+started = time.perf_counter()
+count = sum(1 for _ in steps)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"decode_s": (time.perf_counter() - started) / count, "peak": peak}))
+"""
 
 _PROBE = """
 import json, sys
@@ -248,7 +288,9 @@ def _print(row: dict[str, Any], whole: dict[str, Any]) -> None:
         disk_s = row["bytes_per_token"] / row["pread_bytes_per_s"]
         larger = max(whole["decode_s"], disk_s)
         if row["recall"]:
-            print(f"  looking ahead found {row['recall']:.0%} of what was missing, {row['waste']:.0%} of its reads for nothing")
+            print(
+                f"  looking ahead found {row['recall']:.0%} of what was missing, {row['waste']:.0%} of its reads for nothing"
+            )
         line += (
             f", predicted {row['predicted_s']:.3f}; bytes / raw disk {disk_s:.3f} s: "
             f"{row['decode_s'] / larger:.2f}x the larger\n"
