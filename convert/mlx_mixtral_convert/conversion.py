@@ -18,7 +18,7 @@ from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.manifest import MANIFEST
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.calibration.file import Calibration
-from mlx_mixtral_convert.destination import Destination
+from mlx_mixtral_convert.destination import Destination, check_names
 from mlx_mixtral_convert.journal import Journal
 from mlx_mixtral_convert.manifest import DTYPE_NAMES, conversion_text, copied_files, model_config_text, read_file
 from mlx_mixtral_convert.pipeline import Written, write_weights
@@ -33,7 +33,7 @@ from mlx_mixtral_convert.rounding import Gptq, make_rounder
 from mlx_mixtral_convert.sources import GeneratedFiles, TensorSource, open_source
 from mlx_mixtral_convert.streamed import RemoteStorage, open_remote
 from mlx_mixtral_convert.transcode_plan import exact_recipe, exact_specs, packed_as
-from mlx_mixtral_convert.vocabulary import check_vocabulary
+from mlx_mixtral_convert.vocabulary import check_vocabulary, tokenizer_notes
 from mlx_mixtral_convert.write import write_file
 
 __all__ = ["DTYPES", "convert"]
@@ -99,12 +99,13 @@ def convert(
         DestinationError: ``dest`` cannot be used, or holds an unfinished conversion of another source or with other options.
         DiskSpaceError: the disk has too little room, before or while writing.
         HubError: the repository cannot be downloaded.
-        InvalidRequestError: an unknown ``dtype`` or ``kind``; ``exact`` with ``fit`` or a source of floats; rounding by
-            gptq without a calibration.
+        InvalidRequestError: an empty ``source`` or ``dest``; an unknown ``dtype`` or ``kind``; ``exact`` with ``fit`` or a
+            source of floats; rounding by gptq without a calibration.
         MemoryBudgetError: ``fit`` is less than the model can be made.
         TokenizerError: the tokenizer has more pieces than the model has embeddings.
     """
     started = time.perf_counter()
+    check_names(source, dest)
     recipe = Recipe() if recipe is None else recipe
     if dtype != "auto" and dtype not in DTYPES:
         raise InvalidRequestError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
@@ -133,6 +134,7 @@ def convert(
         plan = _plan(tensors, recipe, dtype, exact=exact)
         small = _small_files(tensors)
         check_vocabulary(small, tensors.config.vocab_size)
+        notes = tokenizer_notes(small, tensors.config.vocab_size)
         small["config.json"] = model_config_text(tensors.entries, plan, recipe)
         small[INDEX_FILE] = plan.index()
         needed = plan.output_bytes + sum(map(len, small.values())) + SPARE_BYTES
@@ -176,6 +178,7 @@ def convert(
             expected_seconds=needs.seconds if needs else None,
             expected_memory_bytes=needs.memory_bytes if needs else None,
             predicted_kl=predicted_kl(tensors.config, plan.specs, calibrated.losses if calibrated else None),
+            notes=notes,
         )
 
 

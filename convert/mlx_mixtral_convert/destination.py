@@ -15,15 +15,22 @@ from pathlib import Path
 from types import TracebackType
 
 from mlx_mixtral.config import read_json
-from mlx_mixtral.errors import DestinationError, DiskSpaceError, MixtralError
+from mlx_mixtral.errors import DestinationError, DiskSpaceError, InvalidRequestError, MixtralError
 from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral.weights.manifest import MANIFEST
 from mlx_mixtral_convert.journal import JOURNAL
 from mlx_mixtral_convert.write import sync_folder
 
-__all__ = ["MANIFEST", "Destination"]
+__all__ = ["MANIFEST", "Destination", "check_names"]
 
 _IGNORED = (".DS_Store",)
+
+
+def check_names(source: str | Path, dest: str | Path) -> None:
+    """Raise InvalidRequestError for an empty name, which as a path would be the current folder."""
+    for name, what in ((source, "source"), (dest, "destination")):
+        if name == "":
+            raise InvalidRequestError(f"the {what} is an empty name; write . for the current folder")
 
 
 class Destination:
@@ -36,8 +43,8 @@ class Destination:
         overwrite: whether a finished conversion at ``path`` may be replaced.
 
     Raises:
-        DestinationError: ``path`` is inside the source, holds something that is not ours, is a finished conversion, cannot be
-            written, or another conversion is writing it.
+        DestinationError: ``path`` is inside the source, holds something that is not ours, is a finished conversion or a mount
+            point, cannot be written, or another conversion is writing it.
     """
 
     def __init__(self, path: Path, source: Path, *, overwrite: bool = False) -> None:
@@ -120,6 +127,11 @@ class Destination:
             return
         if not self.path.is_dir():
             raise DestinationError(f"{self.path} exists and is a file; give a folder")
+        if os.path.ismount(self.path):
+            raise DestinationError(
+                f"{self.path} is where a disk is mounted, which a folder cannot be renamed to; give a folder in it, such "
+                f"as {self.path / 'model'}"
+            )
         try:
             present = sorted(entry.name for entry in self.path.iterdir() if entry.name not in _IGNORED)
             if MANIFEST in present and JOURNAL in present:

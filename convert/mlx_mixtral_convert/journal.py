@@ -207,8 +207,12 @@ def _difference(folder: Path, known: Any, identity: Mapping[str, Any], done: int
     )
 
 
+# What a recipe that leaves them out means.
+_DEFAULTS = {"recipe.rounding": "plain", "recipe.exact": False, "recipe.calibration": "none"}
+
+
 def _shown(entries: Mapping[str, Any], name: str) -> str:
-    value = entries.get(name, "absent")
+    value = entries.get(name, _DEFAULTS.get(name, "absent"))
     return value[:80] if isinstance(value, str) else json.dumps(value)
 
 

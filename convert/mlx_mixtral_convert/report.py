@@ -94,12 +94,16 @@ class ConversionReport:
     expected_memory_bytes: int | None = None
     """Of a dry run: memory that a conversion should need at most."""
 
+    notes: tuple[str, ...] = ()
+    """Sentences about what the result lacks, such as a tokenizer that can be used."""
+
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""
         return {
             **asdict(self),
             "worst": [asdict(entry) for entry in self.worst],
             "packings": [asdict(entry) for entry in self.packings],
+            "notes": list(self.notes),
         }
 
 

@@ -113,6 +113,9 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
             ],
             left=2,
         )
+    if report["dry_run"] and report["disk_needed_bytes"] > report["disk_free_bytes"]:
+        missing = format_bytes(report["disk_needed_bytes"] - report["disk_free_bytes"])
+        console.print(f"A real run would be refused for lack of disk: {missing} more are needed.", soft_wrap=True)
     if not report["dry_run"]:
         shown = f"'{name}'" if " " in name else name
         talks = "instruct" in source.lower()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from mlx_mixtral.cli.console import emit_json
+from mlx_mixtral.cli.console import emit_json, note, one_line
 from mlx_mixtral.cli.export import EXPORTS, GGUF_TYPES, export
 from mlx_mixtral.cli.options import json_option
 from mlx_mixtral.quantization import AFFINE_BITS, MODES
@@ -47,7 +47,7 @@ def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[st
 
 @click.command(short_help="Convert a checkpoint to MLX, quantised.")
 @click.argument("source")
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("dest")
 @click.option(
     "--bits",
     type=click.Choice([*map(str, AFFINE_BITS), "none"]),
@@ -100,7 +100,7 @@ def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[st
 def convert(
     ctx: click.Context,
     source: str,
-    dest: Path,
+    dest: str,
     bits: str | None,
     group_size: int | None,
     mode: str,
@@ -156,6 +156,8 @@ def convert(
                 raise click.UsageError(f"--fit chooses the bits, --{option} says them; give one of the two")
     elif context is not None:
         raise click.UsageError("--context is for --fit mac")
+    if bits == "none":
+        _refuse_idle(group_size, mode, rounding, override)
     recipe = _recipe(bits, group_size, mode, recipe_name, override)
     if rounding is not None:
         recipe = replace(recipe, rounding=rounding)
@@ -180,7 +182,18 @@ def convert(
     if as_json:
         emit_json(report.to_dict())
     else:
-        print_conversion(source, dest, report.to_dict())
+        print_conversion(source, Path(dest), report.to_dict())
+    for text in report.notes:
+        note(f"note: {one_line(text)}")
+
+
+def _refuse_idle(group_size: int | None, mode: str, rounding: str | None, overrides: Overrides) -> None:
+    """Options that ``--bits none`` leaves without effect; matrices that an override packs take group size and rounding."""
+    idle = {"--mode": mode != "affine"}
+    if not any(overrides.values()):
+        idle |= {"--group-size": group_size is not None, "--rounding": rounding not in (None, "plain")}
+    if flag := next((flag for flag, given in idle.items() if given), None):
+        raise click.UsageError(f"--bits none packs nothing, {flag} says how; give one of the two")
 
 
 def _recipe(bits: str | None, group_size: int | None, mode: str, file: str | None, overrides: Overrides) -> Recipe:

@@ -13,6 +13,7 @@ import click
 
 from mlx_mixtral.cli.console import emit_json, out_console, rate, seconds, terminal_safe
 from mlx_mixtral.cli.options import json_option
+from mlx_mixtral.errors import DestinationError
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["demo"]
@@ -61,7 +62,8 @@ def demo(keep: Path | None, as_json: bool) -> None:
     show.line("Python code and sums. A real model takes the same three steps.\n")
     with _folder(keep) as folder, conversion_progress() as progress:
         show.step(1, f"convert to 4 bits{f' in {folder}' if keep else ''}")
-        report = run(source, folder, recipe=Recipe(bits=4), progress=progress).to_dict()
+        with _explained(keep):
+            report = run(source, folder, recipe=Recipe(bits=4), progress=progress).to_dict()
         show.line(
             f"   {format_bytes(report['source_bytes'])} in bfloat16 -> {format_bytes(report['output_bytes'])} "
             f"({report['bits_per_weight']:.2f} bits per weight) in {seconds(report['seconds'])}\n"
@@ -189,6 +191,22 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="mlx-mixtral-demo-") as folder:
         yield Path(folder) / "tiny-mixtral-4bit"
+
+
+@contextlib.contextmanager
+def _explained(keep: Path | None) -> Iterator[None]:
+    """What the converter says, less what does not apply here: options that ``demo`` has not, going on where it was."""
+    try:
+        yield
+    except DestinationError as error:
+        what, _, fix = str(error).rpartition("; ")
+        if "--" not in fix:
+            raise
+        raise DestinationError(f"{what}; remove the folder or choose another one to --keep") from error
+    except BaseException as error:
+        if keep is None and hasattr(error, "__notes__"):
+            del error.__notes__  # the folder is gone
+        raise
 
 
 def _device(model: Any) -> str:

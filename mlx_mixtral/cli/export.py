@@ -50,7 +50,7 @@ def export(ctx: click.Context) -> None:
     if given["as_json"]:
         emit_json(report.to_dict())
     else:
-        _print(dest, report)
+        _print(Path(dest), report)
 
 
 def _is_given(ctx: click.Context, name: str) -> bool:
@@ -66,6 +66,9 @@ def _print(dest: Path, report: ExportReport) -> None:
     if report.dry_run:
         needed, free = format_bytes(report.disk_needed_bytes), format_bytes(report.disk_free_bytes)
         console.print(f"{needed} of disk needed, {free} free")
+        if report.disk_needed_bytes > report.disk_free_bytes:
+            missing = format_bytes(report.disk_needed_bytes - report.disk_free_bytes)
+            console.print(f"A real run would be refused for lack of disk: {missing} more are needed.")
     else:
         if report.packed_matrices and report.format == "gguf":
             console.print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -91,6 +92,11 @@ def test_overrides_and_recipe_files(invoke: Invoke, tiny: Path, tmp_path: Path) 
     "flags",
     [
         ["--bits", "7"],
+        ["--bits", "none", "--mode", "mxfp4"],
+        ["--bits", "none", "--group-size", "32"],
+        ["--bits", "none", "--rounding", "search"],
+        ["--bits", "none", "--rounding", "gptq", "--override", "lm_head=none"],
+        ["--bits", "none", "--mode", "mxfp8", "--override", "lm_head=4"],
         ["--override", "nothing"],
         ["--override", "=4"],
         ["--override", "lm_head=four"],
@@ -208,3 +214,45 @@ def test_an_unknown_mode_is_named_with_the_known_ones(invoke: Invoke, tiny: Path
     assert result.exit_code == 1
     assert result.stderr == ("error: quantization mode 'mxfp5' is unknown; use one of affine, mxfp4, mxfp8, nvfp4\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_matrices_an_override_packs_take_group_size_and_rounding(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    flags = ("--bits", "none", "--override", "lm_head=4", "--group-size", 32, "--rounding", "search", "--json")
+    assert invoke("convert", tiny, tmp_path / "out", *flags).exit_code == 0
+    recipe = json.loads((tmp_path / "out" / "conversion.json").read_text())["recipe"]
+    assert (recipe["rounding"], recipe["overrides"]["lm_head"]["group_size"]) == ("search", 32)
+
+
+@pytest.mark.parametrize("to", [(), ("--to", "hf")])
+def test_a_dry_run_says_that_the_disk_is_too_small(
+    invoke: Invoke, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: tuple[str, ...]
+) -> None:
+    assert "lack of disk" not in invoke("convert", tiny, tmp_path / "out", "--dry-run", *to).stdout
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_500_000))
+    result = invoke("convert", tiny, tmp_path / "out", "--dry-run", *to)
+    assert result.exit_code == 0
+    assert "bits per weight" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("A real run would be refused for lack of disk: ")
+
+
+def test_empty_names_are_refused(invoke: Invoke, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_one_error(invoke("convert", tiny, ""), "the destination is an empty name")
+    assert_one_error(invoke("convert", tiny, "", "--to", "hf"), "the destination is an empty name")
+    assert_one_error(invoke("convert", "", "out"), "the source is an empty name")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_cannot_be_used_is_noted_and_the_model_converts(
+    invoke: Invoke, checkpoint_copy: Path, tmp_path: Path
+) -> None:
+    (checkpoint_copy / "tokenizer.model").write_bytes(b"junk")
+    result = invoke("convert", checkpoint_copy, tmp_path / "out")
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("note: the tokenizer cannot be used: tokenizer.model ")
+    assert (
+        "tokenizer cannot be used"
+        in json.loads(invoke("convert", checkpoint_copy, tmp_path / "b", "--dry-run", "--json").stdout)["notes"][0]
+    )

@@ -11,7 +11,7 @@ import pytest
 from mlx_mixtral import load
 from mlx_mixtral.cli.demo import SAMPLES
 
-from .conftest import Invoke
+from .conftest import Invoke, assert_one_error
 
 
 def test_the_demo_shows_every_step_in_80_columns_and_cleans_up(
@@ -43,6 +43,25 @@ def test_json_has_the_conversion_and_the_completions(invoke: Invoke, tmp_path: P
     assert report["peak_memory_bytes"] > report["memory_bytes"] > 4_000_000
     greedy = SAMPLES[-1]
     with load(kept) as model:
-        again = model.generate(greedy.prompt, max_tokens=greedy.max_tokens, stop=greedy.stop)
-    assert report["completions"][-1]["text"] == again.text == " 63"
-    assert invoke("demo", "--keep", kept).exit_code == 1
+        repeated = model.generate(greedy.prompt, max_tokens=greedy.max_tokens, stop=greedy.stop)
+    assert report["completions"][-1]["text"] == repeated.text == " 63"
+    assert_one_error(
+        again := invoke("demo", "--keep", kept, "--json"), "is a finished conversion already; remove the folder"
+    )
+    assert "--overwrite" not in again.stderr
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_interrupted_demo_goes_on_only_where_something_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke, keep: bool
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        error = KeyboardInterrupt()
+        error.add_note("the same command goes on from layer 5 of 6")
+        raise error
+
+    monkeypatch.setattr("mlx_mixtral_convert.convert", interrupted)
+    result = invoke("demo", "--json", *(["--keep", tmp_path / "kept"] if keep else []))
+    assert result.exit_code == 130
+    note = "; the same command goes on from layer 5 of 6" if keep else ""
+    assert result.stderr == f"interrupted{note}\n"

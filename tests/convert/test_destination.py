@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from mlx_mixtral.errors import ConversionError, DestinationError, DiskSpaceError
+from mlx_mixtral.errors import ConversionError, DestinationError, DiskSpaceError, InvalidRequestError
 from mlx_mixtral_convert import Progress, Recipe, convert
+from mlx_mixtral_convert.export import export
 
 from .support import hashes, make_checkpoint
 
@@ -291,3 +292,32 @@ def test_short_writes_are_continued(tmp_path: Path, source: Path, monkeypatch: p
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[: 1 + len(data) // 2], offset))
     convert(source, tmp_path / "out")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_mount_point_is_refused_before_the_work(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    with pytest.raises(
+        DestinationError, match=r"out is where a disk is mounted.*; give a folder in it, such as .*out/model"
+    ):
+        convert(source, out, overwrite=overwrite, progress=lambda _: pytest.fail("it ran"))
+    assert convert(source, out / "model").layers == 2
+
+
+@pytest.mark.parametrize("what", ["source", "destination"])
+def test_an_empty_name_is_not_the_current_folder(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(source if what == "source" else tmp_path / "here")
+    names = ("", str(tmp_path / "out")) if what == "source" else (str(source), "")
+    with pytest.raises(InvalidRequestError, match=f"^the {what} is an empty name; write . for the current folder$"):
+        convert(*names)
+    with pytest.raises(InvalidRequestError, match=f"^the {what} is an empty name"):
+        export(*names, to="hf")
+    assert entries(tmp_path) == ["here", "source"]
+    assert entries(tmp_path / "here") == []

@@ -236,7 +236,7 @@ def test_damaged_modules_are_named(
     ("entry", "match"),
     [
         (AWQ | {"bits": 3}, "AWQ with 3 bits is not supported; 4 can be converted"),
-        (AWQ | {"bits": "4"}, "AWQ with bits = '4' is not supported"),
+        (AWQ | {"bits": "4"}, "AWQ with bits = '4' is not supported; it must be an integer"),
         (AWQ | {"version": "gemv"}, "AWQ version 'gemv' is not supported"),
         (AWQ | {"group_size": 0}, "AWQ with groups of 0 is not supported"),
         ({"quant_method": "awq"}, "AWQ with bits = None"),
@@ -253,6 +253,15 @@ def test_variants_that_are_not_read_are_named(tmp_path: Path, entry: dict[str, A
     with pytest.raises(ConversionError, match=match):
         convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq"])
+def test_a_kind_that_a_plain_folder_is_not_is_refused_as_that(tmp_path: Path, kind: str) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    with pytest.raises(
+        ConversionError, match=f"is no {kind.upper()} folder: its config.json has no quantization_config"
+    ):
+        convert(source, tmp_path / "out", kind=kind)
 
 
 def test_scales_that_float16_cannot_hold_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import threading
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -125,3 +127,36 @@ def test_progress_counts_source_bytes_to_the_end(tmp_path: Path) -> None:
     assert {step.layer for step in seen} == {None, 0, 1}
     assert {step.layers for step in seen} == {2}
     assert len(seen) == 1 + 2 + 2 * (4 + 1 + 3 * 4)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        (None, b"", "there is no tokenizer"),
+        ("tokenizer.model", b"junk", r"the tokenizer cannot be used: tokenizer\.model .*"),
+        (
+            "tokenizer_config.json",
+            b"{junk",
+            r"the tokenizer cannot be used: tokenizer_config\.json cannot be read as JSON.*",
+        ),
+        ("tokenizer.json", b"{junk", r"the tokenizer cannot be used: tokenizer\.json .*"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_noted(
+    tiny: Path, tmp_path: Path, name: str | None, content: bytes, note: str, dry_run: bool
+) -> None:
+    source = shutil.copytree(tiny, tmp_path / "source")
+    if name != "tokenizer_config.json":
+        (source / "tokenizer.model").unlink()
+    if name is not None:
+        (source / name).write_bytes(content)
+    report = convert(source, tmp_path / "out", dry_run=dry_run)
+    (found,) = report.notes
+    assert re.fullmatch(f"{note}; the result will take token ids only", found)
+    assert "/tmp" not in found
+    assert report.to_dict()["notes"] == [found]
+
+
+def test_a_good_tokenizer_needs_no_note(tiny: Path, tmp_path: Path) -> None:
+    assert convert(tiny, tmp_path / "out", dry_run=True).notes == ()

@@ -162,6 +162,12 @@ def test_another_source_is_refused_with_both_values(tmp_path: Path, source: Path
         convert(source, tmp_path / "out")
 
 
+def test_a_rounding_that_was_left_out_is_called_by_its_name(tmp_path: Path, source: Path) -> None:
+    interrupt(source, tmp_path / "out", 2)
+    with pytest.raises(DestinationError, match=r"with recipe\.rounding plain, this one has search;"):
+        convert(source, tmp_path / "out", recipe=Recipe(rounding="search"))
+
+
 def test_the_same_source_copied_again_is_the_same(tmp_path: Path, source: Path, expected: dict[str, str]) -> None:
     interrupt(source, tmp_path / "out", 2)
     shutil.copytree(source, tmp_path / "copy")

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.hub import parse_repository, resolve
 from mlx_mixtral.layout import matrices, norms
+from mlx_mixtral_convert.destination import check_names
 from mlx_mixtral_convert.export.gguf import GGUF_TYPES, write_gguf
 from mlx_mixtral_convert.export.hf import HF_TYPES, write_hf
 from mlx_mixtral_convert.export.job import Job
@@ -93,11 +94,13 @@ def export(
         DestinationError: ``dest`` cannot be used.
         DiskSpaceError: the disk has too little room, before or while writing.
         HubError: the repository cannot be downloaded.
-        InvalidRequestError: an unknown ``to``, ``type`` or ``kind``, or a type that the model's rows do not fit.
+        InvalidRequestError: an empty ``source`` or ``dest``, an unknown ``to``, ``type`` or ``kind``, or a type that
+            the model's rows do not fit.
         MissingDependencyError: GGUF needs the package ``gguf``.
         TokenizerError: GGUF needs a ``tokenizer.model``, and there is none that fits.
     """
     started = time.perf_counter()
+    check_names(source, dest)
     if to not in TYPES:
         raise InvalidRequestError(f"export to {to!r} is unknown; use {' or '.join(FORMATS)}")
     if type is not None and type not in TYPES[to]:

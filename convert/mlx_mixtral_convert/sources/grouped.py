@@ -45,6 +45,11 @@ class GroupedSource(PackedModules):
 
     def __init__(self, storage: Storage) -> None:
         entry = packing_entry(storage)
+        if not entry:
+            raise ConversionError(
+                f"{storage.path} is no {self.method} folder: its config.json has no quantization_config; leave out the "
+                "source kind to have it found"
+            )
         self.bits, self.group_size = (
             self._number(storage, entry, *names) for names in (("bits", "w_bit"), ("group_size", "q_group_size"))
         )
@@ -151,5 +156,7 @@ class GroupedSource(PackedModules):
     def _number(self, storage: Storage, entry: Any, *names: str) -> int:
         value = next((entry[name] for name in names if name in entry), None)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ConversionError(f"{storage.path}: {self.method} with {names[0]} = {value!r} is not supported")
+            raise ConversionError(
+                f"{storage.path}: {self.method} with {names[0]} = {value!r} is not supported; it must be an integer"
+            )
         return value
