@@ -32,13 +32,14 @@ main()
 # Every read of a checkpoint takes its time and says so, so that there is a middle to interrupt.
 SLOW_READS = """
 import os, time
-import mlx_mixtral.weights.checkpoint as checkpoint
-read_into = checkpoint.read_into
+# Before anything has taken the function by its name.
+import mlx_mixtral.weights.safetensors as safetensors
+read_into = safetensors.read_into
 def slow(*arguments):
     os.write(2, b"reading\\n")
     time.sleep(0.1)
     read_into(*arguments)
-checkpoint.read_into = slow
+safetensors.read_into = slow
 """
 
 
