@@ -134,7 +134,7 @@ def convert(
         plan = _plan(tensors, recipe, dtype, exact=exact)
         small = _small_files(tensors)
         check_vocabulary(small, tensors.config.vocab_size)
-        notes = tokenizer_notes(small, tensors.config.vocab_size)
+        notes = tokenizer_notes(small)
         small["config.json"] = model_config_text(tensors.entries, plan, recipe)
         small[INDEX_FILE] = plan.index()
         needed = plan.output_bytes + sum(map(len, small.values())) + SPARE_BYTES

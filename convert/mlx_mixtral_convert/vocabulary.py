@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
-from mlx_mixtral.errors import MissingDependencyError, MixtralError, TokenizerError
-from mlx_mixtral.tokenizer import load_tokenizer
+from mlx_mixtral.errors import MissingDependencyError, TokenizerError
 from mlx_mixtral.tokenizer.spm_tokenizer import SentencePieceModel
 
 __all__ = ["check_vocabulary", "tokenizer_notes"]
@@ -32,26 +29,31 @@ def check_vocabulary(files: Mapping[str, bytes], vocab_size: int) -> None:
             )
 
 
-def tokenizer_notes(files: Mapping[str, bytes], vocab_size: int) -> tuple[str, ...]:
-    """What to say about a tokenizer among ``files`` that is absent or cannot be used; nothing about one that can.
-
-    The files are tried as the result will have them, in a folder of their own: a source need not have them as files.
-    """
-    names = [file for file in files if file.startswith(("tokenizer", "special_", "added_", "chat_template"))]
-    if not any(file == "tokenizer.json" or file.startswith("tokenizer.model") for file in names):
+def tokenizer_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:
+    """What to say about a tokenizer among ``files`` that is absent or cannot be used; nothing about one that can."""
+    models = [name for name in files if name.startswith("tokenizer.model")]
+    if not models and "tokenizer.json" not in files:
         return ("there is no tokenizer; the result will take token ids only",)
-    with tempfile.TemporaryDirectory(prefix="mlx-mixtral-tokenizer-") as name:
-        folder = Path(name)
-        try:
-            for file in names:
-                (folder / file).write_bytes(files[file])
-            load_tokenizer(folder, vocab_size=vocab_size)
-        except (MissingDependencyError, OSError):
-            return ()  # this machine's fault, not the tokenizer's
-        except MixtralError as error:
-            reason = str(error).replace(f"{folder}/", "").replace(str(folder), "the source")
-            return (f"the tokenizer cannot be used: {reason}; the result will take token ids only",)
+    objects = [name for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json") if name in files]
+    try:
+        for name in models[:1]:
+            SentencePieceModel(files[name], (), source=name)
+        for name in objects:
+            _check_object(name, files[name], needs_model=name == "tokenizer.json" and not models)
+    except MissingDependencyError:
+        return ()  # this machine's fault, not the tokenizer's
+    except TokenizerError as error:
+        return (f"the tokenizer cannot be used: {error}; the result will take token ids only",)
     return ()
+
+
+def _check_object(name: str, data: bytes, *, needs_model: bool) -> None:
+    try:
+        entries = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{name} cannot be read as JSON ({error})") from error
+    if not isinstance(entries, dict) or (needs_model and not isinstance(entries.get("model"), dict)):
+        raise TokenizerError(f"{name} does not hold what it should")
 
 
 def _sentencepieces(name: str, data: bytes) -> int:

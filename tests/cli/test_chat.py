@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,8 @@ def _type_at_a_terminal(spawn: Spawn, model: Path, keys: list[str]) -> tuple[str
     try:
         for key in keys:
             screen += _read_until(terminal, ">>> ")
+            # A key in the instant between the prompt and readline's wait would be taken up with the next one only.
+            time.sleep(0.3)
             os.write(terminal, key.encode())
         screen += _read_until(terminal, None)
         return screen, process.wait(timeout=30)
