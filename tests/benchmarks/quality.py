@@ -47,7 +47,7 @@ UPCYCLED = Path(__file__).parents[2] / "bench-data" / "upcycled"
 START = 4000  # characters into each file
 # Bits and group of the uniform conversions, 4.5, 4.0 and 3.5 bits with scales; the fitted ones are held to their bytes.
 WIDTHS = {"4": (4, 64), "3.5": (3, 32), "3": (3, 64)}
-CALIBRATE, CALIBRATION, REFERENCE = "ours calibrate", "calibration", "reference.safetensors"
+RECORD, CALIBRATE, CALIBRATION, REFERENCE = "record", "ours calibrate", "calibration", "reference.safetensors"
 # What is compared with a row: mlx-lm's rows of its size. The router, 16 bits here and packed by mlx-lm, makes the difference.
 SMALLER, LARGER = 0.02, 0.2
 
@@ -141,7 +141,11 @@ def mean_kl(network: Any, tokens: mx.array, reference: Path) -> float:
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Peak resident memory of this process. Linux's ``ru_maxrss`` begins with the parent's, so it is not asked."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,13 @@ class Bench:
             report = convert(source, dest, recipe=recipe, fit=size if fit else None, calibration=used)
             row = {"bits": report.bits_per_weight, "seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
             return row | {"kl": mean_kl(load_network(dest), self.subject.held_out(), self.reference)}
+
+    def record(self) -> Row:
+        """The source model's own log-probabilities."""
+        started = time.perf_counter()
+        true = log_probabilities(load_network(self.subject.folder), self.subject.held_out())
+        mx.save_safetensors(str(self.reference), {"reference": true})
+        return {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
 
     def calibrate(self) -> Row:
         started = time.perf_counter()
@@ -276,6 +287,8 @@ def measure(name: str, model: str, folder: Path) -> Row:
     """A row, made by this script in another process."""
     command = [sys.executable, __file__, "--model", model, "--keep", str(folder), "--one", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        return {"name": name, "failed": f"ended by signal {-done.returncode}"}
     if done.returncode:
         return {"name": name, "failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
     found: Row = json.loads(done.stdout.splitlines()[-1])
@@ -286,9 +299,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     """The rows asked for, those that ``folder`` has included; printed as they come."""
     subject, kept = SUBJECTS[arguments.model], folder / "rows.json"
     found: dict[str, Row] = json.loads(kept.read_text()) if kept.exists() else {}
-    if not (folder / REFERENCE).exists():
-        true = log_probabilities(load_network(subject.folder), subject.held_out())
-        mx.save_safetensors(str(folder / REFERENCE), {"reference": true})
+    if not (folder / REFERENCE).exists() and "failed" in (made := measure(RECORD, arguments.model, folder)):
+        raise SystemExit(made["failed"])
     wanted = [name for name in rows() if fnmatch(name, arguments.only)]
     if not (folder / CALIBRATION).exists():
         wanted = [CALIBRATE, *(name for name in wanted if name != CALIBRATE)]
@@ -393,7 +405,8 @@ def main() -> None:
     arguments = parser.parse_args()
     subject = SUBJECTS[arguments.model]
     if arguments.one:
-        made = rows()[arguments.one](Bench(subject, arguments.keep / CALIBRATION, arguments.keep / REFERENCE))
+        make = Bench.record if arguments.one == RECORD else rows()[arguments.one]
+        made = make(Bench(subject, arguments.keep / CALIBRATION, arguments.keep / REFERENCE))
         print(json.dumps({"name": arguments.one} | made))
         return
     if subject.folder == UPCYCLED and not UPCYCLED.exists():
