@@ -26,7 +26,7 @@ from mlx_mixtral_convert.plan import Plan, ShardPlan
 from mlx_mixtral_convert.quantize import cast, quantize
 from mlx_mixtral_convert.report import MatrixError
 from mlx_mixtral_convert.rounding import Rounder
-from mlx_mixtral_convert.sources import PackedSource, TensorSource, Values
+from mlx_mixtral_convert.sources import PackedSource, TensorSource, Values, tensor_place
 from mlx_mixtral_convert.write import ShardWriter
 
 __all__ = ["Piece", "Written", "pack_piece", "packed_arrays", "read_piece", "write_weights"]
@@ -115,7 +115,7 @@ class Piece:
 
     matrix: Matrix
     expert: int
-    name: str
+    place: str
     values: Values
     typed: Values
     scratch: mx.array
@@ -153,19 +153,19 @@ def _read_next(
 
 
 def read_piece(source: TensorSource, plan: Plan, matrix: Matrix, expert: int, scratch: mx.array) -> Piece:
-    values, name = source.read(matrix, expert, bytes_of(scratch)), source.name(matrix, expert)
+    values, where = source.read(matrix, expert, bytes_of(scratch)), tensor_place(source, matrix, expert)
     if not plan.keeps(matrix.path):
-        return Piece(matrix, expert, name, values, cast(values, plan.dtype, name), scratch)
+        return Piece(matrix, expert, where, values, cast(values, plan.dtype, where), scratch)
     assert isinstance(source, PackedSource)
     # The values are searched for NaN, and measured against.
-    typed = cast(values, values.dtype, name)
+    typed = cast(values, values.dtype, where)
     packed = {
-        field: cast(Values(array, "F16"), plan.dtype, f"{name} {field}")
+        field: cast(Values(array, "F16"), plan.dtype, f"{where} {field}")
         if array.dtype == np.float16
         else Values(array, "U32" if field == "weight" else "U8")
         for field, array in source.read_packed(matrix, expert).items()
     }
-    return Piece(matrix, expert, name, values, typed, scratch, packed)
+    return Piece(matrix, expert, where, values, typed, scratch, packed)
 
 
 def pack_piece(plan: Plan, piece: Piece, rounder: Rounder | None) -> Packed:
@@ -175,12 +175,12 @@ def pack_piece(plan: Plan, piece: Piece, rounder: Rounder | None) -> Packed:
     if spec is None:
         return {"weight": piece.typed}
     if rounder is None:
-        return quantize(piece.typed, spec, piece.name, piece.scratch)
+        return quantize(piece.typed, spec, piece.place, piece.scratch)
 
     def rounding(weights: mx.array) -> dict[str, mx.array]:
         return rounder.pack(piece.matrix, piece.expert, weights, spec)
 
-    return quantize(piece.typed, spec, piece.name, piece.scratch, rounding)
+    return quantize(piece.typed, spec, piece.place, piece.scratch, rounding)
 
 
 def packed_arrays(packed: Packed) -> dict[str, npt.NDArray[Any]]:
@@ -210,8 +210,7 @@ def _store(
 
 def _store_norms(out: ShardWriter, source: TensorSource, shard: ShardPlan, dtype: str) -> None:
     for norm in shard.norms:
-        name = f"{norm.path}.weight"
-        out.append(name, cast(source.read_norm(norm), dtype, name).array)
+        out.append(f"{norm.path}.weight", cast(source.read_norm(norm), dtype, tensor_place(source, norm)).array)
 
 
 def _finish(out: ShardWriter, journal: Journal, plan: Plan, errors: dict[str, ErrorSum]) -> None:

@@ -17,12 +17,12 @@ from mlx_mixtral_convert.sources.base import Values
 __all__ = ["cast", "quantize"]
 
 
-def cast(values: Values, dtype: str, name: str) -> Values:
+def cast(values: Values, dtype: str, place: str) -> Values:
     """Values in the conversion's float type, checked; blocks at a time, so that only the result takes memory.
 
     Args:
         dtype: safetensors name of the target type.
-        name: the tensor, for messages.
+        place: file and name of the tensor, as messages begin.
 
     Raises:
         NonFiniteWeightsError: NaN or infinity in the source.
@@ -33,27 +33,28 @@ def cast(values: Values, dtype: str, name: str) -> Values:
     target = source if same else np.empty(source.shape, NUMPY_DTYPES[dtype])
     for rows in row_blocks(*source.shape):
         if not is_finite(source[rows], values.dtype):
-            raise NonFiniteWeightsError(f"tensor {name!r} holds NaN or infinity; the checkpoint is damaged")
+            raise NonFiniteWeightsError(f"{place} holds NaN or infinity; the checkpoint is damaged")
         if same:
             continue
         target[rows] = convert(source[rows], values.dtype, dtype)
         if not is_finite(target[rows], dtype):
             largest = float(np.abs(convert(source[rows], values.dtype, "F32")).max())
             limit = "float16's 65504; use --dtype bfloat16" if dtype == "F16" else f"the range of {dtype}"
-            raise DtypeRangeError(f"tensor {name!r} holds {largest:.3g}, beyond {limit}")
+            raise DtypeRangeError(f"{place} holds {largest:.3g}, beyond {limit}")
     return values if same else Values(target, dtype)
 
 
 def quantize(
     values: Values,
     spec: QuantizationSpec,
-    name: str,
+    place: str,
     scratch: mx.array | None = None,
     rounding: Callable[[mx.array], dict[str, mx.array]] | None = None,
 ) -> dict[str, mx.array]:
     """Pack ``values`` ``[rows, columns]``: evaluated ``weight`` (uint32), ``scales`` and for affine ``biases``.
 
     The result is, bit for bit, what ``mx.quantize`` gives for the values in their own type: the rounding mlx-lm uses.
+    ``place`` is the tensor's file and name, as messages begin.
     ``scratch`` is MLX memory (uint8) that ``values`` may lie at the start of; then they are not copied. ``rounding`` packs
     affine matrices another way: evaluated fields of the same names, shapes and types.
 
@@ -75,7 +76,5 @@ def quantize(
     if spec.has_biases:
         assert named["scales"].dtype == dtype
         if not mx.isfinite(named["scales"]).all().item():
-            raise ConversionError(
-                f"tensor {name!r} has weights too large for {spec}; its scales overflow {values.dtype}"
-            )
+            raise ConversionError(f"{place} has weights too large for {spec}; its scales overflow {values.dtype}")
     return named

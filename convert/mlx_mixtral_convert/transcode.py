@@ -50,11 +50,11 @@ class AffineType:
         return QuantizationSpec(self.bits, 32)
 
 
-def transcode(raw: Bytes, kind: AffineType, name: str) -> dict[Field, npt.NDArray[Any]]:
+def transcode(raw: Bytes, kind: AffineType, place: str) -> dict[Field, npt.NDArray[Any]]:
     """Rows of blocks ``[rows, row_bytes]`` as MLX's words (uint32), scales and biases (float16), a cache's worth at a time.
 
     Raises:
-        ConversionError: a scale or bias of tensor ``name`` is beyond float16's range or not finite.
+        ConversionError: a scale or bias of the tensor at ``place`` is beyond float16's range or not finite.
     """
     rows, columns = len(raw), raw.shape[1] // kind.block_bytes * kind.weights
     words = np.empty((rows, columns * kind.bits // 32), np.uint32)
@@ -68,9 +68,7 @@ def transcode(raw: Bytes, kind: AffineType, name: str) -> dict[Field, npt.NDArra
                 held[block] = values.reshape(-1, columns // 32)
     for held in (scales, biases):
         if not np.isfinite(held).all():
-            raise ConversionError(
-                f"tensor {name!r} has a scale or bias that float16 cannot hold; convert without --exact"
-            )
+            raise ConversionError(f"{place} has a scale or bias that float16 cannot hold; convert without --exact")
     return {"weight": words, "scales": scales, "biases": biases}
 
 

@@ -73,11 +73,13 @@ def test_every_integer_is_where_mlx_looks_for_it(kind: str) -> None:
     )
 
 
-def test_a_scale_beyond_float16_is_an_error_that_names_the_tensor() -> None:
+def test_a_scale_beyond_float16_is_an_error_that_says_where() -> None:
     blocks = packed(np.full((1, 32), 3e4, np.float32), "Q8_0")
     blocks[0, :2] = np.array([6e4], np.float16).view(np.uint8)
-    with pytest.raises(ConversionError, match=r"tensor 'blk\.0\.x' has a scale or bias that float16 cannot hold"):
-        transcode(blocks, AFFINE["Q8_0"], "blk.0.x")
+    with pytest.raises(
+        ConversionError, match=r"m\.gguf: tensor 'blk\.0\.x' has a scale or bias that float16 cannot hold"
+    ):
+        transcode(blocks, AFFINE["Q8_0"], "m.gguf: tensor 'blk.0.x'")
 
 
 def exact(tmp_path: Path, kind: Any, config: dict[str, Any] = CONFIG, merged: bool = True, **options: Any) -> Any:

@@ -21,7 +21,7 @@ from mlx_mixtral.model.mixtral import RMSNorm
 from mlx_mixtral.model.moe import route
 from mlx_mixtral.model.rotary import Rotary
 from mlx_mixtral_convert.quantize import cast
-from mlx_mixtral_convert.sources.base import TensorSource, Values
+from mlx_mixtral_convert.sources.base import TensorSource, Values, tensor_place
 
 __all__ = ["Expert", "Layer", "Routing", "plain", "read_matrix", "read_norm"]
 
@@ -36,16 +36,16 @@ def read_matrix(source: TensorSource, matrix: Matrix, expert: int = 0) -> mx.arr
         NonFiniteWeightsError: NaN or infinity, which would turn all that is measured into the same.
     """
     scratch = np.empty(matrix.out_features * matrix.in_features * 4, np.uint8)
-    return _floats(source.read(matrix, expert, scratch), source.name(matrix, expert))
+    return _floats(source.read(matrix, expert, scratch), tensor_place(source, matrix, expert))
 
 
 def read_norm(source: TensorSource, norm: Norm) -> RMSNorm:
-    weight = _floats(source.read_norm(norm), f"{norm.path}.weight").reshape(-1)
+    weight = _floats(source.read_norm(norm), tensor_place(source, norm)).reshape(-1)
     return RMSNorm(weight, source.config.rms_norm_eps)
 
 
-def _floats(values: Values, name: str) -> mx.array:
-    return mx.array(cast(values, "F32", name).array)
+def _floats(values: Values, where: str) -> mx.array:
+    return mx.array(cast(values, "F32", where).array)
 
 
 def plain(weight: mx.array) -> Linear:

@@ -35,7 +35,7 @@ from mlx_mixtral_convert.export.gguf_vocabulary import Vocabulary, read_vocabula
 from mlx_mixtral_convert.export.job import Job, Result
 from mlx_mixtral_convert.measure import decode
 from mlx_mixtral_convert.quantize import cast
-from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, Values
+from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, Values, tensor_place
 from mlx_mixtral_convert.write import explain
 
 __all__ = ["GGUF_TYPES", "GgufTensor", "write_gguf"]
@@ -146,12 +146,12 @@ def _append(
         out = _Out(file.fileno(), path, file.tell() + sum(_padded(tensor.nbytes) for tensor in tensors.values()))
         out.pad()
         for norm in norms(config):
-            out.write(cast(source.read_norm(norm), "F32", norm.path).array)
+            out.write(cast(source.read_norm(norm), "F32", tensor_place(source, norm)).array)
             out.pad()
         for matrix, expert, read in walk:
             if isinstance(read, Values):
                 changed.add(matrix.path)
-                rows = encode(read, tensors[matrix.path].kind, source.name(matrix, expert), pool)
+                rows = encode(read, tensors[matrix.path].kind, tensor_place(source, matrix, expert), pool)
             else:
                 rows = read
             if (count := heads.get(matrix.path.rsplit(".", 1)[-1])) is not None:

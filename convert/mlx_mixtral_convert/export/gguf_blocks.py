@@ -38,11 +38,11 @@ _LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0, "Q4_1": 
 _SYMMETRIC = {"Q4_0": (-8, 7), "Q8_0": (-128, 127)}
 
 
-def encode(values: Values, kind: str, name: str, pool: Executor) -> Bytes:
+def encode(values: Values, kind: str, place: str, pool: Executor) -> Bytes:
     """Rows of ``values`` as GGUF type ``kind``, uint8 ``[rows, row_bytes]``; ``pool`` works on cache-sized blocks of rows.
 
     Raises:
-        NonFiniteWeightsError: NaN or infinity in tensor ``name``.
+        NonFiniteWeightsError: NaN or infinity in the tensor at ``place``.
         DtypeRangeError: a weight whose scale float16 cannot hold.
     """
     rows, columns = values.array.shape
@@ -51,13 +51,13 @@ def encode(values: Values, kind: str, name: str, pool: Executor) -> Bytes:
 
     def block(at: slice) -> None:
         if not is_finite(values.array[at], values.dtype):
-            raise NonFiniteWeightsError(f"tensor {name!r} holds NaN or infinity; the checkpoint is damaged")
+            raise NonFiniteWeightsError(f"{place} holds NaN or infinity; the checkpoint is damaged")
         if kind == values.dtype:
             out[at] = values.array[at].view(np.uint8)
             return
         floats = convert(values.array[at], values.dtype, "F32")
         if (limit := _LARGEST.get(kind)) is not None and (largest := float(np.abs(floats).max())) > limit:
-            raise DtypeRangeError(f"tensor {name!r} holds {largest:.3g}, beyond the {limit:g} of {kind}; use BF16")
+            raise DtypeRangeError(f"{place} holds {largest:.3g}, beyond the {limit:g} of {kind}; use BF16")
         out[at] = _quantize(floats, kind)
 
     for _ in pool.map(block, row_blocks(rows, columns)):

@@ -26,6 +26,7 @@ from mlx_mixtral_convert.journal import JOURNAL
 from mlx_mixtral_convert.manifest import DTYPE_NAMES
 from mlx_mixtral_convert.plan import INDEX_FILE, Plan, ShardPlan, TensorPlan
 from mlx_mixtral_convert.quantize import cast
+from mlx_mixtral_convert.sources import tensor_place
 from mlx_mixtral_convert.write import ShardWriter, write_file
 
 __all__ = ["HF_TYPES", "hf_name", "write_hf"]
@@ -107,11 +108,11 @@ def _write(job: Job, folder: Path, shards: tuple[ShardPlan, ...], kind: str) -> 
         for shard in shards:
             with ShardWriter(folder, shard) as out:
                 for norm in shard.norms:
-                    name = f"{norm.path}.weight"
-                    out.append(name, cast(job.source.read_norm(norm), kind, name).array)
+                    typed = cast(job.source.read_norm(norm), kind, tensor_place(job.source, norm))
+                    out.append(f"{norm.path}.weight", typed.array)
                 for _ in range(sum(matrix.num_experts or 1 for matrix in shard.matrices)):
                     matrix, expert, values = next(walk)
-                    typed = cast(values, kind, job.source.name(matrix, expert))
+                    typed = cast(values, kind, tensor_place(job.source, matrix, expert))
                     out.append(hf_name(matrix, expert), typed.array)
                 hashes[shard.file] = out.finish()
         # To its end, which tells the caller of the last matrix.

@@ -16,12 +16,13 @@ from mlx_mixtral_convert.sources.base import (
     SourceFiles,
     TensorSource,
     Values,
+    tensor_place,
 )
 from mlx_mixtral_convert.sources.storage import LocalStorage, Storage
 
 __all__ = [
     "KINDS", "GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "Storage", "TensorSource", "Values",
-    "detect", "open_source",
+    "detect", "open_source", "tensor_place",
 ]  # fmt: skip
 
 # Kind -> the module that reads it, asked in this order. A module has ``detect(storage) -> bool``, which looks at content

@@ -21,7 +21,7 @@ from mlx_mixtral.layout import Field, Matrix, Norm
 from mlx_mixtral.quantization import QuantizationSpec
 from mlx_mixtral_convert.sources.storage import Storage
 
-__all__ = ["GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "TensorSource", "Values"]
+__all__ = ["GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "TensorSource", "Values", "tensor_place"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,12 @@ class TensorSource(Protocol):
         """Safetensors float type of a matrix: F32, F16 or BF16."""
         ...
 
-    def name(self, matrix: Matrix, expert: int) -> str:
-        """What this layout calls one expert of a matrix (expert 0 of a matrix that has none), for messages."""
+    def name(self, item: Matrix | Norm, expert: int = 0) -> str:
+        """What this layout calls one expert of a matrix (expert 0 of what has none), for messages."""
+        ...
+
+    def file(self, item: Matrix | Norm, expert: int = 0) -> Path:
+        """The file it is read from."""
         ...
 
     def read(self, matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values:
@@ -88,6 +92,11 @@ class TensorSource(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def tensor_place(source: TensorSource, item: Matrix | Norm, expert: int = 0) -> str:
+    """How a message about the values of a tensor begins: with its file and its name there."""
+    return f"{source.file(item, expert)}: tensor {source.name(item, expert)!r}"
 
 
 @dataclass(frozen=True)

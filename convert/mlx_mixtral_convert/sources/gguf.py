@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +19,7 @@ from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConfigError
 from mlx_mixtral.layout import Field, Matrix, Norm, matrices, norms
 from mlx_mixtral.weights.dtypes import as_numpy
-from mlx_mixtral_convert.sources.base import NativePacking, SourceFiles, Values
+from mlx_mixtral_convert.sources.base import NativePacking, SourceFiles, Values, tensor_place
 from mlx_mixtral_convert.sources.gguf_config import hf_entries
 from mlx_mixtral_convert.sources.gguf_files import check_split, gguf_files, model_files
 from mlx_mixtral_convert.sources.gguf_header import GgufTensor, is_gguf, read_header
@@ -96,8 +97,11 @@ class GgufSource:
         kind = self._parts[matrix.path][0].tensor.kind.name
         return kind if kind in FLOAT_TYPES else "F32"
 
-    def name(self, matrix: Matrix, expert: int) -> str:
-        return self._parts[matrix.path][expert].label
+    def name(self, item: Matrix | Norm, expert: int = 0) -> str:
+        return self._norms[item.path].name if isinstance(item, Norm) else self._parts[item.path][expert].label
+
+    def file(self, item: Matrix | Norm, expert: int = 0) -> Path:
+        return self._norms[item.path].file if isinstance(item, Norm) else self._parts[item.path][expert].tensor.file
 
     def read(self, matrix: Matrix, expert: int, scratch: Bytes) -> Values:
         kind, shape = self._parts[matrix.path][expert].tensor.kind, (matrix.out_features, matrix.in_features)
@@ -125,7 +129,7 @@ class GgufSource:
         path, number, raw = self._fetched
         if (path, number) != (matrix.path, expert):
             raw = self._raw(matrix, expert)
-        return transcode(raw, AFFINE[part.tensor.kind.name], part.label)
+        return transcode(raw, AFFINE[part.tensor.kind.name], tensor_place(self, matrix, expert))
 
     def small_files(self) -> dict[str, bytes]:
         """Tokenizer, its settings and the chat template out of the keys; a licence that lies in the model's own folder."""

@@ -13,7 +13,7 @@ from mlx_mixtral.layout import Field, Matrix
 from mlx_mixtral.quantization import AFFINE_GROUP_SIZES, QuantizationSpec
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.measure import row_blocks, unpack
-from mlx_mixtral_convert.sources.base import NativePacking
+from mlx_mixtral_convert.sources.base import NativePacking, tensor_place
 from mlx_mixtral_convert.sources.packed_modules import Floats, PackedModules, packing_entry
 from mlx_mixtral_convert.sources.storage import Storage
 
@@ -75,7 +75,9 @@ class GroupedSource(PackedModules):
         packed: dict[Field, npt.NDArray[Any]] = {"weight": self._rows(module)}
         for field in ("scales", "biases"):
             if not np.isfinite(grouped[field]).all():
-                raise ConversionError(f"tensor {module!r} has {field} beyond float16's range, or not finite")
+                raise ConversionError(
+                    f"{tensor_place(self, matrix, expert)} has {field} beyond float16's range, or not finite"
+                )
             packed[field] = np.repeat(grouped[field].T, self._group(inputs) // spec.group_size, axis=1)
         return packed
 

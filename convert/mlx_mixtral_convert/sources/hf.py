@@ -70,10 +70,17 @@ class HuggingFaceSource:
     def dtype(self, matrix: Matrix) -> str:
         return self.checkpoint[self._matrices[matrix.path][0].name].dtype
 
-    def name(self, matrix: Matrix, expert: int) -> str:
-        rows = self._matrices[matrix.path][expert]
+    def name(self, item: Matrix | Norm, expert: int = 0) -> str:
+        if isinstance(item, Norm):
+            return self._norms[item.path].name
+        rows = self._matrices[item.path][expert]
         own = self.checkpoint[rows.name].name
         return own if rows.experts is None else f"{own}[{expert}]"
+
+    def file(self, item: Matrix | Norm, expert: int = 0) -> Path:
+        if isinstance(item, Norm):
+            return self._norms[item.path].file
+        return self.checkpoint[self._matrices[item.path][expert].name].file
 
     def read(self, matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values:
         rows = self._matrices[matrix.path][expert]

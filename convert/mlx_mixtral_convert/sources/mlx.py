@@ -20,7 +20,7 @@ from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert, is_finite
 from mlx_mixtral_convert.measure import decode, row_blocks
 from mlx_mixtral_convert.plan import fields_of
-from mlx_mixtral_convert.sources.base import NativePacking, Values
+from mlx_mixtral_convert.sources.base import NativePacking, Values, tensor_place
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource
 from mlx_mixtral_convert.sources.storage import Storage
 from mlx_mixtral_convert.sources.stored import StoredCheckpoint
@@ -91,7 +91,7 @@ class MlxSource(HuggingFaceSource):
             if field != "weight" and spec.has_biases:
                 array = convert(array, dtype, "F16")
                 if not is_finite(array, "F16"):
-                    raise ConversionError(f"tensor {self.name(matrix, expert)!r} has {field} beyond float16's range")
+                    raise ConversionError(f"{tensor_place(self, matrix, expert)} has {field} beyond float16's range")
             packed[field] = array
         return packed
 

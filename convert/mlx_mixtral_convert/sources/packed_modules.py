@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config import read_json
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.layout import Field, Matrix, Rows, locate
+from mlx_mixtral.layout import Field, Matrix, Norm, Rows, locate
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.sources.base import NativePacking, Values
@@ -52,9 +53,13 @@ class PackedModules(HuggingFaceSource):
     def dtype(self, matrix: Matrix) -> str:
         return "F32" if any(self._is_packed(rows) for rows in self._matrices[matrix.path]) else super().dtype(matrix)
 
-    def name(self, matrix: Matrix, expert: int) -> str:
-        rows = self._matrices[matrix.path][expert]
-        return rows.name if self._is_packed(rows) else super().name(matrix, expert)
+    def name(self, item: Matrix | Norm, expert: int = 0) -> str:
+        module = self._packed_module(item, expert)
+        return super().name(item, expert) if module is None else f"{module}.weight"
+
+    def file(self, item: Matrix | Norm, expert: int = 0) -> Path:
+        module = self._packed_module(item, expert)
+        return super().file(item, expert) if module is None else self.checkpoint[f"{module}.{self.packed}"].file
 
     def read(self, matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values:
         rows = self._matrices[matrix.path][expert]
@@ -87,6 +92,12 @@ class PackedModules(HuggingFaceSource):
 
     def _packing(self, module: str, matrix: Matrix) -> NativePacking:
         raise NotImplementedError
+
+    def _packed_module(self, item: Matrix | Norm, expert: int) -> str | None:
+        """The module one expert of a matrix lies in, None for a plain tensor."""
+        if isinstance(item, Norm) or not self._is_packed(rows := self._matrices[item.path][expert]):
+            return None
+        return _module(rows)
 
     def _is_packed(self, rows: Rows) -> bool:
         return _module(rows) in self._modules
