@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.errors import CheckpointError, ConfigError
 from mlx_mixtral.quantization import QuantizationConfig
 from mlx_mixtral.rope import RopeConfig
+from mlx_mixtral.unsupported import refuse_contradiction, refuse_unsupported, shown
 
-__all__ = ["MixtralConfig", "read_json"]
+__all__ = ["MixtralConfig", "parse_json", "read_json", "stop_ids"]
 
 # model_type -> what transformers assumes for absent keys (configuration_{mixtral,mistral,llama}.py, transformers 5.23).
 # A Mixtral without rope_theta means 1e6, never 1e4.
@@ -32,39 +33,6 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
     },
     "llama": {"rope_theta": 1e4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
-}
-# Keys that other models of this shape use to change the computation, with the values that leave it as it is.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "qkv_bias": (False,),
-    "use_bias": (False,),
-    "partial_rotary_factor": (1, 1.0),
-    "rope_interleaved": (False,),
-    "rope_traditional": (False,),
-    "qk_norm": (False,),
-    "use_qk_norm": (False,),
-    "clip_qkv": (),
-    "use_alibi": (False,),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "logit_scale": (1, 1.0),
-    "logits_scaling": (1, 1.0),
-    "embedding_multiplier": (1, 1.0),
-    "residual_multiplier": (1, 1.0),
-    "attention_multiplier": (),
-    "n_shared_experts": (0,),
-    "num_shared_experts": (0,),
-    "shared_expert_intermediate_size": (0,),
-    "first_k_dense_replace": (0,),
-    "moe_layer_frequency": (1,),
-    "decoder_sparse_step": (1,),
-    "norm_topk_prob": (True,),
-    "scoring_func": ("softmax",),
-    "routed_scaling_factor": (1, 1.0),
-    "vision_config": (),
-    "text_config": (),
 }
 # Counts from a stranger's file are bounded before anything is enumerated by them; real models are far below.
 _MOST = {"num_hidden_layers": 1024, "num_local_experts": 1024, "num_experts_per_tok": 1024}
@@ -127,6 +95,8 @@ class MixtralConfig:
             raise ConfigError(f"config: head_dim is {self.head_dim}; rotary embeddings need an even number")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(f"config: sliding_window is {self.sliding_window}; it must be null or at least 1")
+        _check_ids("config: bos_token_id", () if self.bos_token_id is None else (self.bos_token_id,), self.vocab_size)
+        _check_ids("config: eos_token_id", self.eos_token_ids, self.vocab_size)
 
     @property
     def is_dense(self) -> bool:
@@ -147,9 +117,11 @@ class MixtralConfig:
         """
         if (folder / "config.json").is_file():
             entries = read_json(folder / "config.json")
-            generation = folder / "generation_config.json"
-            extra_eos = _token_ids(read_json(generation).get("eos_token_id")) if generation.is_file() else ()
-            return cls.from_hf(entries, extra_eos=extra_eos)
+            config, generation = cls.from_hf(entries), folder / "generation_config.json"
+            if not generation.is_file():
+                return config
+            extra = stop_ids(read_json(generation), generation.name, config.vocab_size)
+            return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
         if (folder / "params.json").is_file():
             return cls.from_params(read_json(folder / "params.json"))
         if any(folder.glob("*.gguf")):
@@ -159,15 +131,20 @@ class MixtralConfig:
         raise CheckpointError(f"{folder} is not a checkpoint: it has neither config.json nor params.json")
 
     @classmethod
-    def from_hf(cls, entries: Mapping[str, Any], extra_eos: tuple[int, ...] = ()) -> MixtralConfig:
-        """Read the keys of a Hugging Face ``config.json``, old spellings and new."""
+    def from_hf(cls, entries: Mapping[str, Any]) -> MixtralConfig:
+        """Read the keys of a Hugging Face ``config.json``, old spellings and new.
+
+        ``model_type`` decides, as for transformers and mlx-lm. vLLM and llama.cpp go by ``architectures``: a file that is
+        another network to them is refused, for one of the two is wrong, and both may run.
+        """
         architecture = entries.get("model_type")
         if not isinstance(architecture, str) or architecture not in _FAMILY:
             raise ConfigError(
                 f"config.json describes a {architecture!r} model; this runtime computes {', '.join(sorted(_FAMILY))}"
             )
         family = _FAMILY[architecture]
-        _refuse_unsupported(entries)
+        refuse_contradiction(architecture, entries.get("architectures"))
+        refuse_unsupported(entries)
         get = _Reader(entries, "config.json")
         heads = get.integer("num_attention_heads")
         hidden = get.integer("hidden_size")
@@ -198,7 +175,7 @@ class MixtralConfig:
             sliding_window=_sliding_window(entries, get, family.get("sliding_window")),
             tie_word_embeddings=get.flag("tie_word_embeddings"),
             bos_token_id=get.optional_integer("bos_token_id", None),
-            eos_token_ids=tuple(dict.fromkeys((*_token_ids(entries.get("eos_token_id")), *extra_eos))),
+            eos_token_ids=_token_ids(entries.get("eos_token_id"), "config"),
             quantization=QuantizationConfig.from_dict(quantization) if isinstance(quantization, Mapping) else None,
             source=dict(entries),
         )
@@ -291,27 +268,25 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > 256 * 2**20:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no configuration is that large")
-        parsed = json.loads(path.read_bytes().decode("utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    return parse_json(path, data)
+
+
+def parse_json(where: Path | str, data: bytes) -> dict[str, Any]:
+    """A JSON object; ``where`` names it in errors.
+
+    Raises:
+        CheckpointError: not UTF-8, not JSON, or not an object.
+    """
+    try:
+        parsed = json.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(parsed).__name__}, not an object")
+        raise CheckpointError(f"{where} holds a JSON {type(parsed).__name__}, not an object")
     return parsed
-
-
-def _refuse_unsupported(entries: Mapping[str, Any]) -> None:
-    for key, neutral in _NEUTRAL.items():
-        value = entries.get(key)
-        if value is not None and value not in neutral:
-            raise ConfigError(f"config.json: {key} = {_short(value)} changes the computation and is not supported")
-    foreign = entries.get("quantization_config")
-    if isinstance(foreign, Mapping) and "quant_method" in foreign and "quantization" not in entries:
-        raise ConfigError(
-            f"config.json: weights are quantised with {foreign['quant_method']!r}; only MLX quantisation runs here: "
-            "convert them first, with mlx-mixtral convert"
-        )
 
 
 def _sliding_window(entries: Mapping[str, Any], get: _Reader, default: int | None) -> int | None:
@@ -322,7 +297,7 @@ def _sliding_window(entries: Mapping[str, Any], get: _Reader, default: int | Non
         window = None
     listed_kinds = entries.get("layer_types") or []
     if not isinstance(listed_kinds, list) or not all(isinstance(kind, str) for kind in listed_kinds):
-        raise ConfigError(f"config.json: layer_types is {_short(listed_kinds)}, not a list of names")
+        raise ConfigError(f"config.json: layer_types is {shown(listed_kinds)}, not a list of names")
     kinds = set(listed_kinds)
     if kinds and kinds != {"full_attention" if window is None else "sliding_attention"}:
         listed = ", ".join(sorted(kinds))
@@ -330,14 +305,26 @@ def _sliding_window(entries: Mapping[str, Any], get: _Reader, default: int | Non
     return window
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def stop_ids(entries: Mapping[str, Any], where: str, vocab_size: int) -> tuple[int, ...]:
+    """``eos_token_id`` of ``generation_config.json``: one id, several or none.
+
+    Raises:
+        ConfigError: what is no token id of this vocabulary.
+    """
+    found = _token_ids(entries.get("eos_token_id"), where)
+    _check_ids(f"{where}: eos_token_id", found, vocab_size)
+    return found
+
+
+def _token_ids(value: Any, where: str) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     for token in values:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise ConfigError(f"config: eos_token_id holds {token!r}, not a token id")
-    return tuple(values)
+            raise ConfigError(f"{where}: eos_token_id holds {shown(token)}, not a token id")
+    return tuple(dict.fromkeys(values))
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _check_ids(what: str, ids: tuple[int, ...], vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"{what} is {token}; the vocabulary's ids go from 0 to {vocab_size - 1} (vocab_size)")

@@ -10,7 +10,7 @@
     ├── HubError                     a hub repository cannot be reached, is gated, or does not exist
     ├── TokenizerError               no tokenizer, a broken one, or one that does not match the vocabulary
     │   └── ChatTemplateError        a chat template or a list of messages that cannot be rendered
-    ├── InvalidRequestError          an argument out of its range: sampling, prompt, sizes (also a ValueError)
+    ├── InvalidRequestError          an argument of a wrong type or out of its range: sampling, sizes (also a ValueError)
     │   └── ContextLengthError       prompt longer than the model's context
     ├── BusyError                    two threads use one model at once
     ├── ClosedError                  the model was closed
@@ -87,7 +87,7 @@ class ChatTemplateError(TokenizerError):
 
 
 class InvalidRequestError(MixtralError, ValueError):
-    """An argument is out of its range."""
+    """An argument has a wrong type or is out of its range."""
 
 
 class ContextLengthError(InvalidRequestError):

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from mlx_mixtral.arguments import as_path, check_type
 from mlx_mixtral.config import read_json
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError, MissingDependencyError, MixtralError
 
@@ -60,9 +61,10 @@ def resolve(
     Raises:
         CheckpointError: a path that is not a folder.
         HubError: the repository is gated, private or absent, has no such revision, cannot be reached, or the disk is full.
-        InvalidRequestError: a revision for a folder, or two different ones.
+        InvalidRequestError: a revision for a folder, or two different ones; an argument of a wrong type.
     """
-    folder = Path(source).expanduser()
+    folder = as_path("source", source)
+    check_type("revision", revision, (str, type(None)), "a branch, tag or commit, or None")
     if folder.is_dir():
         if revision is not None:
             raise InvalidRequestError(f"{source} is a folder; revision {revision!r} applies to hub repositories only")

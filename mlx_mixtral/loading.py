@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_mixtral.arguments import as_path, check_callbacks
 from mlx_mixtral.budget import Planned
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.device import DTYPE_NAMES, compute_dtype, current_device
@@ -71,6 +72,8 @@ def load(
         MemoryBudgetError: ``memory`` is below the least the model can do with.
         InvalidRequestError: an argument out of range.
     """
+    as_path("path", path)
+    check_callbacks(progress=progress)
     device = current_device()
     kind = compute_dtype(dtype, device)
     control, _ = LookaheadControl(lookahead), make_policy(policy)

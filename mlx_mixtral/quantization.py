@@ -36,6 +36,9 @@ class QuantizationSpec:
     mode: Mode = "affine"
 
     def __post_init__(self) -> None:
+        for name in ("bits", "group_size"):
+            if type(value := getattr(self, name)) is not int:
+                raise ConfigError(f"quantization {name} is {value!r}, not an integer")
         if self.mode not in MODES:
             raise ConfigError(f"quantization mode {self.mode!r} is unknown; use one of {', '.join(MODES)}")
         if self.mode == "affine":

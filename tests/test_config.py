@@ -217,6 +217,55 @@ def test_other_architectures_are_named_in_the_error(model_type: Any) -> None:
     assert "llama, mistral, mixtral" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "architectures"),
+    [
+        ("mixtral", ["LlamaForCausalLM"]),
+        ("mixtral", ["MistralForCausalLM"]),
+        ("mistral", ["MixtralForCausalLM"]),
+        ("llama", ["MixtralForCausalLM"]),
+        ("llama", ["GemmaForCausalLM"]),
+        ("mistral", ["Qwen2ForCausalLM", 5]),
+    ],
+)
+def test_architectures_of_another_network_than_model_type_are_refused(
+    model_type: str, architectures: list[Any]
+) -> None:
+    with pytest.raises(
+        ConfigError, match=rf'architectures says "{architectures[0]}", model_type \'{model_type}\': different'
+    ):
+        MixtralConfig.from_hf(SHAPE | {"model_type": model_type, "architectures": architectures})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architectures"),
+    [
+        ("mixtral", ["MixtralForCausalLM"]),
+        ("mixtral", ["QuantMixtralForCausalLM"]),
+        ("mixtral", ["MixtralModel"]),
+        ("mistral", ["MistralForSequenceClassification"]),
+        ("mistral", ["LlamaForCausalLM"]),
+        ("llama", ["MistralForCausalLM"]),
+        ("llama", ["LLaMAForCausalLM"]),
+        ("mixtral", []),
+        ("mixtral", None),
+        ("mixtral", "MixtralForCausalLM"),
+    ],
+)
+def test_model_type_decides_where_architectures_does_not_contradict(model_type: str, architectures: Any) -> None:
+    config = MixtralConfig.from_hf(SHAPE | {"model_type": model_type, "architectures": architectures})
+    assert config.architecture == model_type
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("token", [64, 10**9])
+def test_token_ids_beyond_the_vocabulary_are_refused(key: str, token: int) -> None:
+    MixtralConfig.from_hf(MIXTRAL | {key: 63})
+    for value in (token, [2, token]) if key == "eos_token_id" else (token,):
+        with pytest.raises(ConfigError, match=rf"config: {key} is {token}; the vocabulary's ids go from 0 to 63 \(vo"):
+            MixtralConfig.from_hf(MIXTRAL | {key: value})
+
+
 def test_an_absent_model_type_is_refused() -> None:
     with pytest.raises(ConfigError, match="None"):
         MixtralConfig.from_hf(SHAPE)
@@ -439,6 +488,11 @@ def test_a_folder_unites_the_stop_ids_of_both_files_in_order(tmp_path: Path) -> 
     assert MixtralConfig.from_folder(tmp_path).eos_token_ids == (2, 9, 5)
     _write(tmp_path / "generation_config.json", {"eos_token_id": None})
     assert MixtralConfig.from_folder(tmp_path).eos_token_ids == (2,)
+    _write(tmp_path / "generation_config.json", {"eos_token_id": [2, 64]})
+    with pytest.raises(
+        ConfigError, match=r"generation_config\.json: eos_token_id is 64; the vocabulary's ids go from 0 to 63"
+    ):
+        MixtralConfig.from_folder(tmp_path)
     _write(tmp_path / "generation_config.json", {"eos_token_id": "</s>"})
     with pytest.raises(ConfigError, match="</s>"):
         MixtralConfig.from_folder(tmp_path)
@@ -501,7 +555,7 @@ READ_KEYS = [
     *SHAPE, "model_type", "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok",
     "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
     "use_sliding_window", "layer_types", "tie_word_embeddings", "bos_token_id", "eos_token_id", "quantization",
-    "quantization_config", "original_max_position_embeddings", *(key for key, _, _ in CHANGING),
+    "quantization_config", "original_max_position_embeddings", "architectures", *(key for key, _, _ in CHANGING),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import __version__
+from mlx_mixtral.arguments import as_path, check_callbacks, check_type
 from mlx_mixtral.device import current_device
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.hub import named_file, parse_repository, resolve
@@ -33,7 +34,7 @@ from mlx_mixtral_convert.rounding import Gptq, make_rounder
 from mlx_mixtral_convert.sources import GeneratedFiles, TensorSource, open_source
 from mlx_mixtral_convert.streamed import RemoteStorage, open_remote
 from mlx_mixtral_convert.transcode_plan import exact_recipe, exact_specs, packed_as
-from mlx_mixtral_convert.vocabulary import check_vocabulary, tokenizer_notes
+from mlx_mixtral_convert.vocabulary import check_stop_ids, check_vocabulary, tokenizer_notes
 from mlx_mixtral_convert.write import write_file
 
 __all__ = ["DTYPES", "convert"]
@@ -94,20 +95,23 @@ def convert(
 
     Raises:
         CheckpointError: the source is damaged, incomplete, or holds NaN, infinity or values beyond ``dtype``.
-        ConfigError: another architecture, or a recipe that does not fit the model.
+        ConfigError: another architecture, token ids beyond the vocabulary, or a recipe that does not fit the model.
         ConversionError: quantised already, changed while it was read, or cancelled.
         DestinationError: ``dest`` cannot be used, or holds an unfinished conversion of another source or with other options.
         DiskSpaceError: the disk has too little room, before or while writing.
         HubError: the repository cannot be downloaded.
-        InvalidRequestError: an empty ``source`` or ``dest``; an unknown ``dtype`` or ``kind``; ``exact`` with ``fit`` or a
-            source of floats; rounding by gptq without a calibration.
+        InvalidRequestError: an argument of a wrong type; an empty ``source`` or ``dest``; an unknown ``dtype`` or ``kind``;
+            ``exact`` with ``fit`` or a source of floats; rounding by gptq without a calibration.
         MemoryBudgetError: ``fit`` is less than the model can be made.
         TokenizerError: the tokenizer has more pieces than the model has embeddings.
     """
     started = time.perf_counter()
     check_names(source, dest)
+    check_type("recipe", recipe, (Recipe, type(None)), "a Recipe, or None")
+    check_type("calibration", calibration, (Calibration, str, Path, type(None)), "a Calibration, its file, or None")
+    check_callbacks(progress=progress, cancelled=cancelled)
     recipe = Recipe() if recipe is None else recipe
-    if dtype != "auto" and dtype not in DTYPES:
+    if dtype not in ("auto", *DTYPES):
         raise InvalidRequestError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     with ExitStack() as opened:
         remote = opened.enter_context(closing(_open_remote(source, revision))) if stream else None
@@ -134,6 +138,7 @@ def convert(
         plan = _plan(tensors, recipe, dtype, exact=exact)
         small = _small_files(tensors)
         check_vocabulary(small, tensors.config.vocab_size)
+        check_stop_ids(small, tensors.config)
         notes = tokenizer_notes(small)
         small["config.json"] = model_config_text(tensors.entries, plan, recipe)
         small[INDEX_FILE] = plan.index()
@@ -199,7 +204,7 @@ def _fit(tensors: TensorSource, budget: int, calibration: Calibration | None, ro
 
 
 def _open_remote(source: str | Path, revision: str | None) -> RemoteStorage:
-    named = None if Path(source).expanduser().exists() else parse_repository(source, revision)
+    named = None if as_path("source", source).exists() else parse_repository(source, revision)
     if named is None:
         raise InvalidRequestError(f"{source} is not a hub repository; stream applies to those only")
     return open_remote(*named, named_file(source))
@@ -207,7 +212,7 @@ def _open_remote(source: str | Path, revision: str | None) -> RemoteStorage:
 
 def _resolve(source: str | Path, revision: str | None, progress: Callable[[Progress], None] | None) -> Path:
     """The folder, or the one file, to open."""
-    path = Path(source).expanduser()
+    path = as_path("source", source)
     if not path.is_file():
         return resolve(source, revision=revision, convertible=True, progress=_download_progress(progress))
     if revision is not None:
@@ -254,7 +259,7 @@ def _finish(
 def _origin(source: str | Path, revision: str | None, folder: Path, tensors: TensorSource) -> dict[str, Any]:
     """Repository and commit, or the folder's name: never a path of this machine."""
     files = tensors.files.describe()
-    named = None if Path(source).expanduser().exists() else parse_repository(source, revision)
+    named = None if as_path("source", source).exists() else parse_repository(source, revision)
     if named is None:
         return {"name": folder.resolve().name, "revision": None, "files": files}
     # The hub's cache names a snapshot's folder by its commit.

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
+from mlx_mixtral.arguments import as_path
 from mlx_mixtral.config import read_json
 from mlx_mixtral.errors import DestinationError, DiskSpaceError, InvalidRequestError, MixtralError
 from mlx_mixtral.sizes import format_bytes
@@ -27,10 +28,11 @@ _IGNORED = (".DS_Store",)
 
 
 def check_names(source: str | Path, dest: str | Path) -> None:
-    """Raise InvalidRequestError for an empty name, which as a path would be the current folder."""
+    """Raise InvalidRequestError for what is no path, and for an empty name, which would be the current folder."""
     for name, what in ((source, "source"), (dest, "destination")):
         if name == "":
             raise InvalidRequestError(f"the {what} is an empty name; write . for the current folder")
+        as_path("source" if what == "source" else "dest", name)
 
 
 class Destination:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from mlx_mixtral.config import MixtralConfig, parse_json, stop_ids
 from mlx_mixtral.errors import MissingDependencyError, TokenizerError
 from mlx_mixtral.tokenizer.spm_tokenizer import SentencePieceModel
 
-__all__ = ["check_vocabulary", "tokenizer_notes"]
+__all__ = ["check_stop_ids", "check_vocabulary", "tokenizer_notes"]
 
 
 def check_vocabulary(files: Mapping[str, bytes], vocab_size: int) -> None:
@@ -27,6 +28,14 @@ def check_vocabulary(files: Mapping[str, bytes], vocab_size: int) -> None:
             raise TokenizerError(
                 f"{name} has {pieces} pieces, but the model's vocab_size is {vocab_size}: they do not belong together"
             )
+
+
+def check_stop_ids(files: Mapping[str, bytes], config: MixtralConfig) -> None:
+    """Raise ConfigError or CheckpointError for a ``generation_config.json`` among ``files`` that would keep the result from
+    loading."""
+    name = "generation_config.json"
+    if name in files:
+        stop_ids(parse_json(name, files[name]), name, config.vocab_size)
 
 
 def tokenizer_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
+from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cli.console import emit_json
 from mlx_mixtral.cli.options import json_option
 
@@ -65,7 +64,7 @@ def info(
     from mlx_mixtral.cli.loading import fetch
 
     folder = fetch(model, revision=revision, weights=memory is not None)
-    downloaded = not Path(model).expanduser().is_dir()
+    downloaded = not as_path("model", model).is_dir()
     report = {"model": model, **checkpoint_report(folder, chips, downloaded=downloaded)}
     if memory is not None:
         from mlx_mixtral.cli.memory_report import folder_plan, print_plans

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from mlx_mixtral import GenerationStats, Mixtral, SamplingParams
+from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cli.console import note, one_line, terminal_safe
 from mlx_mixtral.cli.conversation import Conversation
 from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
@@ -132,14 +132,14 @@ class Session:
         if not name:
             note("error: /save needs a file name")
             return
-        self.conversation.save(Path(name).expanduser())
+        self.conversation.save(as_path("the file", name))
         note(f"(saved {len(self.conversation.messages)} messages to {one_line(name)})")
 
     def _load(self, name: str) -> None:
         if not name:
             note("error: /load needs a file name")
             return
-        self.conversation.load(Path(name).expanduser())
+        self.conversation.load(as_path("the file", name))
         note(f"(loaded {len(self.conversation.messages)} messages)")
 
     def _stats(self, _: str) -> None:

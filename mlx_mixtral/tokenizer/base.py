@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from mlx_mixtral.arguments import check_type
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.tokenizer.markers import AddedToken, Markers
 from mlx_mixtral.tokenizer.streaming import SPACE, StreamingDecoder, Surface
@@ -103,6 +104,7 @@ class Tokenizer(ABC):
         Raises:
             InvalidRequestError: An id is outside the vocabulary.
         """
+        check_type("ids", ids, Iterable, "a list of token ids")
         decoder = self.streaming_decoder(continues=continues)
         return "".join([decoder.add(token_id) for token_id in ids]) + decoder.finish()
 
@@ -154,7 +156,7 @@ class Tokenizer(ABC):
         """
         try:
             return self._surfaces[token_id]
-        except KeyError:
+        except (KeyError, TypeError):
             self._check_id(token_id)
         added = self._by_id.get(token_id)
         if added is None:
@@ -167,6 +169,8 @@ class Tokenizer(ABC):
         return shown
 
     def _check_id(self, token_id: int) -> None:
+        if not hasattr(token_id, "__index__"):
+            check_type("a token id", token_id, int, "an integer")
         if not 0 <= token_id < self.vocab_size:
             raise InvalidRequestError(
                 f"token id {token_id} is outside the vocabulary of {self.vocab_size}; "

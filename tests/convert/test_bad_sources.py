@@ -197,6 +197,9 @@ def test_a_header_longer_than_its_file_is_refused(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, ConversionError, "quantised with hqq"),
         ({"quantization_config": {"bits": 4}}, ConversionError, "quantised with an unnamed method"),
         ({"model_type": "qwen2_moe"}, ConfigError, "'qwen2_moe'"),
+        ({"architectures": ["LlamaForCausalLM"]}, ConfigError, 'architectures says "LlamaForCausalLM", model_type'),
+        ({"eos_token_id": 64}, ConfigError, "eos_token_id is 64; the vocabulary's ids go from 0 to 63"),
+        ({"bos_token_id": 99}, ConfigError, "bos_token_id is 99; the vocabulary's ids go from 0 to 63"),
         ({"num_hidden_layers": 1}, CheckpointError, "has no place"),
         ({"num_local_experts": 3}, CheckpointError, r"gate\.weight' has shape \[4, 128\]"),
     ],
@@ -208,6 +211,28 @@ def test_other_kinds_of_checkpoint_are_refused(
     entries = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(entries | changes))
     refused(source, kind, match)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "match"),
+    [
+        ('{"eos_token_id": [2, 64]}', ConfigError, r"generation_config\.json: eos_token_id is 64; .* from 0 to 63"),
+        (
+            '{"eos_token_id": "</s>"}',
+            ConfigError,
+            r"generation_config\.json: eos_token_id holds \"</s>\", not a token id",
+        ),
+        ("[]", CheckpointError, r"generation_config\.json holds a JSON list"),
+        ("{", CheckpointError, r"generation_config\.json is not valid JSON"),
+    ],
+)
+def test_settings_the_result_could_not_be_loaded_with_are_refused(
+    tmp_path: Path, text: str, kind: type[MixtralError], match: str
+) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    (source / "generation_config.json").write_text(text)
+    refused(source, kind, match)
+    refused(source, kind, match, dry_run=True)
 
 
 def test_packed_output_without_its_entry_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mlx_mixtral.arguments import as_path
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.layout import matrices, norms
 from mlx_mixtral.weights.dtypes import convert
@@ -68,8 +69,9 @@ class Calibration:
         Raises:
             CheckpointError: it cannot be read, or is something else.
         """
+        place = as_path("calibration", path)
         try:
-            with safe_open(str(path), "numpy") as file:
+            with safe_open(str(place), "numpy") as file:
                 header_text = (file.metadata() or {}).get(FORMAT)
                 if header_text is None:
                     raise CheckpointError(f"{path} is not a calibration file; make one with mlx-mixtral calibrate")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from mlx_mixtral.arguments import as_path
 from mlx_mixtral.errors import DestinationError
 from mlx_mixtral_convert.write import explain, sync_folder
 
@@ -22,7 +23,7 @@ def check_place(path: str | Path, source: str | Path | None = None) -> None:
     Only a calibration file is ever replaced, and nothing is put into ``source``, the folder that is measured.
     """
     place = _resolved(path)
-    folder = None if source is None else Path(source).expanduser()
+    folder = None if source is None else as_path("source", source)
     if folder is not None and folder.exists():
         for above in (place, *place.parents):
             if above.exists() and above.samefile(folder):
@@ -78,7 +79,7 @@ def replace_file(path: str | Path, data: bytes) -> None:
 
 def _resolved(path: str | Path) -> Path:
     # A link stays: what it leads to is written. Unlike Path.resolve this takes a loop of links.
-    return Path(os.path.realpath(Path(path).expanduser()))
+    return Path(os.path.realpath(as_path("the calibration file", path)))
 
 
 def _temporary(place: Path) -> Path:

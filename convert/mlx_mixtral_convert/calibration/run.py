@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_mixtral.arguments import check_callbacks, check_type
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.hub import resolve
 from mlx_mixtral.layout import matrices, norms
@@ -59,6 +60,9 @@ def calibrate(
     """
     if source == "":
         raise InvalidRequestError("the source is an empty name; give a folder or a hub repository")
+    check_type("tokens", tokens, int, "a number of tokens")
+    check_type("texts", texts, (list, tuple), "a list of text files")
+    check_callbacks(progress=progress)
     if tokens < MIN_TOKENS:
         raise InvalidRequestError(
             f"{tokens} tokens are too few to calibrate on; give at least {MIN_TOKENS}, {MIN_SEQUENCES} sequences of "

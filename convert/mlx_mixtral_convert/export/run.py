@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_mixtral.arguments import as_path, check_callbacks
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.hub import parse_repository, resolve
 from mlx_mixtral.layout import matrices, norms
@@ -101,9 +102,10 @@ def export(
     """
     started = time.perf_counter()
     check_names(source, dest)
-    if to not in TYPES:
+    check_callbacks(progress=progress, cancelled=cancelled)
+    if to not in FORMATS:
         raise InvalidRequestError(f"export to {to!r} is unknown; use {' or '.join(FORMATS)}")
-    if type is not None and type not in TYPES[to]:
+    if type not in (None, *TYPES[to]):
         raise InvalidRequestError(f"type {type!r} is unknown for {to}; use {', '.join(TYPES[to])}")
     path = _resolve(source, revision, progress)
     name, commit = _origin(source, revision, path)
@@ -133,7 +135,7 @@ def export(
 
 def _resolve(source: str | Path, revision: str | None, progress: Callable[[Progress], None] | None) -> Path:
     """The folder, or the one file, to open."""
-    path = Path(source).expanduser()
+    path = as_path("source", source)
     if path.is_file():
         if revision is not None:
             raise InvalidRequestError(f"{source} is a file; revision {revision!r} applies to hub repositories only")
@@ -151,7 +153,7 @@ def _resolve(source: str | Path, revision: str | None, progress: Callable[[Progr
 
 def _origin(source: str | Path, revision: str | None, path: Path) -> tuple[str, str | None]:
     """Repository and commit, or the folder's name: never a path of this machine."""
-    named = None if Path(source).expanduser().exists() else parse_repository(source, revision)
+    named = None if as_path("source", source).exists() else parse_repository(source, revision)
     if named is None:
         return (path.stem if path.is_file() else path.resolve().name), None
     # The hub's cache names a snapshot's folder by its commit.

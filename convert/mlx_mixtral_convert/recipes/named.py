@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlx_mixtral.arguments import check_type
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral_convert.recipes.recipe import Override, Recipe
 
@@ -36,6 +37,7 @@ def named_recipe(name_or_file: str) -> Recipe:
         InvalidRequestError: neither a name nor a file.
         ConfigError: the file is not a recipe.
     """
+    check_type("name_or_file", name_or_file, str, "the name of a recipe or of a file")
     if name_or_file in NAMED:
         return NAMED[name_or_file]
     if not Path(name_or_file).is_file() and not name_or_file.endswith(".json"):

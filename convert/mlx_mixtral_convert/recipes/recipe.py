@@ -56,6 +56,8 @@ class Recipe:
             # 4 is what a caller who named only the mode gets: it must not contradict mxfp8.
             object.__setattr__(self, "bits", QuantizationSpec.make(None, self.group_size, self.mode).bits)
         _ = self.default
+        if not isinstance(self.overrides, Mapping) or not all(isinstance(pattern, str) for pattern in self.overrides):
+            raise ConfigError(f"recipe: overrides is {self.overrides!r}; it maps patterns of module paths to packings")
         for pattern in self.overrides:
             self._override(pattern)
 
