@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_mixtral.arguments import as_path, check_callbacks
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, MixtralError
 from mlx_mixtral.layout import Matrix, locate
@@ -67,9 +68,20 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
 
     Raises:
         CheckpointError: ``folder`` is not a folder.
+        InvalidRequestError: it is not even a path.
     """
     started = time.perf_counter()
-    folder = Path(folder).expanduser()
+    folder = as_path("folder", folder)
+    check_callbacks(progress=progress)
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder} is a file, and a whole converted folder is verified; "
+            + (
+                f"convert it first: mlx-mixtral convert {folder} DEST"
+                if folder.suffix == ".gguf"
+                else "give the folder"
+            )
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     hashed = files = tensors = 0

@@ -152,10 +152,10 @@ def print_checkpoint(report: Mapping[str, Any], *, with_speed: bool) -> None:
     print_kv_cache(report["kv_cache"])
     if with_speed or report["bytes"] > 1_000_000_000:
         print_limits(report, ["this model"])
-    for what, names in (("tensors", report["unused_tensors"]), ("files", report["unused_files"])):
+    for what, names in (("tensor", report["unused_tensors"]), ("file", report["unused_files"])):
         if names:
             shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-            console.print(f"Not used: {len(names)} {what} ({one_line(shown)})", soft_wrap=True)
+            console.print(f"Not used: {len(names)} {what}{'s' * (len(names) > 1)} ({one_line(shown)})", soft_wrap=True)
 
 
 def print_parts(report: Mapping[str, Any]) -> None:

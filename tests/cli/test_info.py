@@ -132,7 +132,10 @@ def test_what_is_not_used_and_what_is_missing_is_said(invoke: Invoke, checkpoint
     save_file({"extra": np.zeros(2, np.float32)}, checkpoint_copy / "zzz.safetensors")
     report = json_of(invoke, checkpoint_copy)
     assert report["unused_files"] == ["zzz.safetensors"]
-    assert "zzz.safetensors" in invoke("info", checkpoint_copy).stdout
+    assert "Not used: 1 file (zzz.safetensors)" in invoke("info", checkpoint_copy).stdout
+    save_file({"extra": np.zeros(2, np.float32)}, checkpoint_copy / "zzy.safetensors")
+    assert "Not used: 2 files (zzy.safetensors, zzz.safetensors)" in invoke("info", checkpoint_copy).stdout
+    (checkpoint_copy / "zzy.safetensors").unlink()
 
     (checkpoint_copy / "tokenizer.model").unlink()
     assert json_of(invoke, checkpoint_copy)["tokenizer"]["kind"] is None

@@ -53,6 +53,18 @@ def test_no_folder_is_one_error(invoke: Invoke, tmp_path: Path) -> None:
     assert_one_error(invoke("verify", tmp_path / "absent"), "no such folder")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("good.gguf", "convert it first: mlx-mixtral convert"),
+        ("model.safetensors", "is a file, and a whole converted folder is verified; give the folder"),
+    ],
+)
+def test_a_file_is_told_what_to_do_instead(invoke: Invoke, tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF")
+    assert_one_error(invoke("verify", tmp_path / name), name, words)
+
+
 def test_generate_verifies_on_request(invoke: Invoke, damaged: Path, quantised: Path) -> None:
     assert_one_error(invoke("generate", damaged, "-p", "And", "-n", 1, "--verify"), "model-00001", "sha256")
     assert invoke("generate", quantised, "-p", "And", "-n", 1, "--verify").exit_code == 0
