@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from mlx_mixtral.errors import InvalidRequestError
 __all__ = ["Sampled", "Sampler", "SamplingParams"]
 
 MAX_LOGPROBS = 100
+KEY_STREAMS = 4
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,10 @@ class Sampled:
 class Sampler:
     """Draws tokens of one sequence. Its state lives on the device: nothing here waits for a token to be computed.
 
+    Calling it draws the next token. Speculation asks for several positions at once instead: ``adjusted``, then ``draw`` or
+    ``log_probabilities``, and ``record`` when it is known which tokens stay. Position n draws with the n-th key of the seed
+    either way, so both draw the same from the same logits.
+
     Args:
         params: what to do.
         prompt: token ids the repetition penalty counts as seen.
@@ -113,8 +119,8 @@ class Sampler:
         self.params = params
         self._step = 0
         seed = params.seed if params.seed is not None else np.random.SeedSequence().entropy
-        # A stream of threefry keys: one word from the seed, one counts the steps.
-        self._key = int(np.random.SeedSequence(_unsigned(seed)).generate_state(1)[0])
+        # Streams of threefry keys: one word from the seed, one counts the steps. The first stream draws tokens.
+        self._keys = [int(word) for word in np.random.SeedSequence(_unsigned(seed)).generate_state(KEY_STREAMS)]
         self._seen: mx.array | None = None
         self._counts: mx.array | None = None
         self._bias: mx.array | None = None
@@ -135,35 +141,92 @@ class Sampler:
     def __call__(self, logits: mx.array) -> Sampled:
         """Sample from ``logits [1, V]``; lazily, so that the next step can be scheduled before this one is read."""
         logits = logits.astype(mx.float32)
-        adjusted = self._penalised(logits)
-        token = mx.argmax(adjusted, axis=-1) if self.params.is_greedy else self._draw(adjusted)
-        self._step += 1
-        self._record(token)
+        token = self.draw(self._penalised(logits))
+        self.record(token)
+        chosen, top, top_logprobs = self.logprobs(logits, token)
+        return Sampled(
+            token,
+            None if chosen is None else chosen[0],
+            None if top is None else top[0],
+            None if top_logprobs is None else top_logprobs[0],
+        )
+
+    def fork(self) -> Sampler:
+        """Another one in the same state, for tokens that may be taken back."""
+        other = copy.copy(self)
+        if self._seen is not None:
+            other._seen = mx.array(self._seen)
+        return other
+
+    def key(self, stream: int, ahead: int = 0) -> mx.array:
+        """The key of stream 0 to ``KEY_STREAMS - 1`` for the position ``ahead`` of the next; stream 0 draws tokens."""
+        return mx.array([self._keys[stream], self._step + ahead], mx.uint32)
+
+    def adjusted(self, logits: mx.array, drafted: mx.array) -> mx.array:
+        """``logits [N, V]`` of the next N positions after penalties and bias, float32.
+
+        ``drafted [N - 1]`` are the tokens at all of them but the last: each counts as generated for those after it.
+        """
+        logits = logits.astype(mx.float32)
+        if self._seen is None and self._counts is None:
+            return self._penalised(logits)
+        times = mx.cumsum((mx.arange(logits.shape[-1]) == drafted[:, None]).astype(mx.float32), axis=0)
+        before = mx.concatenate([mx.zeros((1, logits.shape[-1])), times])  # [N, V]
+        seen = None if self._seen is None else self._seen | (before > 0)
+        counts = None if self._counts is None else self._counts + before
+        return self._with_penalties(logits, seen, counts)
+
+    def draw(self, adjusted: mx.array) -> mx.array:
+        """One token ``[N]`` of each of the next N positions, whose adjusted logits are ``[N, V]``."""
+        if self.params.is_greedy:
+            return mx.argmax(adjusted, axis=-1)
+        kept, order = self._truncated(adjusted)
+        rows = [mx.random.categorical(kept[n : n + 1], axis=-1, key=self.key(0, n)) for n in range(len(kept))]
+        drawn = rows[0] if len(rows) == 1 else mx.concatenate(rows)
+        return drawn if order is None else mx.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
+
+    def log_probabilities(self, adjusted: mx.array) -> mx.array:
+        """What ``draw`` draws from: log-probabilities ``[N, V]``, -inf where a token cannot come. Not for greedy."""
+        kept, order = self._truncated(adjusted)
+        kept = kept - mx.logsumexp(kept, axis=-1, keepdims=True)
+        return kept if order is None else mx.put_along_axis(mx.zeros_like(kept), order, kept, axis=-1)
+
+    def logprobs(
+        self, logits: mx.array, tokens: mx.array
+    ) -> tuple[mx.array | None, mx.array | None, mx.array | None]:
+        """Of ``logits [N, V]``: log-probabilities of ``tokens [N]``, the likeliest ids ``[N, n]`` and theirs, if asked for."""
         if self.params.logprobs is None:
-            return Sampled(token)
+            return None, None, None
+        logits = logits.astype(mx.float32)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        chosen = mx.take_along_axis(logprobs, token[:, None], axis=-1)[0, 0]
+        chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
         if self.params.logprobs == 0:
-            return Sampled(token, chosen)
-        top = mx.argsort(-logprobs[0])[: self.params.logprobs]
-        return Sampled(token, chosen, top, logprobs[0][top])
+            return chosen, None, None
+        top = mx.argsort(-logprobs, axis=-1)[:, : self.params.logprobs]
+        return chosen, top, mx.take_along_axis(logprobs, top, axis=-1)
+
+    def record(self, tokens: mx.array) -> None:
+        """``tokens [N]`` are what the next N positions hold."""
+        self._step += tokens.size
+        if self._seen is not None:
+            self._seen[tokens] = True
+        if self._counts is not None:
+            self._counts = self._counts.at[tokens].add(1)
 
     def _penalised(self, logits: mx.array) -> mx.array:
+        return self._with_penalties(logits, self._seen, self._counts)
+
+    def _with_penalties(self, logits: mx.array, seen: mx.array | None, counts: mx.array | None) -> mx.array:
         p = self.params
-        if self._seen is not None:
+        if seen is not None:
             penalised = mx.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
-            logits = mx.where(self._seen, penalised, logits)
-        if self._counts is not None:
-            logits = logits - (p.frequency_penalty * self._counts + p.presence_penalty * (self._counts > 0))
+            logits = mx.where(seen, penalised, logits)
+        if counts is not None:
+            logits = logits - (p.frequency_penalty * counts + p.presence_penalty * (counts > 0))
         return logits if self._bias is None else logits + self._bias
 
-    def _record(self, token: mx.array) -> None:
-        if self._seen is not None:
-            self._seen[token] = True
-        if self._counts is not None:
-            self._counts = self._counts.at[token].add(1)
-
-    def _draw(self, logits: mx.array) -> mx.array:
+    def _truncated(self, logits: mx.array) -> tuple[mx.array, mx.array | None]:
+        """Logits ``[N, V]`` over the temperature, -inf where they are cut off; sorted when their order is given too."""
         p = self.params
         logits = logits / p.temperature
         if 0 < p.top_k < logits.shape[-1]:
@@ -180,9 +243,7 @@ class Sampler:
         if p.min_p > 0:
             floor = mx.max(logits, axis=-1, keepdims=True) + math.log(p.min_p)
             logits = mx.where(logits < floor, -math.inf, logits)
-        key = mx.array([self._key, self._step], mx.uint32)
-        drawn = mx.random.categorical(logits, axis=-1, key=key)
-        return drawn if order is None else mx.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
+        return logits, order
 
 
 def _unsigned(seed: object) -> int:

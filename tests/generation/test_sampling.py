@@ -116,7 +116,7 @@ def test_penalties_and_bias_by_hand(
         logit_bias=bias,
     )
     for token in history:
-        sampler._record(mx.array([token]))
+        sampler.record(mx.array([token]))
     ours = np.asarray(sampler._penalised(mx.array(LOGITS[None])))[0]
     for token in range(VOCAB):
         wanted = float(LOGITS[token])
