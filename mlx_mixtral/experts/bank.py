@@ -91,9 +91,12 @@ class ExpertBank(Module):
         """Row by row: ``x [P, D]`` through ``slots [P]`` gives ``[P, D]``; ``is_sorted`` promises that slots ascend."""
         return self._experts(x[:, None, :], slots, is_sorted=is_sorted).squeeze(-2)
 
+    def inner(self, x: mx.array, slots: mx.array, *, is_sorted: bool) -> mx.array:
+        """What ``down`` is multiplied with: ``x [..., 1, D]`` gives ``[..., 1, F]``."""
+        return _swiglu_of([projection(x, slots, is_sorted=is_sorted) for projection in self.gate_up])
+
     def _experts(self, x: mx.array, slots: mx.array, *, is_sorted: bool) -> mx.array:
-        y = _swiglu_of([projection(x, slots, is_sorted=is_sorted) for projection in self.gate_up])
-        return self.down(y, slots, is_sorted=is_sorted)
+        return self.down(self.inner(x, slots, is_sorted=is_sorted), slots, is_sorted=is_sorted)
 
 
 def _swiglu_of(projected: list[mx.array]) -> mx.array:

@@ -168,6 +168,10 @@ class _Call:
         while self.loading or misses:
             if not self.loading:
                 self._begin(misses, [], half)
+            first = next(iter(self.loading))
+            if not self.is_sorted and not self.loading[first].is_done:
+                self._compute_in_halves(first, misses)
+                continue
             ready = self._finish()
             # The slots of the group before are free once it is computed, which it had the time of these reads for.
             self._begin(misses, ready, pool.size)
@@ -206,6 +210,27 @@ class _Call:
             self.pool.put(self._key(expert), self.loading.pop(expert).slot)
         return ready
 
+    def _compute_in_halves(self, expert: int, misses: deque[int]) -> None:
+        """Start the products of an expert still being read: gate and up as soon as they are there, then down.
+
+        The same kernels on the same rows as in one go, so the same bits.
+        """
+        loading, bank = self.loading[expert], self.pool.bank
+        if (problem := self.store.finish_gate_up(loading)) is not None:
+            raise problem
+        self._begin(misses, [], self.pool.size)
+        pairs = np.flatnonzero(self.chosen == expert)
+        slots = mx.array(np.full(len(pairs), loading.slot, np.uint32))
+        inner = bank.inner(self._rows(pairs)[:, None, :], slots, is_sorted=False)
+        # Until the rest is there nothing but ``inner`` reads this slot, and the threads write to none of what it reads.
+        self._start(inner)
+        if (problem := self.store.finish([loading])) is not None:
+            raise problem
+        self.pool.put(self._key(expert), self.loading.pop(expert).slot)
+        y = bank.down(inner, slots, is_sorted=False).squeeze(-2)
+        self._start(y)
+        self._keep(y, pairs)
+
     def _abandon(self) -> None:
         """After a failure: no thread writes any more, and what it wrote counts as nothing."""
         for loading in self.loading.values():
@@ -235,10 +260,19 @@ class _Call:
                 filler = np.concatenate([np.arange(count), np.full(missing, count - 1)])
             else:
                 filler = np.arange(count)
-            rows = self.x.reshape(-1, self.x.shape[-1])[mx.array(pairs[filler] // self.shape[-1])]
-            y = bank.pairs(rows, mx.array(slots[filler]), is_sorted=self.is_sorted)[:count]
-        self.pool.used(y)
-        mx.async_eval(y)
+            y = bank.pairs(self._rows(pairs[filler]), mx.array(slots[filler]), is_sorted=self.is_sorted)[:count]
+        self._start(y)
+        self._keep(y, pairs)
+
+    def _rows(self, pairs: Indices) -> mx.array:
+        """The tokens ``[P, D]`` of token-expert pairs."""
+        return self.x.reshape(-1, self.x.shape[-1])[mx.array(pairs // self.shape[-1])]
+
+    def _start(self, result: mx.array) -> None:
+        self.pool.used(result)
+        mx.async_eval(result)
+
+    def _keep(self, y: mx.array, pairs: Indices) -> None:
         self.outputs.append(y)
         self.order.append(pairs)
 

@@ -111,7 +111,7 @@ class Residency:
 
     @property
     def disk_wait_s(self) -> float:
-        """Time in which nothing was done but wait for the disk."""
+        """Time the host waited for the disk; the device may have computed meanwhile."""
         return self.counters.wait_s
 
     def to_dict(self) -> dict[str, Any]:

@@ -42,6 +42,11 @@ class ExpertPart:
         return Fill(array, slot * array.shape[1] + self.row, self.dtype, self.info, self.start, self.stop)
 
     @property
+    def is_down(self) -> bool:
+        """Whether it is needed only when gate and up have been multiplied."""
+        return self.name.startswith("down.")
+
+    @property
     def nbytes(self) -> int:
         """Bytes on disk."""
         return (self.stop - self.start) * self.info.row_bytes
@@ -57,7 +62,7 @@ class Counters:
     """Times the router's choice was read back from the device."""
     bytes_read: int = 0
     wait_s: float = 0.0
-    """Time in which nothing could be done but wait for the disk."""
+    """Time this thread waited for reads; the device may have computed meanwhile."""
     predicted: int = 0
     """Experts that look-ahead read, and of these the ones that were needed."""
     predicted_right: int = 0
@@ -77,19 +82,28 @@ class Counters:
 
 
 class Loading:
-    """One expert on its way into a slot."""
+    """One expert on its way into a slot: gate and up first, so that their products need not wait for down."""
 
-    def __init__(self, slot: int, nbytes: int, reads: list[Future[int]]) -> None:
-        self.slot, self.nbytes, self._reads = slot, nbytes, reads
+    def __init__(self, slot: int, nbytes: int, gate_up: list[Future[int]], down: list[Future[int]]) -> None:
+        self.slot, self.nbytes = slot, nbytes
+        self._gate_up, self._reads = gate_up, gate_up + down
 
     def wait(self) -> BaseException | None:
         """Until no thread writes to the slot any more; what went wrong, if anything."""
-        wait(self._reads)
-        return next((error for read in self._reads if (error := read.exception()) is not None), None)
+        return _problem(self._reads)
+
+    def wait_for_gate_up(self) -> BaseException | None:
+        """Until gate and up are complete, down perhaps not; what went wrong with them, if anything."""
+        return _problem(self._gate_up)
 
     @property
     def is_done(self) -> bool:
         return all(read.done() for read in self._reads)
+
+
+def _problem(reads: list[Future[int]]) -> BaseException | None:
+    wait(reads)
+    return next((error for read in reads if (error := read.exception()) is not None), None)
 
 
 @dataclass
@@ -129,8 +143,23 @@ class ExpertStore:
         fills = self.fills(layer, expert, arrays, slot)
         for file in {item.info.file for item in fills}:
             reader.check_unchanged(file)
-        reads = [self._pool.submit(fill_chunk, reader, chunk) for item in fills for chunk in chunks(item)]
-        return Loading(slot, sum(item.nbytes for item in fills), reads)
+        gate_up, down = (
+            [
+                self._pool.submit(fill_chunk, reader, chunk)
+                for part, item in zip(self.parts[layer][expert], fills, strict=True)
+                if part.is_down == is_down
+                for chunk in chunks(item)
+            ]
+            for is_down in (False, True)
+        )
+        return Loading(slot, sum(item.nbytes for item in fills), gate_up, down)
+
+    def finish_gate_up(self, loading: Loading) -> BaseException | None:
+        """Wait for gate and up of an expert; what went wrong with them. Their time is counted."""
+        started = time.perf_counter()
+        problem = loading.wait_for_gate_up()
+        self.counters.wait_s += time.perf_counter() - started
+        return problem
 
     def finish(self, loadings: Iterable[Loading]) -> BaseException | None:
         """Wait for all of them; the first error. Their time and bytes are counted."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +17,8 @@ import pytest
 from mlx_mixtral import Mixtral, SamplingParams, load
 from mlx_mixtral.demo import checkpoint_path
 from mlx_mixtral.errors import CheckpointError, ContextLengthError, MemoryBudgetError
+from mlx_mixtral.experts.bank import ExpertBank
+from mlx_mixtral.weights.safetensors import TensorInfo
 
 from .support import PROMPT, bits, budget, converted, ids, streamed
 
@@ -121,6 +126,37 @@ def test_a_slot_is_not_overwritten_before_its_results_are_complete(
         monkeypatch.setattr(model.residency.store, "start", begun)
         model.generate(PROMPT, max_tokens=6)
     assert events.count("read") > 10
+
+
+def test_gate_and_up_are_multiplied_while_down_is_read(
+    folder: Path, whole: Mixtral, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = whole.generate([1], max_tokens=12, sampling=SamplingParams(logprobs=3))
+    multiplied = threading.Event()
+    inner = ExpertBank.inner
+
+    def noted(self: ExpertBank, *arguments: Any, **options: Any) -> mx.array:
+        result = inner(self, *arguments, **options)
+        mx.eval(result)
+        multiplied.set()
+        return result
+
+    with streamed(folder, 0.0) as model:
+        reader = model.residency.store.reader
+        read, waited = reader.read, []
+
+        def slow(info: TensorInfo, *rest: Any) -> None:
+            if "down_proj" in info.name:
+                waited.append(multiplied.wait(20))
+                time.sleep(0.002)
+            read(info, *rest)
+
+        monkeypatch.setattr(reader, "read", slow)
+        monkeypatch.setattr(ExpertBank, "inner", noted)
+        got = model.generate([1], max_tokens=12, sampling=SamplingParams(logprobs=3))
+    assert waited
+    assert all(waited), "down had to be there before gate and up were multiplied"
+    assert (got.token_ids, got.logprobs) == (wanted.token_ids, wanted.logprobs)
 
 
 def test_only_streamed_layers_read_back_and_once_a_step(folder: Path) -> None:
