@@ -4,6 +4,8 @@
     python tests/benchmarks/streaming.py FOLDER --shares 0.5 --mlx-lm --json
 
 ``--mlx-lm`` runs mlx-lm on the same folder under the same limit, in float32 on the CPU backend; it has to hold everything.
+``--llama-cpp FILE`` runs llama.cpp on a GGUF of the same weights (``mlx-mixtral convert FOLDER FILE --to gguf --type Q4_1``),
+with the llama-cpp-python of this interpreter or of ``--llama-python``.
 
 Each budget runs in a process of its own, under a limit on its memory (a control group where this user may make one) and so that
 its peak is its own. The disk is read past the page cache throughout. ``replay`` reads the experts of the decode steps again
@@ -13,35 +15,25 @@ without arithmetic, beside a plain parallel ``pread`` of the same bytes from the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from peers import PROCESS_BYTES, limited, llama_cpp, mlx_lm
 
 from mlx_mixtral import Mixtral, load
+from mlx_mixtral.experts.pool import SlotPool
 from mlx_mixtral.experts.store import Loading
 from mlx_mixtral.weights.fill import CHUNK_BYTES, READ_THREADS
-
-CGROUP = Path("/sys/fs/cgroup")
-# The interpreter and its libraries, which a budget for the model does not cover.
-PROCESS_BYTES = 400_000_000
-
-
-def budget_of(model: Mixtral, share: float) -> int:
-    demands = model._planner.demands(None)
-    experts = sum(demands.sizes.expert_bytes) * demands.sizes.num_experts
-    if share >= 1:
-        return demands.everything_bytes
-    return demands.least_bytes + int(share * experts)
 
 
 def peak_rss() -> int:
@@ -64,10 +56,14 @@ def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, l
         return begin(layer, expert, *rest)
 
     residency.store.start = noted  # type: ignore[method-assign]
+    calls: list[PromptCall] = []
+    watch(model, calls, starts)
     prompt = [int(i) for i in np.random.default_rng(0).integers(3, model.config.vocab_size, prompt_tokens)]
     out = model.generate(prompt, max_tokens=1)
-    prefill_misses, prefill_s = residency.misses, out.stats.time_to_first_token_s
+    prefill_bytes, prefill_misses, prefill_s = residency.bytes_read, residency.misses, out.stats.time_to_first_token_s
+    watch(model, None, starts)
     streamed = [slots < residency.sizes.num_experts for slots in residency.slots]
+    prompt_reads = list(starts)
     starts.clear()
     out = model.generate(prompt[:8], max_tokens=tokens)
     stats, peak_mlx = out.stats, mx.get_peak_memory()
@@ -79,6 +75,9 @@ def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, l
         "prefill_s": prefill_s,
         "prefill_tok_s": prompt_tokens / prefill_s,
         "prefill_misses": prefill_misses,
+        "prefill_bytes": prefill_bytes,
+        "prefill_missing_bytes": missing_bytes(model, calls),
+        "prefill_reads_as_missing": all(call.reads_are_missing(prompt_reads) for call in calls),
         "chunks": -(-prompt_tokens // residency.planned.chunk_tokens),
         "decode_s": stats.decode_s / (tokens - 1),
         "predicted_s": None if residency.plan is None else residency.plan.seconds_per_token,
@@ -98,6 +97,46 @@ def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, l
         }
         result |= replay(model, starts)
     return result
+
+
+@dataclass
+class PromptCall:
+    """What one call of a layer chose, what its pool held before, and how many reads had begun."""
+
+    layer: int
+    held: set[int]
+    reads_before: int
+    selected_experts: mx.array
+
+    @property
+    def missing(self) -> set[int]:
+        return set(np.asarray(self.selected_experts).reshape(-1).tolist()) - self.held
+
+    def reads_are_missing(self, reads: list[tuple[int, int]]) -> bool:
+        """Whether each missing expert was read once and nothing else; the layer's reads are a run after ``reads_before``."""
+        run = itertools.takewhile(lambda read: read[0] == self.layer, reads[self.reads_before :])
+        return sorted(expert for _, expert in run) == sorted(self.missing)
+
+
+def watch(model: Mixtral, calls: list[PromptCall] | None, reads: list[tuple[int, int]]) -> None:
+    """Note every call of a streamed layer in ``calls``; None ends it."""
+    for index, layer in enumerate(model.module.layers):
+        pool = layer.moe.experts.pool
+        if pool is None:
+            continue
+
+        def note(selected_experts: mx.array, index: int = index, pool: SlotPool = pool) -> None:
+            assert calls is not None
+            held = {expert for layer, expert in pool.keys if layer == index}
+            calls.append(PromptCall(index, held, len(reads), selected_experts))
+
+        layer.moe.observe(watch, None if calls is None else note)
+
+
+def missing_bytes(model: Mixtral, calls: list[PromptCall]) -> int:
+    """Bytes of the experts that calls needed and did not find, each once a call."""
+    parts = model.residency.store.parts
+    return sum(part.nbytes for call in calls for expert in call.missing for part in parts[call.layer][expert])
 
 
 def replay(model: Mixtral, experts: list[tuple[int, int]]) -> dict[str, float]:
@@ -158,32 +197,6 @@ def _plain(fills: list[Any]) -> None:
         sum(pool.map(read, pieces))
 
 
-@contextmanager
-def limited(nbytes: int | None) -> Iterator[list[str]]:
-    """A prefix for a command that may not use more memory, where control groups can be made; else none."""
-    if nbytes is None:
-        yield []
-        return
-    # Control groups of version 2, or the memory controller of version 1.
-    root, limit = CGROUP, "memory.max"
-    if not (CGROUP / "cgroup.controllers").exists():
-        root, limit = CGROUP / "memory", "memory.limit_in_bytes"
-    group = root / f"mlx-mixtral-bench-{os.getpid()}"
-    try:
-        if not (root / "cgroup.procs").exists():
-            raise FileNotFoundError(root)
-        group.mkdir()
-        (group / limit).write_text(str(nbytes))
-    except OSError:
-        yield []
-        return
-    try:
-        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
-    finally:
-        time.sleep(0.2)
-        group.rmdir()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -192,6 +205,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--lookahead", default="off", help="off, on or auto")
     parser.add_argument("--mlx-lm", action="store_true")
+    parser.add_argument("--llama-cpp", type=Path, metavar="FILE")
+    parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -215,45 +230,13 @@ def main() -> None:
         rows.append(row)
         _print(row, rows[0])
         if arguments.mlx_lm:
-            _print_mlx_lm(arguments.folder, budget, arguments.tokens)
+            print(f"  {mlx_lm(arguments.folder, budget, arguments.tokens)}", flush=True)
+        if arguments.llama_cpp is not None:
+            found = llama_cpp(arguments.llama_python, arguments.llama_cpp, budget, arguments.tokens)
+            print(f"  {found}", flush=True)
     if arguments.json:
         print(json.dumps(rows, indent=1))
 
-
-def _print_mlx_lm(folder: Path, budget: int, tokens: int) -> None:
-    with limited(budget + PROCESS_BYTES) as prefix:
-        command = [*prefix, sys.executable, "-c", _MLX_LM, str(folder), str(tokens)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-        except subprocess.TimeoutExpired:
-            print("  mlx-lm: not done after 600 s")
-            return
-    if done.returncode:
-        print(
-            f"  mlx-lm: ended by signal {-done.returncode}" if done.returncode < 0 else "  mlx-lm: failed", flush=True
-        )
-        return
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(f"  mlx-lm: {found['decode_s']:.3f} s a token, peak of the process {found['peak'] / 1e9:.2f} GB", flush=True)
-
-
-_MLX_LM = """
-import json, resource, sys, time
-import mlx.core as mx
-from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_model
-from pathlib import Path
-network, _ = load_model(Path(sys.argv[1]))
-if mx.default_device().type == mx.DeviceType.cpu:
-    network.set_dtype(mx.float32)
-steps = generate_step(mx.arange(10, 18), network, max_tokens=int(sys.argv[2]), prompt_cache=make_prompt_cache(network))
-next(steps)
-started = time.perf_counter()
-count = sum(1 for _ in steps)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"decode_s": (time.perf_counter() - started) / count, "peak": peak}))
-"""
 
 _PROBE = """
 import json, sys
@@ -282,7 +265,11 @@ def _print(row: dict[str, Any], whole: dict[str, Any]) -> None:
         f"  peak of MLX {row['peak_mlx'] / 1e9:.2f} GB = {row['peak_mlx'] / budget:.2f}x, of the process "
         f"{row['peak_rss'] / 1e9:.2f} GB ({row['base_rss'] / 1e9:.2f} before loading)"
     )
-    print(f"  prefill {row['prefill_tok_s']:.1f} tok/s, {row['prefill_misses']} experts read in {row['chunks']} chunks")
+    exact = "" if row["prefill_reads_as_missing"] else ", NOT each missing expert once"
+    print(
+        f"  prefill {row['prefill_tok_s']:.2f} tok/s; {row['chunks']} chunks, {row['prefill_misses']} experts read, "
+        f"{row['prefill_bytes'] / 1e6:.0f} MB; missing experts once a chunk {row['prefill_missing_bytes'] / 1e6:.0f} MB{exact}"
+    )
     line = f"  decode {row['decode_s']:.3f} s a token ({whole['decode_s']:.3f} with everything resident)"
     if "bytes_per_token" in row:
         disk_s = row["bytes_per_token"] / row["pread_bytes_per_s"]
