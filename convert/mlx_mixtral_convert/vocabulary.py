@@ -13,7 +13,7 @@ __all__ = ["check_stop_ids", "check_vocabulary", "tokenizer_notes"]
 
 
 def check_vocabulary(files: Mapping[str, bytes], vocab_size: int) -> None:
-    """Raise TokenizerError if a tokenizer among ``files`` (by name) has more pieces than the model has embeddings.
+    """Raise TokenizerError if a tokenizer among ``files`` (by name) has pieces that the model has no embeddings for.
 
     Fewer are fine: models pad their embeddings. A file that cannot be read is not judged here.
     """
@@ -73,9 +73,11 @@ def _sentencepieces(name: str, data: bytes) -> int:
 
 
 def _json_pieces(data: bytes) -> int:
-    """Pieces of the model proper: the runtime leaves added tokens out that have no embedding."""
+    """Pieces of the model proper up to the highest id: the runtime leaves added tokens out that have no embedding."""
     try:
         vocabulary = json.loads(data)["model"]["vocab"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return 0
-    return len(vocabulary) if isinstance(vocabulary, dict | list) else 0
+    if isinstance(vocabulary, dict):
+        return max((i + 1 for i in vocabulary.values() if isinstance(i, int)), default=0)
+    return len(vocabulary) if isinstance(vocabulary, list) else 0

@@ -22,7 +22,7 @@ from mlx_mixtral.errors import (
 )
 from mlx_mixtral_convert import Progress, Recipe, convert
 
-from .support import EXPERT, Tensors, dense_config, hashes, make_checkpoint, read_output
+from .support import EXPERT, Tensors, dense_config, hashes, make_checkpoint, read_output, save
 
 
 def refused(source: Path, kind: type[MixtralError], match: str, **options: Any) -> None:
@@ -178,6 +178,20 @@ def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, file: str, ma
     refused(source, CheckpointError, match)
 
 
+@pytest.mark.parametrize(("most", "one"), [("BF16", "F32"), ("F32", "BF16"), ("F16", "BF16")])
+def test_experts_of_different_types_are_named(tmp_path: Path, most: str, one: str) -> None:
+    source = make_checkpoint(tmp_path / "source", dtype=most, shards=2)
+    index = source / "model.safetensors.index.json"
+    entries = json.loads(index.read_text())
+    save(source / "other.safetensors", {EXPERT: np.ones((128, 256), np.float32)}, one)
+    entries["weight_map"][EXPERT] = "other.safetensors"
+    index.write_text(json.dumps(entries))
+    first = EXPERT.replace(".experts.2.", ".experts.0.")
+    refused(
+        source, CheckpointError, f"have different types: '{first}' is {most}, '{EXPERT}' is {one}; use a checkpoint"
+    )
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source")
     with (source / "model.safetensors").open("r+b") as file:
@@ -292,6 +306,12 @@ def test_a_tokenizer_with_more_pieces_than_the_model_has_embeddings_is_refused(t
         convert(source, tmp_path / "out")
         return
     refused(source, TokenizerError, r"tokenizer\.json has 65 pieces, but the model's vocab_size is 64", dry_run=True)
+
+
+def test_ids_count_and_not_pieces_alone(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 64}}}))
+    refused(source, TokenizerError, r"tokenizer\.json has 65 pieces, but the model's vocab_size is 64")
 
 
 def test_the_sentencepiece_model_has_to_match_too(tiny: Path, tmp_path: Path) -> None:

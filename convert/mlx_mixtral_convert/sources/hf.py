@@ -126,6 +126,14 @@ class HuggingFaceSource:
                     f"the configuration calls for {matrix.in_features} columns"
                 )
             check_float(info)
+        first = self.checkpoint[found[0].name]
+        # A matrix has one type: what its experts are read into is measured by it.
+        for rows in found:
+            if (info := self.checkpoint[rows.name]).dtype != first.dtype:
+                raise CheckpointError(
+                    f"{self.path}: experts of {matrix.path} have different types: {first.name!r} is {first.dtype}, "
+                    f"{info.name!r} is {info.dtype}; use a checkpoint whose experts have one type"
+                )
         return found
 
     def _missing(self, matrix: Matrix) -> str:
