@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from mlx_mixtral.generation.sampling import SamplingParams
     from mlx_mixtral.loading import LoadProgress, load
     from mlx_mixtral.quantization import QuantizationConfig, QuantizationSpec
-    from mlx_mixtral.runtime import GenerationOptions, Mixtral
+    from mlx_mixtral.requests import GenerationOptions
+    from mlx_mixtral.runtime import Mixtral
     from mlx_mixtral.stream import Chunk, Generation, TextStream
     from mlx_mixtral.tokenizer import Tokenizer
 
@@ -54,7 +55,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Chunk": "stream",
     "Generation": "stream",
-    "GenerationOptions": "runtime",
+    "GenerationOptions": "requests",
     "GenerationStats": "generation.loop",
     "KVCache": "cache.kv",
     "LoadProgress": "loading",

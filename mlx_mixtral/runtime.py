@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_mixtral.arguments import check_type
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.device import Device
@@ -27,38 +28,21 @@ from mlx_mixtral.errors import (
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.generation.loop import GenerationStats, Token, decode
-from mlx_mixtral.generation.sampling import Sampler, SamplingParams
-from mlx_mixtral.generation.stop import StopStrings
+from mlx_mixtral.generation.sampling import SamplingParams
 from mlx_mixtral.model.lookahead import LookaheadControl
 from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.model.moe import SparseMoe
+from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.planning import Planner
-from mlx_mixtral.stream import Generation, TextAssembler, TextStream
+from mlx_mixtral.requests import GenerationOptions, Requests
+from mlx_mixtral.stream import Generation, TextStream
 from mlx_mixtral.tokenizer import Tokenizer
 
-__all__ = ["CHAT_SAMPLING", "GenerationOptions", "Mixtral"]
+__all__ = ["CHAT_SAMPLING", "Mixtral"]
 
-DEFAULT_MAX_TOKENS = 256
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
 Message = Mapping[str, Any]
-
-
-class GenerationOptions(TypedDict, total=False):
-    """What ``generate``, ``stream``, ``chat`` and ``stream_chat`` take beside the prompt. All may be left out."""
-
-    max_tokens: int
-    """Most tokens to generate (256); the context ends it earlier when it is full."""
-    sampling: SamplingParams | None
-    """How tokens are chosen; greedy when left out."""
-    stop: str | Sequence[str]
-    """Text that ends the generation and is not part of it."""
-    stop_token_ids: Sequence[int]
-    """Ids that end it, beside the checkpoint's end-of-sequence ids."""
-    cancelled: Callable[[], bool] | None
-    """Asked after every token; True ends the generation with ``finish_reason`` "cancelled"."""
-    on_prefill: Callable[[int, int], None] | None
-    """Told ``(done, total)`` prompt tokens while the prompt is computed."""
 
 
 class Mixtral:
@@ -84,7 +68,8 @@ class Mixtral:
         self._planner, self._lookahead = planner, lookahead
         lookahead.connect(module.layers)
         self._module: MixtralModel | None = module
-        self._tokenizer = tokenizer
+        self._requests = Requests(config, residency, tokenizer)
+        self._step: DecodeStep | None = DecodeStep(module)
         self._busy = threading.Lock()
         # MLX streams belong to the thread that made them, except for this kind: it lets a model be loaded on one thread and
         # used on another, and a generation be resumed from several. The lock above keeps it to one user at a time.
@@ -115,9 +100,7 @@ class Mixtral:
         Raises:
             TokenizerError: the checkpoint has none, or one that cannot be used; the message says which.
         """
-        if isinstance(self._tokenizer, Exception):
-            raise self._tokenizer
-        return self._tokenizer
+        return self._requests.tokenizer
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +123,7 @@ class Mixtral:
             BusyError: a generation is running; close it first.
         """
         with self._exclusive():
-            self._module = None
+            self._module = self._step = None
             self.residency.close()
             self.residency.release()
         mx.clear_cache()
@@ -160,11 +143,12 @@ class Mixtral:
         """
         with self._exclusive(), mx.stream(self._stream):
             _ = self.module
-            planned = self._planner.plan(memory, context or self.residency.planned.demands.context)
+            planned = self._planner.plan(memory, self.residency.planned.demands.context if context is None else context)
             try:
                 self.residency.change(planned, self._planner.builder.bank)
             finally:
                 self._lookahead.connect(self.module.layers)
+                self._step = DecodeStep(self.module)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Generation:
         """Continue ``prompt``: text, sent as it is after BOS, or token ids, sent as they are.
@@ -182,7 +166,8 @@ class Mixtral:
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> TextStream:
         """As ``generate``, chunk by chunk. Arguments are checked here; work starts with the first step."""
-        return self._text_stream(self._prompt_ids(prompt), **options)
+        _ = self.module  # a closed model says so before anything else
+        return self._text_stream(self._requests.prompt(prompt), **options)
 
     def chat(
         self,
@@ -225,7 +210,7 @@ class Mixtral:
         Computed in chunks, so that working memory does not grow with the square of L; the logits themselves take
         L x V numbers.
         """
-        tokens = self._check_ids(token_ids, "token_ids")
+        tokens = self._requests.ids(token_ids, "token_ids")
         if not tokens:
             raise InvalidRequestError("token_ids is empty; give at least one token")
         if len(tokens) > self.config.max_position_embeddings:
@@ -251,6 +236,7 @@ class Mixtral:
         Raises:
             InvalidRequestError: no tokens, ids out of range, or a dense model, which has no routers.
         """
+        check_type("texts", texts, (list, tuple), "a list of lists of token ids")
         layers = [layer.moe for layer in self.module.layers if isinstance(layer.moe, SparseMoe)]
         if not layers:
             raise InvalidRequestError("this model is dense: it has no experts to choose from")
@@ -273,99 +259,30 @@ class Mixtral:
         return RoutingTrace(experts, self.config.num_local_experts, tuple(int(at) for at in starts))
 
     def _text_stream(
-        self,
-        tokens: list[int],
-        *,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        sampling: SamplingParams | None = None,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        cancelled: Callable[[], bool] | None = None,
-        on_prefill: Callable[[int, int], None] | None = None,
-        is_answer: bool = False,
+        self, tokens: list[int], *, is_answer: bool = False, **options: Unpack[GenerationOptions]
     ) -> TextStream:
-        """``is_answer``: the text starts afresh, so the space SentencePiece puts before a first word is taken off."""
-        module, vocab_size = self.module, self.config.vocab_size
-        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens is {max_tokens!r}; it must be an integer of at least 1")
-        limit = min(max_tokens, self._room(len(tokens)))
-        stops = StopStrings([stop] if isinstance(stop, str) else stop)
-        has_tokenizer = not isinstance(self._tokenizer, Exception)
-        if stop and not has_tokenizer:
-            _ = self.tokenizer  # stop strings need text: raises and says why there is none
-        stop_ids = frozenset(self._check_ids(stop_token_ids, "stop_token_ids")) | self._end_ids()
-        sampler = Sampler(sampling or SamplingParams(), tokens, vocab_size)
+        module, step = self.module, self._step
+        assert step is not None
+        request = self._requests.request(tokens, is_answer=is_answer, **options)
 
         def run(stats: GenerationStats) -> Generator[Token, None, None]:
             plan = self.residency.plan
             stats.predicted_tok_s = None if plan is None else plan.tok_s
             return decode(
                 module,
-                tokens,
-                module.make_cache(most_tokens=self._context_limit),
-                sampler,
-                limit,
+                step,
+                request.tokens,
+                module.make_cache(most_tokens=self._requests.context_limit),
+                request.sampler,
+                request.max_tokens,
                 stats,
                 stream=self._stream,
                 prefill_chunk=self.residency.planned.chunk_tokens,
-                on_prefill=on_prefill,
+                on_prefill=request.on_prefill,
             )
 
-        decoder = self.tokenizer.streaming_decoder(continues=not is_answer) if has_tokenizer else None
-        text = TextAssembler(decoder, limit, stop_ids, stops, cancelled)
         budget = self.residency.budget_bytes
-        return TextStream(run, text, self._exclusive(), self.device, self._stream, budget)
-
-    @property
-    def _context_limit(self) -> int:
-        """Tokens a sequence may have: the model's own, or those a memory budget holds KV cache for."""
-        model, planned = self.config.max_position_embeddings, self.residency.planned
-        return model if planned.budget_bytes is None else min(model, planned.demands.context_capacity)
-
-    def _room(self, prompt_tokens: int) -> int:
-        """Tokens that can be generated after a prompt.
-
-        Raises:
-            ContextLengthError: none.
-        """
-        model, limit = self.config.max_position_embeddings, self._context_limit
-        if prompt_tokens < limit:
-            return limit - prompt_tokens
-        if limit == model:
-            raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens; the model's context holds {model}, and one must be left to generate"
-            )
-        raise ContextLengthError(
-            f"the prompt has {prompt_tokens} tokens; the memory budget holds KV cache for {limit}, and one must be left to "
-            f"generate: reserve more with --context or context= (the model's own is {model})"
-        )
-
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        _ = self.module  # a closed model says so before anything else
-        if isinstance(prompt, str):
-            if not prompt:
-                raise InvalidRequestError("the prompt is empty; give some text or token ids")
-            return self._check_ids(self.tokenizer.encode(prompt), "the prompt")
-        tokens = self._check_ids(prompt, "the prompt")
-        if not tokens:
-            raise InvalidRequestError("the prompt is empty; give some text or token ids")
-        return tokens
-
-    def _check_ids(self, ids: Sequence[int], what: str) -> list[int]:
-        try:
-            tokens = [int(i) if hasattr(i, "__index__") and not isinstance(i, bool) else None for i in ids]
-        except TypeError:
-            raise InvalidRequestError(f"{what} is {type(ids).__name__}, not text or a list of token ids") from None
-        for given, token in zip(ids, tokens, strict=True):
-            if token is None or not 0 <= token < self.config.vocab_size:
-                raise InvalidRequestError(
-                    f"{what} holds token id {given!r}; ids go from 0 to {self.config.vocab_size - 1}"
-                )
-        return [token for token in tokens if token is not None]
-
-    def _end_ids(self) -> frozenset[int]:
-        known = frozenset(self.config.eos_token_ids)
-        return known if isinstance(self._tokenizer, Exception) else known | self._tokenizer.eos_token_ids
+        return TextStream(run, request.text, self._exclusive(), self.device, self._stream, budget)
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:

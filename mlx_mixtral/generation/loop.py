@@ -13,6 +13,7 @@ from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.experts.store import Counters
 from mlx_mixtral.generation.sampling import Sampled, Sampler
 from mlx_mixtral.model.mixtral import MixtralModel
+from mlx_mixtral.model.step import DecodeStep
 
 __all__ = ["PREFILL_CHUNK_TOKENS", "GenerationStats", "Token", "decode"]
 
@@ -84,6 +85,7 @@ class GenerationStats:
 
 def decode(
     model: MixtralModel,
+    compute: DecodeStep,
     prompt: Sequence[int],
     cache: KVCache,
     sampler: Sampler,
@@ -100,6 +102,7 @@ def decode(
     back. A caller that stops early on a token's value leaves one step in flight, which reading it ahead costs.
 
     Args:
+        compute: the model's step, one token at a time.
         cache: what came before the prompt; updated in place.
         stats: filled in as it goes.
         stream: the MLX stream for all work. One that any thread may use, as the iterator may be resumed from several.
@@ -118,7 +121,7 @@ def decode(
 
     def following(current: Sampled) -> Sampled:
         with mx.stream(stream):
-            sampled = sampler(model.head(model.hidden(current.token[None], cache)[:, -1]))
+            sampled = sampler(compute(current.token[None], cache)[:, -1])
             mx.async_eval(sampled.arrays)
         return sampled
 

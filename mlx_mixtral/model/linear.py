@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -71,18 +73,29 @@ class StackedLinear(_Weights):
             slots: int, which matrix each row of ``x`` meets.
             is_sorted: promise that ``slots`` ascends. On Metal a false promise gives wrong results, not an error.
         """
+        # MLX's grouped kernel is for calls that leave the rows to it.
+        rows = None if is_sorted else _every_row(x.shape[:-2])
         if self.spec is None:
-            return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=slots, sorted_indices=is_sorted)
+            return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rows, slots, sorted_indices=is_sorted)
         scales, biases, group_size, bits, mode = self._packed
         return mx.gather_qmm(
             x,
             self.weight,
             scales,
             biases,
-            rhs_indices=slots,
+            rows,
+            slots,
             transpose=True,
             group_size=group_size,
             bits=bits,
             mode=mode,
             sorted_indices=is_sorted,
         )
+
+
+@lru_cache(maxsize=64)
+def _every_row(shape: tuple[int, ...]) -> mx.array:
+    """``0, 1, 2…`` in ``shape``: kept, where MLX would make it anew with a kernel for every product."""
+    rows = mx.arange(prod(shape), dtype=mx.uint32).reshape(shape)
+    mx.eval(rows)
+    return rows

@@ -9,6 +9,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.cache.span import Chunk, Span
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.experts.bank import FeedForward
 from mlx_mixtral.experts.gather import GatheredExperts
@@ -44,11 +45,9 @@ class DecoderLayer(Module):
         self.post_attention_norm = post_attention_norm
         self.moe = moe
 
-    def __call__(
-        self, x: mx.array, layer: int, cache: KVCache, mask: mx.array | str | None, *, last_only: bool = False
-    ) -> mx.array:
+    def __call__(self, x: mx.array, layer: int, span: Span, *, last_only: bool = False) -> mx.array:
         """``x [B, L, D]`` to ``[B, L, D]``, or with ``last_only`` to the last token's ``[B, 1, D]``."""
-        attended = self.attention(self.input_norm(x), layer, cache, mask, last_only=last_only)
+        attended = self.attention(self.input_norm(x), layer, span, last_only=last_only)
         h = (x[:, -1:] if last_only else x) + attended
         normed = self.post_attention_norm(h)
         return self.moe(normed, h) if isinstance(self.moe, SparseMoe) else h + self.moe(normed)
@@ -87,6 +86,7 @@ class MixtralModel(Module):
             c.num_hidden_layers,
             c.num_key_value_heads,
             c.head_dim,
+            self.dtype,
             window=c.sliding_window,
             left_padding=left_padding,
             most_tokens=most_tokens,
@@ -97,22 +97,34 @@ class MixtralModel(Module):
 
         ``last_only`` gives ``[B, 1, D]``: in the last layer no token but the last needs its query, nor its experts.
         """
-        x = self._before_last(tokens, cache)
-        x = self.layers[-1](x, len(self.layers) - 1, cache, cache.mask(tokens.shape[1]), last_only=last_only)
+        x = self.through_layers(tokens, self._chunk(tokens, cache), last_only=last_only)
         cache.advance(tokens.shape[1])
         return x
 
     def remember(self, tokens: mx.array, cache: KVCache) -> None:
         """Take ``tokens [B, L]`` into the cache: of the last layer only keys and values, for nothing reads the rest."""
-        x, last = self._before_last(tokens, cache), self.layers[-1]
-        last.attention.remember(last.input_norm(x), len(self.layers) - 1, cache)
+        chunk = self._chunk(tokens, cache)
+        x, last = self._before_last(tokens, chunk), self.layers[-1]
+        last.attention.remember(last.input_norm(x), len(self.layers) - 1, chunk)
         cache.advance(tokens.shape[1])
 
-    def _before_last(self, tokens: mx.array, cache: KVCache) -> mx.array:
+    def through_layers(self, tokens: mx.array, span: Span, *, last_only: bool = False) -> mx.array:
+        """As ``hidden``, for tokens whose place in a cache ``span`` tells."""
+        x = self._before_last(tokens, span)
+        return self.layers[-1](x, len(self.layers) - 1, span, last_only=last_only)
+
+    def frequencies(self, length: int) -> mx.array | None:
+        """Rotary frequencies of a sequence of ``length`` tokens, where the base alone does not say them."""
+        return self.layers[0].attention.rotary.table(length)
+
+    def _chunk(self, tokens: mx.array, cache: KVCache) -> Chunk:
+        rows, length = tokens.shape
+        return cache.chunk(rows, length, self.frequencies(cache.length + length))
+
+    def _before_last(self, tokens: mx.array, span: Span) -> mx.array:
         x = self.embed_tokens.rows(tokens, self.dtype)
-        mask = cache.mask(tokens.shape[1])
         for index, layer in enumerate(self.layers[:-1]):
-            x = layer(x, index, cache, mask)
+            x = layer(x, index, span)
         return x
 
     def head(self, hidden: mx.array) -> mx.array:

@@ -22,32 +22,35 @@ class Rotary:
         self.dims = dims
         self.score_scale = config.attention_factor() ** 2
         self._frequencies: dict[int, mx.array] = {}
-        if config.kind not in ("default", "linear"):
-            self._table(0)  # a wrong number of factors fails at load, not in the first forward
+        self.table(0)  # a wrong number of factors fails at load, not in the first forward
 
-    def __call__(self, x: mx.array, offset: int | mx.array, length: int) -> mx.array:
+    def __call__(self, x: mx.array, offset: int | mx.array, table: mx.array | None) -> mx.array:
         """Rotate.
 
         Args:
             offset: position of the first token, or one a row ``[B]``.
-            length: tokens in the sequence after this call, which ``dynamic`` and ``longrope`` frequencies depend on.
+            table: what ``table`` gives for the length of the sequence.
         """
         config = self.config
-        if config.kind in ("default", "linear"):
-            scale = 1.0 / float((config.parameters or {}).get("factor", 1.0)) if config.kind == "linear" else 1.0
-            return mx.fast.rope(x, self.dims, traditional=False, base=config.theta, scale=scale, offset=offset)
-        return mx.fast.rope(
-            x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._table(length)
-        )
+        if table is not None:
+            return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=table)
+        scale = 1.0 / float((config.parameters or {}).get("factor", 1.0)) if config.kind == "linear" else 1.0
+        return mx.fast.rope(x, self.dims, traditional=False, base=config.theta, scale=scale, offset=offset)
 
-    def _table(self, length: int) -> mx.array:
+    def table(self, length: int) -> mx.array | None:
+        """What positions are divided by, ``[d / 2]`` float32; None where the base says it all.
+
+        Args:
+            length: tokens in the sequence, which ``dynamic`` and ``longrope`` frequencies depend on.
+        """
+        if self.config.kind in ("default", "linear"):
+            return None
         switch = self.config.switches_at()
         past = switch is not None and length > switch
         key = (length if self.config.kind == "dynamic" else 1) if past else 0
         if key not in self._frequencies:
             if len(self._frequencies) > 1:
                 self._frequencies.popitem()
-            # mx.fast.rope divides positions by these.
             table = mx.array(np.float32(1.0) / self.config.inverse_frequencies(self.dims, length if past else 0))
             mx.eval(table)
             self._frequencies[key] = table

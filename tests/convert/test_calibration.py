@@ -78,11 +78,11 @@ def test_statistics_equal_a_naive_pass_over_single_tokens(small: Path) -> None:
     ids = tokens()
     _, sums = walked(small, ids, full=True)
     module = load(small).module
-    cache = module.make_cache()
-    x = module.layers[0](module.embed_tokens.rows(mx.array(ids), mx.float32), 0, cache, "causal")
+    chunk = module.make_cache().chunk(len(ids), len(ids[0]))
+    x = module.layers[0](module.embed_tokens.rows(mx.array(ids), mx.float32), 0, chunk)
     layer = module.layers[1]
     normed = layer.input_norm(x)
-    h = x + layer.attention(normed, 1, cache, "causal")
+    h = x + layer.attention(normed, 1, chunk)
     inputs = np.array(layer.post_attention_norm(h)).reshape(-1, 128)
     weights = {name: np.array(value) for name, value in read_plain(small).items()}
     gate_logits = inputs @ weights[f"{LAYER}.block_sparse_moe.gate.weight"].T

@@ -307,6 +307,32 @@ def test_a_file_that_changes_is_an_error_and_never_wrong_text(tmp_path: Path, fo
         assert model.generate(PROMPT, max_tokens=8).token_ids == wanted
 
 
+def test_a_file_written_to_while_it_is_read_is_not_used(
+    tmp_path: Path, folder: Path, whole: Mixtral, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is what was read of it found in a slot later, when the file is what it was."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    wanted = whole.generate([1], max_tokens=12).token_ids
+    with streamed(copy, 0.0) as model:
+        reader = model.residency.store.reader
+        read, untouched = reader.read, {file: file.stat() for file in copy.glob("*.safetensors")}
+
+        def garbled(info: TensorInfo, buffer: memoryview, *rest: Any) -> None:
+            read(info, buffer, *rest)
+            if info.dtype == "U32":
+                buffer.cast("B")[:] = bytes(len(buffer.cast("B")))
+                os.utime(info.file, ns=(1, 1))
+
+        monkeypatch.setattr(reader, "read", garbled)
+        with pytest.raises(CheckpointError, match="was written to since"):
+            model.generate([1], max_tokens=12)
+        monkeypatch.setattr(reader, "read", read)
+        for file, status in untouched.items():
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert model.generate([1], max_tokens=12).token_ids == wanted
+
+
 def test_a_failing_read_ends_one_generation_only(folder: Path, whole: Mixtral, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = ids(whole)
     wanted = whole.generate(tokens, max_tokens=16).token_ids
@@ -352,6 +378,6 @@ def test_a_trace_has_what_the_routers_chose(whole: Mixtral, folder: Path) -> Non
     assert np.array_equal(np.sort(again.experts), np.sort(trace.experts))
     hidden = whole.module.embed_tokens.rows(mx.array([texts[1]]), mx.float32)
     layer = whole.module.layers[0]
-    h = hidden + layer.attention(layer.input_norm(hidden), 0, whole.make_cache(), "causal")
+    h = hidden + layer.attention(layer.input_norm(hidden), 0, whole.make_cache().chunk(1, hidden.shape[1]))
     logits = np.asarray(layer.moe.gate(layer.post_attention_norm(h)))[0]
     assert np.array_equal(np.sort(trace.experts[-4:, 0]), np.sort(np.argsort(logits, axis=-1)[:, -2:]))

@@ -14,13 +14,14 @@ from mlx_mixtral.generation import loop
 from mlx_mixtral.generation.loop import Token, decode
 from mlx_mixtral.generation.sampling import Sampler
 from mlx_mixtral.model.mixtral import MixtralModel
+from mlx_mixtral.model.step import DecodeStep
 
 
 class Watched:
     """A model's forwards and head calls, and the reads of tokens, in the order they happen."""
 
     def __init__(self, model: MixtralModel) -> None:
-        self.model = model
+        self.model, self.compute = model, DecodeStep(model)
         self.events: list[tuple[str, int]] = []
         self.is_streamed, self.counters = model.is_streamed, model.counters
 
@@ -32,6 +33,10 @@ class Watched:
         self.events.append(("forward", tokens.shape[1]))
         self.model.remember(tokens, cache)
 
+    def step(self, tokens: mx.array, cache: Any) -> mx.array:
+        self.events += [("forward", tokens.shape[1]), ("head", 1)]
+        return self.compute(tokens, cache)
+
     def head(self, hidden: mx.array) -> mx.array:
         self.events.append(("head", hidden.size // hidden.shape[-1]))
         return self.model.head(hidden)
@@ -42,7 +47,9 @@ def _run(
 ) -> tuple[list[Token], Watched, GenerationStats]:
     watched, stats = Watched(model.module), GenerationStats()
     sampler = Sampler(SamplingParams(), prompt, model.config.vocab_size)
-    steps = decode(watched, prompt, model.make_cache(), sampler, max_tokens, stats, stream=model._stream, **options)  # type: ignore[arg-type]
+    steps = decode(
+        watched, watched.step, prompt, model.make_cache(), sampler, max_tokens, stats, stream=model._stream, **options
+    )  # type: ignore[arg-type]
     tokens = []
     for token in steps:
         tokens.append(token)

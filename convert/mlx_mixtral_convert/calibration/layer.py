@@ -120,7 +120,8 @@ class Layer:
             part = x[start : start + ATTEND_AT_ONCE]
             cache = KVCache(1, self.config.num_key_value_heads, self.config.head_dim, window=self.config.sliding_window)
             normed = self._input_norm(part)
-            y = part + attention(normed, 0, cache, cache.mask(part.shape[1]))
+            rows, length, _ = part.shape
+            y = part + attention(normed, 0, cache.chunk(rows, length, self._rotary.table(length)))
             mx.eval(y)
             if see is not None:
                 see(normed, out.seen)

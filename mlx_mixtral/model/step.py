@@ -1,0 +1,81 @@
+"""One step of decoding as one graph: compiled once for a size of the cache, whatever the number of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.cache.span import Step
+from mlx_mixtral.cache.storage import LayerArrays, Storage
+from mlx_mixtral.model.mixtral import MixtralModel
+
+__all__ = ["DecodeStep"]
+
+
+class DecodeStep:
+    """Computes the next token's logits; replays a compiled graph, so that Python does the same work for 2 layers and for 32.
+
+    Where a token is in the cache is an array to it, not a number: the graph of one step is the graph of all, until the cache
+    grows. The cache's arrays go in and come out, and nothing else holds them when MLX computes, so they are written in place.
+
+    A model that streams experts reads the routers' choices in between and cannot be one graph. It runs the same operations
+    uncompiled.
+
+    Keep it no longer than the model's weights are to live, and make another when banks of experts have changed: the graph
+    holds them.
+    """
+
+    def __init__(self, model: MixtralModel) -> None:
+        self._model = model
+        self._compiled: dict[Kind, Run] = {}
+
+    def __call__(self, tokens: mx.array, cache: KVCache, *, last_only: bool = True) -> mx.array:
+        """Lazy logits ``[B, L, V]`` of ``tokens [B, L]`` int32, of the last token ``[B, 1, V]`` when ``last_only``."""
+        model, (rows, L) = self._model, tokens.shape
+        cache.reserve(rows, L)
+        run = self._run(Kind(cache.storage, cache.window, last_only))
+        table = model.frequencies(cache.length + L)
+        logits, cache.layers, lengths = run(tokens, cache.layers, cache.lengths, cache.padding, table)
+        cache.advance(L, lengths)
+        return logits
+
+    def _run(self, kind: Kind) -> Run:
+        run = partial(_step, self._model, kind)
+        if self._model.is_streamed:
+            return run
+        if kind not in self._compiled:
+            self._compiled[kind] = mx.compile(run)
+        return self._compiled[kind]
+
+
+class Kind(NamedTuple):
+    """What makes another graph, beside shapes."""
+
+    storage: Storage
+    window: int | None
+    last_only: bool
+
+
+Run = Callable[
+    [mx.array, list[LayerArrays], mx.array, mx.array | None, mx.array | None],
+    tuple[mx.array, list[LayerArrays], mx.array],
+]
+
+
+def _step(
+    model: MixtralModel,
+    kind: Kind,
+    tokens: mx.array,
+    layers: list[LayerArrays],
+    lengths: mx.array,
+    padding: mx.array | None,
+    table: mx.array | None,
+) -> tuple[mx.array, list[LayerArrays], mx.array]:
+    length = tokens.shape[1]
+    step = Step(kind.storage, list(layers), lengths, padding, length, kind.window, table)
+    logits = model.head(model.through_layers(tokens, step, last_only=kind.last_only))
+    return logits, step.layers, lengths + length
