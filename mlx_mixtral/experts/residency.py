@@ -188,9 +188,12 @@ class Residency:
             return
         missing = [expert for expert in range(experts) if (layer, expert) not in pool]
         fills = [item for expert in missing for item in self.store.fills(layer, expert, pool.bank.arrays, expert)]
-        for file in {item.info.file for item in fills}:
+        files = {item.info.file for item in fills}
+        for file in files:
             self.store.reader.check_unchanged(file)
         fill(self.store.reader, fills)
+        for file in files:
+            self.store.reader.check_unchanged(file)
         gathered.stay_in(pool.bank)
 
     def _own_pool(self, layer: int) -> SlotPool | None:

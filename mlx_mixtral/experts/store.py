@@ -7,7 +7,7 @@ the runtime loads can be streamed as it is.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.fill import READ_THREADS, Fill, chunks, fill_chunk
 from mlx_mixtral.weights.safetensors import TensorInfo
@@ -84,13 +85,26 @@ class Counters:
 class Loading:
     """One expert on its way into a slot: gate and up first, so that their products need not wait for down."""
 
-    def __init__(self, slot: int, nbytes: int, gate_up: list[Future[int]], down: list[Future[int]]) -> None:
+    def __init__(
+        self,
+        slot: int,
+        nbytes: int,
+        gate_up: list[Future[int]],
+        down: list[Future[int]],
+        check: Callable[[], None],
+    ) -> None:
         self.slot, self.nbytes = slot, nbytes
-        self._gate_up, self._reads = gate_up, gate_up + down
+        self._gate_up, self._reads, self._check = gate_up, gate_up + down, check
 
     def wait(self) -> BaseException | None:
-        """Until no thread writes to the slot any more; what went wrong, if anything."""
-        return _problem(self._reads)
+        """Until no thread writes to the slot any more; what went wrong, if anything: a change of the files meanwhile, too."""
+        if (problem := _problem(self._reads)) is not None:
+            return problem
+        try:
+            self._check()
+        except CheckpointError as error:
+            return error
+        return None
 
     def wait_for_gate_up(self) -> BaseException | None:
         """Until gate and up are complete, down perhaps not; what went wrong with them, if anything."""
@@ -141,8 +155,13 @@ class ExpertStore:
         """
         reader = self._reader
         fills = self.fills(layer, expert, arrays, slot)
-        for file in {item.info.file for item in fills}:
-            reader.check_unchanged(file)
+        files = {item.info.file for item in fills}
+
+        def check() -> None:
+            for file in files:
+                reader.check_unchanged(file)
+
+        check()
         gate_up, down = (
             [
                 self._pool.submit(fill_chunk, reader, chunk)
@@ -152,7 +171,7 @@ class ExpertStore:
             ]
             for is_down in (False, True)
         )
-        return Loading(slot, sum(item.nbytes for item in fills), gate_up, down)
+        return Loading(slot, sum(item.nbytes for item in fills), gate_up, down, check)
 
     def finish_gate_up(self, loading: Loading) -> BaseException | None:
         """Wait for gate and up of an expert; what went wrong with them. Their time is counted."""

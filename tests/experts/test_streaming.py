@@ -18,6 +18,8 @@ from mlx_mixtral import Mixtral, SamplingParams, load
 from mlx_mixtral.demo import checkpoint_path
 from mlx_mixtral.errors import CheckpointError, ContextLengthError, MemoryBudgetError
 from mlx_mixtral.experts.bank import ExpertBank
+from mlx_mixtral.experts.store import Loading
+from mlx_mixtral.weights.dtypes import bytes_of
 from mlx_mixtral.weights.safetensors import TensorInfo
 
 from .support import PROMPT, bits, budget, converted, ids, streamed
@@ -314,22 +316,28 @@ def test_a_file_written_to_while_it_is_read_is_not_used(
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     wanted = whole.generate([1], max_tokens=12).token_ids
+    untouched = {file: file.stat() for file in copy.glob("*.safetensors")}
     with streamed(copy, 0.0) as model:
-        reader = model.residency.store.reader
-        read, untouched = reader.read, {file: file.stat() for file in copy.glob("*.safetensors")}
+        store = model.residency.store
+        start, begun = store.start, []
 
-        def garbled(info: TensorInfo, buffer: memoryview, *rest: Any) -> None:
-            read(info, buffer, *rest)
-            if info.dtype == "U32":
-                buffer.cast("B")[:] = bytes(len(buffer.cast("B")))
-                os.utime(info.file, ns=(1, 1))
+        def garbled(layer: int, expert: int, arrays: dict[str, mx.array], slot: int) -> Loading:
+            loading = start(layer, expert, arrays, slot)
+            begun.append((layer, expert))
+            if len(begun) == 2:
+                loading.wait()
+                bytes_of(arrays["down.weight"]).reshape(len(arrays["down.weight"]), -1)[slot] = 0
+                for file in untouched:
+                    os.utime(file, ns=(1, 1))
+            return loading
 
-        monkeypatch.setattr(reader, "read", garbled)
+        monkeypatch.setattr(store, "start", garbled)
         with pytest.raises(CheckpointError, match="was written to since"):
             model.generate([1], max_tokens=12)
-        monkeypatch.setattr(reader, "read", read)
+        monkeypatch.setattr(store, "start", start)
         for file, status in untouched.items():
             os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert len(begun) == 2
         assert model.generate([1], max_tokens=12).token_ids == wanted
 
 
