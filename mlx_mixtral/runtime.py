@@ -69,7 +69,7 @@ class Mixtral:
         lookahead.connect(module.layers)
         self._module: MixtralModel | None = module
         self._requests = Requests(config, residency, tokenizer)
-        self._step: DecodeStep | None = DecodeStep(module)
+        self._step: DecodeStep | None = self._decode_step(module)
         self._busy = threading.Lock()
         # MLX streams belong to the thread that made them, except for this kind: it lets a model be loaded on one thread and
         # used on another, and a generation be resumed from several. The lock above keeps it to one user at a time.
@@ -148,7 +148,7 @@ class Mixtral:
                 self.residency.change(planned, self._planner.builder.bank)
             finally:
                 self._lookahead.connect(self.module.layers)
-                self._step = DecodeStep(self.module)
+                self._step = self._decode_step(self.module)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Generation:
         """Continue ``prompt``: text, sent as it is after BOS, or token ids, sent as they are.
@@ -283,6 +283,9 @@ class Mixtral:
 
         budget = self.residency.budget_bytes
         return TextStream(run, request.text, self._exclusive(), self.device, self._stream, budget)
+
+    def _decode_step(self, module: MixtralModel) -> DecodeStep:
+        return DecodeStep(module, compiled=self.device.kind != "cpu")
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:

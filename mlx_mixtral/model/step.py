@@ -22,15 +22,18 @@ class DecodeStep:
     Where a token is in the cache is an array to it, not a number: the graph of one step is the graph of all, until the cache
     grows. The cache's arrays go in and come out, and nothing else holds them when MLX computes, so they are written in place.
 
-    A model that streams experts reads the routers' choices in between and cannot be one graph. It runs the same operations
-    uncompiled.
+    Where MLX computes on the CPU it would call a C++ compiler for each of the two dozen groups of operations that it fuses, for
+    half a minute before the first token, to save Python a few milliseconds a token where matrix products take all the time:
+    ``compiled`` is for GPUs. Without it the same operations run one by one.
+
+    A model that streams experts reads the routers' choices in between and cannot be one graph: it runs them one by one as well.
 
     Keep it no longer than the model's weights are to live, and make another when banks of experts have changed: the graph
     holds them.
     """
 
-    def __init__(self, model: MixtralModel) -> None:
-        self._model = model
+    def __init__(self, model: MixtralModel, *, compiled: bool) -> None:
+        self._model, self._is_compiled = model, compiled
         self._compiled: dict[Kind, Run] = {}
 
     def __call__(self, tokens: mx.array, cache: KVCache, *, last_only: bool = True) -> mx.array:
@@ -45,7 +48,7 @@ class DecodeStep:
 
     def _run(self, kind: Kind) -> Run:
         run = partial(_step, self._model, kind)
-        if self._model.is_streamed:
+        if not self._is_compiled or self._model.is_streamed:
             return run
         if kind not in self._compiled:
             self._compiled[kind] = mx.compile(run)

@@ -21,7 +21,7 @@ class Watched:
     """A model's forwards and head calls, and the reads of tokens, in the order they happen."""
 
     def __init__(self, model: MixtralModel) -> None:
-        self.model, self.compute = model, DecodeStep(model)
+        self.model, self.compute = model, DecodeStep(model, compiled=False)
         self.events: list[tuple[str, int]] = []
         self.is_streamed, self.counters = model.is_streamed, model.counters
 

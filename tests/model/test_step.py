@@ -19,6 +19,7 @@ from tests.kernels import kernels
 
 RECORDED = Path(__file__).parents[1] / "goldens" / "transformers"
 KERNELS_A_LAYER = 17
+BUNDLED_VOCAB = 4096
 
 
 @pytest.fixture(scope="module", params=["tiny", "sliding_window", "rope_dynamic", "one_expert", "tied_embeddings"])
@@ -31,10 +32,15 @@ def _ids(model: Mixtral, rows: int, length: int) -> mx.array:
     return mx.array(np.random.default_rng(0).integers(3, model.config.vocab_size, (rows, length)))
 
 
+def _step(model: Mixtral) -> DecodeStep:
+    """Compiled for the bundled checkpoint only: on the CPU backend every other one costs a dozen calls of a C++ compiler."""
+    return DecodeStep(model.module, compiled=model.config.vocab_size == BUNDLED_VOCAB)
+
+
 @pytest.mark.parametrize("padding", [None, [3, 0, 5]])
 def test_steps_equal_plain_forwards(each: Mixtral, padding: list[int] | None) -> None:
     rows = len(padding) if padding else 1
-    step, caches = DecodeStep(each.module), [each.make_cache(padding) for _ in "ab"]
+    step, caches = _step(each), [each.make_cache(padding) for _ in "ab"]
     prompt = _ids(each, rows, 9)
     plain, ours = (each.module(prompt, cache)[:, -1] for cache in caches)
     for _ in range(12):
@@ -46,7 +52,7 @@ def test_steps_equal_plain_forwards(each: Mixtral, padding: list[int] | None) ->
 
 
 def test_several_tokens_a_step_equal_one_forward(each: Mixtral) -> None:
-    step, caches = DecodeStep(each.module), [each.make_cache() for _ in "ab"]
+    step, caches = _step(each), [each.make_cache() for _ in "ab"]
     mx.eval([each.module(_ids(each, 1, 5), cache) for cache in caches])
     draft = _ids(each, 1, 4)
     np.testing.assert_allclose(step(draft, caches[1], last_only=False), each.module(draft, caches[0]), atol=2e-5)
@@ -65,7 +71,7 @@ def test_one_graph_serves_all_steps_until_the_cache_grows(model: Mixtral) -> Non
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
     with patch.object(step_module, "_step", watched):
-        step, cache = DecodeStep(model.module), model.make_cache()
+        step, cache = DecodeStep(model.module, compiled=True), model.make_cache()
         mx.eval(model.module(_ids(model, 1, STEP_TOKENS - 20), cache))
         for _ in range(20):
             mx.eval(step(mx.array([[7]]), cache))
@@ -78,7 +84,7 @@ def test_one_graph_serves_all_steps_until_the_cache_grows(model: Mixtral) -> Non
 
 
 def test_the_cache_is_written_in_place(model: Mixtral) -> None:
-    step, cache = DecodeStep(model.module), model.make_cache()
+    step, cache = DecodeStep(model.module, compiled=True), model.make_cache()
     mx.eval(model.module(_ids(model, 1, 4000), cache), cache.arrays)
     for _ in range(2):
         mx.eval(step(mx.array([[7]]), cache))
@@ -108,7 +114,7 @@ def test_kernels_of_a_layer(tiny: Path, tmp_path: Path, rows: int) -> None:
             model.module.layers = layers[:count]
             cache = model.make_cache()
             mx.eval(model.module(_ids(model, rows, 3), cache), cache.lengths)
-            return DecodeStep(model.module)(_ids(model, rows, 1), cache)
+            return DecodeStep(model.module, compiled=True)(_ids(model, rows, 1), cache)
 
         two, three = (kernels(lambda count=count: graph(count)) for count in (2, 3))  # type: ignore[misc]
         model.module.layers = layers
