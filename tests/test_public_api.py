@@ -118,14 +118,16 @@ def test_every_module_opens_with_what_it_is(path: Path) -> None:
 
 
 # Which rooms of the package a room's modules may import (DESIGN: errors <- config <- layout <- weights; model; generation).
-FOUNDATION = {"errors", "quantization", "rope", "config", "layout", "sizes"}
+FOUNDATION = {"errors", "arguments", "quantization", "rope", "config", "layout", "sizes"}
 MAY_IMPORT = {
     "errors": set[str](),
     "platforms": set[str](),
+    "arguments": {"errors"},
+    "unsupported": {"errors"},
     "sizes": {"errors"},
     "quantization": {"errors"},
     "rope": {"errors"},
-    "config": {"errors", "quantization", "rope"},
+    "config": {"errors", "quantization", "rope", "unsupported"},
     "layout": {"config"},
     "device": {"errors"},
     "weights": FOUNDATION | {"weights"},

@@ -174,5 +174,7 @@ def test_room_on_a_mac_is_its_memory_less_the_cache() -> None:
         room_for_weights(EIGHT, Device("cpu", "CPU", ""))
     with pytest.raises(InvalidRequestError, match="context is 99999"):
         room_for_weights(EIGHT, mac, 99999)
+    with pytest.raises(InvalidRequestError, match="context is '4k', of type str"):
+        room_for_weights(EIGHT, mac, "4k")  # type: ignore[arg-type]
     with pytest.raises(MemoryBudgetError, match="smaller --context"):
         room_for_weights(EIGHT, Device("metal", "", "applegpu_g14s", 2**30, 2**30), 32768)

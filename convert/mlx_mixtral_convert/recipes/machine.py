@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlx_mixtral.arguments import check_type
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.device import Device
 from mlx_mixtral.errors import InvalidRequestError, MemoryBudgetError
@@ -25,6 +26,7 @@ def room_for_weights(config: MixtralConfig, device: Device, context: int | None 
         raise InvalidRequestError(
             "--fit mac asks the GPU of a Mac for its memory, and there is none here; give a size: 20GB"
         )
+    check_type("context", context, (int, type(None)), "a number of tokens")
     tokens = min(DEFAULT_CONTEXT_TOKENS, config.max_position_embeddings) if context is None else context
     if not 1 <= tokens <= config.max_position_embeddings:
         raise InvalidRequestError(
