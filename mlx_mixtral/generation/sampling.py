@@ -140,8 +140,7 @@ class Sampler:
 
     def __call__(self, logits: mx.array) -> Sampled:
         """Sample from ``logits [1, V]``; lazily, so that the next step can be scheduled before this one is read."""
-        logits = logits.astype(mx.float32)
-        token = self.draw(self._penalised(logits))
+        token = self.draw(self.adjusted(logits))
         self.record(token)
         chosen, top, top_logprobs = self.logprobs(logits, token)
         return Sampled(
@@ -162,14 +161,15 @@ class Sampler:
         """The key of stream 0 to ``KEY_STREAMS - 1`` for the position ``ahead`` of the next; stream 0 draws tokens."""
         return mx.array([self._keys[stream], self._step + ahead], mx.uint32)
 
-    def adjusted(self, logits: mx.array, drafted: mx.array) -> mx.array:
+    def adjusted(self, logits: mx.array, drafted: mx.array | None = None) -> mx.array:
         """``logits [N, V]`` of the next N positions after penalties and bias, float32.
 
-        ``drafted [N - 1]`` are the tokens at all of them but the last: each counts as generated for those after it.
+        ``drafted [N - 1]`` are the tokens at all of them but the last: each counts as generated for those after it. None
+        when N is 1.
         """
         logits = logits.astype(mx.float32)
-        if self._seen is None and self._counts is None:
-            return self._penalised(logits)
+        if drafted is None or (self._seen is None and self._counts is None):
+            return self._with_penalties(logits, self._seen, self._counts)
         times = mx.cumsum((mx.arange(logits.shape[-1]) == drafted[:, None]).astype(mx.float32), axis=0)
         before = mx.concatenate([mx.zeros((1, logits.shape[-1])), times])  # [N, V]
         seen = None if self._seen is None else self._seen | (before > 0)
@@ -191,9 +191,7 @@ class Sampler:
         kept = kept - mx.logsumexp(kept, axis=-1, keepdims=True)
         return kept if order is None else mx.put_along_axis(mx.zeros_like(kept), order, kept, axis=-1)
 
-    def logprobs(
-        self, logits: mx.array, tokens: mx.array
-    ) -> tuple[mx.array | None, mx.array | None, mx.array | None]:
+    def logprobs(self, logits: mx.array, tokens: mx.array) -> tuple[mx.array | None, mx.array | None, mx.array | None]:
         """Of ``logits [N, V]``: log-probabilities of ``tokens [N]``, the likeliest ids ``[N, n]`` and theirs, if asked for."""
         if self.params.logprobs is None:
             return None, None, None
@@ -212,9 +210,6 @@ class Sampler:
             self._seen[tokens] = True
         if self._counts is not None:
             self._counts = self._counts.at[tokens].add(1)
-
-    def _penalised(self, logits: mx.array) -> mx.array:
-        return self._with_penalties(logits, self._seen, self._counts)
 
     def _with_penalties(self, logits: mx.array, seen: mx.array | None, counts: mx.array | None) -> mx.array:
         p = self.params

@@ -117,7 +117,7 @@ def test_penalties_and_bias_by_hand(
     )
     for token in history:
         sampler.record(mx.array([token]))
-    ours = np.asarray(sampler._penalised(mx.array(LOGITS[None])))[0]
+    ours = np.asarray(sampler.adjusted(mx.array(LOGITS[None])))[0]
     for token in range(VOCAB):
         wanted = float(LOGITS[token])
         if token in history or token in prompt:

@@ -1,0 +1,48 @@
+"""Fills in the statistics of a generation while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from mlx_mixtral.experts.store import Counters
+from mlx_mixtral.generation.loop import GenerationStats
+from mlx_mixtral.model.mixtral import MixtralModel
+
+__all__ = ["Meter"]
+
+
+class Meter:
+    """Made when a generation starts; told how many tokens there are whenever one more was read.
+
+    Args:
+        on_prefill: told ``(total, total)`` prompt tokens with the first token.
+    """
+
+    def __init__(
+        self,
+        model: MixtralModel,
+        prompt: Sequence[int],
+        stats: GenerationStats,
+        on_prefill: Callable[[int, int], None] | None,
+    ) -> None:
+        self._stats, self._on_prefill = stats, on_prefill
+        self._counters = model.counters if model.is_streamed else None
+        self._before = None if self._counters is None else self._counters.copy()
+        self._prompt_experts: Counters | None = None
+        self._started = self._first_token_at = time.perf_counter()
+        stats.prompt_tokens = len(prompt)
+
+    def count(self, tokens: int) -> None:
+        stats, now = self._stats, time.perf_counter()
+        if tokens == 1:
+            self._first_token_at = now
+            stats.time_to_first_token_s = now - self._started
+            if self._on_prefill is not None:
+                self._on_prefill(stats.prompt_tokens, stats.prompt_tokens)
+        stats.tokens = tokens
+        stats.decode_s = now - self._first_token_at
+        if self._counters is not None and self._before is not None:
+            self._prompt_experts = self._prompt_experts or self._counters.copy()
+            stats.prompt_experts = self._prompt_experts.since(self._before)
+            stats.decode_experts = self._counters.since(self._prompt_experts)

@@ -1,0 +1,1 @@
+"""Speculation: several tokens proposed cheaply and verified in one forward, with the distribution of the text unchanged."""

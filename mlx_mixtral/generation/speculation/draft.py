@@ -1,0 +1,89 @@
+"""A draft model: a smaller one with the same vocabulary writes ahead, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.generation.sampling import Sampler
+from mlx_mixtral.generation.speculation.accept import DRAFT_STREAM
+from mlx_mixtral.generation.speculation.proposal import Guess, Proposal
+from mlx_mixtral.model.mixtral import MixtralModel
+
+__all__ = ["DraftProposer"]
+
+Step = Callable[[mx.array, KVCache], mx.array]
+
+
+class DraftProposer:
+    """Proposes what a draft model generates, sampled as the model itself is: same temperature, truncation and penalties.
+
+    The draft has its own cache, brought up to the sequence before it proposes and trimmed when tokens were refused. After
+    k proposals it holds k - 1 of them: the last was never fed to it.
+
+    Args:
+        step: the draft's decode step: one token ``[1, 1]`` to its logits ``[1, 1, V]``.
+        most_tokens: positions the draft's cache may take; beyond them nothing is proposed.
+        most_proposed: largest number of tokens that ``propose`` is asked for.
+        chunk_tokens: tokens of a long prompt computed at once.
+    """
+
+    def __init__(
+        self,
+        model: MixtralModel,
+        step: Step,
+        prompt: Sequence[int],
+        *,
+        most_tokens: int,
+        most_proposed: int,
+        chunk_tokens: int,
+    ) -> None:
+        self._model, self._step = model, step
+        self._tokens = list(prompt)
+        self._most_tokens, self._most_proposed, self._chunk_tokens = most_tokens, most_proposed, chunk_tokens
+        self.cache = model.make_cache(most_tokens=most_tokens)
+
+    def guess(self) -> Guess | None:
+        """None once the draft's context is full."""
+        return Guess(0) if len(self._tokens) + self._most_proposed <= self._most_tokens else None
+
+    def propose(self, count: int, sampler: Sampler) -> Proposal:
+        sampler = sampler.fork()
+        logits = self._catch_up()
+        tokens, log_q = [], []
+        while True:
+            adjusted = sampler.adjusted(logits)
+            if sampler.params.is_greedy:
+                token = sampler.draw(adjusted)
+            else:
+                log_q.append(sampler.log_probabilities(adjusted))
+                token = mx.random.categorical(log_q[-1], key=sampler.key(DRAFT_STREAM))
+            token = token.astype(mx.int32)
+            tokens.append(token)
+            if len(tokens) == count:
+                return Proposal(mx.concatenate(tokens), mx.concatenate(log_q) if log_q else None)
+            # Begins now, while Python prepares the next step.
+            mx.async_eval(token)
+            sampler.record(token)
+            logits = self._step(token[None], self.cache)[:, -1]
+
+    def take(self, tokens: Sequence[int], accepted: int = 0) -> None:
+        # A proposal that was fed to the draft and refused, and all after it, are in the cache and not in the sequence.
+        excess = self.cache.length - (len(self._tokens) + accepted)
+        if excess > 0:
+            self.cache.trim(excess)
+        self._tokens.extend(tokens)
+
+    def _catch_up(self) -> mx.array:
+        """Logits ``[1, V]`` after all tokens taken; the cache holds them then."""
+        model, cache = self._model, self.cache
+        while len(self._tokens) - cache.length > self._chunk_tokens:
+            start = cache.length
+            model.remember(mx.array([self._tokens[start : start + self._chunk_tokens]], mx.int32), cache)
+            mx.eval(cache.arrays)
+        missing = mx.array([self._tokens[cache.length :]], mx.int32)
+        if missing.size == 1:
+            return self._step(missing, cache)[:, -1]
+        return model.head(model.hidden(missing, cache, last_only=True)[:, -1])
