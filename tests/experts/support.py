@@ -22,10 +22,10 @@ def converted(folder: Path, **recipe: Any) -> Path:
     return folder
 
 
-def budget(model: Mixtral, share: float) -> int:
+def budget(model: Mixtral, share: float, context: int | None = None) -> int:
     """Bytes with which this share of the experts stays in memory, 0 the least possible."""
     planner = model._planner
-    demands, sizes = planner.demands(None), planner.sizes
+    demands, sizes = planner.demands(context), planner.sizes
     experts = sum(sizes.expert_bytes) * sizes.num_experts
     return demands.least_bytes + int(share * experts) if share else demands.least_bytes
 

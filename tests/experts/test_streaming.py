@@ -252,6 +252,19 @@ def test_a_budget_below_the_least_names_it_and_its_parts(folder: Path, whole: Mi
     load(folder, memory=named.replace(" ", "")).close()
 
 
+@pytest.mark.parametrize("share", SHARES)
+def test_peak_memory_stays_within_the_budget(folder: Path, whole: Mixtral, share: float) -> None:
+    size = budget(whole, share, context=256)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with load(folder, memory=size, context=256) as model:
+        model.generate((ids(whole) * 20)[:180], max_tokens=8)
+        model.generate((ids(whole) * 4)[:60], max_tokens=40)
+        assert model.residency.is_streamed
+    assert mx.get_peak_memory() - before <= 1.05 * size
+
+
 def test_memory_can_be_changed_under_a_loaded_model(folder: Path, whole: Mixtral) -> None:
     tokens = ids(whole)
     wanted, logits = whole.generate(tokens, max_tokens=12).token_ids, bits(whole.logits(tokens))
