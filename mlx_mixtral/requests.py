@@ -106,6 +106,16 @@ class Requests:
         text = TextAssembler(decoder, limit, stop_ids, stops, cancelled)
         return Request(tokens, limit, sampler, text, on_prefill)
 
+    def batch(self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions) -> list[Request]:
+        """A request for each of ``prompts``; an error names the prompt it is about by its number, from 0."""
+        requests = []
+        for index, prompt in enumerate(prompts):
+            try:
+                requests.append(self.request(self.prompt(prompt), **options))
+            except (InvalidRequestError, ContextLengthError) as error:
+                raise type(error)(f"prompt {index}: {error}") from None
+        return requests
+
     def prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of text, after BOS, or of token ids.
 

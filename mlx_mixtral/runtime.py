@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
 from mlx_mixtral.arguments import check_type
+from mlx_mixtral.batches import collect_batch, stream_batch
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config import MixtralConfig
-from mlx_mixtral.device import Device
+from mlx_mixtral.device import Device, wired
 from mlx_mixtral.errors import (
     BusyError,
     ChatTemplateError,
@@ -29,17 +27,19 @@ from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.generation.loop import GenerationStats, Token, decode
 from mlx_mixtral.generation.sampling import SamplingParams
+from mlx_mixtral.generation.scheduler import Scheduler, SequenceRequest
 from mlx_mixtral.model.lookahead import LookaheadControl
 from mlx_mixtral.model.mixtral import MixtralModel
-from mlx_mixtral.model.moe import SparseMoe
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.planning import Planner
 from mlx_mixtral.requests import GenerationOptions, Requests
-from mlx_mixtral.stream import Generation, TextStream
+from mlx_mixtral.routing import record_routing
+from mlx_mixtral.stream import Chunk, Generation, TextStream
 from mlx_mixtral.tokenizer import Tokenizer
 
 __all__ = ["CHAT_SAMPLING", "Mixtral"]
 
+DEFAULT_ROWS = 8
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
 Message = Mapping[str, Any]
@@ -169,6 +169,44 @@ class Mixtral:
         _ = self.module  # a closed model says so before anything else
         return self._text_stream(self._requests.prompt(prompt), **options)
 
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_rows: int = DEFAULT_ROWS,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Generation]:
+        """Continue several prompts at once, each as ``generate`` would; weights are read once a step for all of them.
+
+        A row's text is the one it would have alone, as far as rounding goes (about 1e-6 in float32). With a seed every row
+        draws as if it were alone.
+
+        Args:
+            prompts: text or token ids each.
+            max_rows: generations at once; the rest wait, and join when one has ended or, under a memory budget, when its KV
+                cache has room for them.
+            options: for all of them: see ``GenerationOptions``.
+
+        Raises:
+            InvalidRequestError, ContextLengthError, TokenizerError, BusyError: as for ``generate``; the message names the
+                prompt by its number, from 0.
+        """
+        sequences, chunks = self._batch(prompts, max_rows, options)
+        return collect_batch(chunks, sequences)
+
+    def stream_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_rows: int = DEFAULT_ROWS,
+        **options: Unpack[GenerationOptions],
+    ) -> Generator[tuple[int, Chunk], None, None]:
+        """As ``generate_batch``, chunk by chunk: pairs of a prompt's number and its chunk, in the order they come.
+
+        The model is busy from the first pair until the last, or until the generator is closed.
+        """
+        return self._batch(prompts, max_rows, options)[1]
+
     def chat(
         self,
         messages: Sequence[Message],
@@ -237,26 +275,7 @@ class Mixtral:
             InvalidRequestError: no tokens, ids out of range, or a dense model, which has no routers.
         """
         check_type("texts", texts, (list, tuple), "a list of lists of token ids")
-        layers = [layer.moe for layer in self.module.layers if isinstance(layer.moe, SparseMoe)]
-        if not layers:
-            raise InvalidRequestError("this model is dense: it has no experts to choose from")
-        parts: list[list[npt.NDArray[np.uint16]]] = [[] for _ in layers]
-        observer = object()
-
-        def record(chosen: mx.array, into: list[npt.NDArray[np.uint16]]) -> None:
-            into.append(np.asarray(chosen).reshape(-1, chosen.shape[-1]).astype(np.uint16))
-
-        for moe, part in zip(layers, parts, strict=True):
-            moe.observe(observer, functools.partial(record, into=part))
-        try:
-            for text in texts:
-                self.logits(text)
-        finally:
-            for moe in layers:
-                moe.observe(observer, None)
-        starts = np.cumsum([0, *(len(text) for text in texts)])[:-1]
-        experts = np.stack([np.concatenate(part) for part in parts], axis=1)
-        return RoutingTrace(experts, self.config.num_local_experts, tuple(int(at) for at in starts))
+        return record_routing(self.module, self.logits, texts)
 
     def _text_stream(
         self, tokens: list[int], *, is_answer: bool = False, **options: Unpack[GenerationOptions]
@@ -283,6 +302,30 @@ class Mixtral:
 
         budget = self.residency.budget_bytes
         return TextStream(run, request.text, self._exclusive(), self.device, self._stream, budget)
+
+    def _batch(
+        self, prompts: Sequence[str | Sequence[int]], max_rows: int, options: GenerationOptions
+    ) -> tuple[list[SequenceRequest], Generator[tuple[int, Chunk], None, None]]:
+        module, step, planned = self.module, self._step, self.residency.planned
+        assert step is not None
+        check_type("prompts", prompts, (list, tuple), "a list of texts, or of lists of token ids")
+        if not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 1:
+            raise InvalidRequestError(f"max_rows is {max_rows!r}; it must be an integer of at least 1")
+        requests = self._requests.batch(prompts, options)
+        scheduler = Scheduler(
+            module,
+            step,
+            lambda padding: module.make_cache(padding, most_tokens=self._requests.context_limit),
+            stream=self._stream,
+            max_rows=max_rows,
+            max_columns=None if planned.budget_bytes is None else planned.demands.context_capacity,
+            prefill_chunk=planned.chunk_tokens,
+        )
+        sequences = [
+            SequenceRequest(made.tokens, made.max_tokens, made.sampler, on_prefill=made.on_prefill) for made in requests
+        ]
+        memory = wired(self.device, self._stream, self.residency.budget_bytes)
+        return sequences, stream_batch(scheduler, requests, self._exclusive(), memory, sequences, self._stream)
 
     def _decode_step(self, module: MixtralModel) -> DecodeStep:
         return DecodeStep(module, compiled=self.device.kind != "cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -45,6 +45,18 @@ class Generation:
     finish_reason: FinishReason
     stats: GenerationStats
     logprobs: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk], stats: GenerationStats) -> Self:
+        """All chunks of a stream put together."""
+        logprobs = tuple(chunk.logprob for chunk in chunks if chunk.logprob is not None)
+        return cls(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(chunk.token_id for chunk in chunks),
+            finish_reason=chunks[-1].finish_reason or "length",
+            stats=stats,
+            logprobs=logprobs if len(logprobs) == len(chunks) else None,
+        )
 
 
 class TextStream(Iterator[Chunk]):
@@ -96,14 +108,7 @@ class TextStream(Iterator[Chunk]):
         """Run to the end."""
         with self:
             chunks = list(self)
-        logprobs = tuple(chunk.logprob for chunk in chunks if chunk.logprob is not None)
-        return Generation(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(chunk.token_id for chunk in chunks),
-            finish_reason=chunks[-1].finish_reason or "length",
-            stats=self.stats,
-            logprobs=logprobs if len(logprobs) == len(chunks) else None,
-        )
+        return Generation.of(chunks, self.stats)
 
 
 class TextAssembler:

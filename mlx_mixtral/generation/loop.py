@@ -12,10 +12,11 @@ import numpy as np
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.experts.store import Counters
 from mlx_mixtral.generation.sampling import Sampled, Sampler
+from mlx_mixtral.generation.speculation.proposal import SpeculationStats
 from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.model.step import DecodeStep
 
-__all__ = ["PREFILL_CHUNK_TOKENS", "GenerationStats", "Token", "decode"]
+__all__ = ["PREFILL_CHUNK_TOKENS", "GenerationStats", "Token", "decode", "prefill", "read_token"]
 
 PREFILL_CHUNK_TOKENS = 1024
 
@@ -46,6 +47,8 @@ class GenerationStats:
     """The same from the first token to the last."""
     predicted_tok_s: float | None = None
     """What the plan in force predicts for decoding."""
+    speculation: SpeculationStats | None = None
+    """What was proposed and accepted; None without speculation."""
 
     @property
     def prompt_tok_s(self) -> float:
@@ -67,6 +70,7 @@ class GenerationStats:
             "decode_tok_s": self.decode_tok_s,
             "peak_memory_bytes": self.peak_memory_bytes,
             **self._streaming(),
+            **({} if self.speculation is None else self.speculation.to_dict()),
         }
 
     def _streaming(self) -> dict[str, float | int]:
@@ -114,7 +118,7 @@ def decode(
     counters = model.counters if model.is_streamed else None
     before = counters.copy() if counters is not None else None
     with mx.stream(stream):
-        hidden = _prefill(model, prompt, cache, prefill_chunk, on_prefill)
+        hidden = prefill(model, prompt, cache, prefill_chunk, on_prefill)
         ahead = sampler(model.head(hidden[:, -1]))
         mx.async_eval(ahead.arrays)
     first_token_at = started
@@ -132,7 +136,7 @@ def decode(
         is_early = step + 1 < max_tokens and not model.is_streamed
         if is_early:
             ahead = following(current)
-        token = _read(current)
+        token = read_token(current)
         now = time.perf_counter()
         if step == 0:
             first_token_at = now
@@ -150,7 +154,7 @@ def decode(
             ahead = following(current)
 
 
-def _prefill(
+def prefill(
     model: MixtralModel,
     prompt: Sequence[int],
     cache: KVCache,
@@ -169,7 +173,8 @@ def _prefill(
     return model.hidden(tokens[:, start:], cache, last_only=True)
 
 
-def _read(sampled: Sampled) -> Token:
+def read_token(sampled: Sampled) -> Token:
+    """Wait for a sampled token and bring it to the host."""
     top: tuple[tuple[int, float], ...] = ()
     if sampled.top_ids is not None and sampled.top_logprobs is not None:
         ids, logprobs = np.asarray(sampled.top_ids).tolist(), np.asarray(sampled.top_logprobs).tolist()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.span import Step
 from mlx_mixtral.cache.storage import LayerArrays, Storage
 from mlx_mixtral.model.mixtral import MixtralModel
 
-__all__ = ["DecodeStep"]
+__all__ = ["DecodeStep", "StepCache"]
 
 
 class DecodeStep:
@@ -36,7 +35,7 @@ class DecodeStep:
         self._model, self._is_compiled = model, compiled
         self._compiled: dict[Kind, Run] = {}
 
-    def __call__(self, tokens: mx.array, cache: KVCache, *, last_only: bool = True) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: StepCache, *, last_only: bool = True) -> mx.array:
         """Lazy logits ``[B, L, V]`` of ``tokens [B, L]`` int32, of the last token ``[B, 1, V]`` when ``last_only``."""
         model, (rows, L) = self._model, tokens.shape
         cache.reserve(rows, L)
@@ -53,6 +52,31 @@ class DecodeStep:
         if kind not in self._compiled:
             self._compiled[kind] = mx.compile(run)
         return self._compiled[kind]
+
+
+class StepCache(Protocol):
+    """What a step asks of a cache: ``KVCache`` and ``BatchCache`` both."""
+
+    layers: list[LayerArrays]
+
+    @property
+    def storage(self) -> Storage: ...
+
+    @property
+    def window(self) -> int | None: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def lengths(self) -> mx.array: ...
+
+    @property
+    def padding(self) -> mx.array | None: ...
+
+    def reserve(self, rows: int, L: int) -> None: ...
+
+    def advance(self, L: int, lengths: mx.array | None = None) -> None: ...
 
 
 class Kind(NamedTuple):

@@ -1,0 +1,269 @@
+"""Several generations at once: they join and leave between steps, each ends on its own, and one forward serves them all.
+
+A step of a batch reads the weights once for all its rows, and each expert once for all rows that chose it. Requests wait in
+one queue and are admitted in its order: one that does not fit yet is not overtaken, so that none waits for ever. Prompts are
+computed a chunk between two steps, so a long one delays the others by a chunk at a time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_mixtral.cache.batch import BatchCache
+from mlx_mixtral.cache.kv import STEP_TOKENS, KVCache
+from mlx_mixtral.errors import ContextLengthError
+from mlx_mixtral.generation.loop import GenerationStats, Token, read_token
+from mlx_mixtral.generation.meter import Meter
+from mlx_mixtral.generation.sampling import Sampled, Sampler
+from mlx_mixtral.model.mixtral import MixtralModel
+from mlx_mixtral.model.step import DecodeStep
+
+__all__ = ["Scheduler", "SequenceRequest"]
+
+# Prompts of different lengths are computed together when padding adds no more than this share, or so many tokens a row.
+PADDING_SHARE, PADDING_TOKENS = 0.25, 64
+LEAST_CHUNK_TOKENS = 32
+
+
+@dataclass
+class SequenceRequest:
+    """A prompt to continue by up to ``max_tokens`` tokens. ``stats`` is filled in as it goes."""
+
+    tokens: Sequence[int]
+    max_tokens: int
+    sampler: Sampler
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    on_prefill: Callable[[int, int], None] | None = None
+
+    @property
+    def columns(self) -> int:
+        """Columns of cache it takes by its end, in whole steps; the last token is never fed."""
+        return _whole_steps(len(self.tokens) + self.max_tokens - 1)
+
+
+@dataclass
+class _Row:
+    ticket: int
+    request: SequenceRequest
+    meter: Meter
+    unread: Sampled | None = None
+    made: int = 0
+    is_finished: bool = False
+    columns: int = 0
+    """Columns of cache it takes by its end, padding included, in whole steps."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a token follows the one that is read next."""
+        return not self.is_finished and self.made + 1 < self.request.max_tokens
+
+
+@dataclass
+class _Prefill:
+    """Prompts that are being computed together, aligned at their ends."""
+
+    rows: list[_Row]
+    tokens: mx.array
+    cache: KVCache
+    done: int = 0
+
+
+class Scheduler:
+    """Carries out requests on one model. Use it from one thread at a time, and nothing else of the model meanwhile.
+
+    Args:
+        compute: the model's step.
+        make_cache: an empty cache for rows with so much left padding each.
+        stream: the MLX stream for all work.
+        max_rows: generations at once.
+        max_columns: rows times columns of cache, as a memory budget allows; None for no limit.
+        prefill_chunk: tokens of prompts computed at once.
+    """
+
+    def __init__(
+        self,
+        model: MixtralModel,
+        compute: DecodeStep,
+        make_cache: Callable[[Sequence[int]], KVCache],
+        *,
+        stream: mx.Stream,
+        max_rows: int,
+        max_columns: int | None,
+        prefill_chunk: int,
+    ) -> None:
+        self._model, self._compute, self._make_cache, self._stream = model, compute, make_cache, stream
+        self._max_rows, self._max_columns, self._prefill_chunk = max_rows, max_columns, prefill_chunk
+        self._waiting: deque[_Row] = deque()
+        self._prefilling: _Prefill | None = None
+        self._rows: list[_Row] = []
+        self._cache: BatchCache | None = None
+        self._last = mx.zeros(0, mx.int32)
+        self._tickets = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing left to do."""
+        return not self._waiting and not self._rows and self._prefilling is None
+
+    @property
+    def running(self) -> int:
+        """Rows that are being generated or whose prompts are being computed."""
+        return len(self._rows) + (len(self._prefilling.rows) if self._prefilling else 0)
+
+    def submit(self, request: SequenceRequest) -> int:
+        """Put a request at the end of the queue; returns its ticket.
+
+        Raises:
+            ContextLengthError: it would not fit even alone.
+        """
+        if self._max_columns is not None and request.columns > self._max_columns:
+            raise ContextLengthError(
+                f"a row of {len(request.tokens)} prompt tokens and up to {request.max_tokens} more needs KV cache for "
+                f"{request.columns}; the memory budget holds {self._max_columns}: reserve more with context=, or generate fewer"
+            )
+        self._tickets += 1
+        meter = Meter(self._model, request.tokens, request.stats, request.on_prefill)
+        self._waiting.append(_Row(self._tickets, request, meter))
+        return self._tickets
+
+    def finish(self, ticket: int) -> None:
+        """End a generation before its last token: it leaves before the next step. Unknown tickets are ignored."""
+        self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
+        computing = self._prefilling.rows if self._prefilling else []
+        for row in (*self._rows, *computing):
+            if row.ticket == ticket:
+                row.is_finished = True
+
+    def step(self) -> list[tuple[int, Token]]:
+        """A token of every running row, with its ticket; rows that got their last one are gone.
+
+        Raises:
+            CheckpointError: an expert cannot be read; the scheduler is of no more use.
+        """
+        with mx.stream(self._stream):
+            self._keep([place for place, row in enumerate(self._rows) if not row.is_finished])
+            if self._rows and self._rows[0].unread is None:
+                self._advance()
+            self._prefill()
+            reading = [(row, row.unread) for row in self._rows if not row.is_finished]
+            self._keep([place for place, row in enumerate(self._rows) if row.goes_on])
+            # A forward that waits for experts would wait for these tokens too: nothing is gained by starting it early.
+            if self._model.is_streamed:
+                for row in self._rows:
+                    row.unread = None
+            elif self._rows:
+                self._advance()
+        return [(row.ticket, self._read(row, sampled)) for row, sampled in reading if sampled is not None]
+
+    @staticmethod
+    def _read(row: _Row, sampled: Sampled) -> Token:
+        token = read_token(sampled)
+        row.made += 1
+        row.meter.count(row.made)
+        return token
+
+    def _keep(self, places: Sequence[int]) -> None:
+        """Let go of all rows but these."""
+        if len(places) == len(self._rows):
+            return
+        self._rows = [self._rows[place] for place in places]
+        self._last = self._last[mx.array(list(places))] if places else mx.zeros(0, mx.int32)
+        assert self._cache is not None
+        self._cache.keep(places)
+
+    def _advance(self) -> None:
+        """Schedule the next token of every row."""
+        assert self._cache is not None
+        logits = self._compute(self._last[:, None], self._cache)[:, -1]
+        self._last = self._sample(self._rows, logits)
+        mx.async_eval(self._last, *[array for row in self._rows if row.unread for array in row.unread.arrays])
+
+    @staticmethod
+    def _sample(rows: Sequence[_Row], logits: mx.array) -> mx.array:
+        """A token for each row of ``logits [B, V]``; returns them, ``[B]``. Rows that want the likeliest share a kernel."""
+        likeliest = mx.argmax(logits.astype(mx.float32), axis=-1) if any(_is_plain(row) for row in rows) else None
+        for place, row in enumerate(rows):
+            if likeliest is not None and _is_plain(row):
+                row.unread = Sampled(likeliest[place : place + 1])
+            else:
+                row.unread = row.request.sampler(logits[place : place + 1])
+        if likeliest is not None and all(map(_is_plain, rows)):
+            return likeliest
+        return mx.concatenate([row.unread.token for row in rows if row.unread is not None])
+
+    def _prefill(self) -> None:
+        """Compute a chunk of the prompts whose turn it is, or all of them while nobody waits for a step."""
+        while True:
+            if self._prefilling is None:
+                self._prefilling = self._admit()
+            if self._prefilling is None:
+                return
+            self._compute_chunk(self._prefilling)
+            if self._rows:
+                return
+
+    def _compute_chunk(self, prefill: _Prefill) -> None:
+        count, total = prefill.tokens.shape
+        chunk = max(LEAST_CHUNK_TOKENS, self._prefill_chunk // count)
+        end = min(prefill.done + chunk, total)
+        part = prefill.tokens[:, prefill.done : end]
+        prefill.done = end
+        if end < total:
+            self._model.remember(part, prefill.cache)
+            mx.eval(prefill.cache.arrays)
+            for row in prefill.rows:
+                if row.request.on_prefill is not None:
+                    ahead = total - end
+                    row.request.on_prefill(max(0, len(row.request.tokens) - ahead), len(row.request.tokens))
+            return
+        hidden = self._model.hidden(part, prefill.cache, last_only=True)
+        tokens = self._sample(prefill.rows, self._model.head(hidden[:, -1]))
+        mx.async_eval(tokens)
+        self._prefilling = None
+        if self._cache is None:
+            self._cache = BatchCache(prefill.cache.storage, prefill.cache.window)
+        self._cache.join(prefill.cache)
+        self._last = mx.concatenate([self._last, tokens]) if self._rows else tokens
+        self._rows += prefill.rows
+
+    def _admit(self) -> _Prefill | None:
+        """The next requests that fit, as many as go together well; None when the first in the queue has to wait."""
+        chosen: list[_Row] = []
+        while self._waiting and self._fits([*chosen, self._waiting[0]]):
+            chosen.append(self._waiting.popleft())
+        if not chosen:
+            return None
+        longest = max(len(row.request.tokens) for row in chosen)
+        padding = [longest - len(row.request.tokens) for row in chosen]
+        for row in chosen:
+            row.columns = _whole_steps(longest + row.request.max_tokens - 1)
+        tokens = [[0] * pad + list(row.request.tokens) for pad, row in zip(padding, chosen, strict=True)]
+        return _Prefill(chosen, mx.array(tokens, mx.int32), self._make_cache(padding))
+
+    def _fits(self, joining: Sequence[_Row]) -> bool:
+        count = len(self._rows) + len(joining)
+        lengths = [len(row.request.tokens) for row in joining]
+        waste = len(lengths) * max(lengths) - sum(lengths)
+        if waste > max(PADDING_SHARE * sum(lengths), PADDING_TOKENS * (len(lengths) - 1)):
+            return False
+        if self._max_columns is None:
+            return count <= self._max_rows
+        # All rows have the columns of the longest; padding counts.
+        most = _whole_steps(max(row.request.max_tokens for row in joining) + max(lengths) - 1)
+        columns = max([most, *(row.columns for row in self._rows)])
+        return count <= self._max_rows and count * columns <= self._max_columns
+
+
+def _whole_steps(columns: int) -> int:
+    return -(-columns // STEP_TOKENS) * STEP_TOKENS
+
+
+def _is_plain(row: _Row) -> bool:
+    """Whether the row's next token is the likeliest one, and nothing else is asked of it."""
+    p = row.request.sampler.params
+    adjusts = p.logit_bias or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
+    return p.is_greedy and p.logprobs is None and not adjusts

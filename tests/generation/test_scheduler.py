@@ -1,0 +1,213 @@
+"""Batches: every row gets what it would get alone, whoever joins and leaves beside it, within the rows and cache allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_mixtral import Mixtral, SamplingParams, load
+from mlx_mixtral.errors import BusyError, ContextLengthError, InvalidRequestError
+from mlx_mixtral.generation.sampling import Sampler
+from mlx_mixtral.generation.scheduler import Scheduler, SequenceRequest
+from mlx_mixtral.model.step import DecodeStep
+
+RECORDED = Path(__file__).parents[1] / "goldens" / "transformers"
+LENGTHS = (3, 40, 7, 150, 11, 2, 90, 5)
+
+
+@pytest.fixture(scope="module", params=["tiny", "sliding_window", "one_expert"])
+def each(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Mixtral]:
+    with load(tiny if request.param == "tiny" else RECORDED / request.param) as loaded:
+        yield loaded
+
+
+def _prompt(model: Mixtral, length: int, seed: int = 0) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed + length).integers(3, model.config.vocab_size, length)]
+
+
+def _alone(model: Mixtral, prompt: Sequence[int], **options: Any) -> tuple[int, ...]:
+    return model.generate(prompt, **options).token_ids
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 8])
+def test_rows_equal_rows_alone(each: Mixtral, max_rows: int) -> None:
+    prompts = [_prompt(each, length) for length in LENGTHS if length + 12 < each.config.max_position_embeddings]
+    together = each.generate_batch(prompts, max_tokens=12, max_rows=max_rows)
+    assert [row.token_ids for row in together] == [_alone(each, prompt, max_tokens=12) for prompt in prompts]
+    assert [row.stats.prompt_tokens for row in together] == [len(prompt) for prompt in prompts]
+    assert all(row.finish_reason in ("length", "stop") for row in together)
+
+
+def test_seeded_rows_draw_as_if_alone(model: Mixtral) -> None:
+    prompts = [_prompt(model, length) for length in (4, 9, 30)]
+    sampling = SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, seed=5, logprobs=2)
+    together = model.generate_batch(prompts, max_tokens=10, sampling=sampling)
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = model.generate(prompt, max_tokens=10, sampling=sampling)
+        assert row.token_ids == alone.token_ids
+        np.testing.assert_allclose(row.logprobs or (), alone.logprobs or (), atol=1e-4)
+
+
+def test_text_stops_and_streams_like_rows_alone(model: Mixtral) -> None:
+    prompts = ["Once upon a time", "def add(a, b):", "3 + 4 ="]
+    alone = [model.generate(prompt, max_tokens=20, stop=["e", "\n"]) for prompt in prompts]
+    texts = ["", "", ""]
+    reasons: list[str | None] = [None, None, None]
+    for index, chunk in model.stream_batch(prompts, max_tokens=20, stop=["e", "\n"]):
+        assert reasons[index] is None, "nothing comes after the end of a row"
+        texts[index] += chunk.text
+        reasons[index] = chunk.finish_reason
+    assert texts == [row.text for row in alone]
+    assert reasons == [row.finish_reason for row in alone]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_streamed_experts_give_the_same_rows(tiny: Path, model: Mixtral, share: float) -> None:
+    prompts = [_prompt(model, length) for length in (4, 30, 9)]
+    wanted = [row.token_ids for row in model.generate_batch(prompts, max_tokens=8)]
+    least = model.least_memory
+    with load(tiny, memory=int(least + share * model.nbytes)) as streamed:
+        assert [row.token_ids for row in streamed.generate_batch(prompts, max_tokens=8)] == wanted
+
+
+def test_closing_a_batch_leaves_the_model_usable(model: Mixtral) -> None:
+    wanted = _alone(model, [1, 2, 3], max_tokens=5)
+    chunks = model.stream_batch([[1, 2, 3], [4, 5]], max_tokens=50)
+    next(chunks)
+    with pytest.raises(BusyError):
+        model.generate([1, 2, 3])
+    chunks.close()
+    assert _alone(model, [1, 2, 3], max_tokens=5) == wanted
+
+
+def test_bad_batches_name_the_prompt(model: Mixtral) -> None:
+    assert model.generate_batch([]) == []
+    limit = model.config.max_position_embeddings
+    with pytest.raises(ContextLengthError, match=rf"prompt 1: the prompt has {limit} tokens"):
+        model.generate_batch([[1], [1] * limit])
+    with pytest.raises(InvalidRequestError, match=r"prompt 2: the prompt is empty"):
+        model.generate_batch(["a", [1], ""])
+    with pytest.raises(InvalidRequestError, match=r"prompts is 'text', of type str"):
+        model.generate_batch("text")
+    with pytest.raises(InvalidRequestError, match="max_rows is 0"):
+        model.generate_batch(["a"], max_rows=0)
+
+
+class _Watched:
+    """A scheduler, and who ran in each of its steps."""
+
+    def __init__(self, model: Mixtral, **limits: Any) -> None:
+        self.model, self.tokens = model, dict[int, list[int]]()
+        self.running: list[tuple[int, ...]] = []
+        self.scheduler = Scheduler(
+            model.module,
+            DecodeStep(model.module, compiled=False),
+            model.make_cache,
+            stream=mx.default_stream(mx.default_device()),
+            **{"max_rows": 8, "max_columns": None, "prefill_chunk": 1024} | limits,
+        )
+
+    def submit(self, prompt: Sequence[int], max_tokens: int) -> int:
+        sampler = Sampler(SamplingParams(), prompt, self.model.config.vocab_size)
+        ticket = self.scheduler.submit(SequenceRequest(prompt, max_tokens, sampler))
+        self.tokens[ticket] = []
+        return ticket
+
+    def step(self) -> None:
+        found = self.scheduler.step()
+        self.running.append(tuple(ticket for ticket, _ in found))
+        for ticket, token in found:
+            self.tokens[ticket].append(token.token_id)
+
+    def run(self) -> None:
+        for _ in range(1000):
+            if self.scheduler.is_idle:
+                return
+            self.step()
+        pytest.fail("the scheduler does not end")
+
+
+@given(
+    plan=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12), st.integers(0, 5)), min_size=1, max_size=7),
+    max_rows=st.integers(1, 4),
+    leaves=st.sets(st.integers(0, 6), max_size=2),
+)
+@settings(max_examples=12, deadline=None)
+def test_whoever_joins_and_leaves(
+    model: Mixtral, plan: list[tuple[int, int, int]], max_rows: int, leaves: set[int]
+) -> None:
+    watched, wanted = _Watched(model, max_rows=max_rows, prefill_chunk=32), dict[int, tuple[int, ...]]()
+    for index, (length, max_tokens, wait) in enumerate(plan):
+        prompt = _prompt(model, length, seed=index)
+        ticket = watched.submit(prompt, max_tokens)
+        wanted[ticket] = _alone(model, prompt, max_tokens=max_tokens, stop_token_ids=[])
+        for _ in range(wait):
+            watched.step()
+        if index in leaves:
+            watched.scheduler.finish(ticket)
+            wanted[ticket] = wanted[ticket][: len(watched.tokens[ticket])]
+    watched.run()
+    assert max(map(len, watched.running)) <= max_rows
+    for ticket, tokens in wanted.items():
+        # The model's own end-of-text token ends a text, not a sequence of tokens.
+        assert tuple(watched.tokens[ticket][: len(tokens)]) == tokens
+
+
+def test_the_first_in_the_queue_is_not_overtaken(model: Mixtral) -> None:
+    watched = _Watched(model, max_columns=512)
+    small = watched.submit(_prompt(model, 5), 6)
+    large = watched.submit(_prompt(model, 5, seed=1), 300)
+    late = watched.submit(_prompt(model, 5, seed=2), 3)
+    watched.run()
+    first_seen = {
+        ticket: next(i for i, row in enumerate(watched.running) if ticket in row) for ticket in (small, large, late)
+    }
+    # The large one needs all columns: it waits until the small one is gone, and the late one waits behind it.
+    assert first_seen[small] < first_seen[large] < first_seen[late]
+    assert all(len(row) == 1 for row in watched.running if large in row)
+    assert [len(watched.tokens[ticket]) for ticket in (small, large, late)] == [6, 300, 3]
+
+
+def test_rows_share_the_columns_of_a_budget(model: Mixtral) -> None:
+    watched = _Watched(model, max_columns=768)
+    tickets = [watched.submit(_prompt(model, 5, seed=seed), 20) for seed in range(5)]
+    watched.run()
+    assert max(map(len, watched.running)) == 3
+    assert all(len(watched.tokens[ticket]) == 20 for ticket in tickets)
+    with pytest.raises(ContextLengthError, match=r"5 prompt tokens and up to 900 more.*1024.*budget holds 768"):
+        watched.submit(_prompt(model, 5), 900)
+
+
+def test_a_long_prompt_delays_others_by_a_chunk_at_a_time(model: Mixtral) -> None:
+    watched = _Watched(model, prefill_chunk=32)
+    first = watched.submit(_prompt(model, 5), 30)
+    watched.step()
+    watched.submit(_prompt(model, 200), 2)
+    for _ in range(6):
+        watched.step()
+    assert watched.running == [(first,)] * 7
+    watched.step()
+    assert len(watched.running[-1]) == 2
+
+
+def test_no_step_is_computed_for_rows_that_have_all_they_asked_for(model: Mixtral) -> None:
+    computed: list[int] = []
+    watched = _Watched(model)
+    compute = watched.scheduler._compute
+
+    def counted(tokens: mx.array, cache: Any) -> mx.array:
+        computed.append(tokens.shape[0])
+        return compute(tokens, cache)
+
+    watched.scheduler._compute = counted  # type: ignore[assignment]
+    for max_tokens in (1, 2, 4):
+        watched.submit(_prompt(model, 6, seed=max_tokens), max_tokens)
+    watched.run()
+    assert computed == [2, 1, 1]
