@@ -287,7 +287,7 @@ def test_memory_can_be_changed_under_a_loaded_model(folder: Path, whole: Mixtral
 
 def test_a_prompt_beyond_the_reserved_context_is_refused_by_name(folder: Path) -> None:
     with load(folder, memory="50MB", context=10) as model:
-        limit = model._context_limit
+        limit = model._requests.context_limit
         model.generate([5] * (limit - 1), max_tokens=1)
         if limit < model.config.max_position_embeddings:
             with pytest.raises(ContextLengthError, match=r"the memory budget holds KV cache for \d+.*--context"):
