@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_mixtral.cache.kv import STEP_TOKENS, KVCache
 from mlx_mixtral.cache.storage import LayerArrays, Storage, grown
+from mlx_mixtral.cache.window import Window
 
 __all__ = ["BatchCache"]
 
@@ -22,11 +23,11 @@ class BatchCache:
         storage, window: as of the caches that will join.
     """
 
-    def __init__(self, storage: Storage, window: int | None) -> None:
+    def __init__(self, storage: Storage, window: Window | None) -> None:
         self.storage, self.window = storage, window
         self.layers: list[LayerArrays] = []
         self.taken: list[int] = []
-        """Columns in use, row by row, padding included."""
+        """Tokens taken in, row by row, padding included; as many columns, until a window is full."""
         self._padding: list[int] = []
         self._lengths: mx.array | None = None
 
@@ -36,7 +37,7 @@ class BatchCache:
 
     @property
     def length(self) -> int:
-        """Columns of the longest row."""
+        """Tokens of the longest row."""
         return max(self.taken, default=0)
 
     @property
@@ -51,7 +52,7 @@ class BatchCache:
 
     @property
     def lengths(self) -> mx.array:
-        """Columns in use, ``[B]`` int32."""
+        """``taken``, ``[B]`` int32."""
         if self._lengths is None:
             self._lengths = mx.array(self.taken, mx.int32)
         return self._lengths
@@ -64,9 +65,10 @@ class BatchCache:
     def reserve(self, rows: int, L: int) -> None:
         """Make room for ``L`` tokens more in every row."""
         assert rows == self.rows, (rows, self.rows)
-        wanted = self.length + L
+        wanted = self._bounded(self.length + L)
         if wanted > self.capacity:
-            self._resize(-(-max(wanted, self.capacity + self.capacity // 8) // STEP_TOKENS) * STEP_TOKENS)
+            whole = -(-max(wanted, self.capacity + self.capacity // 8) // STEP_TOKENS) * STEP_TOKENS
+            self._resize(self._bounded(whole))
 
     def advance(self, L: int, lengths: mx.array | None = None) -> None:
         """Count ``L`` tokens more in every row; ``lengths`` as a step left them."""
@@ -106,6 +108,9 @@ class BatchCache:
         for layer, held in enumerate(self.layers):
             self.layers[layer] = tuple(array[places, :, :capacity] for array in held)
             mx.eval(self.layers[layer])
+
+    def _bounded(self, columns: int) -> int:
+        return columns if self.window is None else min(columns, self.window.columns)
 
     def _resize(self, capacity: int) -> None:
         for layer, held in enumerate(self.layers):

@@ -1,4 +1,4 @@
-"""The key-value cache: preallocated, grown in steps; rows of a batch may differ in length."""
+"""The key-value cache: preallocated, grown in steps, bounded by a window; rows of a batch may differ in length."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.span import Chunk, causal_mask
+from mlx_mixtral.cache.span import Chunk, RingChunk
 from mlx_mixtral.cache.storage import LayerArrays, PlainStorage, Storage, grown
+from mlx_mixtral.cache.window import Window, causal_mask
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["STEP_TOKENS", "KVCache"]
@@ -16,7 +17,7 @@ STEP_TOKENS = 256
 
 
 class KVCache:
-    """Keys and values of all layers, in columns: a token a column.
+    """Keys and values of all layers, in columns: a token a column, until a window is full (see ``Window``).
 
     Rows that enter as one chunk are aligned at their last token: a row of 3 tokens beside one of 5 has ``left_padding`` 2, so
     the cache holds ``_ _ a b c`` and ``d e f g h``. Positions count from a row's own first token (a has 0), and no token
@@ -24,7 +25,8 @@ class KVCache:
 
     Args:
         num_layers, kv_heads, head_dim, dtype: shape of the model.
-        window: sliding window in tokens, None for full attention.
+        window: tokens in sight of each, None for all: a sliding window, or a bound on memory. Columns beyond it are used again.
+        sinks: of those, tokens at the start that stay in sight.
         left_padding: padding tokens of each row; None when there are none. Its length is the batch size.
         most_tokens: room is made for no more than these (in whole steps) until more are held.
         storage: how keys and values are held; plain numbers of ``dtype`` when None.
@@ -38,20 +40,24 @@ class KVCache:
         dtype: mx.Dtype = mx.float32,
         *,
         window: int | None = None,
+        sinks: int = 0,
         left_padding: Sequence[int] | None = None,
         most_tokens: int | None = None,
         storage: Storage | None = None,
     ) -> None:
         if left_padding is not None and any(pad < 0 for pad in left_padding):
             raise InvalidRequestError(f"left_padding is {list(left_padding)}; padding cannot be negative")
+        if sinks and left_padding is not None and any(left_padding):
+            raise InvalidRequestError("rows of different lengths cannot have attention sinks; give them one by one")
         self.length = 0
-        self.window = window
+        self.window = None if window is None else Window(window, sinks)
         self.storage = storage or PlainStorage(kv_heads, head_dim, dtype)
         self.left_padding = list(left_padding) if left_padding is not None and any(left_padding) else None
         self.padding = None if self.left_padding is None else mx.array(self.left_padding, mx.int32)
         self.layers: list[LayerArrays] = []
         self._num_layers = num_layers
         self._most_tokens = most_tokens
+        self._written = 0
         self._lengths: mx.array | None = None
 
     @property
@@ -89,24 +95,28 @@ class KVCache:
         ``T`` last columns: all of them, or those a window lets the first new token see.
         """
         total = self.length + L
-        window = self.window if self.window is not None and total > self.window else None
+        window = self.window if self.window is not None and total > self.window.size else None
         if self.padding is None and (L == 1 or window is None):
             return None if L == 1 else "causal"
         keys, queries = mx.arange(self._first_key, total), mx.arange(self.length, total)[None]
         return causal_mask(keys, queries, self.padding, window)
 
-    def chunk(self, rows: int, L: int, frequencies: mx.array | None = None) -> Chunk:
+    def chunk(self, rows: int, L: int, frequencies: mx.array | None = None) -> Chunk | RingChunk:
         """Begin a forward of ``L`` tokens in each of ``rows`` rows; ``advance`` ends it.
 
         ``frequencies`` are rotary frequencies, where the base alone does not say them.
         """
         self.reserve(rows, L)
+        if self.window is not None and max(self.length + L, self._written) > self.window.columns:
+            return RingChunk(self.storage, self.layers, self.window, self.length, L, self.padding, frequencies)
         positions = self.length if self.padding is None else self.length - self.padding
         return Chunk(self.storage, self.layers, self.length, L, positions, self._first_key, self.mask(L), frequencies)
 
     def reserve(self, rows: int, L: int) -> None:
         """Make room for ``L`` tokens more: a step at least, an eighth more than there was when that is larger."""
         tokens, kept = self.length + L, self.capacity
+        if self.window is not None:
+            tokens = min(tokens, self.window.columns)
         if tokens <= kept:
             return
         capacity = kept + kept // 8
@@ -114,6 +124,8 @@ class KVCache:
             capacity = min(capacity, self._most_tokens)
         capacity = max(tokens, capacity)
         capacity = -(-capacity // STEP_TOKENS) * STEP_TOKENS
+        if self.window is not None:
+            capacity = min(capacity, self.window.columns)
         if not self.layers:
             self.layers = [self.storage.empty(rows, capacity) for _ in range(self._num_layers)]
             return
@@ -123,19 +135,33 @@ class KVCache:
     def advance(self, L: int, lengths: mx.array | None = None) -> None:
         """Count ``L`` tokens as seen, after all layers were updated; ``lengths`` as a step left them."""
         self.length += L
+        self._written = max(self._written, self.length)
         self._lengths = lengths
+
+    @property
+    def trimmable(self) -> int:
+        """How many of the last tokens can be forgotten: all, while nothing was overwritten."""
+        window = self.window
+        if window is None or self._written <= window.columns:
+            return self.length
+        return max(0, window.slack - (self._written - self.length))
 
     def trim(self, tokens: int) -> None:
         """Forget the last ``tokens`` tokens.
 
         Raises:
-            InvalidRequestError: fewer are held.
+            InvalidRequestError: fewer are held, or what came before them was overwritten.
         """
         if not 0 <= tokens <= self.length:
             raise InvalidRequestError(f"cannot forget {tokens} tokens of a cache that holds {self.length}")
+        if tokens > self.trimmable:
+            raise InvalidRequestError(
+                f"cannot forget {tokens} tokens of a cache whose window is full; {self.trimmable} can be"
+            )
         self.length -= tokens
         self._lengths = None
 
     @property
     def _first_key(self) -> int:
-        return 0 if self.window is None else max(0, self.length + 1 - self.window)
+        window = self.window
+        return 0 if window is None or window.sinks else max(0, self.length + 1 - window.size)

@@ -1,7 +1,8 @@
 """The tokens of one forward and their place in the cache: what attention needs to know of it, and nothing else.
 
-Two kinds. A ``Chunk`` knows where it is as numbers, so that keys are sliced and most masks are none; it is how prompts enter. A
-``Step`` knows it as arrays: the same graph serves every step, and is compiled once for a size of the cache.
+A ``Chunk`` knows where it is as numbers, so that keys are sliced and most masks are none; it is how prompts enter. A
+``RingChunk`` is one that enters a cache of bounded size which it overfills. A ``Step`` knows where it is as arrays: the same graph
+serves every step, and is compiled once for a size of the cache.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.storage import LayerArrays, Storage
+from mlx_mixtral.cache.storage import LayerArrays, Storage, joined, written
+from mlx_mixtral.cache.window import Window, causal_mask
 
-__all__ = ["Chunk", "Span", "Step", "causal_mask"]
+__all__ = ["Chunk", "RingChunk", "Span", "Step"]
 
 
 class Span(Protocol):
@@ -72,12 +74,56 @@ class Chunk:
         return self._storage.attend(self._layers[layer], self._first, self._end, queries, scale, mask)
 
 
+class RingChunk:
+    """Tokens from place ``start`` on, in all rows, of which some take the columns of tokens that are out of sight.
+
+    They see each other and what the columns held before them; what they overwrite is copied for as long as that takes, a layer
+    at a time.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        layers: list[LayerArrays],
+        window: Window,
+        start: int,
+        length: int,
+        padding: mx.array | None,
+        frequencies: mx.array | None,
+    ) -> None:
+        self.positions: int | mx.array = start if padding is None else start - padding
+        self.frequencies = frequencies
+        self._storage, self._layers, self._window = storage, layers, window
+        self._start, self._length = start, length
+        self._seen: LayerArrays = ()
+        queries = mx.arange(start, start + length)
+        self._held_columns = min(start, layers[0][0].shape[2])
+        keys = mx.concatenate([window.places(self._held_columns, mx.array([start - 1]))[0], queries]) if start else queries
+        self._mask = causal_mask(keys, queries[None], padding, window)
+
+    def enter(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        new = self._storage.pack(keys, values)
+        held = self._layers[layer]
+        self._seen = joined(held, self._held_columns, new)
+        for first, column, count in self._window.runs(self._start, self._length):
+            held = written(held, column, tuple(array[:, :, first : first + count] for array in new))
+        self._layers[layer] = held
+
+    def attend(self, layer: int, queries: mx.array, scale: float, *, last_only: bool = False) -> mx.array:
+        seen, self._seen = self._seen, ()
+        mask = self._mask
+        if last_only:
+            queries, mask = queries[:, :, -1:], mask[:, :, -1:]
+        return self._storage.attend(seen, 0, seen[0].shape[2], queries, scale, mask)
+
+
 class Step:
-    """``length`` tokens a row from column ``lengths[row]`` on; ``layers`` is replaced, layer by layer.
+    """``length`` tokens a row from place ``lengths[row]`` on; ``layers`` is replaced, layer by layer.
 
     Args:
-        lengths: ``[B]`` int32, columns that are taken.
-        padding: ``[B]`` int32, columns at the start of a row that hold nothing; None when there are none.
+        lengths: ``[B]`` int32, tokens that came before, padding included.
+        padding: ``[B]`` int32, how many of them at the start hold nothing; None when there are none.
+        window: at most ``window.slack + 1`` tokens are computed at once.
     """
 
     def __init__(
@@ -87,15 +133,19 @@ class Step:
         lengths: mx.array,
         padding: mx.array | None,
         length: int,
-        window: int | None,
+        window: Window | None,
         frequencies: mx.array | None,
     ) -> None:
         self.positions: mx.array = lengths if padding is None else lengths - padding
         self.frequencies = frequencies
         self._storage, self.layers = storage, layers
-        self._columns = lengths[:, None] + mx.arange(length)
         self._capacity = layers[0][0].shape[2]
-        self._mask = causal_mask(mx.arange(self._capacity), self._columns, padding, window)
+        places = lengths[:, None] + mx.arange(length)
+        if window is None:
+            self._columns, keys = places, mx.arange(self._capacity)
+        else:
+            self._columns, keys = window.columns_of(places), window.places(self._capacity, lengths + (length - 1))
+        self._mask = causal_mask(keys, places, padding, window)
 
     def enter(self, layer: int, keys: mx.array, values: mx.array) -> None:
         self.layers[layer] = self._storage.scatter(self.layers[layer], self._columns, keys, values)
@@ -105,15 +155,3 @@ class Step:
         if last_only:
             queries, mask = queries[:, :, -1:], mask[:, :, -1:]
         return self._storage.attend(self.layers[layer], 0, self._capacity, queries, scale, mask)
-
-
-def causal_mask(keys: mx.array, queries: mx.array, padding: mx.array | None, window: int | None) -> mx.array:
-    """Which of the columns ``keys [T]`` those at ``queries [B, L]`` may see, ``[B, 1, L, T]`` boolean."""
-    queries = queries[:, None, :, None]
-    allowed = keys <= queries
-    if window is not None:
-        allowed = allowed & (keys > queries - window)
-    if padding is None:
-        return allowed
-    # A padding token attends to itself: a row of a softmax without any key would be NaN, and spread.
-    return (allowed & (keys >= padding[:, None, None, None])) | (keys == queries)

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 
-__all__ = ["LayerArrays", "PlainStorage", "Storage", "grown"]
+__all__ = ["LayerArrays", "PlainStorage", "Storage", "grown", "joined", "written"]
 
 LayerArrays = tuple[mx.array, ...]
 """What a storage keeps of one layer: arrays ``[B, KV, capacity, …]``."""
 
 
-class Storage(Protocol):
+class Storage(ABC):
     """Keys and values of one layer, ``[B, KV, L, d]`` on the way in. Hashable: equal storages share a compiled step."""
 
+    @abstractmethod
     def empty(self, rows: int, capacity: int) -> LayerArrays:
         """Room for ``capacity`` tokens of each row."""
-        ...
 
-    def put(self, held: LayerArrays, start: int, keys: mx.array, values: mx.array) -> LayerArrays:
-        """With new tokens in columns ``start`` and after, the same for all rows."""
-        ...
+    @abstractmethod
+    def pack(self, keys: mx.array, values: mx.array) -> LayerArrays:
+        """New tokens as they are held."""
 
-    def scatter(self, held: LayerArrays, columns: mx.array, keys: mx.array, values: mx.array) -> LayerArrays:
-        """With new tokens in ``columns [B, L]``."""
-        ...
-
+    @abstractmethod
     def attend(
         self, held: LayerArrays, first: int, end: int, queries: mx.array, scale: float, mask: mx.array | str | None
     ) -> mx.array:
         """Attention of ``queries [B, H, L, d]`` over columns ``first`` to ``end``, giving the same shape."""
-        ...
+
+    def put(self, held: LayerArrays, start: int, keys: mx.array, values: mx.array) -> LayerArrays:
+        """With new tokens in columns ``start`` and after, the same for all rows."""
+        return written(held, start, self.pack(keys, values))
+
+    def scatter(self, held: LayerArrays, columns: mx.array, keys: mx.array, values: mx.array) -> LayerArrays:
+        """With new tokens in ``columns [B, L]``."""
+        return tuple(scattered(old, columns, new) for old, new in zip(held, self.pack(keys, values), strict=True))
 
 
 @dataclass(frozen=True)
-class PlainStorage:
+class PlainStorage(Storage):
     """Numbers of type ``dtype``: ``(keys, values)``, each ``[B, KV, capacity, d]``."""
 
     kv_heads: int
@@ -47,23 +51,23 @@ class PlainStorage:
         shape = (rows, self.kv_heads, capacity, self.head_dim)
         return (mx.zeros(shape, self.dtype), mx.zeros(shape, self.dtype))
 
-    def put(self, held: LayerArrays, start: int, keys: mx.array, values: mx.array) -> LayerArrays:
-        # MLX writes into the arrays themselves when nothing else holds them by the time it computes.
-        end = start + keys.shape[2]
-        old_keys, old_values = held
-        old_keys[:, :, start:end] = keys
-        old_values[:, :, start:end] = values
-        return (old_keys, old_values)
-
-    def scatter(self, held: LayerArrays, columns: mx.array, keys: mx.array, values: mx.array) -> LayerArrays:
-        old_keys, old_values = held
-        return (scattered(old_keys, columns, keys), scattered(old_values, columns, values))
+    def pack(self, keys: mx.array, values: mx.array) -> LayerArrays:
+        return (keys.astype(self.dtype), values.astype(self.dtype))
 
     def attend(
         self, held: LayerArrays, first: int, end: int, queries: mx.array, scale: float, mask: mx.array | str | None
     ) -> mx.array:
-        keys, values = (array[:, :, first:end] for array in held)
+        keys, values = (array[:, :, first:end].astype(queries.dtype) for array in held)
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def written(held: LayerArrays, start: int, new: LayerArrays) -> LayerArrays:
+    """``held`` with the tokens ``new`` in columns ``start`` and after."""
+    # MLX writes into the arrays themselves when nothing else holds them by the time it computes.
+    end = start + new[0].shape[2]
+    for old, array in zip(held, new, strict=True):
+        old[:, :, start:end] = array
+    return held
 
 
 def scattered(held: mx.array, columns: mx.array, new: mx.array) -> mx.array:
@@ -74,3 +78,8 @@ def scattered(held: mx.array, columns: mx.array, new: mx.array) -> mx.array:
 def grown(held: LayerArrays, room: LayerArrays) -> LayerArrays:
     """``held`` with ``room`` behind it."""
     return tuple(mx.concatenate([old, more], axis=2) for old, more in zip(held, room, strict=True))
+
+
+def joined(held: LayerArrays, columns: int, new: LayerArrays) -> LayerArrays:
+    """The first ``columns`` of ``held`` and ``new`` behind them, as arrays of their own."""
+    return grown(tuple(array[:, :, :columns] for array in held), new) if columns else new

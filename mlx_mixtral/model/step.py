@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlx_mixtral.cache.span import Step
 from mlx_mixtral.cache.storage import LayerArrays, Storage
+from mlx_mixtral.cache.window import Window
 from mlx_mixtral.model.mixtral import MixtralModel
 
 __all__ = ["DecodeStep", "StepCache"]
@@ -63,7 +64,7 @@ class StepCache(Protocol):
     def storage(self) -> Storage: ...
 
     @property
-    def window(self) -> int | None: ...
+    def window(self) -> Window | None: ...
 
     @property
     def length(self) -> int: ...
@@ -83,7 +84,7 @@ class Kind(NamedTuple):
     """What makes another graph, beside shapes."""
 
     storage: Storage
-    window: int | None
+    window: Window | None
     last_only: bool
 
 
