@@ -1,0 +1,1 @@
+"""What a checkpoint is worth: perplexity, distance to a reference, long context."""
