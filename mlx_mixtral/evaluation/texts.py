@@ -27,6 +27,12 @@ class Text:
     text: str
 
     @property
+    def file(self) -> str:
+        """The file alone."""
+        file, _, line = self.name.rpartition(":")
+        return file if line.isdecimal() and file.lower().endswith(".jsonl") else self.name
+
+    @property
     def nbytes(self) -> int:
         """Bytes in UTF-8."""
         return len(self.text.encode("utf-8"))

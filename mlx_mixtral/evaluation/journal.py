@@ -1,0 +1,152 @@
+"""What an unfinished evaluation has done, so that the same command goes on where it was.
+
+A file of JSON lines. The first says what is evaluated and how; each further line is one finished part, a window for instance,
+with its numbers:
+
+    {"journal": 1, "identity": {"model": "…", "text": "…", "window": 2048, …}}
+    {"part": "model", "index": 7, "logprobs": "…base64…", …}
+
+A line is on the disk before the next part begins, and one that was cut off ends the journal.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.errors import CheckpointError, DestinationError
+from mlx_mixtral.evaluation.files import explained, replace_file
+
+__all__ = ["Journal", "pack", "unpack"]
+
+VERSION = 1
+
+Entry = Mapping[str, Any]
+
+
+class Journal:
+    """The journal at ``path``; of None nothing is kept.
+
+    Args:
+        identity: what the results follow from, as JSON.
+        restart: forget what was done.
+
+    Raises:
+        DestinationError: another evaluation's finished parts are there; the first difference is named. Or it cannot be written.
+    """
+
+    def __init__(self, path: Path | None = None, identity: Entry | None = None, *, restart: bool = False) -> None:
+        self.path = path
+        self._entries: dict[tuple[str, int], Entry] = {}
+        if path is None:
+            return
+        identity = json.loads(json.dumps(identity or {}))
+        known, lines = ({}, []) if restart else _read(path)
+        if lines and known != identity:
+            raise DestinationError(_difference(path, known, identity, len(lines)))
+        self._entries = {(str(line.get("part")), int(line.get("index", -1))): line for line in lines}
+        # Written anew, without a torn line.
+        text = "".join(f"{json.dumps(line)}\n" for line in ({"journal": VERSION, "identity": identity}, *lines))
+        replace_file(path, text.encode())
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finished: nothing stays. Failed or interrupted: what was done does, and the error says so."""
+        if self.path is None:
+            return
+        if error is None or not self._entries:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        else:
+            error.add_note(f"finished parts are kept in {self.path}; the same command goes on from there")
+
+    def get(self, part: str, index: int) -> Entry | None:
+        """What was recorded of a part."""
+        return self._entries.get((part, index))
+
+    def add(self, part: str, entries: Iterable[tuple[int, Entry]]) -> None:
+        """Record finished parts, and wait until they are on the disk.
+
+        Raises:
+            DiskSpaceError, DestinationError: they cannot be.
+        """
+        if self.path is None:
+            return
+        lines = [{"part": part, "index": index, **entry} for index, entry in entries]
+        with explained(self.path), self.path.open("a") as file:
+            file.write("".join(f"{json.dumps(line)}\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self._entries |= {(part, line["index"]): line for line in lines}
+
+
+def pack(values: npt.NDArray[Any]) -> str:
+    """Numbers as base64, little-endian."""
+    return base64.b64encode(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def unpack(text: object, kind: str, count: int) -> npt.NDArray[Any]:
+    """``count`` numbers of a NumPy type that ``pack`` wrote.
+
+    Raises:
+        CheckpointError: something else is there.
+    """
+    try:
+        values = np.frombuffer(base64.b64decode(str(text), validate=True), kind)
+    except ValueError:
+        values = np.empty(0)
+    if len(values) != count:
+        raise CheckpointError("the journal is damaged; start afresh with --restart")
+    return values
+
+
+def _read(path: Path) -> tuple[Any, list[dict[str, Any]]]:
+    """The identity, and finished parts up to a line that was cut off.
+
+    Raises:
+        DestinationError: it is some other file, or cannot be read.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return {}, []
+    except OSError as error:
+        raise DestinationError(f"journal {path} cannot be read: {error.strerror or error}") from error
+    entries: list[dict[str, Any]] = []
+    for line in raw.splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not line.endswith(b"\n") or not isinstance(entry, dict):
+            break
+        entries.append(entry)
+    if raw and (not entries or entries[0].get("journal") != VERSION):
+        raise DestinationError(f"{path} exists and is not the journal of an evaluation; give another name")
+    return (entries[0].get("identity"), entries[1:]) if entries else ({}, [])
+
+
+def _difference(path: Path, known: Any, identity: Entry, done: int) -> str:
+    before = known if isinstance(known, dict) else {}
+    name = next((name for name in (*identity, *before) if before.get(name) != identity.get(name)), "identity")
+    return (
+        f"{path} has an unfinished evaluation ({done} parts done) with {name} {_shown(before.get(name))}, this one has "
+        f"{_shown(identity.get(name))}; go on with the first, or start afresh with --restart"
+    )
+
+
+def _shown(value: object) -> str:
+    return f"{value:.16}" if isinstance(value, str) else json.dumps(value)[:60]
