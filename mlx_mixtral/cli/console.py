@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "emit_json",
     "err_console",
+    "json_text",
     "note",
     "one_line",
     "out_console",
@@ -47,7 +48,12 @@ def terminal_safe(text: str) -> str:
 def emit_json(result: object) -> None:
     """Print ``result`` on stdout as JSON; NaN and infinities, which JSON has not, become null."""
     ascii_only = "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
-    click.echo(json.dumps(_finite(result), indent=2, ensure_ascii=ascii_only, allow_nan=False))
+    click.echo(json_text(result, ascii_only=ascii_only))
+
+
+def json_text(result: object, *, ascii_only: bool = False) -> str:
+    """As ``emit_json`` prints it."""
+    return json.dumps(_finite(result), indent=2, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def _finite(value: object) -> Any:

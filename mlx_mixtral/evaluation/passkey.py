@@ -22,6 +22,7 @@ __all__ = [
     "DEFAULT_DEPTHS",
     "PasskeyPrompt",
     "PasskeyResult",
+    "check_passkey",
     "default_lengths",
     "make_prompt",
     "passkey",
@@ -142,10 +143,8 @@ def run_passkey(
     Raises:
         InvalidRequestError, ContextLengthError: an argument out of range, before the first prompt.
     """
-    _check(lengths, depths, trials, seed, limit)
+    check_passkey(tokenizer, lengths, depths, trials, seed, limit)
     prompts = [(length, depth, trial) for length in lengths for depth in depths for trial in range(trials)]
-    for length in lengths:
-        make_prompt(tokenizer, length, 0.5, seed)
     kept, hits = journal or Journal(), []
     for index, (length, depth, trial) in enumerate(prompts):
         if progress is not None:
@@ -204,7 +203,10 @@ def passkey(
     )
 
 
-def _check(lengths: Sequence[int], depths: Sequence[float], trials: int, seed: int, limit: int) -> None:
+def check_passkey(
+    tokenizer: Tokenizer, lengths: Sequence[int], depths: Sequence[float], trials: int, seed: int, limit: int
+) -> None:
+    """Raise InvalidRequestError or ContextLengthError unless ``run_passkey`` can do what it is asked for."""
     for name, values in (("lengths", lengths), ("depths", depths)):
         check_type(name, values, (list, tuple), "a list of numbers")
         if not values:
@@ -222,3 +224,4 @@ def _check(lengths: Sequence[int], depths: Sequence[float], trials: int, seed: i
     if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
         raise InvalidRequestError(f"trials is {trials!r}; it must be an integer of at least 1")
     check_type("seed", seed, int, "an integer")
+    make_prompt(tokenizer, min(lengths), 0.5, seed)

@@ -19,7 +19,13 @@ from mlx_mixtral.evaluation.corpus import Corpus, Window, check_window, encode_t
 from mlx_mixtral.evaluation.files import check_destination
 from mlx_mixtral.evaluation.forward import Kept, Scored, context_limit, score
 from mlx_mixtral.evaluation.journal import Journal, pack, unpack
-from mlx_mixtral.evaluation.reference import DEFAULT_TOP_K, Reference, ReferenceHeader, ReferenceWriter
+from mlx_mixtral.evaluation.reference import (
+    DEFAULT_TOP_K,
+    Reference,
+    ReferenceHeader,
+    ReferenceWriter,
+    check_replaceable,
+)
 from mlx_mixtral.evaluation.results import Evaluation, Score, Tokens, WorstToken, length_buckets
 from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS, kl_divergence
 from mlx_mixtral.evaluation.texts import Text
@@ -98,6 +104,7 @@ def evaluate(
                 name, identity, corpus.sha256, corpus.vocabulary, vocab_size, size, step, corpus.tokens, top_k
             )
             place = check_destination("the reference file", save_reference)
+            check_replaceable(place)
             writer = stack.enter_context(ReferenceWriter(place, header))
         run = _Run(model, corpus, corpus.windows(size, step), reference, writer, journal or Journal(), progress)
         started = time.perf_counter()

@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from mlx_mixtral.errors import CheckpointError, InvalidRequestError
+from mlx_mixtral.errors import CheckpointError, DestinationError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus
 from mlx_mixtral.evaluation.files import explained, partial_path
 from mlx_mixtral.evaluation.forward import Kept
 from mlx_mixtral.sizes import format_bytes
 
-__all__ = ["DEFAULT_TOP_K", "MAX_FILE_BYTES", "Reference", "ReferenceHeader", "ReferenceWriter"]
+__all__ = ["DEFAULT_TOP_K", "MAX_FILE_BYTES", "Reference", "ReferenceHeader", "ReferenceWriter", "check_replaceable"]
 
 FORMAT = "mlx-mixtral-reference-1"
 DEFAULT_TOP_K = 128
@@ -203,6 +203,16 @@ class ReferenceWriter:
         """Leave nothing behind."""
         self._arrays.clear()
         self.partial.unlink(missing_ok=True)
+
+
+def check_replaceable(place: Path) -> None:
+    """Raise DestinationError for a file at ``place`` that is not a reference: it might be weights."""
+    if not place.exists():
+        return
+    try:
+        Reference(place)
+    except CheckpointError:
+        raise DestinationError(f"{place} exists and is not a reference file; give another name") from None
 
 
 _DTYPES = {"<u2": "U16", "<u4": "U32", "<f4": "F32"}

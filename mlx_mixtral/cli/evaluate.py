@@ -1,0 +1,85 @@
+"""``mlx-mixtral evaluate``: perplexity by domain, distance to a reference, long context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from mlx_mixtral.cli.console import emit_json
+from mlx_mixtral.cli.options import json_option, loading_options
+
+__all__ = ["evaluate"]
+
+N = TypeVar("N", int, float)
+
+
+def _numbers(kind: Callable[[str], N]) -> Callable[[click.Context, click.Parameter, str | None], tuple[N, ...] | None]:
+    def parse(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[N, ...] | None:
+        try:
+            return None if value is None else tuple(kind(part) for part in value.replace(",", " ").split())
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not a list of numbers; write 1,2,3", ctx, param) from None
+
+    return parse
+
+
+@click.command(short_help="Perplexity, distance to a reference, long context.")
+@click.argument("model")
+@click.option(
+    "--text", "texts", multiple=True, metavar="PATH", help="File, folder or .jsonl, or DOMAIN=PATH; repeatable."
+)
+@click.option("--text-field", default="text", show_default=True, metavar="KEY", help="Key of the text in JSONL.")
+@click.option("--domain-field", default="domain", show_default=True, metavar="KEY", help="Key of its domain.")
+@click.option("--max-bytes", type=int, metavar="N", help="Only this much of the start of each text.")
+@click.option("--window", type=int, metavar="N", help="Tokens read at once.  [default: the context, at most 2048]")
+@click.option("--stride", type=int, metavar="N", help="Tokens from window to window; less overlaps.  [default: window]")
+@click.option("--reference", metavar="OTHER", help="Compare with this model, or with a file --save-reference wrote.")
+@click.option(
+    "--save-reference", metavar="FILE", help="Keep the likeliest tokens of each distribution to compare with."
+)
+@click.option("--top-k", type=int, metavar="K", help="How many of them; the others count as one.  [default: 128]")
+@click.option("--worst", type=int, default=5, show_default=True, help="Tokens farthest from the reference to show.")
+@click.option("--by-length", is_flag=True, help="Perplexity by length of context, windows as long as the model's.")
+@click.option("--passkey", is_flag=True, help="Can it find a number hidden in filler text, by length and depth?")
+@click.option("--lengths", callback=_numbers(int), metavar="LIST", help="Of passkey prompts, in tokens: 1024,2048.")
+@click.option("--depths", callback=_numbers(float), metavar="LIST", help="Where the key stands, 0 to 1: 0,0.5,1.")
+@click.option("--trials", type=int, default=1, show_default=True, help="Prompts of each length and depth.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of keys and filler text.")
+@click.option("--plot", metavar="FILE", help="PNG of --by-length and --passkey.")
+@click.option("--output", metavar="FILE", help="Write the result as JSON; a journal beside it lets a run go on.")
+@click.option("--resume", metavar="FILE", help="Name of that journal.  [default: the output's and .journal]")
+@click.option("--restart", is_flag=True, help="Forget what the journal has.")
+@loading_options
+@json_option
+def evaluate(model: str, as_json: bool, **options: Any) -> None:
+    """Measure MODEL, a folder or a hub repository, on texts of yours: perplexity and bits per byte by domain.
+
+    A text's domain is its file's name without the ending, or what DOMAIN=PATH says, or a JSONL line's own. Every token but
+    BOS is predicted exactly once. With --reference also KL divergence, top-1 agreement and the ratio of perplexities; a
+    reference model is run first and dropped, so that the two are never in memory together.
+    """
+    if not options["texts"] and not options["passkey"]:
+        raise click.UsageError("give --text, --passkey or both")
+    needs = {
+        "texts": ("reference", "save_reference", "by_length", "window", "stride", "max_bytes"),
+        "passkey": ("lengths", "depths"),
+    }
+    for needed, names in needs.items():
+        for name in names:
+            if options[name] and not options[needed]:
+                flag = "--text" if needed == "texts" else "--passkey"
+                raise click.UsageError(f"--{name.replace('_', '-')} applies with {flag} only")
+    if options["plot"] and not (options["by_length"] or options["passkey"]):
+        raise click.UsageError("--plot shows --by-length and --passkey; give one of them")
+    if options["restart"] and not (options["output"] or options["resume"]):
+        raise click.UsageError("--restart applies with --output or --resume only")
+    from mlx_mixtral.cli.evaluation_job import EvaluationJob
+
+    job = EvaluationJob(model, **options)
+    found = job.run()
+    if as_json:
+        emit_json(found)
+    else:
+        job.report()
