@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 FORMAT = "mlx-mixtral-routing-trace-1"
+# Arrays that an analysis keeps in the same file for itself: `mlx_mixtral.evaluation.routing.record`.
+ANNOTATIONS = frozenset({"segments", "entropy", "text", "text_ends"})
 # A trace may come with a stranger's checkpoint. 32 MB are 130,000 tokens of 8x7B.
 MAX_FILE_BYTES = 2**25
 MAX_EXPERTS = 256
@@ -48,7 +50,7 @@ class RoutingTrace:
     """The router's choices of a text, or of several one after another.
 
     Args:
-        experts: uint16 ``[T, L, K]``, different ones in each row, below ``num_experts``.
+        experts: uint16 ``[T, L, K]``, different ones in each row, below ``num_experts``; the router's first choice first.
         starts: tokens at which a new text starts, ascending; the first token need not be named.
 
     Raises:
@@ -107,7 +109,7 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:
-        """Read what ``save`` wrote.
+        """Read what ``save`` wrote, or an analysis of routing, whose annotations are left aside.
 
         Raises:
             CheckpointError: it cannot be read, or is something else.
@@ -117,7 +119,7 @@ class RoutingTrace:
                 raise CheckpointError(f"routing trace {path} has {size} bytes; at most {MAX_FILE_BYTES} are read")
             with safe_open(str(path), "numpy") as file:
                 header = (file.metadata() or {}).get(FORMAT)
-                if header is None or set(file.keys()) != {"experts", "starts"}:
+                if header is None or set(file.keys()) - ANNOTATIONS != {"experts", "starts"}:
                     raise CheckpointError(f"{path} is not a routing trace")
                 experts, starts = file.get_tensor("experts"), file.get_tensor("starts")
             num_experts = json.loads(header)["num_experts"]

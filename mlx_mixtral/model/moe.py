@@ -12,7 +12,8 @@ from mlx_mixtral.model.linear import Linear
 
 __all__ = ["Ahead", "Observer", "SparseMoe", "route"]
 
-Observer = Callable[[mx.array], None]
+Observer = Callable[[mx.array, mx.array], None]
+"""Told the experts chosen ``[B, L, K]``, in no particular order, and the gate's logits ``[B, L, E]``, both lazy."""
 Ahead = Callable[[mx.array], Lookahead | None]
 """From hidden states ``[B, L, D]`` before a layer's experts to a guess at the next layer's; None for no guess."""
 
@@ -50,7 +51,7 @@ class SparseMoe(Module):
         self._ahead: Ahead | None = None
 
     def observe(self, owner: object, observer: Observer | None) -> None:
-        """Tell ``observer`` the experts chosen in every call, ``[B, L, K]``; None ends it."""
+        """Tell ``observer`` what the router does in every call; None ends it."""
         self._observers.pop(owner, None)
         if observer is not None:
             self._observers[owner] = observer
@@ -61,9 +62,10 @@ class SparseMoe(Module):
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """``residual + y`` for ``x [B, L, D]``: the weighted sum and the residual are one matrix product."""
-        selected_experts, weights = route(self.gate(x), self.num_experts_per_tok)  # [B, L, K]
+        gate_logits = self.gate(x)  # [B, L, E]
+        selected_experts, weights = route(gate_logits, self.num_experts_per_tok)  # [B, L, K]
         for observer in self._observers.values():
-            observer(selected_experts)
+            observer(selected_experts, gate_logits)
         ahead = self._ahead(residual) if self._ahead is not None else None
         y = self.experts(x, selected_experts, self.num_experts, ahead)  # [B, L, K, D]
         return mx.addmm(residual[..., None, :], weights[..., None, :], y).squeeze(-2)

@@ -125,7 +125,7 @@ def watch(model: Mixtral, calls: list[PromptCall] | None, reads: list[tuple[int,
         if pool is None:
             continue
 
-        def note(selected_experts: mx.array, index: int = index, pool: SlotPool = pool) -> None:
+        def note(selected_experts: mx.array, _: mx.array, index: int = index, pool: SlotPool = pool) -> None:
             assert calls is not None
             held = {expert for layer, expert in pool.keys if layer == index}
             calls.append(PromptCall(index, held, len(reads), selected_experts))
