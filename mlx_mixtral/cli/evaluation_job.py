@@ -103,6 +103,7 @@ class EvaluationJob:
         longest = max([self.window if given else 0, *self.lengths])
         if loading["context"] is None and longest > RESERVED_TOKENS:
             loading["context"] = longest
+        self.reference_name: str | None = None
         self.evaluation: Evaluation | None = None
         self.passkeys: PasskeyResult | None = None
 
@@ -127,7 +128,7 @@ class EvaluationJob:
     def report(self) -> None:
         """Tables on stdout."""
         if self.evaluation is not None:
-            print_evaluation(self.subject.name, self.evaluation)
+            print_evaluation(self.subject.name, self.reference_name, self.evaluation)
             if self.by_length:
                 print_lengths(self.evaluation)
         if self.passkeys is not None:
@@ -213,7 +214,7 @@ class EvaluationJob:
     def _result(self, reference: Reference | None) -> dict[str, Any]:
         found: dict[str, Any] = {"model": self.subject.name}
         if reference is not None:
-            found["reference"] = reference.header.model
+            found["reference"] = self.reference_name = reference.header.model
         if self.evaluation is not None:
             found |= self.evaluation.to_dict()
         if self.passkeys is not None:

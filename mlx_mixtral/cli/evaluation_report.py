@@ -15,11 +15,11 @@ MOST_FILES = 40
 SHOWN_BEFORE = 60
 
 
-def print_evaluation(name: str, found: Evaluation) -> None:
+def print_evaluation(name: str, reference: str | None, found: Evaluation) -> None:
     """By domain and overall, then by file where that is something else."""
     console = out_console()
     rows = {**found.domains, "all": found.overall}
-    _scores(terminal_safe(name), "domain", rows)
+    _scores(terminal_safe(f"{name} against {reference}" if reference else name), "domain", rows)
     if len(found.files) > len(found.domains):
         shown = dict(list(found.files.items())[:MOST_FILES])
         _scores("By file", "file", shown)
@@ -41,26 +41,31 @@ def print_evaluation(name: str, found: Evaluation) -> None:
 
 
 def _scores(title: str, what: str, scores: dict[str, Score]) -> None:
-    columns = [what, "tokens", "perplexity", "bits/byte"]
-    compared = any(score.comparison is not None for score in scores.values())
-    if compared:
-        columns += ["ratio", "KL", "top-1"]
-    rows = []
-    for name, score in scores.items():
-        row = [
+    """Two tables of one width: what the model does by itself, and beside the reference."""
+    rows = [
+        [
             name,
             f"{score.tokens:,}",
+            f"{score.bytes:,}",
             _with_error(score.perplexity, score.perplexity_stderr),
-            f"{score.bits_per_byte:.4f}",
+            _with_error(score.bits_per_byte, score.bits_per_byte_stderr),
         ]
-        if (other := score.comparison) is not None:
-            row += [
-                _with_error(other.perplexity_ratio, other.perplexity_ratio_stderr),
-                _with_error(other.kl_mean, other.kl_stderr),
-                f"{other.top1_agreement:.1%}",
-            ]
-        rows.append(row)
-    print_table(title, columns, rows)
+        for name, score in scores.items()
+    ]
+    print_table(title, [what, "tokens", "bytes", "perplexity", "bits/byte"], rows)
+    rows = [
+        [
+            name,
+            _with_error(other.perplexity_ratio, other.perplexity_ratio_stderr),
+            _with_error(other.kl_mean, other.kl_stderr),
+            f"{other.kl['99']:.4f}",
+            f"{other.top1_agreement:.1%}",
+        ]
+        for name, score in scores.items()
+        if (other := score.comparison) is not None
+    ]
+    if rows:
+        print_table("", [what, "perplexity ratio", "mean KL", "KL 99%", "top-1"], rows)
 
 
 def print_lengths(found: Evaluation) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 __all__ = ["BLOCK_TOKENS", "Mean", "kl_divergence", "mean_of"]
 
 BLOCK_TOKENS = 64
-LEAST_BLOCKS = 8
+LEAST_BLOCKS = 32
 
 Floats = npt.NDArray[np.floating]
 
@@ -27,7 +27,7 @@ def mean_of(values: Floats, blocks: npt.NDArray[np.int64]) -> Mean:
 
     Tokens that stand close together are hard or easy together, so the error is that of whole blocks (``BLOCK_TOKENS``
     consecutive tokens of a text): with G blocks, N values and s_g the sum of deviations from the mean in block g it is
-    ``sqrt(G / (G - 1) * sum(s_g ** 2)) / N``. With fewer than 8 blocks each token is its own, which is the usual formula.
+    ``sqrt(G / (G - 1) * sum(s_g ** 2)) / N``. With fewer than 32 blocks each token is its own, which is the usual formula.
 
     Args:
         blocks: ``[N]`` number of the block each value belongs to, ascending.
