@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from mlx_mixtral.cache.kv import KVCache
     from mlx_mixtral.config import MixtralConfig
     from mlx_mixtral.errors import MixtralError
-    from mlx_mixtral.generation.loop import GenerationStats
     from mlx_mixtral.generation.sampling import SamplingParams
+    from mlx_mixtral.generation.stats import GenerationStats
     from mlx_mixtral.loading import LoadProgress, load
     from mlx_mixtral.quantization import QuantizationConfig, QuantizationSpec
     from mlx_mixtral.requests import GenerationOptions
@@ -56,7 +56,7 @@ _HOMES = {
     "Chunk": "stream",
     "Generation": "stream",
     "GenerationOptions": "requests",
-    "GenerationStats": "generation.loop",
+    "GenerationStats": "generation.stats",
     "KVCache": "cache.kv",
     "LoadProgress": "loading",
     "Mixtral": "runtime",

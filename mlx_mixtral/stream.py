@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_mixtral.device import Device, wired
 from mlx_mixtral.errors import BusyError
-from mlx_mixtral.generation.loop import GenerationStats, Token
+from mlx_mixtral.generation.stats import GenerationStats, Token
 from mlx_mixtral.generation.stop import StopStrings
 from mlx_mixtral.tokenizer import StreamingDecoder
 

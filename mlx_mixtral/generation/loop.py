@@ -2,89 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral.cache.kv import KVCache
-from mlx_mixtral.experts.store import Counters
+from mlx_mixtral.generation.meter import Meter
 from mlx_mixtral.generation.sampling import Sampled, Sampler
-from mlx_mixtral.generation.speculation.proposal import SpeculationStats
+from mlx_mixtral.generation.stats import GenerationStats, Token
 from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.model.step import DecodeStep
 
 __all__ = ["PREFILL_CHUNK_TOKENS", "GenerationStats", "Token", "decode", "prefill", "read_token"]
 
 PREFILL_CHUNK_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class Token:
-    """One generated token: its id, its log-probability and the likeliest ids with theirs, where asked for."""
-
-    token_id: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass
-class GenerationStats:
-    """What a generation cost so far. Seconds are wall-clock; rates are 0 before there is anything to divide."""
-
-    prompt_tokens: int = 0
-    tokens: int = 0
-    time_to_first_token_s: float = 0.0
-    decode_s: float = 0.0
-    """From the first token to the last."""
-    peak_memory_bytes: int = 0
-    """Largest memory MLX held at once during the generation, weights included."""
-    prompt_experts: Counters | None = None
-    """What streaming did up to the first token; None when all experts are resident."""
-    decode_experts: Counters | None = None
-    """The same from the first token to the last."""
-    predicted_tok_s: float | None = None
-    """What the plan in force predicts for decoding."""
-    speculation: SpeculationStats | None = None
-    """What was proposed and accepted; None without speculation."""
-
-    @property
-    def prompt_tok_s(self) -> float:
-        """Prompt tokens over the time to the first token."""
-        return self.prompt_tokens / self.time_to_first_token_s if self.time_to_first_token_s else 0.0
-
-    @property
-    def decode_tok_s(self) -> float:
-        """Tokens after the first over the time they took."""
-        return (self.tokens - 1) / self.decode_s if self.tokens > 1 and self.decode_s else 0.0
-
-    def to_dict(self) -> dict[str, float | int]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "tokens": self.tokens,
-            "time_to_first_token_s": self.time_to_first_token_s,
-            "prompt_tok_s": self.prompt_tok_s,
-            "decode_s": self.decode_s,
-            "decode_tok_s": self.decode_tok_s,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            **self._streaming(),
-            **({} if self.speculation is None else self.speculation.to_dict()),
-        }
-
-    def _streaming(self) -> dict[str, float | int]:
-        prompt, decoded = self.prompt_experts, self.decode_experts
-        if prompt is None or decoded is None:
-            return {}
-        steps = max(self.tokens - 1, 1)
-        return {
-            "prompt_bytes_read": prompt.bytes_read,
-            "bytes_read_per_token": decoded.bytes_read / steps,
-            "hit_rate": decoded.hit_rate,
-            "readbacks_per_token": decoded.readbacks / steps,
-            "disk_wait_s": prompt.wait_s + decoded.wait_s,
-        } | ({} if self.predicted_tok_s is None else {"predicted_tok_s": self.predicted_tok_s})
 
 
 def decode(
@@ -113,15 +45,11 @@ def decode(
         prefill_chunk: tokens computed at once; bounds working memory.
         on_prefill: told ``(done, total)`` prompt tokens after each chunk; raising from it cancels.
     """
-    started = time.perf_counter()
-    stats.prompt_tokens = len(prompt)
-    counters = model.counters if model.is_streamed else None
-    before = counters.copy() if counters is not None else None
+    meter = Meter(model, prompt, stats, on_prefill)
     with mx.stream(stream):
         hidden = prefill(model, prompt, cache, prefill_chunk, on_prefill)
         ahead = sampler(model.head(hidden[:, -1]))
         mx.async_eval(ahead.arrays)
-    first_token_at = started
 
     def following(current: Sampled) -> Sampled:
         with mx.stream(stream):
@@ -129,7 +57,6 @@ def decode(
             mx.async_eval(sampled.arrays)
         return sampled
 
-    prompt_experts = None
     for step in range(max_tokens):
         current = ahead
         # A forward that waits for experts would wait for this token too: nothing is gained by starting it early.
@@ -137,18 +64,7 @@ def decode(
         if is_early:
             ahead = following(current)
         token = read_token(current)
-        now = time.perf_counter()
-        if step == 0:
-            first_token_at = now
-            stats.time_to_first_token_s = now - started
-            if on_prefill is not None:
-                on_prefill(len(prompt), len(prompt))
-        stats.tokens = step + 1
-        stats.decode_s = now - first_token_at
-        if counters is not None and before is not None:
-            prompt_experts = prompt_experts or counters.copy()
-            stats.prompt_experts = prompt_experts.since(before)
-            stats.decode_experts = counters.since(prompt_experts)
+        meter.count(step + 1)
         yield token
         if step + 1 < max_tokens and not is_early:
             ahead = following(current)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from mlx_mixtral.experts.store import Counters
-from mlx_mixtral.generation.loop import GenerationStats
+from mlx_mixtral.generation.stats import GenerationStats
 from mlx_mixtral.model.mixtral import MixtralModel
 
 __all__ = ["Meter"]

@@ -1,0 +1,76 @@
+"""What a generation gives and what it cost: its tokens, and its statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_mixtral.experts.store import Counters
+from mlx_mixtral.generation.speculation.proposal import SpeculationStats
+
+__all__ = ["GenerationStats", "Token"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token: its id, its log-probability and the likeliest ids with theirs, where asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class GenerationStats:
+    """What a generation cost so far. Seconds are wall-clock; rates are 0 before there is anything to divide."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    time_to_first_token_s: float = 0.0
+    decode_s: float = 0.0
+    """From the first token to the last."""
+    peak_memory_bytes: int = 0
+    """Largest memory MLX held at once during the generation, weights included."""
+    prompt_experts: Counters | None = None
+    """What streaming did up to the first token; None when all experts are resident."""
+    decode_experts: Counters | None = None
+    """The same from the first token to the last."""
+    predicted_tok_s: float | None = None
+    """What the plan in force predicts for decoding."""
+    speculation: SpeculationStats | None = None
+    """What was proposed and accepted; None without speculation."""
+
+    @property
+    def prompt_tok_s(self) -> float:
+        """Prompt tokens over the time to the first token."""
+        return self.prompt_tokens / self.time_to_first_token_s if self.time_to_first_token_s else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Tokens after the first over the time they took."""
+        return (self.tokens - 1) / self.decode_s if self.tokens > 1 and self.decode_s else 0.0
+
+    def to_dict(self) -> dict[str, float | int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+            "time_to_first_token_s": self.time_to_first_token_s,
+            "prompt_tok_s": self.prompt_tok_s,
+            "decode_s": self.decode_s,
+            "decode_tok_s": self.decode_tok_s,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            **self._streaming(),
+            **({} if self.speculation is None else self.speculation.to_dict()),
+        }
+
+    def _streaming(self) -> dict[str, float | int]:
+        prompt, decoded = self.prompt_experts, self.decode_experts
+        if prompt is None or decoded is None:
+            return {}
+        steps = max(self.tokens - 1, 1)
+        return {
+            "prompt_bytes_read": prompt.bytes_read,
+            "bytes_read_per_token": decoded.bytes_read / steps,
+            "hit_rate": decoded.hit_rate,
+            "readbacks_per_token": decoded.readbacks / steps,
+            "disk_wait_s": prompt.wait_s + decoded.wait_s,
+        } | ({} if self.predicted_tok_s is None else {"predicted_tok_s": self.predicted_tok_s})
