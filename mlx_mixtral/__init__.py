@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from mlx_mixtral.cache.kv import KVCache
     from mlx_mixtral.config import MixtralConfig
     from mlx_mixtral.errors import MixtralError
+    from mlx_mixtral.evaluation.passkey import passkey
+    from mlx_mixtral.evaluation.perplexity import evaluate
+    from mlx_mixtral.evaluation.results import Evaluation
+    from mlx_mixtral.evaluation.texts import Text, read_texts
     from mlx_mixtral.generation.sampling import SamplingParams
     from mlx_mixtral.generation.stats import GenerationStats
     from mlx_mixtral.loading import LoadProgress, load
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Chunk",
+    "Evaluation",
     "Generation",
     "GenerationOptions",
     "GenerationStats",
@@ -44,16 +49,21 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationSpec",
     "SamplingParams",
+    "Text",
     "TextStream",
     "Tokenizer",
     "errors",
+    "evaluate",
     "load",
+    "passkey",
+    "read_texts",
 ]
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Chunk": "stream",
+    "Evaluation": "evaluation.results",
     "Generation": "stream",
     "GenerationOptions": "requests",
     "GenerationStats": "generation.stats",
@@ -65,9 +75,13 @@ _HOMES = {
     "QuantizationConfig": "quantization",
     "QuantizationSpec": "quantization",
     "SamplingParams": "generation.sampling",
+    "Text": "evaluation.texts",
     "TextStream": "stream",
     "Tokenizer": "tokenizer",
+    "evaluate": "evaluation.perplexity",
     "load": "loading",
+    "passkey": "evaluation.passkey",
+    "read_texts": "evaluation.texts",
 }
 
 

@@ -64,6 +64,19 @@ def test_two_requests_take_turns_and_one_is_cancelled() -> None:
     assert any(re.match(r"second \(10 tokens, cancelled\): Au commencement.+", line) for line in lines)
 
 
+def test_perplexity_table_has_a_row_a_model_and_a_column_a_domain(tmp_path: Path) -> None:
+    (tmp_path / "en.txt").write_text("And it came to pass in those days")
+    (tmp_path / "code.txt").write_text("def f(x):\n    return x\n")
+    arguments = ("--text", tmp_path, "--only", "2 bits", "experts-4bit")
+    head, rule, *rows = (line.strip("|").split("|") for line in run("perplexity_table.py", *arguments).splitlines())
+    assert [name.strip() for name in head[2:5]] == ["code", "en", "all"]
+    assert len(rule) == len(head) == 7
+    assert [row[0].strip() for row in rows] == ["source", "2 bits", "experts-4bit"]
+    perplexities = [float(row[4]) for row in rows]
+    assert perplexities[0] < perplexities[2] < perplexities[1]
+    assert 0 == float(rows[0][5]) < float(rows[2][5]) < float(rows[1][5])
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short_and_public(path: Path) -> None:
     source = path.read_text(encoding="utf-8")

@@ -1,0 +1,50 @@
+"""Perplexity by domain of a checkpoint and its conversions, in bits and named recipes, as a Markdown table.
+
+python examples/perplexity_table.py [SOURCE --text FILE_OR_FOLDER] [--max-bytes N] [--only NAME ...]
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_mixtral import Evaluation, evaluate, load, read_texts
+from mlx_mixtral.demo import checkpoint_path
+from mlx_mixtral_convert import NAMED, Recipe, convert
+
+HELD_OUT = Path(__file__).parents[1] / "tests" / "goldens" / "tiny-mixtral" / "heldout"
+
+parser = argparse.ArgumentParser()
+parser.add_argument("source", nargs="?", default=checkpoint_path())
+parser.add_argument("--text", default=[HELD_OUT], nargs="+")
+parser.add_argument("--max-bytes", type=int, default=6000, help="of each text")
+parser.add_argument("--only", nargs="+", help="rows, such as '4 bits' experts-3bit")
+options = parser.parse_args()
+
+recipes = {f"{bits} bits": Recipe(bits) for bits in (8, 6, 4, 3, 2)} | dict(NAMED)
+texts = [
+    replace(text, text=text.text.encode()[: options.max_bytes].decode(errors="ignore"))
+    for text in read_texts(options.text)
+]
+
+
+def row(name: str, bits: float, found: Evaluation) -> str:
+    scores = [f"{score.perplexity:.2f}" for score in (*found.domains.values(), found.overall)]
+    compared = found.overall.comparison
+    distance = ["0", "100%"] if compared is None else [f"{compared.kl_mean:.4f}", f"{compared.top1_agreement:.1%}"]
+    return f"| {' | '.join([name, f'{bits:.2f}', *scores, *distance])} |"
+
+
+with tempfile.TemporaryDirectory() as scratch:
+    # The unquantised model is run once; what it said is kept, and it is dropped.
+    reference = Path(scratch) / "reference"
+    with load(options.source) as model:
+        found = evaluate(model, texts, save_reference=reference)
+    heads = ["model", "bits a weight", *found.domains, "all", "KL to the source", "same top token"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    print(row("source", 16, found), flush=True)
+    for name in options.only or recipes:
+        report = convert(options.source, Path(scratch) / name, recipe=recipes[name])
+        with load(Path(scratch) / name) as model:
+            found = evaluate(model, texts, reference=reference)
+        print(row(name, report.bits_per_weight, found), flush=True)
