@@ -23,7 +23,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("mlx_mixtral.cli.calibrate:calibrate", "Measure a checkpoint on a text, for better conversions."),
     "convert": ("mlx_mixtral.cli.convert:convert", "Convert a checkpoint to MLX, quantised."),
     "verify": ("mlx_mixtral.cli.verify:verify", "Check a converted folder: hashes, shapes, finiteness."),
+    "bench": ("mlx_mixtral.cli.bench:bench", "Measure speed here, and beside mlx-lm."),
     "evaluate": ("mlx_mixtral.cli.evaluate:evaluate", "Perplexity, distance to a reference, long context."),
+    "routing": ("mlx_mixtral.cli.routing:routing", "What a model's experts do, by domain."),
     "generate": ("mlx_mixtral.cli.generate:generate", "Continue a prompt."),
     "chat": ("mlx_mixtral.cli.chat:chat", "Talk with an instruct model."),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from mlx_mixtral import LoadProgress, Mixtral, load
 from mlx_mixtral.cli.console import err_console
 from mlx_mixtral.hub import resolve
 
-__all__ = ["LoadedModel", "byte_progress", "fetch", "load_model"]
+__all__ = ["LoadedModel", "byte_progress", "count_progress", "fetch", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,25 @@ def byte_progress() -> Any:
         console=err_console(),
         transient=True,
     )
+
+
+@contextlib.contextmanager
+def count_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr where that is a terminal, told what is done of how much."""
+    if not err_console().is_terminal:
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=err_console(), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def fetch(source: str, *, revision: str | None = None, weights: bool = True) -> Path:

@@ -83,12 +83,15 @@ class DomainRouting:
     def _expected(self) -> Floats:
         return np.stack([expected_pairs(layer) for layer in self.pairs.value])
 
+    @cached_property
+    def clear_lift(self) -> Floats:
+        """``pair_lift``, NaN too for pairs that chance would give fewer than 20 tokens: their lift is mostly noise."""
+        return np.where(self._expected * self.tokens >= LEAST_EXPECTED, self.pair_lift, np.nan)
+
     def clear_pairs(self, layer: int) -> list[tuple[int, int]]:
-        """Pairs of experts by lift, largest first; those that chance would pair less than 20 times are left out."""
-        lift, expected = self.pair_lift[layer], self._expected[layer] * self.tokens
-        first, second = np.triu_indices(len(lift), 1)
-        kept = expected[first, second] >= LEAST_EXPECTED
-        first, second = first[kept], second[kept]
+        """Pairs of experts by ``clear_lift``, largest first."""
+        lift = self.clear_lift[layer]
+        first, second = np.nonzero(np.triu(np.isfinite(lift), 1))
         order = np.argsort(-lift[first, second], kind="stable")
         return list(zip(first[order].tolist(), second[order].tolist(), strict=True))
 

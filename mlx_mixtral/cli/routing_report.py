@@ -1,0 +1,168 @@
+"""Tables of a routing analysis: repeats beside the paper's, shares, curves over layers, pairs, and coloured text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.cli.console import out_console, print_table, terminal_safe
+from mlx_mixtral.evaluation.routing.analysis import ALL, Estimate, RoutingAnalysis
+from mlx_mixtral.evaluation.routing.excerpt import Excerpt, expert_colour
+from mlx_mixtral.evaluation.routing.published import PUBLISHED_LAYERS, PUBLISHED_MODEL, mean_published, published_for
+from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS
+
+__all__ = ["print_excerpts", "print_routing"]
+
+BARS = "▁▂▃▄▅▆▇█"
+MOST_PAIRS = 3
+MOST_EXPERTS = 16
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+Floats = npt.NDArray[np.float64]
+
+
+def print_routing(found: RoutingAnalysis, layers: Sequence[int]) -> None:
+    """Everything but text; ``layers`` are shown one by one, the others as curves."""
+    console = out_console()
+    of = f"{found.layers} layers, {found.per_token} of {found.num_experts} experts a token"
+    console.print(f"{terminal_safe(found.name or 'routing')}: {found.overall.tokens:,} tokens, {of}\n", soft_wrap=True)
+    _repeats(found, layers)
+    _shares(found, layers)
+    _curves(found)
+    _pairs(found, layers)
+    console.print(f"± is one standard error, over blocks of {BLOCK_TOKENS} tokens", style="dim", soft_wrap=True)
+
+
+def _repeats(found: RoutingAnalysis, layers: Sequence[int]) -> None:
+    """Table 5: one table for the first choice, one for all choices, the paper's figures on the right."""
+    kinds = [("first choice", "first", found.chance_first, found.chance_first == 1 / 8)]
+    if found.per_token > 1:
+        words = "first or second choice" if found.per_token == 2 else f"any of {found.per_token} choices"
+        kinds.append((words, "either", found.chance_either, (found.num_experts, found.per_token) == (8, 2)))
+    for words, kind, chance, comparable in kinds:
+        columns = ["domain", "tokens", *(f"layer {layer}" for layer in layers)]
+        if comparable:
+            columns += [PUBLISHED_MODEL, *(f"{layer}" for layer in PUBLISHED_LAYERS)]
+        rows = []
+        for name, domain in found.rows.items():
+            estimate = domain.repeats_first if kind == "first" else domain.repeats_either
+            row = [name, f"{domain.tokens:,}", *(_percent(estimate, layer) for layer in layers)]
+            if comparable:
+                other = mean_published() if name == ALL and len(found.domains) > 1 else published_for(name)
+                figures = () if other is None else (other.first if kind == "first" else other.either)
+                row += ["", "", "", ""] if other is None else [other.domain, *(f"{f:.1%}" for f in figures)]
+            rows.append(row)
+        rows.append(["random", "", *[f"{chance:.1%}" for _ in layers], *([""] * 4 if comparable else [])])
+        print_table(f"Repeated from token to token, {words} (the paper's table 5)", columns, rows)
+
+
+def _shares(found: RoutingAnalysis, layers: Sequence[int]) -> None:
+    """Figure 7."""
+    console = out_console()
+    if found.num_experts > MOST_EXPERTS:
+        console.print(f"Shares of {found.num_experts} experts: --json, --plot and --html show them\n", style="dim")
+        return
+    even = 1 / found.num_experts
+    for layer in layers:
+        title = f"Share of assignments to each expert, layer {layer} (figure 7; uniform {even:.1%})"
+        rows = []
+        for name, domain in found.rows.items():
+            shares, errors = domain.shares.value[layer], domain.shares.stderr[layer]
+            worst = f"{100 * errors.max():.1f}" if np.isfinite(errors).all() else ""
+            rows.append([name, *(f"{100 * share:.1f}" for share in shares), worst])
+        print_table(title, ["%", *map(str, range(found.num_experts)), "± up to"], rows)
+
+
+def _curves(found: RoutingAnalysis) -> None:
+    """Figure 10 and the gate's entropy, a line a domain."""
+    _curve("Repeated first choice by layer (figure 10)", found, {n: d.repeats_first for n, d in found.rows.items()})
+    if found.per_token > 1:
+        either = {name: domain.repeats_either for name, domain in found.rows.items()}
+        _curve("A common expert with the token before, by layer (figure 10)", found, either)
+    entropies = {name: domain.entropy for name, domain in found.rows.items() if domain.entropy is not None}
+    if entropies:
+        most = float(np.log2(found.num_experts))
+        _curve(f"Entropy of the gate by layer, bits of {most:.2f}", found, entropies, bits=True)
+
+
+def _curve(title: str, found: RoutingAnalysis, curves: dict[str, Estimate], *, bits: bool = False) -> None:
+    everything = np.concatenate([curve.value for curve in curves.values()])
+    finite = everything[np.isfinite(everything)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    rows = []
+    for name, curve in curves.items():
+        values = curve.value
+        if not np.isfinite(values).all():
+            continue
+        least, most = int(values.argmin()), int(values.argmax())
+        show = "{:.2f}".format if bits else "{:.1%}".format
+        rows.append(
+            [
+                name,
+                _sparkline(values, low, high),
+                show(values.mean()),
+                f"{show(values[least])} in layer {least}",
+                f"{show(values[most])} in layer {most}",
+            ]
+        )
+    print_table(title, ["domain", f"layers 0–{found.layers - 1}", "mean", "least", "most"], rows, left=2)
+
+
+def _sparkline(values: Iterable[float], low: float, high: float) -> str:
+    span = max(high - low, 1e-9)
+    return "".join(BARS[min(7, int(8 * (value - low) / span))] for value in values)
+
+
+def _pairs(found: RoutingAnalysis, layers: Sequence[int]) -> None:
+    """The pairs that meet most and least, against what their shares would give by chance."""
+    if found.per_token < 2:
+        return
+    rows = []
+    for layer in layers:
+        lift, shares = found.overall.pair_lift[layer], found.overall.pairs.value[layer]
+        pairs = found.overall.clear_pairs(layer)
+        shown = [
+            ", ".join(f"{a}+{b} {lift[a, b]:.2f}x ({shares[a, b]:.1%})" for a, b in some)
+            for some in (pairs[:MOST_PAIRS], pairs[::-1][: MOST_PAIRS - 1])
+        ]
+        rows.append([str(layer), *shown])
+    title = "Pairs of experts that meet more and less than their shares would give (share of tokens)"
+    print_table(title, ["layer", "most", "least"], rows, left=3)
+
+
+def print_excerpts(excerpts: Sequence[Excerpt], layers: Sequence[int], num_experts: int) -> None:
+    """Figure 8: tokens coloured by first choice, a line for each layer; without colours its number follows every run."""
+    from rich.style import Style
+    from rich.text import Text
+
+    console = out_console()
+    if not excerpts:
+        return
+    has_colours = console.is_terminal and not console.no_color
+    console.print("Text coloured by first choice (figure 8)", style="bold")
+    legend = Text("  expert ")
+    for expert in range(min(num_experts, MOST_EXPERTS)):
+        legend.append(f" {expert} ", Style(color="black", bgcolor=expert_colour(expert, num_experts)))
+    if has_colours:
+        console.print(legend)
+    for excerpt in excerpts:
+        console.print(terminal_safe(excerpt.domain), style="bold")
+        for layer in layers:
+            line = Text(f"{layer:>4} ", style="dim")
+            chosen = excerpt.experts[:, layer].tolist()
+            for index, (piece, expert) in enumerate(zip(excerpt.pieces, chosen, strict=True)):
+                style = Style(color="black", bgcolor=expert_colour(expert, num_experts))
+                line.append(terminal_safe(piece.replace("\n", "⏎").replace("\t", "→")), style)
+                if not has_colours and (index + 1 == len(chosen) or chosen[index + 1] != expert):
+                    line.append(str(expert).translate(SUPERSCRIPTS), style)
+            console.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+    console.print()
+
+
+def _percent(estimate: Estimate, layer: int) -> str:
+    value, error = estimate.value[layer], estimate.stderr[layer]
+    if not np.isfinite(value):
+        return "–"
+    return f"{value:.1%} ± {100 * error:.1f}" if np.isfinite(error) else f"{value:.1%}"
