@@ -41,7 +41,7 @@ def plot_long_context(place: Path, title: str, passkeys: PasskeyResult | None, b
 
 def _heat_map(axes: Any, result: PasskeyResult) -> None:
     cells = [list(column) for column in zip(*result.found, strict=True)]  # [depth][length]
-    axes.imshow(cells, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(cells, cmap="RdYlGn", vmin=-0.4, vmax=1.4, aspect="auto")  # lighter than its ends
     for row, values in enumerate(cells):
         for column, value in enumerate(values):
             axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8)
