@@ -4,7 +4,7 @@ T tokens of a domain, L layers, K experts per token, E experts, G blocks of cons
 
 Neighbouring tokens are routed alike, so standard errors are those of whole blocks (``BLOCK_TOKENS`` tokens of one stretch of
 text), as in `mlx_mixtral.evaluation.statistics`: with N values in G blocks and s_g the sum of deviations from the mean in block
-g it is ``sqrt(G / (G - 1) * sum(s_g ** 2)) / N``. With fewer than 8 blocks each token is its own.
+g it is ``sqrt(G / (G - 1) * sum(s_g ** 2)) / N``. With fewer than 32 blocks each token is its own.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import numpy.typing as npt
 
 from mlx_mixtral.arguments import check_type
 from mlx_mixtral.evaluation.routing.record import RoutingRecord
-from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS
+from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS, LEAST_BLOCKS
 from mlx_mixtral.experts.trace import chance_of_repeat
 
 __all__ = ["ALL", "DomainRouting", "Estimate", "RoutingAnalysis", "analyse", "expected_pairs"]
 
 ALL = "all"
-LEAST_BLOCKS = 8
 LEAST_EXPECTED = 20
 FITTING_ROUNDS = 2000
 

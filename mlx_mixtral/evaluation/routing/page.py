@@ -196,7 +196,7 @@ def _pairs(found: RoutingAnalysis, layers: Sequence[int]) -> str:
 
 def _entropy(found: RoutingAnalysis) -> str:
     curves = {name: domain.entropy.value for name, domain in found.domains.items() if domain.entropy is not None}
-    if not curves:
+    if not curves or found.num_experts == 1:
         return ""
     most = float(np.log2(found.num_experts))
     chart = line_chart(curves, "Entropy of the gate by layer", "{:.2f}".format, "{:.1f}".format, top=most)

@@ -69,7 +69,7 @@ def _curves(axes: Sequence[Any], found: RoutingAnalysis) -> None:
     kinds: list[tuple[str, str, float | None]] = [("repeated first choice", "repeats_first", found.chance_first)]
     if found.per_token > 1:
         kinds.append(("an expert in common with the token before", "repeats_either", found.chance_either))
-    if found.overall.entropy is not None:
+    if found.overall.entropy is not None and found.num_experts > 1:
         kinds.append(("entropy of the gate, bits", "entropy", None))
     for place, (title, attribute, chance) in zip(axes, kinds, strict=False):
         for index, (name, domain) in enumerate(found.domains.items()):

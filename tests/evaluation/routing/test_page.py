@@ -1,0 +1,149 @@
+"""The page: whole, self-contained, with every foreign text escaped; the picture."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_mixtral.evaluation.routing import RoutingRecord, analyse
+from mlx_mixtral.evaluation.routing.excerpt import excerpts, expert_colour
+from mlx_mixtral.evaluation.routing.page import routing_page
+from mlx_mixtral.evaluation.routing.plots import plot_routing
+from mlx_mixtral.experts.trace import RoutingTrace
+
+VOID = {"meta", "input", "br"}
+EVIL = "</b><script>alert(1)</script>&\"'\u202e"
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and keeps what a browser would show and fetch."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.text: dict[str, str] = {}
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        found = dict(attrs)
+        self.links += [found[name] or "" for name in ("href", "src", "xlink:href", "action") if name in found]
+        self.ids += [found["id"] or ""] if "id" in found else []
+        assert not any(name.startswith("on") for name in found)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        at = "s" if "s" in self.open else self.open[-1] if self.open else ""
+        self.text[at] = self.text.get(at, "") + data
+
+
+def record(
+    num_experts: int = 8, per_token: int = 2, layers: int = 4, domains: tuple[str, ...] = ("code", EVIL)
+) -> RoutingRecord:
+    tokens = 200
+    experts = np.random.default_rng(0).random((tokens, layers, num_experts)).argsort(axis=2)[..., :per_token]
+    pieces = tuple("\x1b[31m\n" if at == 3 else f"<{at}\t&" for at in range(tokens))
+    starts = tuple(range(0, tokens, tokens // len(domains)))[: len(domains)]
+    return RoutingRecord(
+        RoutingTrace(experts.astype(np.uint16), num_experts, starts),
+        domains,
+        np.arange(len(domains)),
+        np.random.default_rng(1).random((tokens, layers)).astype(np.float16),
+        pieces,
+        EVIL,
+    )
+
+
+def page(made: RoutingRecord, tokens: int = 20, layers: tuple[int, ...] | None = None) -> str:
+    return routing_page(analyse(made), excerpts(made, tokens), layers)
+
+
+def test_it_is_one_whole_file_that_fetches_and_runs_nothing() -> None:
+    found = Page(page(record()))
+    assert found.links == ["https://arxiv.org/abs/2401.04088"]
+    assert not {"script", "link", "img", "iframe", "object", "form"} & set(found.tags)
+    assert len(set(found.ids)) == len(found.ids)
+    assert "url(" not in found.text["style"]
+    assert "@import" not in found.text["style"]
+    assert EVIL in found.text["h1"]
+    assert EVIL in found.text["h3"]
+
+
+def test_text_is_there_once_in_the_colours_of_each_layer() -> None:
+    made = record(domains=("code",))
+    html = page(made, layers=(1, 3))
+    found = Page(html)
+    assert made.pieces is not None
+    assert found.text["b"].endswith("".join(made.pieces[:20]).replace("\x1b", "␛"))
+    classes = re.findall(r'<b class="a(\d) b(\d)">', html)
+    assert [[int(number) for number in pair] for pair in classes] == made.trace.experts[:20, [1, 3], 0].tolist()
+    for expert in set(made.trace.experts[:20, 3, 0].tolist()):
+        assert f"#layer-b:checked~.text .b{expert}{{background:{expert_colour(expert, 8)}}}" in html
+
+
+def test_figures_stand_in_the_tables() -> None:
+    made = record(domains=("code", "fr"))
+    found = analyse(made)
+    html = page(made)
+    for name, domain in found.rows.items():
+        for estimate in (domain.repeats_first, domain.repeats_either):
+            value, error = estimate.value[0], estimate.stderr[0]
+            assert f"{value:.1%} <small>± {100 * error:.1f}</small>" in html, name
+    assert ">14.9%<" in html  # GitHub's, beside "code"
+    assert ">46.4%<" in html
+    assert f"layer 3, expert 5: {found.overall.shares.value[3, 5]:.1%}" in html
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "per_token", "layers", "domains"),
+    [
+        (1, 1, 1, ("one",)),
+        (8, 1, 2, ("a", "b")),
+        (4, 3, 1, ("a", "b")),
+        (18, 4, 13, tuple(f"domain {number}" for number in range(9))),
+    ],
+)
+def test_any_shape_gives_a_page_and_a_picture(
+    num_experts: int, per_token: int, layers: int, domains: tuple[str, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    made = record(num_experts, per_token, layers, domains)
+    html = page(made)
+    Page(html)
+    assert "nan" not in html
+    place = tmp_path / "plot.png"
+    plot_routing(place, analyse(made))
+    assert place.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_without_text_there_is_no_coloured_text() -> None:
+    made = record()
+    assert 'id="text"' not in page(made, tokens=0)
+    bare = RoutingRecord.of_trace(made.trace)
+    html = page(bare)
+    Page(html)
+    assert 'id="text"' not in html
+    assert 'id="entropy"' not in html
+
+
+def test_colours_are_distinct() -> None:
+    for count in (8, 64):
+        assert len({expert_colour(expert, count) for expert in range(count)}) == count
