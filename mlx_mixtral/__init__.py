@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from mlx_mixtral.quantization import QuantizationConfig, QuantizationSpec
     from mlx_mixtral.requests import GenerationOptions
     from mlx_mixtral.runtime import Mixtral
+    from mlx_mixtral.speculation import DraftModel, PromptLookup
     from mlx_mixtral.stream import Chunk, Generation, TextStream
     from mlx_mixtral.tokenizer import Tokenizer
 
 __all__ = [
     "Chunk",
+    "DraftModel",
     "Evaluation",
     "Generation",
     "GenerationOptions",
@@ -46,6 +48,7 @@ __all__ = [
     "Mixtral",
     "MixtralConfig",
     "MixtralError",
+    "PromptLookup",
     "QuantizationConfig",
     "QuantizationSpec",
     "SamplingParams",
@@ -63,6 +66,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Chunk": "stream",
+    "DraftModel": "speculation",
     "Evaluation": "evaluation.results",
     "Generation": "stream",
     "GenerationOptions": "requests",
@@ -72,6 +76,7 @@ _HOMES = {
     "Mixtral": "runtime",
     "MixtralConfig": "config",
     "MixtralError": "errors",
+    "PromptLookup": "speculation",
     "QuantizationConfig": "quantization",
     "QuantizationSpec": "quantization",
     "SamplingParams": "generation.sampling",

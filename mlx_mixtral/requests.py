@@ -12,6 +12,7 @@ from mlx_mixtral.errors import ContextLengthError, InvalidRequestError, Tokenize
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.generation.sampling import Sampler, SamplingParams
 from mlx_mixtral.generation.stop import StopStrings
+from mlx_mixtral.speculation import DraftModel, PromptLookup, Speculation
 from mlx_mixtral.stream import TextAssembler
 from mlx_mixtral.tokenizer import Tokenizer
 
@@ -35,6 +36,8 @@ class GenerationOptions(TypedDict, total=False):
     """Asked after every token; True ends the generation with ``finish_reason`` "cancelled"."""
     on_prefill: Callable[[int, int], None] | None
     """Told ``(done, total)`` prompt tokens while the prompt is computed."""
+    speculation: Speculation | None
+    """Propose tokens by ``PromptLookup`` or ``DraftModel`` and verify several at once; the text stays what it is without."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Request:
     sampler: Sampler
     text: TextAssembler
     on_prefill: Callable[[int, int], None] | None = None
+    speculation: Speculation | None = None
 
 
 class Requests:
@@ -81,6 +85,7 @@ class Requests:
         stop_token_ids: Sequence[int] = (),
         cancelled: Callable[[], bool] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        speculation: Speculation | None = None,
         is_answer: bool = False,
     ) -> Request:
         """Check what ``GenerationOptions`` says, and put it with a prompt.
@@ -95,6 +100,7 @@ class Requests:
         check_type("sampling", sampling, (SamplingParams, type(None)), "SamplingParams, or None for greedy")
         check_type("stop", stop, (str, list, tuple), "text, or a list of texts")
         check_callbacks(cancelled=cancelled, on_prefill=on_prefill)
+        check_type("speculation", speculation, (PromptLookup, DraftModel, type(None)), "PromptLookup or DraftModel")
         limit = min(max_tokens, self._room(len(tokens)))
         stops = StopStrings([stop] if isinstance(stop, str) else stop)
         has_tokenizer = not isinstance(self._tokenizer, Exception)
@@ -104,10 +110,12 @@ class Requests:
         sampler = Sampler(sampling or SamplingParams(), tokens, self._config.vocab_size)
         decoder = self.tokenizer.streaming_decoder(continues=not is_answer) if has_tokenizer else None
         text = TextAssembler(decoder, limit, stop_ids, stops, cancelled)
-        return Request(tokens, limit, sampler, text, on_prefill)
+        return Request(tokens, limit, sampler, text, on_prefill, speculation)
 
     def batch(self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions) -> list[Request]:
         """A request for each of ``prompts``; an error names the prompt it is about by its number, from 0."""
+        if options.get("speculation") is not None:
+            raise InvalidRequestError("speculation is for one text at a time; leave it out for a batch")
         requests = []
         for index, prompt in enumerate(prompts):
             try:

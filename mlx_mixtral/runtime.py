@@ -25,15 +25,16 @@ from mlx_mixtral.errors import (
 )
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
-from mlx_mixtral.generation.loop import GenerationStats, Token, decode
 from mlx_mixtral.generation.sampling import SamplingParams
 from mlx_mixtral.generation.scheduler import Scheduler, SequenceRequest
+from mlx_mixtral.generation.stats import GenerationStats, Token
 from mlx_mixtral.model.lookahead import LookaheadControl
 from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.planning import Planner
 from mlx_mixtral.requests import GenerationOptions, Requests
 from mlx_mixtral.routing import record_routing
+from mlx_mixtral.speculation import decoding, exclusive
 from mlx_mixtral.stream import Chunk, Generation, TextStream
 from mlx_mixtral.tokenizer import Tokenizer
 
@@ -154,7 +155,7 @@ class Mixtral:
         """Continue ``prompt``: text, sent as it is after BOS, or token ids, sent as they are.
 
         Args:
-            options: max_tokens, sampling, stop, stop_token_ids, cancelled, on_prefill: see ``GenerationOptions``.
+            options: max_tokens, sampling, stop, stop_token_ids, cancelled, on_prefill, speculation: see ``GenerationOptions``.
 
         Raises:
             InvalidRequestError: an empty prompt, a token id or an argument out of range.
@@ -283,6 +284,7 @@ class Mixtral:
         module, step = self.module, self._step
         assert step is not None
         request = self._requests.request(tokens, is_answer=is_answer, **options)
+        decode = decoding(request, self)
 
         def run(stats: GenerationStats) -> Generator[Token, None, None]:
             plan = self.residency.plan
@@ -301,7 +303,7 @@ class Mixtral:
             )
 
         budget = self.residency.budget_bytes
-        return TextStream(run, request.text, self._exclusive(), self.device, self._stream, budget)
+        return TextStream(run, request.text, exclusive(request, self), self.device, self._stream, budget)
 
     def _batch(
         self, prompts: Sequence[str | Sequence[int]], max_rows: int, options: GenerationOptions

@@ -84,6 +84,7 @@ class DraftProposer:
             model.remember(mx.array([self._tokens[start : start + self._chunk_tokens]], mx.int32), cache)
             mx.eval(cache.arrays)
         missing = mx.array([self._tokens[cache.length :]], mx.int32)
-        if missing.size == 1:
+        # After a round one token is missing, or two: the last one proposed was not fed. Those are the sizes worth a graph.
+        if missing.size <= 2:
             return self._step(missing, cache)[:, -1]
         return model.head(model.hidden(missing, cache, last_only=True)[:, -1])

@@ -33,7 +33,7 @@ MARGIN = 1.03
 
 def expected_tokens(acceptance: float, proposed: int) -> float:
     """Tokens a round of ``proposed`` gives on average."""
-    return float(sum(acceptance**n for n in range(proposed + 1)))
+    return float((1.0 - acceptance ** (proposed + 1)) / (1.0 - acceptance)) if acceptance < 1.0 else proposed + 1.0
 
 
 class Acceptance:
@@ -145,6 +145,8 @@ class Economics:
         self._idle = 0
 
     def _timed(self, k: int, seconds: float) -> None:
+        if not self._uses_clock:
+            return
         if k in self._times:
             self._times[k].append(seconds)
         else:

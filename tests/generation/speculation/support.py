@@ -1,0 +1,218 @@
+"""A model of a few tokens whose every sequence has a probability one can write down, and proposers that are right as told."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mixtral import GenerationStats, SamplingParams
+from mlx_mixtral.generation.loop import decode
+from mlx_mixtral.generation.sampling import Sampler
+from mlx_mixtral.generation.speculation.economics import Economics
+from mlx_mixtral.generation.speculation.loop import speculate
+from mlx_mixtral.generation.speculation.proposal import Guess, Proposal, Proposer
+from mlx_mixtral.generation.stats import Token
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class ChainCache:
+    """Of a model that looks at the last token only: all there is to hold is how many there were."""
+
+    arrays: tuple[mx.array, ...] = ()
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def trim(self, tokens: int) -> None:
+        assert 0 <= tokens <= self.length
+        self.length -= tokens
+
+
+class Chain:
+    """A Markov chain with a model's interface: row t of ``table [V, V]`` are the logits after token t.
+
+    Attributes:
+        forwards: tokens of every forward so far.
+    """
+
+    is_streamed, counters = False, None
+
+    def __init__(self, table: Floats) -> None:
+        self.table = table
+        self._table = mx.array(table.astype(np.float32))
+        self.forwards: list[int] = []
+
+    def make_cache(self, most_tokens: int | None = None) -> ChainCache:
+        return ChainCache()
+
+    def hidden(self, tokens: mx.array, cache: ChainCache, *, last_only: bool = False) -> mx.array:
+        self.forwards.append(tokens.shape[1])
+        cache.length += tokens.shape[1]
+        return tokens[:, -1:, None] if last_only else tokens[..., None]
+
+    def remember(self, tokens: mx.array, cache: ChainCache) -> None:
+        self.hidden(tokens, cache)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        return self._table[hidden[..., 0]]
+
+    def __call__(self, tokens: mx.array, cache: ChainCache, **_: Any) -> mx.array:
+        """As the model itself and as its decode step."""
+        return self.head(self.hidden(tokens, cache))
+
+
+def chain(vocab: int, seed: int, scale: float = 1.5) -> Chain:
+    return Chain(np.random.default_rng(seed).standard_normal((vocab, vocab)) * scale)
+
+
+class Told:
+    """Proposes the true continuation, each token right with probability ``right``; after the first wrong one at random."""
+
+    def __init__(self, truth: Sequence[int], right: float, vocab: int, seed: int = 0) -> None:
+        self._truth, self._right, self._vocab = list(truth), right, vocab
+        self._done = 0
+        self._random = np.random.default_rng(seed)
+        self.proposed: list[int] = []
+
+    def guess(self) -> Guess | None:
+        return Guess(0)
+
+    def propose(self, count: int, sampler: Sampler) -> Proposal:
+        tokens = []
+        for at in range(self._done, self._done + count):
+            right = at < len(self._truth) and self._random.random() < self._right
+            wrong = (self._truth[at] + 1) % self._vocab if at < len(self._truth) else 0
+            tokens.append(self._truth[at] if right else wrong)
+        self.proposed.append(count)
+        return Proposal(mx.array(tokens, mx.int32))
+
+    def take(self, tokens: Sequence[int], accepted: int = 0) -> None:
+        self._done += len(tokens)
+
+
+def always(most: int) -> Economics:
+    """Proposes as much as it may."""
+    return Economics(most, lambda k: 1.0, expected_acceptance=1.0, is_adaptive=False)
+
+
+def speculated(
+    model: Any,
+    prompt: Sequence[int],
+    proposer: Proposer,
+    max_tokens: int,
+    params: SamplingParams | None = None,
+    *,
+    economics: Economics | None = None,
+    most: int = 4,
+    cache: Any = None,
+    step: Any = None,
+    take: int | None = None,
+) -> tuple[list[Token], GenerationStats]:
+    """Tokens with speculation, closed after ``take`` of them."""
+    stats = GenerationStats()
+    steps = speculate(
+        model,
+        step or model,
+        prompt,
+        model.make_cache() if cache is None else cache,
+        Sampler(params or SamplingParams(), prompt, vocab_of(model)),
+        max_tokens,
+        stats,
+        proposer=proposer,
+        economics=economics or always(most),
+        stream=mx.default_stream(mx.default_device()),
+    )
+    tokens = list(itertools.islice(steps, take))
+    steps.close()
+    return tokens, stats
+
+
+def plain(
+    model: Any, prompt: Sequence[int], max_tokens: int, params: SamplingParams | None = None, *, step: Any = None
+) -> list[Token]:
+    """Tokens of the plain loop."""
+    sampler = Sampler(params or SamplingParams(), prompt, vocab_of(model))
+    stream = mx.default_stream(mx.default_device())
+    return list(
+        decode(model, step or model, prompt, model.make_cache(), sampler, max_tokens, GenerationStats(), stream=stream)
+    )
+
+
+def vocab_of(model: Any) -> int:
+    return len(model.table) if isinstance(model, Chain) else int(model.config.vocab_size)
+
+
+def ids_of(tokens: Sequence[Token]) -> list[int]:
+    return [token.token_id for token in tokens]
+
+
+def truncated(logits: Floats, params: SamplingParams) -> Floats:
+    """The distribution sampling is to follow, in float64 and loops."""
+    shifted = logits / params.temperature
+    p: Floats = np.exp(shifted - shifted.max())
+    p /= p.sum()
+    if params.top_k:
+        p[np.argsort(-p)[params.top_k :]] = 0
+        p /= p.sum()
+    kept, reached = np.zeros_like(p), 0.0
+    for token in np.argsort(-p):
+        if reached >= params.top_p:
+            break
+        kept[token] = p[token]
+        reached += p[token]
+    kept[kept < params.min_p * kept.max()] = 0
+    return np.asarray(kept / kept.sum())
+
+
+def penalised(logits: Floats, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> Floats:
+    """Logits after penalties and bias, one token at a time."""
+    changed = logits.copy()
+    for token in range(len(logits)):
+        if token in prompt or token in output:
+            factor = params.repetition_penalty
+            changed[token] = changed[token] / factor if changed[token] > 0 else changed[token] * factor
+        if token in output:
+            changed[token] -= params.presence_penalty + params.frequency_penalty * list(output).count(token)
+        changed[token] += (params.logit_bias or {}).get(token, 0.0)
+    return changed
+
+
+def sequence_probabilities(
+    model: Chain, prompt: Sequence[int], length: int, params: SamplingParams
+) -> dict[tuple[int, ...], float]:
+    """Of every sequence of ``length`` tokens that can follow ``prompt``."""
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for output, probability in found.items():
+            last = [*prompt, *output][-1]
+            p = truncated(penalised(model.table[last], params, prompt, output), params)
+            longer |= {(*output, token): probability * float(p[token]) for token in np.flatnonzero(p)}
+        found = longer
+    return {tuple(int(token) for token in output): probability for output, probability in found.items()}
+
+
+def assert_follows(seen: dict[tuple[int, ...], int], wanted: dict[tuple[int, ...], float]) -> None:
+    """Chi-square test of counts; outcomes expected less than five times are taken together."""
+    count = sum(seen.values())
+    impossible = {outcome for outcome in seen if wanted.get(outcome, 0.0) == 0.0}
+    assert not impossible, f"outcomes that cannot be: {impossible}"
+    cells, rest_seen, rest_expected = [], 0, 0.0
+    for outcome, probability in wanted.items():
+        if probability * count >= 5:
+            cells.append((seen.get(outcome, 0), probability * count))
+        else:
+            rest_seen, rest_expected = rest_seen + seen.get(outcome, 0), rest_expected + probability * count
+    if rest_expected >= 5:
+        cells.append((rest_seen, rest_expected))
+    chi2 = sum((had - expected) ** 2 / expected for had, expected in cells)
+    freedom = len(cells) - 1
+    assert freedom >= 2, "nothing is tested"
+    # 99.99% of a chi-square with f degrees of freedom lies below f + 3.9 sqrt(2 f) + 12; seeds are fixed.
+    assert chi2 < freedom + 3.9 * math.sqrt(2 * freedom) + 12, f"chi-square {chi2:.1f} at {freedom} degrees of freedom"
