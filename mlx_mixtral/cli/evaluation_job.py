@@ -26,9 +26,6 @@ from mlx_mixtral.evaluation.results import Evaluation
 
 __all__ = ["EvaluationJob"]
 
-# What a memory budget reserves KV cache for unless it is told.
-RESERVED_TOKENS = 4096
-
 
 class EvaluationJob:
     """Everything checked first, then the reference, then the model."""
@@ -99,10 +96,9 @@ class EvaluationJob:
                 self.other.check_comparable(self.subject, self.window, self.stride)
             if self.other is not None or self.save is not None:
                 (self.other or self.subject).header(self.corpus, self.window, self.stride, self.top_k).check_size()
-        # A memory budget reserves KV cache for the longest sequence there will be.
-        longest = max([self.window if given else 0, *self.lengths])
-        if loading["context"] is None and longest > RESERVED_TOKENS:
-            loading["context"] = longest
+        # A memory budget reserves KV cache for no more than the longest sequence there will be.
+        if loading["context"] is None:
+            loading["context"] = max([self.window if given else 1, *self.lengths])
         self.reference_name: str | None = None
         self.evaluation: Evaluation | None = None
         self.passkeys: PasskeyResult | None = None

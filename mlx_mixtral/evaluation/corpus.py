@@ -166,11 +166,12 @@ def vocabulary_sha256(tokenizer: Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def check_window(window: int | None, stride: int | None, limit: int) -> tuple[int, int]:
+def check_window(window: int | None, stride: int | None, limit: int, reserved: int | None = None) -> tuple[int, int]:
     """Window and stride in tokens, with their defaults: ``limit`` or 2048, whichever is less, and no overlap.
 
     Args:
-        limit: tokens of context the model has, or has memory for.
+        limit: tokens of context the model has.
+        reserved: tokens a memory budget holds KV cache for; all of them when None.
 
     Raises:
         InvalidRequestError, ContextLengthError: out of range.
@@ -178,9 +179,14 @@ def check_window(window: int | None, stride: int | None, limit: int) -> tuple[in
     for name, value in (("window", window), ("stride", stride)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise InvalidRequestError(f"{name} is {value!r}; it must be a number of tokens, at least 1")
-    size = min(limit, DEFAULT_WINDOW) if window is None else window
+    room = limit if reserved is None else min(limit, reserved)
+    size = min(room, DEFAULT_WINDOW) if window is None else window
     if size > limit:
         raise ContextLengthError(f"window is {size} tokens; the model's context holds {limit}")
+    if size > room:
+        raise ContextLengthError(
+            f"window is {size} tokens; the memory budget holds KV cache for {room}: reserve more with --context or context="
+        )
     if stride is not None and stride > size:
         raise InvalidRequestError(f"stride is {stride} tokens, more than the window's {size}: tokens would be left out")
     return size, stride or size
