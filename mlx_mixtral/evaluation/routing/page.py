@@ -199,7 +199,7 @@ def _entropy(found: RoutingAnalysis) -> str:
     if not curves or found.num_experts == 1:
         return ""
     most = float(np.log2(found.num_experts))
-    chart = line_chart(curves, "Entropy of the gate by layer", "{:.2f}".format, "{:.1f}".format, top=most)
+    chart = line_chart(curves, "Entropy of the gate by layer", "{:.2f}".format, "{:.2f}".format, top=most)
     return _section(
         "entropy",
         "How sure the gate is",

@@ -72,7 +72,7 @@ def bar_chart(
                 f"<title>{escape(name)}, {axis} {at}: {show(value)}</title></rect>"
             )
         parts.append(f'<g fill="{domain_colour(index)}">{"".join(bars)}</g>')
-    parts.append(_across(chance, top, f"uniform {show(chance)}"))
+    parts.append(_across(chance, top))
     return _svg(title, parts, HEIGHT)
 
 
@@ -174,12 +174,12 @@ def _index_ticks(count: int) -> list[tuple[int, str]]:
     return [(at, str(at)) for at in range(0, count, step)]
 
 
-def _across(value: float, top: float, text: str) -> str:
+def _across(value: float, top: float, text: str = "") -> str:
     y = _y(value, top)
-    return (
-        f'<line class="chance" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="end note" x="{WIDTH - RIGHT}" y="{y - 4:.1f}">{text}</text>'
-    )
+    line = f'<line class="chance" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    if not text:
+        return line
+    return f'{line}<text class="end note" x="{WIDTH - RIGHT}" y="{y - 4:.1f}">{text}</text>'
 
 
 def _x(at: int, count: int) -> float:
