@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mlx_mixtral.cache.options import STEP_TOKENS, KVOptions
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.errors import MemoryBudgetError
 from mlx_mixtral.experts.plan import ModelSizes, ResidencyPlan, least_expert_bytes
@@ -19,7 +20,6 @@ __all__ = [
 ]
 
 DEFAULT_CONTEXT_TOKENS = 4096
-KV_STEP_TOKENS = 256
 # A chunk of the prompt reads every missing expert once: long chunks read less, short ones need less memory.
 MIN_CHUNK_TOKENS, RESIDENT_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 32, 1024, 4096
 # Of a budget that cannot hold everything, the share working memory may take beyond its least.
@@ -35,6 +35,7 @@ class Demands:
         item_bytes: of a number in the compute type.
         keeps_scores: whether attention holds the scores of a chunk, as on the CPU backend; kernels of GPUs do not.
         reading_bytes: buffers of the threads that read experts.
+        kv: how keys and values are kept.
     """
 
     config: MixtralConfig
@@ -43,34 +44,38 @@ class Demands:
     item_bytes: int
     keeps_scores: bool
     reading_bytes: int = 0
+    kv: KVOptions = field(default_factory=KVOptions)
 
     @property
     def context_capacity(self) -> int:
-        """Tokens the KV cache is allocated for at most: ``context`` in whole steps."""
-        return -(-self.context // KV_STEP_TOKENS) * KV_STEP_TOKENS
+        """Tokens a sequence can have: ``context`` in whole steps, or the model's context where a window bounds memory."""
+        if self.kv_columns < -(-self.context // STEP_TOKENS) * STEP_TOKENS:
+            return self.config.max_position_embeddings
+        return self.kv_columns
+
+    @property
+    def kv_columns(self) -> int:
+        """Tokens the KV cache is allocated for at most."""
+        return self.kv.columns(self.config, self.context)
 
     @property
     def kv_bytes(self) -> int:
         """Of the cache, and of one layer's while it grows."""
-        c = self.config
-        return (
-            self.context_capacity
-            * c.kv_bytes_per_token(self.item_bytes)
-            * (c.num_hidden_layers + 1)
-            // c.num_hidden_layers
-        )
+        layers = self.config.num_hidden_layers
+        return self.kv_columns * self.kv.bytes_per_token(self.config, self.item_bytes) * (layers + 1) // layers
 
     def working_bytes(self, chunk_tokens: int) -> int:
         """What computing needs for a while: a chunk of the prompt, one step's logits and their sampling."""
         c = self.config
         tokens = min(chunk_tokens, self.context)
+        unpacked = self.kv.unpacked_bytes(c, self.item_bytes, self.kv_columns + tokens)
         heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
         attention = 2 * heads + 3 * c.num_attention_heads * c.head_dim
         if self.keeps_scores:
             attention += 3 * c.num_attention_heads * self.context
         experts = c.num_experts_per_tok * (3 * c.hidden_size + 4 * c.intermediate_size)
         a_token = (max(attention, experts) + 6 * c.hidden_size) * self.item_bytes
-        return tokens * a_token + 16 * 4 * c.vocab_size
+        return tokens * a_token + unpacked + 16 * 4 * c.vocab_size
 
     @property
     def everything_bytes(self) -> int:

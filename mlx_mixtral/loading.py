@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_mixtral.arguments import as_path, check_callbacks
 from mlx_mixtral.budget import Planned
+from mlx_mixtral.cache.options import DEFAULT_SINKS, KVOptions
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.device import DTYPE_NAMES, compute_dtype, current_device
 from mlx_mixtral.errors import DtypeRangeError, InvalidRequestError, MissingDependencyError, TokenizerError
@@ -46,6 +47,9 @@ def load(
     page_cache: bool = False,
     policy: str = "lru",
     lookahead: str = "off",
+    kv_bits: int | None = None,
+    kv_size: int | None = None,
+    kv_sinks: int = DEFAULT_SINKS,
     progress: Callable[[LoadProgress], None] | None = None,
 ) -> Mixtral:
     """Load a model from a folder or a hub repository.
@@ -65,6 +69,11 @@ def load(
             has memory to spare beyond the budget.
         policy: which expert makes room for another one: lru or lfu.
         lookahead: read the next layer's experts before its router has chosen: off, on, or auto, which measures whether it pays.
+        kv_bits: bits of the key-value cache: 4 or 8, with a scale and a bias for every 64 numbers, or 16; those of the compute
+            type when None.
+        kv_size: most tokens a token sees, so that the cache of a long text stays within them: the last ones, and ``kv_sinks``
+            from its start. All when None. Text between is forgotten.
+        kv_sinks: see ``kv_size``.
         progress: told the bytes read so far, from this thread.
 
     Raises:
@@ -77,6 +86,7 @@ def load(
     device = current_device()
     kind = compute_dtype(dtype, device)
     control, _ = LookaheadControl(lookahead), make_policy(policy)
+    kv = KVOptions(kv_bits, kv_size, kv_sinks)
     folder = resolve(path, revision=revision)
     check_sizes(folder)
     if verify:
@@ -92,7 +102,7 @@ def load(
     for name in (kind, "BF16"):
         builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy)
         refuse_cpu_gather(builder)
-        planner = Planner(builder, device)
+        planner = Planner(builder, device, kv=kv)
         planned = planner.plan(memory, context)
         try:
             module, residency = load_module(planner, planned, progress)
@@ -115,6 +125,7 @@ def load_module(
     builder, plan = planner.builder, planned.residency
     slots, overflow = (None, None) if plan is None else (plan.slots, plan.overflow_slots)
     module = builder.build(slots, overflow)
+    module.kv = planner.kv
     total = sum(item.nbytes for item in builder.fills)
 
     def report(done_bytes: int) -> None:

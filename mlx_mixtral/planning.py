@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.budget import DEFAULT_CONTEXT_TOKENS, RESIDENT_CHUNK_TOKENS, Demands, Planned
+from mlx_mixtral.cache.options import KVOptions
 from mlx_mixtral.device import Device
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 from mlx_mixtral.experts.machine import read_system_memory, usable_bytes
@@ -31,8 +32,12 @@ class Planner:
     Speeds are measured, and curves of hit rates made, when the first budget that cannot hold everything needs them.
     """
 
-    def __init__(self, builder: Builder, device: Device, speeds: Speeds | None = None) -> None:
-        self.builder, self.device = builder, device
+    def __init__(
+        self, builder: Builder, device: Device, speeds: Speeds | None = None, *, kv: KVOptions | None = None
+    ) -> None:
+        self.builder, self.device, self.kv = builder, device, kv or KVOptions()
+        # Says now what the model's heads do not allow.
+        self.kv.storage(builder.config, MLX_DTYPES[builder.dtype])
         self.sizes = builder.sizes()
         self._given = speeds
 
@@ -51,7 +56,8 @@ class Planner:
             )
         tokens = context or min(config.max_position_embeddings, DEFAULT_CONTEXT_TOKENS)
         reading = 0 if config.is_dense else self.builder.store.reading_bytes
-        return Demands(config, self.sizes, tokens, self.builder.item_bytes, self.device.kind == "cpu", reading)
+        keeps_scores = self.device.kind == "cpu"
+        return Demands(config, self.sizes, tokens, self.builder.item_bytes, keeps_scores, reading, self.kv)
 
     def plan(self, memory: str | int | None, context: int | None) -> Planned:
         """What stays in memory under a budget; None means what this machine can give.

@@ -320,7 +320,7 @@ class Mixtral:
             lambda padding: module.make_cache(padding, most_tokens=self._requests.context_limit),
             stream=self._stream,
             max_rows=max_rows,
-            max_columns=None if planned.budget_bytes is None else planned.demands.context_capacity,
+            max_columns=None if planned.budget_bytes is None else planned.demands.kv_columns,
             prefill_chunk=planned.chunk_tokens,
         )
         sequences = [

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.kv import STEP_TOKENS, KVCache
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.cache.options import STEP_TOKENS
 from mlx_mixtral.cache.storage import LayerArrays, Storage, grown
 from mlx_mixtral.cache.window import Window
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlx_mixtral.cache.options import STEP_TOKENS
 from mlx_mixtral.cache.span import Chunk, RingChunk
 from mlx_mixtral.cache.storage import LayerArrays, PlainStorage, Storage, grown
 from mlx_mixtral.cache.window import Window, causal_mask
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["STEP_TOKENS", "KVCache"]
-
-STEP_TOKENS = 256
 
 
 class KVCache:
@@ -26,7 +25,6 @@ class KVCache:
     Args:
         num_layers, kv_heads, head_dim, dtype: shape of the model.
         window: tokens in sight of each, None for all: a sliding window, or a bound on memory. Columns beyond it are used again.
-        sinks: of those, tokens at the start that stay in sight.
         left_padding: padding tokens of each row; None when there are none. Its length is the batch size.
         most_tokens: room is made for no more than these (in whole steps) until more are held.
         storage: how keys and values are held; plain numbers of ``dtype`` when None.
@@ -39,18 +37,17 @@ class KVCache:
         head_dim: int,
         dtype: mx.Dtype = mx.float32,
         *,
-        window: int | None = None,
-        sinks: int = 0,
+        window: Window | int | None = None,
         left_padding: Sequence[int] | None = None,
         most_tokens: int | None = None,
         storage: Storage | None = None,
     ) -> None:
         if left_padding is not None and any(pad < 0 for pad in left_padding):
             raise InvalidRequestError(f"left_padding is {list(left_padding)}; padding cannot be negative")
-        if sinks and left_padding is not None and any(left_padding):
-            raise InvalidRequestError("rows of different lengths cannot have attention sinks; give them one by one")
         self.length = 0
-        self.window = None if window is None else Window(window, sinks)
+        self.window = Window(window) if isinstance(window, int) else window
+        if self.window is not None and self.window.sinks and left_padding is not None and any(left_padding):
+            raise InvalidRequestError("rows of different lengths cannot have attention sinks; give them one by one")
         self.storage = storage or PlainStorage(kv_heads, head_dim, dtype)
         self.left_padding = list(left_padding) if left_padding is not None and any(left_padding) else None
         self.padding = None if self.left_padding is None else mx.array(self.left_padding, mx.int32)

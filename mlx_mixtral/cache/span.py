@@ -1,8 +1,8 @@
 """The tokens of one forward and their place in the cache: what attention needs to know of it, and nothing else.
 
 A ``Chunk`` knows where it is as numbers, so that keys are sliced and most masks are none; it is how prompts enter. A
-``RingChunk`` is one that enters a cache of bounded size which it overfills. A ``Step`` knows where it is as arrays: the same graph
-serves every step, and is compiled once for a size of the cache.
+``RingChunk`` is one that enters a cache of bounded size and overfills it. A ``Step`` knows where it is as arrays: the same
+graph serves every step, and is compiled once for a size of the cache.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class RingChunk:
         self._seen: LayerArrays = ()
         queries = mx.arange(start, start + length)
         self._held_columns = min(start, layers[0][0].shape[2])
-        keys = mx.concatenate([window.places(self._held_columns, mx.array([start - 1]))[0], queries]) if start else queries
+        keys = (
+            mx.concatenate([window.places(self._held_columns, mx.array([start - 1]))[0], queries]) if start else queries
+        )
         self._mask = causal_mask(keys, queries[None], padding, window)
 
     def enter(self, layer: int, keys: mx.array, values: mx.array) -> None:

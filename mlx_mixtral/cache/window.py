@@ -54,7 +54,7 @@ class Window:
         return self.columns - self.size
 
     def runs(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """Where ``count`` tokens from place ``start`` on go, as ``(first token, column, tokens)``; what none will see is left out."""
+        """Where ``count`` tokens from ``start`` on go: ``(first token, column, tokens)``; what none will see is left out."""
         sinks, ring, end = self.sinks, self.columns - self.sinks, start + count
         if start < sinks:
             yield 0, start, min(end, sinks) - start
@@ -70,7 +70,7 @@ class Window:
         return mx.where(places < self.sinks, places, self.sinks + (places - self.sinks) % (self.columns - self.sinks))
 
     def places(self, capacity: int, last: mx.array) -> mx.array:
-        """What the first ``capacity`` columns hold in rows whose last token has the place ``last [B]``: places ``[B, capacity]``."""
+        """Places ``[B, capacity]`` of what the first ``capacity`` columns hold, each row's last token being at ``last [B]``."""
         sinks, ring = self.sinks, self.columns - self.sinks
         column, last = mx.arange(capacity)[None], last[:, None]
         held = last - (last - column) % ring

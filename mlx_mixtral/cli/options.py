@@ -50,7 +50,7 @@ def parse_seed(ctx: click.Context, param: click.Parameter, value: str | None) ->
 
 
 def loading_options(command: F) -> F:
-    """``--memory --context --dtype --revision --verify`` and how experts are streamed, named as the arguments of ``load``."""
+    """``--memory --context --dtype --revision --verify``, those of the KV cache and of streaming, named as ``load``'s arguments."""
     for option in (
         click.option(
             "--lookahead",
@@ -65,6 +65,15 @@ def loading_options(command: F) -> F:
             default="lru",
             show_default=True,
             help="Which expert makes room for one that is read.",
+        ),
+        click.option(
+            "--kv-sinks", type=int, default=4, show_default=True, help="Of --kv-size, tokens kept from the start."
+        ),
+        click.option(
+            "--kv-size", type=int, metavar="N", help="Most tokens a token sees; bounds the KV cache.  [default: all]"
+        ),
+        click.option(
+            "--kv-bits", type=int, metavar="4|8|16", help="Bits of the KV cache.  [default: those of the compute type]"
         ),
         click.option("--page-cache", is_flag=True, help="Let streamed experts fill the system's page cache too."),
         click.option("--verify", is_flag=True, help="Check the files' hashes first, for a model `convert` wrote."),

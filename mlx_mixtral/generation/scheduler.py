@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_mixtral.cache.batch import BatchCache
-from mlx_mixtral.cache.kv import STEP_TOKENS, KVCache
+from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.errors import ContextLengthError
 from mlx_mixtral.generation.loop import GenerationStats, Token, read_token
 from mlx_mixtral.generation.meter import Meter
@@ -38,11 +38,6 @@ class SequenceRequest:
     sampler: Sampler
     stats: GenerationStats = field(default_factory=GenerationStats)
     on_prefill: Callable[[int, int], None] | None = None
-
-    @property
-    def columns(self) -> int:
-        """Columns of cache it takes by its end, in whole steps; the last token is never fed."""
-        return _whole_steps(len(self.tokens) + self.max_tokens - 1)
 
 
 @dataclass
@@ -97,6 +92,9 @@ class Scheduler:
     ) -> None:
         self._model, self._compute, self._make_cache, self._stream = model, compute, make_cache, stream
         self._max_rows, self._max_columns, self._prefill_chunk = max_rows, max_columns, prefill_chunk
+        window = model.kv.window(model.config)
+        # Sinks are the first tokens of each row, and have to lie in the same columns.
+        self._pads = window is None or not window.sinks
         self._waiting: deque[_Row] = deque()
         self._prefilling: _Prefill | None = None
         self._rows: list[_Row] = []
@@ -120,10 +118,12 @@ class Scheduler:
         Raises:
             ContextLengthError: it would not fit even alone.
         """
-        if self._max_columns is not None and request.columns > self._max_columns:
+        # The last token is never fed.
+        columns = self._columns(len(request.tokens) + request.max_tokens - 1)
+        if self._max_columns is not None and columns > self._max_columns:
             raise ContextLengthError(
                 f"a row of {len(request.tokens)} prompt tokens and up to {request.max_tokens} more needs KV cache for "
-                f"{request.columns}; the memory budget holds {self._max_columns}: reserve more with context=, or generate fewer"
+                f"{columns}; the memory budget holds {self._max_columns}: reserve more with context=, or generate fewer"
             )
         self._tickets += 1
         meter = Meter(self._model, request.tokens, request.stats, request.on_prefill)
@@ -165,6 +165,9 @@ class Scheduler:
         row.made += 1
         row.meter.count(row.made)
         return token
+
+    def _columns(self, tokens: int) -> int:
+        return self._model.kv.columns(self._model.config, tokens)
 
     def _keep(self, places: Sequence[int]) -> None:
         """Let go of all rows but these."""
@@ -240,7 +243,7 @@ class Scheduler:
         longest = max(len(row.request.tokens) for row in chosen)
         padding = [longest - len(row.request.tokens) for row in chosen]
         for row in chosen:
-            row.columns = _whole_steps(longest + row.request.max_tokens - 1)
+            row.columns = self._columns(longest + row.request.max_tokens - 1)
         tokens = [[0] * pad + list(row.request.tokens) for pad, row in zip(padding, chosen, strict=True)]
         return _Prefill(chosen, mx.array(tokens, mx.int32), self._make_cache(padding))
 
@@ -248,18 +251,16 @@ class Scheduler:
         count = len(self._rows) + len(joining)
         lengths = [len(row.request.tokens) for row in joining]
         waste = len(lengths) * max(lengths) - sum(lengths)
+        if waste and not self._pads:
+            return False
         if waste > max(PADDING_SHARE * sum(lengths), PADDING_TOKENS * (len(lengths) - 1)):
             return False
         if self._max_columns is None:
             return count <= self._max_rows
         # All rows have the columns of the longest; padding counts.
-        most = _whole_steps(max(row.request.max_tokens for row in joining) + max(lengths) - 1)
+        most = self._columns(max(row.request.max_tokens for row in joining) + max(lengths) - 1)
         columns = max([most, *(row.columns for row in self._rows)])
         return count <= self._max_rows and count * columns <= self._max_columns
-
-
-def _whole_steps(columns: int) -> int:
-    return -(-columns // STEP_TOKENS) * STEP_TOKENS
 
 
 def _is_plain(row: _Row) -> bool:

@@ -9,6 +9,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.cache.options import KVOptions
 from mlx_mixtral.cache.span import Chunk, Span
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.experts.bank import FeedForward
@@ -56,7 +57,7 @@ class DecoderLayer(Module):
 class MixtralModel(Module):
     """Token ids in, logits out. Built by ``mlx_mixtral.model.build``, which also fills the weights.
 
-    ``lm_head`` is None when the output head is the embedding matrix itself.
+    ``lm_head`` is None when the output head is the embedding matrix itself. ``kv`` says how caches it makes are kept.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class MixtralModel(Module):
         self.layers = list(layers)
         self.norm = norm
         self.lm_head = lm_head
+        self.kv = KVOptions()
 
     def make_cache(self, left_padding: Sequence[int] | None = None, *, most_tokens: int | None = None) -> KVCache:
         """An empty cache; ``left_padding`` has one entry a row of the batch to come.
@@ -86,10 +88,10 @@ class MixtralModel(Module):
             c.num_hidden_layers,
             c.num_key_value_heads,
             c.head_dim,
-            self.dtype,
-            window=c.sliding_window,
+            window=self.kv.window(c),
             left_padding=left_padding,
             most_tokens=most_tokens,
+            storage=self.kv.storage(c, self.dtype),
         )
 
     def hidden(self, tokens: mx.array, cache: KVCache, *, last_only: bool = False) -> mx.array:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mixtral import Mixtral, load
-from mlx_mixtral.cache.kv import STEP_TOKENS, KVCache
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.cache.options import STEP_TOKENS
 from mlx_mixtral.errors import InvalidRequestError
 
 RECORDED = Path(__file__).parents[1] / "goldens" / "transformers"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_mixtral import Mixtral, load
-from mlx_mixtral.cache.kv import STEP_TOKENS
+from mlx_mixtral.cache.options import STEP_TOKENS
 from mlx_mixtral.model import step as step_module
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral_convert import Recipe, convert
