@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mlx_mixtral.errors import InvalidRequestError
 
+if TYPE_CHECKING:
+    from mlx_mixtral.device import Device  # imports MLX, which listing chips is to be quick without
+
 __all__ = [
+    "BANDWIDTH_SOURCE",
     "CHIPS",
     "MAC_MEMORY_GIB",
     "MEASURED_8X7B",
     "USABLE_NOTE",
     "Chip",
     "Measurement",
+    "chips_of",
     "find_chips",
+    "measured_on_such",
     "usable_bytes",
 ]
 
@@ -27,6 +34,7 @@ class Chip:
     bandwidth_gb_s: float
 
 
+BANDWIDTH_SOURCE = "Apple's technical specifications"
 # Technical specifications at support.apple.com/specs; M5 Pro and Max: Apple's announcement of 3 March 2026.
 CHIPS = (
     Chip("M1", 68.25),
@@ -87,6 +95,38 @@ MEASURED_8X7B = (
     Measurement("32 GB Mac", "mlx-moe, 6 of 8 cached", 4.5, "mlx-moe"),
     Measurement("RTX 3060", "mixtral-offloading, 2-bit", 2.3, "arXiv 2312.17238"),
 )
+
+
+# Decoding is bound by memory: chips whose bandwidths differ by less than this make one class.
+SAME_CLASS = 0.1
+
+
+def chips_of(device: Device) -> tuple[Chip, ...]:
+    """The chips a device may be by its name, "Apple M3 Max" meaning both kinds of it; none for other devices."""
+    try:
+        return find_chips(device.name) if device.kind == "metal" else ()
+    except InvalidRequestError:
+        return ()
+
+
+def measured_on_such(device: Device) -> tuple[Measurement, ...]:
+    """What was published of machines of the same class: by bandwidth of the chip or memory of a Mac, by name otherwise."""
+    here, found = chips_of(device), []
+    for entry in MEASURED_8X7B:
+        name = entry.machine.partition(",")[0]
+        memory = re.fullmatch(r"(\d+) GB Mac", name)
+        if memory is not None:
+            is_such = device.kind == "metal" and device.memory_bytes == int(memory[1]) * 2**30
+        elif device.kind == "metal":
+            there = [chip for chip in CHIPS if name in (chip.name, _family(chip))]
+            is_such = any(
+                abs(a.bandwidth_gb_s - b.bandwidth_gb_s) <= SAME_CLASS * b.bandwidth_gb_s for a in here for b in there
+            )
+        else:
+            is_such = device.kind == "cuda" and device.name.endswith(name)
+        if is_such:
+            found.append(entry)
+    return tuple(found)
 
 
 def find_chips(name: str | None) -> tuple[Chip, ...]:

@@ -1,0 +1,57 @@
+"""A benchmark as a PNG file; needs matplotlib, the extra ``plots``."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from mlx_mixtral.bench.report import BenchReport, Row
+from mlx_mixtral.evaluation.files import replace_file
+
+__all__ = ["plot_bench"]
+
+PANELS = (
+    ("prefill", "prefill", "tokens of the prompt"),
+    ("decode", "decode", "tokens of context"),
+    ("batch", "batches, all rows together", "rows"),
+)
+
+
+def plot_bench(place: Path, title: str, report: BenchReport) -> None:
+    """Write a PNG, whole or not at all: tok/s of every side by length of prompt, depth of context and rows.
+
+    Raises:
+        DestinationError, DiskSpaceError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    panels = [(name, label, rows) for kind, name, label in PANELS if (rows := report.of(kind))]
+    figure = Figure(figsize=(1 + 4.2 * len(panels), 4), layout="constrained")
+    for axes, (name, label, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw(axes, report.sides, rows)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(label)
+    figure.suptitle(title, parse_math=False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    replace_file(place, image.getvalue())
+
+
+def _draw(axes: Any, sides: list[str], rows: list[Row]) -> None:
+    for side in sides:
+        measured = sorted((row for row in rows if row.timings[side]), key=lambda row: row.case.size)
+        if not measured:
+            continue
+        rates = [row.tok_s(side) for row in measured]
+        errors = [[rate.median - rate.low for rate in rates], [rate.high - rate.median for rate in rates]]
+        sizes = [row.case.size for row in measured]
+        axes.errorbar(sizes, [r.median for r in rates], errors, marker="o", markersize=4, capsize=3, label=side)
+    sizes = sorted({row.case.size for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("tok/s")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

@@ -1,0 +1,62 @@
+"""Bytes that decoding one token has to read, and how fast memory delivers bytes here: the physical limit of decoding."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_mixtral.doctor.bandwidth import memory_bandwidth
+from mlx_mixtral.runtime import Mixtral
+
+__all__ = ["TokenTraffic", "copy_rates"]
+
+COPY_BYTES = 256 * 2**20
+
+
+def copy_rates(kind: str, repeats: int) -> list[float]:
+    """Bytes read and written a second, of copying in memory on a device of ``kind``.
+
+    On the CPU by one thread, as MLX computes there, into memory that was written before: MLX itself asks the system for fresh
+    pages each time, and would measure that.
+    """
+    if kind != "cpu":
+        return [memory_bandwidth(COPY_BYTES, repeats=3) for _ in range(repeats)]
+    source, target = np.ones(COPY_BYTES, np.uint8), np.ones(COPY_BYTES, np.uint8)
+    rates = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        rates.append(2 * COPY_BYTES / (time.perf_counter() - started))
+    return rates
+
+
+class TokenTraffic:
+    """Of one token of a batch of one: attention, routers, norms and the head, the experts it is routed to, keys and values.
+
+    As they lie in memory, so in the compute type where that is not packed. Of an embedding table that is not the head too a
+    token reads one row, which does not count.
+    """
+
+    def __init__(self, model: Mixtral) -> None:
+        module, sizes = model.module, model.residency.planned.demands.sizes
+        trunk = sizes.trunk_bytes - (0 if module.lm_head is None else _nbytes(module.embed_tokens))
+        self.weight_bytes = trunk + sum(sizes.expert_bytes) * sizes.num_experts_per_tok
+        cache = module.make_cache()
+        cache.reserve(1, 1)
+        self.kv_bytes_per_token = cache.nbytes // cache.capacity
+        self._most_tokens = None if cache.window is None else cache.window.size
+
+    def bytes_at(self, depth: int) -> int:
+        """Bytes of a token with ``depth`` before it."""
+        seen = depth if self._most_tokens is None else min(depth, self._most_tokens)
+        return self.weight_bytes + self.kv_bytes_per_token * seen
+
+
+def _nbytes(matrix: Any) -> int:
+    arrays = tree_flatten(matrix.parameters(), destination={})
+    assert isinstance(arrays, dict)
+    return sum(array.nbytes for array in arrays.values() if isinstance(array, mx.array))
