@@ -50,7 +50,7 @@ def parse_seed(ctx: click.Context, param: click.Parameter, value: str | None) ->
 
 
 def loading_options(command: F) -> F:
-    """``--memory --context --dtype --revision --verify``, those of the KV cache and of streaming, named as ``load``'s arguments."""
+    """``--memory --context --dtype --revision --verify``, of the KV cache and of streaming, named as in ``load``."""
     for option in (
         click.option(
             "--lookahead",
