@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_mixtral.budget import DEFAULT_CONTEXT_TOKENS
 from mlx_mixtral.cli.evaluation_subject import Subject, read_corpus
 from mlx_mixtral.cli.loading import count_progress
 from mlx_mixtral.cli.routing_report import print_excerpts, print_routing
@@ -94,8 +93,8 @@ class RoutingJob:
         assert self.subject is not None
         config, given = self.subject.config, read_corpus(texts, text_field, domain_field, None)
         self.window, _ = check_window(window, None, config.max_position_embeddings)
-        if self.loading["context"] is None and self.window > DEFAULT_CONTEXT_TOKENS:
-            # A memory budget reserves KV cache for the longest sequence there will be.
+        if self.loading["context"] is None:
+            # A memory budget reserves KV cache for no more than the longest sequence there will be.
             self.loading["context"] = self.window
         self.corpus = self.subject.encode(given)
         parts = stretches(self.corpus, self.subject.tokenizer.encode(""), self.window, self.max_tokens)
