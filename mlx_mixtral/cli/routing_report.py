@@ -18,6 +18,7 @@ __all__ = ["print_excerpts", "print_routing"]
 BARS = "▁▂▃▄▅▆▇█"
 MOST_PAIRS = 3
 MOST_EXPERTS = 16
+WIDE = 104
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Floats = npt.NDArray[np.float64]
@@ -32,7 +33,8 @@ def print_routing(found: RoutingAnalysis, layers: Sequence[int]) -> None:
     _shares(found, layers)
     _curves(found)
     _pairs(found, layers)
-    console.print(f"± is one standard error, over blocks of {BLOCK_TOKENS} tokens", style="dim", soft_wrap=True)
+    hint = "" if console.width >= WIDE else "; a wider terminal shows more of them"
+    console.print(f"± is one standard error, over blocks of {BLOCK_TOKENS} tokens{hint}", style="dim", soft_wrap=True)
 
 
 def _repeats(found: RoutingAnalysis, layers: Sequence[int]) -> None:
@@ -41,20 +43,24 @@ def _repeats(found: RoutingAnalysis, layers: Sequence[int]) -> None:
     if found.per_token > 1:
         words = "first or second choice" if found.per_token == 2 else f"any of {found.per_token} choices"
         kinds.append((words, "either", found.chance_either, (found.num_experts, found.per_token) == (8, 2)))
+    # Standard errors are what a narrow terminal can do without.
+    is_wide = out_console().width >= WIDE + 13 * (len(layers) - 3)
     for words, kind, chance, comparable in kinds:
-        columns = ["domain", "tokens", *(f"layer {layer}" for layer in layers)]
+        columns = ["domain", *(["tokens"] if is_wide else []), *(f"layer {layer}" for layer in layers)]
         if comparable:
             columns += [PUBLISHED_MODEL, *(f"{layer}" for layer in PUBLISHED_LAYERS)]
         rows = []
         for name, domain in found.rows.items():
             estimate = domain.repeats_first if kind == "first" else domain.repeats_either
-            row = [name, f"{domain.tokens:,}", *(_percent(estimate, layer) for layer in layers)]
+            row = [name, *([f"{domain.tokens:,}"] if is_wide else [])]
+            row += [_percent(estimate, layer, with_error=is_wide) for layer in layers]
             if comparable:
                 other = mean_published() if name == ALL and len(found.domains) > 1 else published_for(name)
                 figures = () if other is None else (other.first if kind == "first" else other.either)
                 row += ["", "", "", ""] if other is None else [other.domain, *(f"{f:.1%}" for f in figures)]
             rows.append(row)
-        rows.append(["random", "", *[f"{chance:.1%}" for _ in layers], *([""] * 4 if comparable else [])])
+        random = [f"{chance:.1%}" for _ in layers]
+        rows.append(["random", *([""] if is_wide else []), *random, *([""] * 4 if comparable else [])])
         print_table(f"Repeated from token to token, {words} (the paper's table 5)", columns, rows)
 
 
@@ -103,11 +109,13 @@ def _curve(title: str, found: RoutingAnalysis, curves: dict[str, Estimate], *, b
                 name,
                 _sparkline(values, low, high),
                 show(values.mean()),
-                f"{show(values[least])} in layer {least}",
-                f"{show(values[most])} in layer {most}",
+                f"{show(values[least])} ({least})",
+                f"{show(values[most])} ({most})",
             ]
         )
-    print_table(title, ["domain", f"layers 0–{found.layers - 1}", "mean", "least", "most"], rows, left=2)
+    print_table(
+        title, ["domain", f"layers 0–{found.layers - 1}", "mean", "least (layer)", "most (layer)"], rows, left=2
+    )
 
 
 def _sparkline(values: Iterable[float], low: float, high: float) -> str:
@@ -161,8 +169,8 @@ def print_excerpts(excerpts: Sequence[Excerpt], layers: Sequence[int], num_exper
     console.print()
 
 
-def _percent(estimate: Estimate, layer: int) -> str:
+def _percent(estimate: Estimate, layer: int, *, with_error: bool) -> str:
     value, error = estimate.value[layer], estimate.stderr[layer]
     if not np.isfinite(value):
         return "–"
-    return f"{value:.1%} ± {100 * error:.1f}" if np.isfinite(error) else f"{value:.1%}"
+    return f"{value:.1%} ± {100 * error:.1f}" if with_error and np.isfinite(error) else f"{value:.1%}"

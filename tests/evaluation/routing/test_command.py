@@ -80,6 +80,16 @@ def test_tables_show_the_figures_beside_the_papers(saved: tuple[Path, dict[str, 
     assert "\x1b" not in out
 
 
+def test_a_narrow_terminal_cuts_no_column(saved: tuple[Path, dict[str, Any]]) -> None:
+    place, found = saved
+    lines = run("--trace", place, env={"COLUMNS": "80"}).stdout.splitlines()
+    row = next(line for line in lines if line.startswith("math")).split()
+    values = [found["domains"]["math"]["repeats_first"]["value"][layer] for layer in (0, 2, 5)]
+    assert row == ["math", *(f"{value:.1%}" for value in values), "DM", "Mathematics", "14.1%", "28.4%", "19.7%"]
+    tables = lines[: next(at for at, line in enumerate(lines) if line.startswith("Text coloured"))]
+    assert not any("…" in line for line in tables)
+
+
 def test_coloured_text_has_numbers_where_there_are_no_colours(saved: tuple[Path, dict[str, Any]]) -> None:
     place, _ = saved
     record = RoutingRecord.load(place)
