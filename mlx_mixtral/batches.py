@@ -7,11 +7,38 @@ from collections.abc import Generator, Iterator, Sequence
 
 import mlx.core as mx
 
+from mlx_mixtral.budget import Planned
+from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.generation.scheduler import Scheduler, SequenceRequest
+from mlx_mixtral.model.mixtral import MixtralModel
+from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.requests import Request
 from mlx_mixtral.stream import Chunk, Generation
 
-__all__ = ["collect_batch", "stream_batch"]
+__all__ = ["DEFAULT_ROWS", "collect_batch", "make_scheduler", "stream_batch"]
+
+DEFAULT_ROWS = 8
+
+
+def make_scheduler(
+    module: MixtralModel, step: DecodeStep, planned: Planned, context: int, max_rows: int, stream: mx.Stream
+) -> Scheduler:
+    """A scheduler of ``max_rows`` rows, within what was planned; no sequence has more than ``context`` tokens.
+
+    Raises:
+        InvalidRequestError: not a number of rows.
+    """
+    if not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 1:
+        raise InvalidRequestError(f"max_rows is {max_rows!r}; it must be an integer of at least 1")
+    return Scheduler(
+        module,
+        step,
+        lambda padding: module.make_cache(padding, most_tokens=context),
+        stream=stream,
+        max_rows=max_rows,
+        max_columns=None if planned.budget_bytes is None else planned.demands.kv_columns,
+        prefill_chunk=planned.chunk_tokens,
+    )
 
 
 def stream_batch(

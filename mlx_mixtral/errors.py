@@ -41,6 +41,7 @@ __all__ = [
     "MissingDependencyError",
     "MixtralError",
     "NonFiniteWeightsError",
+    "PromptCacheError",
     "TokenizerError",
     "UnsupportedPlatformError",
 ]
@@ -92,6 +93,10 @@ class InvalidRequestError(MixtralError, ValueError):
 
 class ContextLengthError(InvalidRequestError):
     """The prompt does not fit the model's context."""
+
+
+class PromptCacheError(MixtralError):
+    """A saved prompt cannot be used: damaged, of another version, or of another model."""
 
 
 class BusyError(MixtralError):

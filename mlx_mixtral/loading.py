@@ -20,6 +20,7 @@ from mlx_mixtral.model.lookahead import LookaheadControl
 from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.planning import Planner
 from mlx_mixtral.runtime import Mixtral
+from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.tokenizer import Tokenizer, load_tokenizer
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.fill import fill
@@ -50,6 +51,7 @@ def load(
     kv_bits: int | None = None,
     kv_size: int | None = None,
     kv_sinks: int = DEFAULT_SINKS,
+    prefix_cache: str | int | None = None,
     progress: Callable[[LoadProgress], None] | None = None,
 ) -> Mixtral:
     """Load a model from a folder or a hub repository.
@@ -74,6 +76,10 @@ def load(
         kv_size: most tokens a token sees, so that the cache of a long text stays within them: the last ones, and ``kv_sinks``
             from its start. All when None. Text between is forgotten.
         kv_sinks: see ``kv_size``.
+        prefix_cache: bytes of keys and values of earlier prompts and answers that are kept, such as "1GB": a prompt that begins
+            like one of them is computed from where it differs. When None 1 GB where no budget binds; under a budget that of the
+            last generation alone, in the memory reserved for the next. 0 keeps none. What is given here comes on top of
+            ``memory``.
         progress: told the bytes read so far, from this thread.
 
     Raises:
@@ -87,6 +93,7 @@ def load(
     kind = compute_dtype(dtype, device)
     control, _ = LookaheadControl(lookahead), make_policy(policy)
     kv = KVOptions(kv_bits, kv_size, kv_sinks)
+    kept = prefix_cache if prefix_cache is None else 0 if prefix_cache in (0, "0") else parse_size(prefix_cache)
     folder = resolve(path, revision=revision)
     check_sizes(folder)
     if verify:
@@ -110,7 +117,7 @@ def load(
             if name != "F16" or dtype != "auto":
                 raise
             continue
-        return Mixtral(module, residency, planner, config, device, tokenizer, control)
+        return Mixtral(module, residency, planner, config, device, tokenizer, control, kept)
     raise AssertionError("bfloat16 has the range of float32")
 
 

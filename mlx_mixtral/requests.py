@@ -101,7 +101,7 @@ class Requests:
         check_type("stop", stop, (str, list, tuple), "text, or a list of texts")
         check_callbacks(cancelled=cancelled, on_prefill=on_prefill)
         check_type("speculation", speculation, (PromptLookup, DraftModel, type(None)), "PromptLookup or DraftModel")
-        limit = min(max_tokens, self._room(len(tokens)))
+        limit = min(max_tokens, self.room(len(tokens)))
         stops = StopStrings([stop] if isinstance(stop, str) else stop)
         has_tokenizer = not isinstance(self._tokenizer, Exception)
         if stop and not has_tokenizer:
@@ -156,7 +156,7 @@ class Requests:
             tokens.append(token)
         return tokens
 
-    def _room(self, prompt_tokens: int) -> int:
+    def room(self, prompt_tokens: int) -> int:
         """Tokens that can be generated after a prompt.
 
         Raises:

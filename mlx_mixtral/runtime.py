@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import mlx.core as mx
 
 from mlx_mixtral.arguments import check_type
-from mlx_mixtral.batches import collect_batch, stream_batch
+from mlx_mixtral.batches import DEFAULT_ROWS, collect_batch, make_scheduler, stream_batch
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.device import Device, wired
@@ -26,12 +28,13 @@ from mlx_mixtral.errors import (
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.generation.sampling import SamplingParams
-from mlx_mixtral.generation.scheduler import Scheduler, SequenceRequest
+from mlx_mixtral.generation.scheduler import SequenceRequest
 from mlx_mixtral.generation.stats import GenerationStats, Token
 from mlx_mixtral.model.lookahead import LookaheadControl
 from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.planning import Planner
+from mlx_mixtral.prompts import Prompts
 from mlx_mixtral.requests import GenerationOptions, Requests
 from mlx_mixtral.routing import record_routing
 from mlx_mixtral.speculation import decoding, exclusive
@@ -40,7 +43,6 @@ from mlx_mixtral.tokenizer import Tokenizer
 
 __all__ = ["CHAT_SAMPLING", "Mixtral"]
 
-DEFAULT_ROWS = 8
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
 Message = Mapping[str, Any]
@@ -62,6 +64,7 @@ class Mixtral:
         device: Device,
         tokenizer: Tokenizer | TokenizerError,
         lookahead: LookaheadControl,
+        prefix_cache: int | None = None,
     ) -> None:
         self.config = config
         self.device = device
@@ -70,6 +73,7 @@ class Mixtral:
         lookahead.connect(module.layers)
         self._module: MixtralModel | None = module
         self._requests = Requests(config, residency, tokenizer)
+        self._prompts = Prompts(planner, residency, prefix_cache)
         self._step: DecodeStep | None = self._decode_step(module)
         self._busy = threading.Lock()
         # MLX streams belong to the thread that made them, except for this kind: it lets a model be loaded on one thread and
@@ -125,6 +129,7 @@ class Mixtral:
         """
         with self._exclusive():
             self._module = self._step = None
+            self._prompts.kept.clear()
             self.residency.close()
             self.residency.release()
         mx.clear_cache()
@@ -148,6 +153,7 @@ class Mixtral:
             try:
                 self.residency.change(planned, self._planner.builder.bank)
             finally:
+                self._prompts.fit()
                 self._lookahead.connect(self.module.layers)
                 self._step = self._decode_step(self.module)
 
@@ -179,8 +185,7 @@ class Mixtral:
     ) -> list[Generation]:
         """Continue several prompts at once, each as ``generate`` would; weights are read once a step for all of them.
 
-        A row's text is the one it would have alone, as far as rounding goes (about 1e-6 in float32). With a seed every row
-        draws as if it were alone.
+        A row's text is the one it would have alone, as far as rounding goes (about 1e-6 in float32), with a seed too.
 
         Args:
             prompts: text or token ids each.
@@ -189,8 +194,7 @@ class Mixtral:
             options: for all of them: see ``GenerationOptions``.
 
         Raises:
-            InvalidRequestError, ContextLengthError, TokenizerError, BusyError: as for ``generate``; the message names the
-                prompt by its number, from 0.
+            InvalidRequestError, ContextLengthError, TokenizerError, BusyError: as for ``generate``, the prompt's number named.
         """
         sequences, chunks = self._batch(prompts, max_rows, options)
         return collect_batch(chunks, sequences)
@@ -243,11 +247,31 @@ class Mixtral:
         options.setdefault("sampling", CHAT_SAMPLING)
         return self._text_stream(tokens, is_answer=True, **options)
 
+    def save_prompt(self, path: str | Path, prompt: str | Sequence[int]) -> None:
+        """Compute ``prompt`` and save its keys and values to a file, for ``load_prompt`` of another day.
+
+        Raises:
+            InvalidRequestError, ContextLengthError, TokenizerError, BusyError: as for ``generate``.
+            DestinationError, DiskSpaceError: the file cannot be written.
+        """
+        tokens = self._requests.prompt(prompt)
+        self._requests.room(len(tokens))
+        with self._exclusive(), mx.stream(self._stream):
+            self._prompts.save(path, tokens, self.module, self.residency.planned.chunk_tokens)
+
+    def load_prompt(self, path: str | Path) -> list[int]:
+        """Load a saved prompt and return its token ids: a prompt that begins with them is computed from there on.
+
+        Raises:
+            PromptCacheError: not such a file, one of another model, version or ``kv_bits``, or more than may be kept.
+        """
+        with self._exclusive(), mx.stream(self._stream):
+            return self._prompts.load(path, self.module)
+
     def logits(self, token_ids: Sequence[int]) -> mx.array:
         """Logits ``[L, V]`` (in the compute type, evaluated) for every position of ``token_ids``.
 
-        Computed in chunks, so that working memory does not grow with the square of L; the logits themselves take
-        L x V numbers.
+        Computed in chunks, so that working memory does not grow with the square of L.
         """
         tokens = self._requests.ids(token_ids, "token_ids")
         if not tokens:
@@ -257,15 +281,8 @@ class Mixtral:
                 f"{len(tokens)} tokens were given; the model's context holds {self.config.max_position_embeddings}"
             )
         with self._exclusive(), mx.stream(self._stream):
-            module, parts = self.module, []
-            cache, length = module.make_cache(), self.residency.planned.chunk_tokens
-            for start in range(0, len(tokens), length):
-                chunk = mx.array([tokens[start : start + length]], mx.int32)
-                parts.append(module(chunk, cache)[0])
-                mx.eval(parts[-1], cache.arrays)
-            result = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-            mx.eval(result)
-        return result
+            self._prompts.give_way()
+            return self.module.logits(tokens, self.residency.planned.chunk_tokens)
 
     def routing_trace(self, texts: Sequence[Sequence[int]]) -> RoutingTrace:
         """Experts the routers choose for ``texts`` of token ids: what plans and replacement policies are judged by.
@@ -289,18 +306,19 @@ class Mixtral:
         def run(stats: GenerationStats) -> Generator[Token, None, None]:
             plan = self.residency.plan
             stats.predicted_tok_s = None if plan is None else plan.tok_s
-            return decode(
+            start = partial(
+                decode,
                 module,
                 step,
-                request.tokens,
-                module.make_cache(most_tokens=self._requests.context_limit),
-                request.sampler,
-                request.max_tokens,
-                stats,
+                sampler=request.sampler,
+                max_tokens=request.max_tokens,
+                stats=stats,
                 stream=self._stream,
                 prefill_chunk=self.residency.planned.chunk_tokens,
                 on_prefill=request.on_prefill,
             )
+            new = partial(module.make_cache, most_tokens=self._requests.context_limit)
+            return self._prompts.generate(request.tokens, new, start, stats, self._stream)
 
         budget = self.residency.budget_bytes
         return TextStream(run, request.text, exclusive(request, self), self.device, self._stream, budget)
@@ -311,18 +329,9 @@ class Mixtral:
         module, step, planned = self.module, self._step, self.residency.planned
         assert step is not None
         check_type("prompts", prompts, (list, tuple), "a list of texts, or of lists of token ids")
-        if not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 1:
-            raise InvalidRequestError(f"max_rows is {max_rows!r}; it must be an integer of at least 1")
+        scheduler = make_scheduler(module, step, planned, self._requests.context_limit, max_rows, self._stream)
         requests = self._requests.batch(prompts, options)
-        scheduler = Scheduler(
-            module,
-            step,
-            lambda padding: module.make_cache(padding, most_tokens=self._requests.context_limit),
-            stream=self._stream,
-            max_rows=max_rows,
-            max_columns=None if planned.budget_bytes is None else planned.demands.kv_columns,
-            prefill_chunk=planned.chunk_tokens,
-        )
+        self._prompts.give_way()
         sequences = [
             SequenceRequest(made.tokens, made.max_tokens, made.sampler, on_prefill=made.on_prefill) for made in requests
         ]

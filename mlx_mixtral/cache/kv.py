@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -138,10 +139,9 @@ class KVCache:
     @property
     def trimmable(self) -> int:
         """How many of the last tokens can be forgotten: all, while nothing was overwritten."""
-        window = self.window
-        if window is None or self._written <= window.columns:
+        if self.window is None or self.is_whole:
             return self.length
-        return max(0, window.slack - (self._written - self.length))
+        return max(0, self.window.slack - (self._written - self.length))
 
     def trim(self, tokens: int) -> None:
         """Forget the last ``tokens`` tokens.
@@ -157,6 +157,30 @@ class KVCache:
             )
         self.length -= tokens
         self._lengths = None
+
+    def fork(self, tokens: int) -> KVCache:
+        """A cache of its own of the first ``tokens`` tokens, a copy; nothing was overwritten so far.
+
+        Raises:
+            InvalidRequestError: fewer are held, or some were overwritten.
+        """
+        if tokens > self.length or self.length - tokens > self.trimmable or not self.is_whole:
+            raise InvalidRequestError(f"cannot copy the first {tokens} tokens of a cache that holds {self.length}")
+        other = copy.copy(self)
+        other.layers = [tuple(mx.contiguous(array[:, :, :tokens]) for array in layer) for layer in self.layers]
+        other.length = other._written = tokens
+        other._lengths = None
+        mx.eval(other.arrays)
+        return other
+
+    def adopt(self, layers: Sequence[LayerArrays], tokens: int) -> None:
+        """Hold ``layers`` of ``tokens`` tokens, as ``fork`` left them."""
+        self.layers, self.length, self._written, self._lengths = list(layers), tokens, tokens, None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token taken in is still there, none overwritten."""
+        return self.window is None or self._written <= self.window.columns
 
     @property
     def _first_key(self) -> int:

@@ -99,7 +99,10 @@ class QuantisedStorage(Storage):
         return self._times(weights, values, transpose=False).reshape(B, H, L, d)
 
     def _times(self, x: mx.array, part: LayerArrays, *, transpose: bool) -> mx.array:
-        return mx.quantized_matmul(x, *part, transpose=transpose, group_size=self.group_size, bits=self.bits)
+        weight, scales, biases = part
+        return mx.quantized_matmul(
+            x, weight, scales, biases, transpose=transpose, group_size=self.group_size, bits=self.bits
+        )
 
 
 def _last_columns(L: int, T: int) -> mx.array:

@@ -32,6 +32,8 @@ __all__ = ["generate"]
 @click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the generation; repeatable.")
 @click.option("--stop-token-id", type=int, multiple=True, metavar="ID", help="Token that ends it; repeatable.")
 @click.option("--logprobs", type=int, metavar="N", help="With --json: log-probabilities, and the N likeliest tokens.")
+@click.option("--save-prompt", metavar="FILE", help="Save what computing the prompt gave, for --saved-prompt.")
+@click.option("--saved-prompt", metavar="FILE", help="Continue a saved prompt; --prompt comes after it.")
 @loading_options
 @click.option("--stats/--no-stats", default=True, help="A line of speeds on stderr at the end.", show_default=True)
 @json_option
@@ -43,6 +45,8 @@ def generate(
     stop: tuple[str, ...],
     stop_token_id: tuple[int, ...],
     logprobs: int | None,
+    save_prompt: str | None,
+    saved_prompt: str | None,
     stats: bool,
     as_json: bool,
     **options: Any,
@@ -70,6 +74,11 @@ def generate(
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
 
     loaded = load_model(model, **options)
+    if saved_prompt is not None:
+        before = loaded.model.load_prompt(saved_prompt)
+        given = [*before, *(loaded.model.tokenizer.encode(given, bos=False) if isinstance(given, str) else given)]
+    if save_prompt is not None:
+        loaded.model.save_prompt(save_prompt, given)
     with Interruptible() as interrupt:
         stream = loaded.model.stream(
             given,

@@ -79,13 +79,13 @@ def prefill(
 ) -> mx.array:
     """Hidden state of the prompt's last token ``[1, 1, D]``, lazily; all chunks but the last are computed and dropped."""
     tokens = mx.array([list(prompt)], mx.int32)
-    start = 0
+    start, before = 0, cache.length
     while len(prompt) - start > chunk:
         model.remember(tokens[:, start : start + chunk], cache)
         mx.eval(cache.arrays)
         start += chunk
         if on_prefill is not None:
-            on_prefill(start, len(prompt))
+            on_prefill(before + start, before + len(prompt))
     return model.hidden(tokens[:, start:], cache, last_only=True)
 
 

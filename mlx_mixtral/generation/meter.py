@@ -16,6 +16,7 @@ class Meter:
     """Made when a generation starts; told how many tokens there are whenever one more was read.
 
     Args:
+        prompt: what of it is to be computed; ``stats.reused_tokens`` came before.
         on_prefill: told ``(total, total)`` prompt tokens with the first token.
     """
 
@@ -31,7 +32,7 @@ class Meter:
         self._before = None if self._counters is None else self._counters.copy()
         self._prompt_experts: Counters | None = None
         self._started = self._first_token_at = time.perf_counter()
-        stats.prompt_tokens = len(prompt)
+        stats.prompt_tokens = stats.reused_tokens + len(prompt)
 
     def count(self, tokens: int) -> None:
         stats, now = self._stats, time.perf_counter()

@@ -24,6 +24,8 @@ class GenerationStats:
     """What a generation cost so far. Seconds are wall-clock; rates are 0 before there is anything to divide."""
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """Of the prompt, those that were computed for an earlier one."""
     tokens: int = 0
     time_to_first_token_s: float = 0.0
     decode_s: float = 0.0
@@ -41,8 +43,12 @@ class GenerationStats:
 
     @property
     def prompt_tok_s(self) -> float:
-        """Prompt tokens over the time to the first token."""
-        return self.prompt_tokens / self.time_to_first_token_s if self.time_to_first_token_s else 0.0
+        """Prompt tokens that were computed over the time to the first token."""
+        return (
+            (self.prompt_tokens - self.reused_tokens) / self.time_to_first_token_s
+            if self.time_to_first_token_s
+            else 0.0
+        )
 
     @property
     def decode_tok_s(self) -> float:
@@ -52,6 +58,7 @@ class GenerationStats:
     def to_dict(self) -> dict[str, float | int]:
         return {
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "tokens": self.tokens,
             "time_to_first_token_s": self.time_to_first_token_s,
             "prompt_tok_s": self.prompt_tok_s,

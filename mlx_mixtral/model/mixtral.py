@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.options import KVOptions
-from mlx_mixtral.cache.span import Chunk, Span
+from mlx_mixtral.cache.span import Span
 from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.experts.bank import FeedForward
 from mlx_mixtral.experts.gather import GatheredExperts
@@ -119,7 +119,7 @@ class MixtralModel(Module):
         """Rotary frequencies of a sequence of ``length`` tokens, where the base alone does not say them."""
         return self.layers[0].attention.rotary.table(length)
 
-    def _chunk(self, tokens: mx.array, cache: KVCache) -> Chunk:
+    def _chunk(self, tokens: mx.array, cache: KVCache) -> Span:
         rows, length = tokens.shape
         return cache.chunk(rows, length, self.frequencies(cache.length + length))
 
@@ -137,6 +137,16 @@ class MixtralModel(Module):
     def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
         """Lazy logits ``[B, L, V]`` of ``tokens [B, L]`` (int32), following what ``cache`` holds."""
         return self.head(self.hidden(tokens, self.make_cache() if cache is None else cache))
+
+    def logits(self, tokens: Sequence[int], chunk_tokens: int) -> mx.array:
+        """Logits ``[L, V]`` of ``tokens``, evaluated, ``chunk_tokens`` at a time."""
+        parts, cache = [], self.make_cache()
+        for start in range(0, len(tokens), chunk_tokens):
+            parts.append(self(mx.array([tokens[start : start + chunk_tokens]], mx.int32), cache)[0])
+            mx.eval(parts[-1], cache.arrays)
+        result = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        mx.eval(result)
+        return result
 
     @property
     def gathered(self) -> list[GatheredExperts]:

@@ -1,0 +1,236 @@
+"""Kept and saved prompts: the same tokens with less computed, nothing mixed up, and files that are refused for good reasons."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_mixtral import Mixtral, load
+from mlx_mixtral.cache.prefixes import LITTLE_LOST, PrefixStore, common_prefix
+from mlx_mixtral.errors import DestinationError, InvalidRequestError, PromptCacheError
+
+
+@pytest.fixture
+def own(tiny: Path) -> Iterator[Mixtral]:
+    with load(tiny) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def forgetful(tiny: Path) -> Iterator[Mixtral]:
+    """Keeps nothing: what every other answer is compared with."""
+    with load(tiny, prefix_cache=0) as loaded:
+        yield loaded
+
+
+def _ids(model: Mixtral, length: int, seed: int = 0) -> list[int]:
+    return [1, *(int(i) for i in np.random.default_rng(seed).integers(3, model.config.vocab_size, length - 1))]
+
+
+def _held(cache: object, tokens: int) -> list[np.ndarray]:  # type: ignore[type-arg]
+    return [np.asarray(array[:, :, :tokens]) for layer in cache.layers for array in layer]  # type: ignore[attr-defined]
+
+
+def test_a_prompt_that_goes_on_is_computed_from_where_it_differs(own: Mixtral, forgetful: Mixtral) -> None:
+    prompt = _ids(own, 60)
+    first = own.generate(prompt, max_tokens=20)
+    assert first.stats.reused_tokens == 0
+    again = own.generate(prompt, max_tokens=20)
+    assert again.stats.reused_tokens == 59
+    assert (again.stats.prompt_tokens, again.token_ids) == (60, first.token_ids)
+    # The last token of an answer was never fed.
+    longer = [*prompt, *first.token_ids, *_ids(own, 10, seed=1)]
+    other = own.generate(longer, max_tokens=20)
+    assert other.stats.reused_tokens in (79, 80)
+    assert other.token_ids == forgetful.generate(longer, max_tokens=20).token_ids
+    assert forgetful.generate(longer, max_tokens=2).stats.reused_tokens == 0
+
+
+def test_two_questions_about_one_text_do_not_disturb_each_other(own: Mixtral, forgetful: Mixtral) -> None:
+    text = _ids(own, 100)
+    questions = [[*text, *_ids(own, 50 + seed, seed=seed)] for seed in (1, 2, 3)]
+    expected = [forgetful.generate(question, max_tokens=12).token_ids for question in questions]
+    for turn in range(3):
+        for question, tokens in zip(questions, expected, strict=True):
+            found = own.generate(question, max_tokens=12)
+            assert found.token_ids == tokens
+            assert found.stats.reused_tokens == (
+                len(question) - 1 if turn else 101 if question is not questions[0] else 0
+            )
+    assert len(own._prompts.kept) == 3
+
+
+def test_a_stream_that_is_closed_keeps_what_it_computed(own: Mixtral, forgetful: Mixtral) -> None:
+    prompt = _ids(own, 40)
+    with own.stream(prompt, max_tokens=50) as stream:
+        seen = [next(stream).token_id for _ in range(5)]
+    after = [*prompt, *seen, 17, 18]
+    found = own.generate(after, max_tokens=10)
+    assert found.stats.reused_tokens in (44, 45)
+    assert found.token_ids == forgetful.generate(after, max_tokens=10).token_ids
+
+
+def test_an_error_keeps_nothing(own: Mixtral) -> None:
+    def fail(done: int, total: int) -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        own.generate(_ids(own, 40), max_tokens=5, on_prefill=fail)
+    assert len(own._prompts.kept) == 0
+
+
+def test_the_least_recently_used_goes_first(tiny: Path) -> None:
+    with load(tiny, prefix_cache="3MB") as model:
+        prompts = [_ids(model, 100, seed=seed) for seed in range(4)]
+        for index in (0, 1, 2, 3, 1, 0):
+            model.generate(prompts[index], max_tokens=5)
+            assert model._prompts.kept.nbytes <= 3_000_000
+        each = model._prompts.kept.nbytes // len(model._prompts.kept)
+        assert len(model._prompts.kept) == 3_000_000 // each < 4
+        reused = [bool(model.generate(prompts[index], max_tokens=1).stats.reused_tokens) for index in (0, 1)]
+        assert reused == [True, True]
+
+
+@pytest.mark.parametrize("options", [{"kv_bits": 4}, {"kv_size": 48}, {"kv_size": 48, "kv_bits": 8}], ids=str)
+def test_other_kinds_of_cache(tiny: Path, options: dict[str, int]) -> None:
+    with load(tiny, **options) as model, load(tiny, prefix_cache=0, **options) as forgetful:  # type: ignore[arg-type]
+        prompt = _ids(model, 40)
+        for extra in (0, 3, 20, 90, 95):
+            longer = [*prompt, *_ids(model, 100, seed=5)[:extra]]
+            expected = forgetful.generate(longer, max_tokens=15)
+            assert model.generate(longer, max_tokens=15).token_ids == expected.token_ids
+
+
+def test_under_a_budget_one_is_kept_in_the_memory_of_the_next(tiny: Path, forgetful: Mixtral) -> None:
+    with load(tiny, memory="30MB", context=256) as model:
+        prompts = [_ids(model, 80, seed=seed) for seed in range(2)]
+        expected = [forgetful.generate(prompt, max_tokens=10).token_ids for prompt in prompts]
+        for index, reused in ((0, 0), (0, 79), (1, 0), (0, 0)):
+            found = model.generate(prompts[index], max_tokens=10)
+            assert (found.token_ids, found.stats.reused_tokens) == (expected[index], reused)
+            assert len(model._prompts.kept) == 1
+        model.logits(prompts[0])
+        assert len(model._prompts.kept) == 0
+        model.generate(prompts[0], max_tokens=2)
+        model.set_memory("30MB")
+        assert len(model._prompts.kept) == 0
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=80), min_size=1, max_size=8))
+@settings(max_examples=20, deadline=None)
+def test_whatever_is_kept_a_cache_holds_its_own_tokens(model: Mixtral, sequences: list[list[int]]) -> None:
+    store = PrefixStore(10**8)
+    for sequence in sequences:
+        tokens = [5] * 20 + [token + 3 for token in sequence]
+        cache = store.take(tokens) or model.make_cache()
+        assert cache.length < len(tokens)
+        model.module.remember(mx.array([tokens[cache.length :]]), cache)
+        fresh = model.make_cache()
+        model.module.remember(mx.array([tokens]), fresh)
+        for one, other in zip(_held(cache, len(tokens)), _held(fresh, len(tokens)), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+        store.put(tokens, cache)
+
+
+def test_a_copy_is_made_only_where_much_would_be_lost(model: Mixtral) -> None:
+    store, cache = PrefixStore(10**8), model.make_cache()
+    tokens = _ids(model, 100)
+    model.module.remember(mx.array([tokens]), cache)
+    store.put(tokens, cache)
+    assert store.take([*tokens[: 99 - LITTLE_LOST], 4, 5]) is not cache
+    assert store.take([*tokens[: 100 - LITTLE_LOST], 4, 5]) is cache
+    assert len(store) == 0
+
+
+def test_common_prefix() -> None:
+    assert [common_prefix(a, b) for a, b in (([1, 2], [1, 3]), ([1], [1, 2]), ([], [1]), ([2], [1]))] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 4}, {"kv_size": 64}, {"memory": "30MB"}], ids=str)
+def test_saved_today_and_loaded_tomorrow(tiny: Path, tmp_path: Path, options: dict[str, int]) -> None:
+    file = tmp_path / "prompt.cache"
+    with load(tiny, **options) as model:  # type: ignore[arg-type]
+        prompt = _ids(model, 70)
+        expected = model.generate([*prompt, 9, 8, 7], max_tokens=20)
+        model.save_prompt(file, prompt)
+        assert [path.name for path in tmp_path.iterdir()] == ["prompt.cache"]
+    with load(tiny, **options) as model:  # type: ignore[arg-type]
+        assert model.load_prompt(file) == prompt
+        found = model.generate([*prompt, 9, 8, 7], max_tokens=20)
+        assert (found.stats.reused_tokens, found.token_ids) == (70, expected.token_ids)
+
+
+def _rewritten(file: Path, **changes: str) -> None:
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] |= changes
+    raw = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
+
+
+def test_files_that_are_refused(own: Mixtral, tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.cache"
+    own.save_prompt(file, _ids(own, 40))
+    good = file.read_bytes()
+
+    def refused(message: str, model: Mixtral = own) -> None:
+        with pytest.raises(PromptCacheError, match=message):
+            model.load_prompt(file)
+
+    _rewritten(file, version="2")
+    refused("is of version 2; this program reads version 1")
+    _rewritten(file, version="1", model="0" * 64)
+    refused("made with another model")
+    _rewritten(file, format="else")
+    refused("is not a saved prompt")
+    for cut in (4, 100, len(good) // 2, len(good) - 1):
+        file.write_bytes(good[:cut])
+        refused(r"prompt\.cache")
+    file.write_bytes(b"hello")
+    refused("is not a saved prompt")
+    file.unlink()
+    refused("is not a saved prompt: cannot be read: No such file")
+    shutil.copyfile(tiny / "model.safetensors", file) if (tiny / "model.safetensors").exists() else file.write_bytes(
+        good[:9]
+    )
+    refused("is not a saved prompt")
+    file.write_bytes(good)
+    with load(tiny, kv_bits=8) as other:
+        refused("load it with the same kv_bits", other)
+    with load(tiny, prefix_cache=1000) as other:
+        refused("larger prefix_cache", other)
+    assert own.load_prompt(file) == _ids(own, 40)
+
+
+def test_another_models_prompt_is_refused(own: Mixtral, tiny: Path, tmp_path: Path) -> None:
+    file, copy = tmp_path / "prompt.cache", tmp_path / "model"
+    own.save_prompt(file, _ids(own, 40))
+    shutil.copytree(tiny, copy)
+    weights = next(copy.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1000] ^= 1
+    weights.write_bytes(data)
+    with load(copy) as other, pytest.raises(PromptCacheError, match="another model"):
+        other.load_prompt(file)
+
+
+def test_prompts_that_cannot_be_saved(own: Mixtral, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(DestinationError, match="no folder"):
+        own.save_prompt(tmp_path / "none" / "prompt.cache", [1, 2, 3])
+    with pytest.raises(DestinationError, match="is a folder"):
+        own.save_prompt(tmp_path, [1, 2, 3])
+    with pytest.raises(InvalidRequestError, match="empty"):
+        own.save_prompt(tmp_path / "prompt.cache", [])
+    with load(tiny, kv_size=16) as model, pytest.raises(InvalidRequestError, match="larger kv_size"):
+        model.save_prompt(tmp_path / "prompt.cache", _ids(model, 200))
+    assert list(tmp_path.iterdir()) == []
