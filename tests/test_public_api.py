@@ -79,6 +79,11 @@ def test_a_public_name_brings_mlx_when_it_is_first_used() -> None:
     assert "mlx.core" not in _modules_after("from mlx_mixtral import MixtralConfig, QuantizationSpec")
 
 
+def test_what_only_some_models_need_is_not_imported_with_load() -> None:
+    some = {"huggingface_hub", "httpx", "jinja2", "sentencepiece", "tokenizers", "gguf", "matplotlib", "torch"}
+    assert not (some | {"transformers", "mlx_lm", "asyncio", "click"}) & _modules_after("from mlx_mixtral import load")
+
+
 def test_loading_never_imports_the_converter_or_the_cli() -> None:
     loaded = _modules_after("import mlx_mixtral\nfor name in mlx_mixtral.__all__: getattr(mlx_mixtral, name)")
     assert not {name for name in loaded if name.startswith(("mlx_mixtral_convert", "mlx_mixtral.cli", "rich"))}

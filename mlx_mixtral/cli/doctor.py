@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from mlx_mixtral.cli.console import emit_json, err_console, out_console
-from mlx_mixtral.doctor import Diagnosis, run_doctor
 from mlx_mixtral.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlx_mixtral.doctor import Diagnosis
 
 __all__ = ["doctor"]
 
@@ -23,6 +25,8 @@ def doctor(as_json: bool) -> None:
 
     Exit status 1 when a check fails. The output is what a bug report should hold.
     """
+    from mlx_mixtral.doctor import run_doctor
+
     notes = err_console()
     if as_json or not notes.is_terminal:
         diagnosis = run_doctor()
@@ -38,6 +42,9 @@ def doctor(as_json: bool) -> None:
 
 
 def _draw(diagnosis: Diagnosis, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     device = diagnosis.device
     console.print(
         f"MLX {diagnosis.mlx_version} on {device.name} ({device.kind}), computing in {diagnosis.compute_dtype}"

@@ -9,7 +9,6 @@ import click
 from click.core import ParameterSource
 
 from mlx_mixtral.cli.console import emit_json, note, one_line, out_console, seconds
-from mlx_mixtral.cli.conversion_report import conversion_progress
 from mlx_mixtral.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ def export(ctx: click.Context) -> None:
             instead = {"dtype": "; give --type", "gguf_type": "; give --dtype"}.get(name, "")
             raise click.UsageError(f"{flag} does not apply with --to {to}{instead}")
 
+    from mlx_mixtral.cli.conversion_report import conversion_progress
     from mlx_mixtral_convert.export import export as run
 
     source, dest = given["source"], given["dest"]

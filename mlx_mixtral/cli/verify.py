@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_mixtral.cli.console import emit_json, err_console, one_line, out_console, print_table, seconds
-from mlx_mixtral.cli.loading import byte_progress
 from mlx_mixtral.cli.options import json_option
 from mlx_mixtral.sizes import format_bytes
 
@@ -46,6 +45,8 @@ def _run(folder: Path) -> VerifyReport:
 
     if not err_console().is_terminal:
         return run(folder)
+    from mlx_mixtral.cli.loading import byte_progress
+
     with byte_progress() as bar:
         task = bar.add_task("verifying", total=None)
         return run(folder, progress=lambda done, total: bar.update(task, completed=done, total=total))

@@ -17,17 +17,35 @@ from .conftest import ROOT, Invoke, Spawn, assert_one_error
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_and_version_import_neither_mlx_nor_rich(option: str) -> None:
+HEAVY = (
+    "mlx.core", "numpy", "rich", "mlx_mixtral_convert", "transformers", "torch", "matplotlib", "huggingface_hub", "jinja2",
+    "sentencepiece", "tokenizers", "safetensors", "gguf", "mlx_lm", "asyncio",
+)  # fmt: skip
+
+
+def heavy_modules_of(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the program in a process of its own; the last line of stderr is the heavy modules it imported, in brackets."""
     code = (
-        "import sys\nfrom mlx_mixtral.cli import main\nsys.argv = ['mlx-mixtral', sys.argv[1]]\n"
-        "try:\n    main()\nfinally:\n"
-        "    print([m for m in ('mlx.core', 'rich', 'numpy', 'mlx_mixtral_convert') if m in sys.modules], file=sys.stderr)"
+        "import sys\nfrom mlx_mixtral.cli import main\nsys.argv = ['mlx-mixtral', *sys.argv[1:]]\n"
+        f"try:\n    main()\nfinally:\n    print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, option], env=ENVIRONMENT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option: str) -> None:
+    done = heavy_modules_of(option)
     assert done.returncode == 0
     assert done.stderr.strip() == "[]"
     assert done.stdout.startswith("Usage: mlx-mixtral" if option == "--help" else f"mlx-mixtral {__version__}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_imports_nothing_heavy(command: str) -> None:
+    done = heavy_modules_of(command, "--help")
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+    assert f"mlx-mixtral {command}" in done.stdout
 
 
 def test_python_dash_m_is_the_same_program() -> None:
