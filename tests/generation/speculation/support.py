@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -26,8 +29,15 @@ class ChainCache:
 
     arrays: tuple[mx.array, ...] = ()
 
+    window = None
+
     def __init__(self) -> None:
         self.length = 0
+        self.longest = 0
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+        self.longest = max(self.longest, self.length)
 
     def trim(self, tokens: int) -> None:
         assert 0 <= tokens <= self.length
@@ -53,7 +63,7 @@ class Chain:
 
     def hidden(self, tokens: mx.array, cache: ChainCache, *, last_only: bool = False) -> mx.array:
         self.forwards.append(tokens.shape[1])
-        cache.length += tokens.shape[1]
+        cache.advance(tokens.shape[1])
         return tokens[:, -1:, None] if last_only else tokens[..., None]
 
     def remember(self, tokens: mx.array, cache: ChainCache) -> None:
@@ -134,14 +144,19 @@ def speculated(
 
 
 def plain(
-    model: Any, prompt: Sequence[int], max_tokens: int, params: SamplingParams | None = None, *, step: Any = None
+    model: Any,
+    prompt: Sequence[int],
+    max_tokens: int,
+    params: SamplingParams | None = None,
+    *,
+    step: Any = None,
+    cache: Any = None,
 ) -> list[Token]:
     """Tokens of the plain loop."""
+    cache = model.make_cache() if cache is None else cache
     sampler = Sampler(params or SamplingParams(), prompt, vocab_of(model))
     stream = mx.default_stream(mx.default_device())
-    return list(
-        decode(model, step or model, prompt, model.make_cache(), sampler, max_tokens, GenerationStats(), stream=stream)
-    )
+    return list(decode(model, step or model, prompt, cache, sampler, max_tokens, GenerationStats(), stream=stream))
 
 
 def vocab_of(model: Any) -> int:
@@ -216,3 +231,28 @@ def assert_follows(seen: dict[tuple[int, ...], int], wanted: dict[tuple[int, ...
     assert freedom >= 2, "nothing is tested"
     # 99.99% of a chi-square with f degrees of freedom lies below f + 3.9 sqrt(2 f) + 12; seeds are fixed.
     assert chi2 < freedom + 3.9 * math.sqrt(2 * freedom) + 12, f"chi-square {chi2:.1f} at {freedom} degrees of freedom"
+
+
+def dense_of(folder: Path, into: Path) -> Path:
+    """A dense model of the bundled checkpoint: the experts of a layer side by side in one, each with the same share."""
+    config = json.loads((folder / "config.json").read_text())
+    experts = config.pop("num_local_experts")
+    del config["num_experts_per_tok"]
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    config["intermediate_size"] *= experts
+    tensors = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(tensors, dict)
+    dense = {name: tensor for name, tensor in tensors.items() if "block_sparse_moe" not in name}
+    for layer in range(config["num_hidden_layers"]):
+        moe = f"model.layers.{layer}.block_sparse_moe.experts"
+        for name, weight, axis in (("gate_proj", "w1", 0), ("up_proj", "w3", 0), ("down_proj", "w2", 1)):
+            parts = [tensors[f"{moe}.{expert}.{weight}.weight"] for expert in range(experts)]
+            share = 2.0 / experts if weight == "w2" else 1.0
+            joined = mx.concatenate(parts, axis=axis) * share
+            dense[f"model.layers.{layer}.mlp.{name}.weight"] = joined.astype(mx.bfloat16)
+    into.mkdir()
+    mx.save_safetensors(str(into / "model.safetensors"), dense, {"format": "pt"})
+    (into / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(folder / name, into / name)
+    return into
