@@ -16,6 +16,7 @@ from mlx_mixtral.cli.options import (
     sampling_options,
     take_sampling,
 )
+from mlx_mixtral.cli.speculation import load_with_speculation, speculation_options
 from mlx_mixtral.errors import InvalidRequestError, TokenizerError
 
 __all__ = ["generate"]
@@ -35,6 +36,7 @@ __all__ = ["generate"]
 @click.option("--save-prompt", metavar="FILE", help="Save what computing the prompt gave, for --saved-prompt.")
 @click.option("--saved-prompt", metavar="FILE", help="Continue a saved prompt; --prompt comes after it.")
 @loading_options
+@speculation_options
 @click.option("--stats/--no-stats", default=True, help="A line of speeds on stderr at the end.", show_default=True)
 @json_option
 def generate(
@@ -61,7 +63,6 @@ def generate(
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs are part of the JSON result; add --json")
 
-    from mlx_mixtral.cli.loading import load_model
     from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
     from mlx_mixtral.generation.stop import StopStrings
 
@@ -73,7 +74,7 @@ def generate(
     if not given:
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
 
-    loaded = load_model(model, **options)
+    loaded, speculation = load_with_speculation(model, **options)
     if saved_prompt is not None:
         before = loaded.model.load_prompt(saved_prompt)
         given = [*before, *(loaded.model.tokenizer.encode(given, bos=False) if isinstance(given, str) else given)]
@@ -88,6 +89,7 @@ def generate(
             stop_token_ids=stop_token_id,
             cancelled=interrupt.cancelled,
             on_prefill=interrupt.on_prefill,
+            speculation=speculation,
         )
         if as_json:
             with stream:

@@ -10,6 +10,7 @@ from mlx_mixtral.cli.console import note, one_line, terminal_safe
 from mlx_mixtral.cli.conversation import Conversation
 from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
 from mlx_mixtral.errors import ContextLengthError, MixtralError
+from mlx_mixtral.speculation import Speculation
 
 __all__ = ["Session"]
 
@@ -29,8 +30,15 @@ Ctrl-C stops an answer and keeps what was said. A message that begins with / is 
 class Session:
     """A conversation with a model, driven line by line."""
 
-    def __init__(self, model: Mixtral, sampling: SamplingParams, max_tokens: int, system: str | None) -> None:
-        self.model, self.sampling, self.max_tokens = model, sampling, max_tokens
+    def __init__(
+        self,
+        model: Mixtral,
+        sampling: SamplingParams,
+        max_tokens: int,
+        system: str | None,
+        speculation: Speculation | None = None,
+    ) -> None:
+        self.model, self.sampling, self.max_tokens, self.speculation = model, sampling, max_tokens, speculation
         self.conversation = Conversation(system)
         self._last: GenerationStats | None = None
         self._commands: dict[str, Callable[[str], None]] = {
@@ -84,6 +92,7 @@ class Session:
                     max_tokens=self.max_tokens,
                     cancelled=interrupt.cancelled,
                     on_prefill=interrupt.on_prefill,
+                    speculation=self.speculation,
                 )
                 answer, chunks = print_stream(stream)
         except ContextLengthError:

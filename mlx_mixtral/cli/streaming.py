@@ -94,6 +94,10 @@ def stats_line(stats: GenerationStats) -> str:
         f"{stats.prompt_tokens} prompt tokens, {rate(stats.prompt_tok_s)} · {decoded} · "
         f"peak memory {format_bytes(stats.peak_memory_bytes)}"
     )
+    if (done := stats.speculation) is not None and done.forwards:
+        line += f"\nspeculation: {done.tokens_per_forward:.2f} tokens a forward"
+        if done.proposed:
+            line += f", {done.acceptance:.0%} of {done.proposed} proposed tokens accepted"
     experts = stats.decode_experts
     if experts is None or stats.tokens < 2:
         return line
