@@ -76,7 +76,9 @@ def loading_options(command: F) -> F:
             "--kv-bits", type=int, metavar="4|8|16", help="Bits of the KV cache.  [default: those of the compute type]"
         ),
         click.option(
-            "--prefix-cache", metavar="SIZE", help="What is kept of earlier prompts and answers; 0 keeps none.  [default: 1GB]"
+            "--prefix-cache",
+            metavar="SIZE",
+            help="What is kept of earlier prompts and answers; 0 keeps none.  [default: 1GB]",
         ),
         click.option("--page-cache", is_flag=True, help="Let streamed experts fill the system's page cache too."),
         click.option("--verify", is_flag=True, help="Check the files' hashes first, for a model `convert` wrote."),
