@@ -2,13 +2,18 @@
 
 A tensor whose bytes are what the array holds goes straight from the file into the array's memory; float tensors of another
 type pass through a small buffer. Either way no second copy of the model ever exists, and nothing is mapped.
+
+Fresh memory costs as much as reading: the system clears each page when it is first written. Arrays are therefore asked for
+ahead of time and made while earlier ones are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
+from itertools import cycle
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +27,7 @@ __all__ = ["READ_THREADS", "Fill", "allocate", "chunks", "fill", "fill_chunk"]
 
 CHUNK_BYTES = 4 * 2**20
 READ_THREADS = 8
+ALLOCATION_STREAMS = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Fill:
 
 
 def fill(reader: CheckpointReader, fills: list[Fill], progress: Callable[[int], None] | None = None) -> None:
-    """Carry out ``fills``. The arrays must be evaluated; ``progress`` is told the bytes read so far, from this thread.
+    """Carry out ``fills`` of arrays that ``allocate`` made; ``progress`` is told the bytes read so far, from this thread.
 
     Raises:
         CheckpointError: a file that is short or unreadable.
@@ -61,12 +67,12 @@ def fill(reader: CheckpointReader, fills: list[Fill], progress: Callable[[int], 
                 pending.add(pool.submit(fill_chunk, reader, chunk))
                 # A bounded queue keeps an interrupted load from reading on for seconds.
                 while len(pending) >= 4 * READ_THREADS:
-                    finished, pending = wait(pending, return_when=FIRST_EXCEPTION, timeout=0.02)
+                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                     done += sum(future.result() for future in finished)
                     if progress is not None:
                         progress(done)
             while pending:
-                finished, pending = wait(pending, return_when=FIRST_EXCEPTION, timeout=0.1)
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                 done += sum(future.result() for future in finished)
                 if progress is not None:
                     progress(done)
@@ -121,7 +127,16 @@ def _check(item: Fill, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 
 def allocate(shape: tuple[int, ...], dtype: str) -> mx.array:
-    """An evaluated array of its final size, contents to be filled in."""
-    array = mx.zeros(shape, MLX_DTYPES[dtype])
-    mx.eval(array)
+    """An array of its final size, contents to be filled in. It is being made; whoever asks for its memory waits for it."""
+    device = mx.default_device()
+    array = mx.zeros(shape, MLX_DTYPES[dtype], stream=next(_streams(device.type == mx.DeviceType.cpu)))
+    mx.async_eval(array)
     return array
+
+
+@cache
+def _streams(on_cpu: bool) -> Iterator[mx.Stream | None]:
+    """Streams to make arrays on, in turn: those of a CPU clear memory each on a thread of its own; a GPU is quick with it."""
+    if not on_cpu:
+        return cycle([None])
+    return cycle([mx.new_thread_unsafe_stream(mx.Device(mx.cpu)) for _ in range(ALLOCATION_STREAMS)])
