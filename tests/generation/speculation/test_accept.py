@@ -31,7 +31,7 @@ PROMPT = [0, 3, 1, 0]
 RUNS, POSITIONS = 300, 800
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 1.0},
-    {"temperature": 0.4},
+    {"temperature": 0.6},
     {"temperature": 1.7, "top_p": 0.8},
     {"temperature": 1.2, "top_k": 3, "min_p": 0.15},
     {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.8, "frequency_penalty": 0.7, "logit_bias": {2: 1.0}},
