@@ -63,8 +63,9 @@ class Acceptance:
 class Economics:
     """Decides how many tokens to propose, from what rounds and plain steps did so far.
 
-    Where the best k is 0 it is tried again after ``RETRY_TOKENS`` plain tokens, later after twice as many and so on, by a few
-    rounds of the best k above 0, what was measured being forgotten: the text or the machine may have changed.
+    Where nothing is expected to pay, the first few rounds propose one token, which costs little and tells how good guesses
+    are. If that stays so it is tried again after ``RETRY_TOKENS`` plain tokens, later after twice as many and so on, what was
+    measured being forgotten: the text or the machine may have changed.
 
     Args:
         most: largest k.
@@ -104,7 +105,9 @@ class Economics:
         acceptance = self.acceptance(kind)
         rates = {k: expected_tokens(acceptance, k) / self.seconds(k) for k in choices}
         best = max(choices, key=rates.__getitem__)
-        return best if self._trials or rates[best] * self.seconds(0) > MARGIN else 0
+        if rates[best] * self.seconds(0) > MARGIN:
+            return best
+        return choices[0] if self._trials else 0
 
     def acceptance(self, kind: int) -> float:
         return self._of(kind).rate
