@@ -12,6 +12,7 @@
     │   └── ChatTemplateError        a chat template or a list of messages that cannot be rendered
     ├── InvalidRequestError          an argument of a wrong type or out of its range: sampling, sizes (also a ValueError)
     │   └── ContextLengthError       prompt longer than the model's context
+    ├── PromptCacheError             a saved prompt that is damaged, of another version, or of another model
     ├── BusyError                    two threads use one model at once
     ├── ClosedError                  the model was closed
     ├── MemoryBudgetError            the model does not fit the memory it was given
