@@ -16,15 +16,16 @@ from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.prefixes import PrefixStore
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, PromptCacheError
-from mlx_mixtral.evaluation.files import check_destination, checkpoint_identity, explained, partial_path
 from mlx_mixtral.experts.residency import Residency
+from mlx_mixtral.files import check_destination, explained, partial_path
 from mlx_mixtral.generation.loop import prefill
 from mlx_mixtral.generation.stats import GenerationStats, Token
 from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.planning import Planner
+from mlx_mixtral.weights.fingerprint import checkpoint_identity
 from mlx_mixtral.weights.safetensors import read_header
 
-__all__ = ["DEFAULT_KEPT_BYTES", "Prompts"]
+__all__ = ["DEFAULT_KEPT_BYTES", "Prompts", "check_saved"]
 
 DEFAULT_KEPT_BYTES = 10**9
 FORMAT, VERSION = "mlx-mixtral-prompt", "1"
@@ -131,8 +132,7 @@ class Prompts:
         about, shapes = _read_about(place)
         cache = module.make_cache()
         for key, expected in self._about(cache).items():
-            if about.get(key) != expected:
-                raise PromptCacheError(f"{place} {_DIFFERENCES[key].format(found=about.get(key), expected=expected)}")
+            _compare(place, key, about.get(key), expected)
         try:
             arrays = mx.load(str(place), format="safetensors")
         except (RuntimeError, ValueError, OSError) as error:
@@ -185,6 +185,23 @@ _DIFFERENCES = {
     "model": "was made with another model; save the prompt again with this one",
     "storage": "holds its keys and values as {found}, this model as {expected}; load it with the same kv_bits and dtype",
 }
+
+
+def check_saved(path: str | Path) -> None:
+    """That ``path`` is a saved prompt, before a model is loaded for it.
+
+    Raises:
+        PromptCacheError: it is not, or of another version.
+    """
+    place = as_path("path", path)
+    about, _ = _read_about(place)
+    for key, expected in (("format", FORMAT), ("version", VERSION)):
+        _compare(place, key, about.get(key), expected)
+
+
+def _compare(place: Path, key: str, found: str | None, expected: str) -> None:
+    if found != expected:
+        raise PromptCacheError(f"{place} {_DIFFERENCES[key].format(found=found, expected=expected)}")
 
 
 def _read_about(place: Path) -> tuple[dict[str, str], list[str]]:

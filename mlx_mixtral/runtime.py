@@ -206,10 +206,7 @@ class Mixtral:
         max_rows: int = DEFAULT_ROWS,
         **options: Unpack[GenerationOptions],
     ) -> Generator[tuple[int, Chunk], None, None]:
-        """As ``generate_batch``, chunk by chunk: pairs of a prompt's number and its chunk, in the order they come.
-
-        The model is busy from the first pair until the last, or until the generator is closed.
-        """
+        """As ``generate_batch``, by pairs of a prompt's number and its next chunk; busy until the last, or until closed."""
         return self._batch(prompts, max_rows, options)[1]
 
     def chat(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_mixtral.hub import download, explained, wanted_files
-from mlx_mixtral_convert.fingerprint import describe_bytes
+from mlx_mixtral.weights.fingerprint import describe_bytes
 from mlx_mixtral_convert.ranges import Listing, RangeReader, list_files
 from mlx_mixtral_convert.sources.storage import StoredFile
 

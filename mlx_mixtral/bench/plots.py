@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.bench.report import BenchReport, Row
-from mlx_mixtral.evaluation.files import replace_file
+from mlx_mixtral.files import replace_file
 
 __all__ = ["plot_bench"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mlx_mixtral.cli.console import emit_json
-from mlx_mixtral.cli.options import json_option, loading_options
+from mlx_mixtral.cli.options import json_option, loading_options, number_list
 
 __all__ = ["bench"]
 
@@ -16,10 +16,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     """Option callback for ``128,512``; ``none`` is an empty list."""
     if value is None or value.strip() == "none":
         return None if value is None else ()
-    try:
-        sizes = tuple(int(part) for part in value.replace(",", " ").split())
-    except ValueError:
-        sizes = ()
+    sizes = number_list(int, "numbers", "128,512, or none")(ctx, param, value)
     if not sizes:
         raise click.BadParameter(f"{value!r} is not a list of numbers; write 128,512, or none", ctx, param)
     return sizes

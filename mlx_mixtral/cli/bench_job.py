@@ -22,9 +22,9 @@ from mlx_mixtral.cli.loading import fetch, load_model
 from mlx_mixtral.cli.machines import BANDWIDTH_SOURCE, chips_of, measured_on_such
 from mlx_mixtral.device import DTYPE_NAMES, Device, compute_dtype, current_device
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
-from mlx_mixtral.evaluation.files import check_destination
 from mlx_mixtral.evaluation.plots import check_plotting
 from mlx_mixtral.experts.machine import read_system_memory, usable_bytes
+from mlx_mixtral.files import check_destination
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.checkpoint import Checkpoint
 

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from mlx_mixtral.cli.console import emit_json
-from mlx_mixtral.cli.options import json_option, loading_options
+from mlx_mixtral.cli.options import json_option, loading_options, number_list
 
 __all__ = ["evaluate"]
 
-N = TypeVar("N", int, float)
-
-
-def _numbers(kind: Callable[[str], N]) -> Callable[[click.Context, click.Parameter, str | None], tuple[N, ...] | None]:
-    def parse(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[N, ...] | None:
-        try:
-            return None if value is None else tuple(kind(part) for part in value.replace(",", " ").split())
-        except ValueError:
-            raise click.BadParameter(f"{value!r} is not a list of numbers; write 1,2,3", ctx, param) from None
-
-    return parse
+LENGTHS = number_list(int, "numbers", "1024,2048")
+DEPTHS = number_list(float, "numbers", "0,0.5,1")
 
 
 @click.command(short_help="Perplexity, distance to a reference, long context.")
@@ -43,8 +33,18 @@ def _numbers(kind: Callable[[str], N]) -> Callable[[click.Context, click.Paramet
 @click.option("--worst", type=int, default=5, show_default=True, help="Tokens farthest from the reference to show.")
 @click.option("--by-length", is_flag=True, help="Perplexity by length of context, windows as long as the model's.")
 @click.option("--passkey", is_flag=True, help="Can it find a number hidden in filler text, by length and depth?")
-@click.option("--lengths", callback=_numbers(int), metavar="LIST", help="Of passkey prompts, in tokens: 1024,2048.")
-@click.option("--depths", callback=_numbers(float), metavar="LIST", help="Where the key stands, 0 to 1: 0,0.5,1.")
+@click.option(
+    "--lengths",
+    callback=LENGTHS,
+    metavar="LIST",
+    help="Of passkey prompts, in tokens: 1024,2048.",
+)
+@click.option(
+    "--depths",
+    callback=DEPTHS,
+    metavar="LIST",
+    help="Where the key stands, 0 to 1: 0,0.5,1.",
+)
 @click.option("--trials", type=int, default=1, show_default=True, help="Prompts of each length and depth.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of keys and filler text.")
 @click.option("--plot", metavar="FILE", help="PNG of --by-length and --passkey.")

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_mixtral import __version__
-from mlx_mixtral.cli.console import err_console, json_text
+from mlx_mixtral.cli.console import json_text
 from mlx_mixtral.cli.evaluation_report import print_evaluation, print_lengths, print_passkeys
 from mlx_mixtral.cli.evaluation_subject import Subject, is_reference_file, read_corpus
+from mlx_mixtral.cli.loading import count_progress
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window
-from mlx_mixtral.evaluation.files import check_destination, file_identity, replace_file
 from mlx_mixtral.evaluation.journal import Journal
 from mlx_mixtral.evaluation.passkey import DEFAULT_DEPTHS, PasskeyResult, check_passkey, default_lengths, passkey
 from mlx_mixtral.evaluation.perplexity import EvaluationProgress, evaluate
 from mlx_mixtral.evaluation.plots import check_plotting, plot_long_context
 from mlx_mixtral.evaluation.reference import DEFAULT_TOP_K, Reference, check_replaceable
 from mlx_mixtral.evaluation.results import Evaluation
+from mlx_mixtral.files import check_destination, replace_file
+from mlx_mixtral.weights.fingerprint import file_identity
 
 __all__ = ["EvaluationJob"]
 
@@ -136,7 +138,6 @@ class EvaluationJob:
         return None if self.journal_path is None else self.journal_path.with_name(f"{self.journal_path.name}.reference")
 
     def _identity(self) -> dict[str, Any]:
-
         identity: dict[str, Any] = {"version": __version__, "model": self.subject.identity}
         identity |= {name: value for name, value in self.loading.items() if name == "dtype" or name.startswith("kv_")}
         if self.corpus is not None:
@@ -153,14 +154,13 @@ class EvaluationJob:
 
     def _reference(self, journal: Journal, scratch: Path) -> Reference | None:
         """The file, made by running the other model where one was named."""
-
         if self.other is None or self.corpus is None:
             return self.file
         place = self.save or self._kept_reference or scratch / "reference"
         header = self.other.header(self.corpus, self.window, self.stride, self.top_k)
         if (made := self.other.find(place, header)) is None:
             loading = self.loading | {"verify": False, "revision": None}
-            with self.other.load(loading) as model, _progress("reference") as show:
+            with self.other.load(loading) as model, count_progress("reference") as show:
                 evaluate(
                     model,
                     self.corpus,
@@ -177,10 +177,9 @@ class EvaluationJob:
         return made
 
     def _evaluate(self, journal: Journal, reference: Reference | None) -> None:
-
         with self.subject.load(self.loading) as model:
             if self.corpus is not None:
-                with _progress("evaluating") as show:
+                with count_progress("evaluating") as show:
                     self.evaluation = evaluate(
                         model,
                         self.corpus,
@@ -196,7 +195,7 @@ class EvaluationJob:
                         progress=_tokens(show),
                     )
             if self.lengths:
-                with _progress("passkeys") as show:
+                with count_progress("passkeys") as show:
                     self.passkeys = passkey(
                         model,
                         self.lengths,
@@ -216,25 +215,6 @@ class EvaluationJob:
         if self.passkeys is not None:
             found["passkey"] = self.passkeys.to_dict()
         return found
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr where that is a terminal, told what is done of how much."""
-    if not err_console().is_terminal:
-        yield lambda done, total: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=err_console(), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _tokens(show: Callable[[int, int], None]) -> Callable[[EvaluationProgress], None]:

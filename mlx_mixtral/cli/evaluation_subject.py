@@ -11,10 +11,10 @@ from mlx_mixtral import Mixtral, MixtralConfig, Tokenizer
 from mlx_mixtral.cli.loading import fetch, load_model
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window, encode_texts, vocabulary_sha256
-from mlx_mixtral.evaluation.files import checkpoint_identity
 from mlx_mixtral.evaluation.reference import Reference, ReferenceHeader
 from mlx_mixtral.evaluation.texts import Text, read_texts
 from mlx_mixtral.tokenizer import load_tokenizer
+from mlx_mixtral.weights.fingerprint import checkpoint_identity
 
 __all__ = ["Subject", "is_reference_file", "read_corpus"]
 

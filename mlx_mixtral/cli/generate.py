@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ from mlx_mixtral.cli.options import (
     check_max_tokens,
     json_option,
     loading_options,
-    parse_token_ids,
+    number_list,
     sampling_options,
     take_sampling,
 )
@@ -26,7 +27,10 @@ __all__ = ["generate"]
 @click.argument("model")
 @click.option("-p", "--prompt", help="Text to continue, sent as it is; - reads standard input (UTF-8).")
 @click.option(
-    "--token-ids", callback=parse_token_ids, metavar="IDS", help="Token ids to continue instead of text: 1,415,2936."
+    "--token-ids",
+    callback=number_list(int, "token ids", "1,415,2936"),
+    metavar="IDS",
+    help="Token ids to continue instead of text: 1,415,2936.",
 )
 @click.option("-n", "--max-tokens", type=int, default=256, show_default=True, help="Most tokens to generate.")
 @sampling_options(temperature=0.0, top_p=1.0)
@@ -42,7 +46,7 @@ __all__ = ["generate"]
 def generate(
     model: str,
     prompt: str | None,
-    token_ids: list[int] | None,
+    token_ids: tuple[int, ...] | None,
     max_tokens: int,
     stop: tuple[str, ...],
     stop_token_id: tuple[int, ...],
@@ -64,16 +68,22 @@ def generate(
         raise click.UsageError("--logprobs are part of the JSON result; add --json")
 
     from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
+    from mlx_mixtral.files import check_destination
     from mlx_mixtral.generation.stop import StopStrings
+    from mlx_mixtral.prompts import check_saved
 
     # Everything that can be refused without the model is refused before it is loaded.
     sampling = take_sampling(options, logprobs)
     check_max_tokens(max_tokens)
     StopStrings(stop)
-    given = read_prompt(prompt) if prompt is not None else token_ids or []
+    given: str | Sequence[int] = read_prompt(prompt) if prompt is not None else token_ids or ()
     if not given:
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
 
+    if save_prompt is not None:
+        check_destination("--save-prompt", save_prompt)
+    if saved_prompt is not None:
+        check_saved(saved_prompt)
     loaded, speculation = load_with_speculation(model, **options)
     if saved_prompt is not None:
         before = loaded.model.load_prompt(saved_prompt)

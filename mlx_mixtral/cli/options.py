@@ -12,21 +12,26 @@ from mlx_mixtral.errors import InvalidRequestError
 if TYPE_CHECKING:
     from mlx_mixtral import SamplingParams
 
-__all__ = ["check_max_tokens", "json_option", "loading_options", "parse_token_ids", "sampling_options", "take_sampling"]
+__all__ = ["check_max_tokens", "json_option", "loading_options", "number_list", "sampling_options", "take_sampling"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+N = TypeVar("N", int, float)
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
-def parse_token_ids(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
-    """Option callback for ``1,415,2936``."""
-    if value is None:
-        return None
-    try:
-        return [int(part) for part in value.replace(",", " ").split()]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of token ids; write 1,415,2936", ctx, param) from None
+def number_list(
+    kind: Callable[[str], N], what: str, example: str
+) -> Callable[[click.Context, click.Parameter, str | None], tuple[N, ...] | None]:
+    """Option callback for a list such as ``1,415,2936``; it may be empty."""
+
+    def parse(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[N, ...] | None:
+        try:
+            return None if value is None else tuple(kind(part) for part in value.replace(",", " ").split())
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not a list of {what}; write {example}", ctx, param) from None
+
+    return parse
 
 
 def parse_logit_bias(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[int, float]:

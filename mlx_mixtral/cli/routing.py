@@ -7,16 +7,11 @@ from typing import Any
 import click
 
 from mlx_mixtral.cli.console import emit_json
-from mlx_mixtral.cli.options import json_option, loading_options
+from mlx_mixtral.cli.options import json_option, loading_options, number_list
 
 __all__ = ["routing"]
 
-
-def _layers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if value is None else tuple(int(part) for part in value.replace(",", " ").split())
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of layers; write 0,15,31", ctx, param) from None
+LAYERS = number_list(int, "layers", "0,15,31")
 
 
 @click.command(short_help="What a model's experts do, by domain.")
@@ -30,7 +25,10 @@ def _layers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option("--max-tokens", type=int, metavar="N", help="Of each domain, from its beginning.  [default: all]")
 @click.option("--window", type=int, metavar="N", help="Tokens read at once.  [default: the context, at most 2048]")
 @click.option(
-    "--layers", callback=_layers, metavar="LIST", help="Layers to show one by one.  [default: first,middle,last]"
+    "--layers",
+    callback=LAYERS,
+    metavar="LIST",
+    help="Layers to show one by one.  [default: first,middle,last]",
 )
 @click.option(
     "--sample", type=int, metavar="N", help="Tokens of each domain to colour; 0 for none.  [default: 48, HTML 240]"

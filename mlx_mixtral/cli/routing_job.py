@@ -9,7 +9,6 @@ from mlx_mixtral.cli.loading import count_progress
 from mlx_mixtral.cli.routing_report import print_excerpts, print_routing
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window
-from mlx_mixtral.evaluation.files import check_destination, replace_file
 from mlx_mixtral.evaluation.plots import check_plotting
 from mlx_mixtral.evaluation.routing.analysis import RoutingAnalysis, analyse
 from mlx_mixtral.evaluation.routing.excerpt import excerpts
@@ -18,6 +17,7 @@ from mlx_mixtral.evaluation.routing.plots import plot_routing
 from mlx_mixtral.evaluation.routing.published import PUBLISHED_LAYERS, mean_published, published_for
 from mlx_mixtral.evaluation.routing.record import RoutingRecord, trace_file_bytes
 from mlx_mixtral.evaluation.routing.recording import record_texts, stretches
+from mlx_mixtral.files import check_destination, replace_file
 
 __all__ = ["RoutingJob"]
 

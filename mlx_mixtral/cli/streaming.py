@@ -90,8 +90,9 @@ def stats_line(stats: GenerationStats) -> str:
     decoded = f"{stats.tokens} token{'s' * (stats.tokens != 1)}"
     if stats.decode_tok_s:
         decoded += f", {rate(stats.decode_tok_s)}"
+    reused = f" ({stats.reused_tokens} known)" if stats.reused_tokens else ""
     line = (
-        f"{stats.prompt_tokens} prompt tokens, {rate(stats.prompt_tok_s)} · {decoded} · "
+        f"{stats.prompt_tokens} prompt tokens{reused}, {rate(stats.prompt_tok_s)} · {decoded} · "
         f"peak memory {format_bytes(stats.peak_memory_bytes)}"
     )
     if (done := stats.speculation) is not None and done.forwards:

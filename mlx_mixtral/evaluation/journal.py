@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError, DestinationError
-from mlx_mixtral.evaluation.files import explained, replace_file
+from mlx_mixtral.files import explained, replace_file
 
 __all__ = ["Journal", "pack", "unpack"]
 

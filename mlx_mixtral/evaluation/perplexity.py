@@ -16,7 +16,6 @@ from mlx_mixtral.arguments import check_callbacks, check_type
 from mlx_mixtral.device import wired
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, Window, check_window, encode_texts
-from mlx_mixtral.evaluation.files import check_destination
 from mlx_mixtral.evaluation.forward import Kept, Scored, context_limit, score
 from mlx_mixtral.evaluation.journal import Journal, pack, unpack
 from mlx_mixtral.evaluation.reference import (
@@ -29,6 +28,7 @@ from mlx_mixtral.evaluation.reference import (
 from mlx_mixtral.evaluation.results import Evaluation, Score, Tokens, WorstToken, length_buckets
 from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS, kl_divergence
 from mlx_mixtral.evaluation.texts import Text
+from mlx_mixtral.files import check_destination
 from mlx_mixtral.runtime import Mixtral
 
 __all__ = ["EvaluationProgress", "evaluate"]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.errors import MissingDependencyError
-from mlx_mixtral.evaluation.files import replace_file
 from mlx_mixtral.evaluation.passkey import PasskeyResult
 from mlx_mixtral.evaluation.results import LengthBucket
+from mlx_mixtral.files import replace_file
 
 __all__ = ["check_plotting", "plot_long_context"]
 

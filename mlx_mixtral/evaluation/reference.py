@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_mixtral.errors import CheckpointError, DestinationError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus
-from mlx_mixtral.evaluation.files import explained, partial_path
 from mlx_mixtral.evaluation.forward import Kept
+from mlx_mixtral.files import explained, partial_path
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["DEFAULT_TOP_K", "MAX_FILE_BYTES", "Reference", "ReferenceHeader", "ReferenceWriter", "check_replaceable"]

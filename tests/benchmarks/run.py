@@ -4,8 +4,9 @@
     make bench BENCH_ARGS=--wide        also conversion and loading at full 8x7B width, 2 and 4 layers (needs 30 GB of disk)
     make bench BENCH_ARGS="--repeats 9 --json"
 
-Checkpoints are made once by a seeded script and kept in bench-data. On MLX's CPU backend matrix products are nearly all of the
-time, so a ratio here shows that nothing is lost; it is no measure of Metal.
+A table of ratios, and at its end the scripts that measure the rest. Checkpoints are made once by a seeded script and kept in
+bench-data. On MLX's CPU backend matrix products are nearly all of the time, so a ratio here shows that nothing is lost; it is
+no measure of Metal.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ from make_checkpoint import make
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "bench-data"
+# What else is measured, each by a script of its own.
+FURTHER = {
+    "start.py": "imports and --help",
+    "steps.py": "GPU kernels a layer, Python's time a token",
+    "batches.py FOLDER": "decode of 1 to 16 rows together",
+    "load.py FOLDER --mlx-lm": "loading with cold caches, against a plain parallel read",
+    "streaming.py FOLDER": "experts read from disk under a memory budget",
+    "quality.py": "quality against size",
+}
 PROMPT_TOKENS = 128
 DECODE_TOKENS = 16
 
@@ -141,6 +151,12 @@ def main() -> None:
             make("wide", source, layers=layers)
             shutil.rmtree(converting_and_loading(table, source.name, source, repeats=1))
             shutil.rmtree(source)
+    print("\nmeasured by scripts of their own:")
+    for script, what in FURTHER.items():
+        print(f"    python tests/benchmarks/{script:<26}{what}")
+    print(
+        f"    {'mlx-mixtral bench FOLDER --compare mlx-lm':<51}one folder, any machine: prefill, depth, batches, memory"
+    )
     if args.json:
         print(json.dumps(table.rows, indent=1))
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mlx_mixtral.errors import MissingDependencyError
-from mlx_mixtral.evaluation.files import replace_file
 from mlx_mixtral.evaluation.routing.analysis import DomainRouting, RoutingAnalysis
 from mlx_mixtral.evaluation.routing.excerpt import domain_colour
+from mlx_mixtral.files import replace_file
 
 __all__ = ["plot_routing"]
 

@@ -20,8 +20,8 @@ from safetensors.numpy import save
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
-from mlx_mixtral.evaluation.files import check_destination, replace_file
 from mlx_mixtral.experts.trace import FORMAT, MAX_FILE_BYTES, RoutingTrace
+from mlx_mixtral.files import check_destination, replace_file
 
 __all__ = ["MOST_DOMAINS", "RoutingRecord", "trace_file_bytes"]
 

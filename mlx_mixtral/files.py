@@ -1,22 +1,17 @@
-"""Files of an evaluation: whole or not at all, and what a file or checkpoint is, without reading all of it."""
+"""Files that are written whole or not at all, and refused before the work that makes them."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_mixtral.arguments import as_path
-from mlx_mixtral.errors import CheckpointError, DestinationError, DiskSpaceError, InvalidRequestError
-from mlx_mixtral.weights.checkpoint import Checkpoint
-from mlx_mixtral.weights.manifest import MANIFEST, file_sha256
+from mlx_mixtral.errors import DestinationError, DiskSpaceError, InvalidRequestError
 
-__all__ = ["check_destination", "checkpoint_identity", "explained", "file_identity", "partial_path", "replace_file"]
-
-WHOLE_BYTES, STRIDE_BYTES, SAMPLE_BYTES = 16 * 2**20, 16 * 2**20, 4096
+__all__ = ["check_destination", "explained", "partial_path", "replace_file"]
 
 
 def check_destination(name: str, path: str | Path) -> Path:
@@ -72,36 +67,3 @@ def explained(place: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskSpaceError(f"the disk is full: {place} cannot be written; free some room") from error
         raise DestinationError(f"{place} cannot be written: {error.strerror or error}; choose another place") from error
-
-
-def checkpoint_identity(folder: Path) -> str:
-    """Tells one checkpoint from another, wherever it lies: sha256 of its configuration and of what its weights are.
-
-    The manifest of a conversion says that by itself; of other weights each file's size and samples are taken.
-
-    Raises:
-        CheckpointError: a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        names = [name for name in ("config.json", MANIFEST) if (folder / name).is_file()]
-        for name in names:
-            digest.update(f"{name} {file_sha256(folder / name)}\n".encode())
-        if MANIFEST not in names:
-            for file in Checkpoint(folder).files:
-                digest.update(f"{file.name} {file_identity(file)}\n".encode())
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
-
-
-def file_identity(path: Path) -> str:
-    """sha256 of a file; of a large one of its size, its first 16 MiB and 4 KiB of every further 16 MiB."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(size.to_bytes(8, "little"))
-    with path.open("rb", buffering=0) as file:
-        digest.update(file.read(WHOLE_BYTES))
-        for offset in [*range(STRIDE_BYTES, size - SAMPLE_BYTES, STRIDE_BYTES), max(0, size - SAMPLE_BYTES)]:
-            file.seek(offset)
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
