@@ -94,8 +94,11 @@ class KVCache:
         """
         total = self.length + L
         window = self.window if self.window is not None and total > self.window.size else None
-        if self.padding is None and (L == 1 or window is None):
-            return None if L == 1 else "causal"
+        if self.padding is None:
+            if window is None:
+                return None if L == 1 else "causal"
+            if L == 1 and not window.sinks:  # the columns from the first key on are those in sight
+                return None
         keys, queries = mx.arange(self._first_key, total), mx.arange(self.length, total)[None]
         return causal_mask(keys, queries, self.padding, window)
 

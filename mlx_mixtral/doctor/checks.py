@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +18,7 @@ from mlx_mixtral.loading import load
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.linear import Linear, StackedLinear
 from mlx_mixtral.model.moe import route
+from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.quantization import QuantizationSpec
 from mlx_mixtral.weights import dtypes
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
@@ -31,6 +33,11 @@ Floats = npt.NDArray[np.float32]
 TOLERANCE = {"F32": 1e-5, "F16": 3e-3, "BF16": 3e-2}
 # Mean Kullback-Leibler divergence from the recorded float32 logits, in nats.
 DIVERGENCE = {"F32": 1e-7, "F16": 2e-3, "BF16": 2e-2}
+# Caches a step has to write into: arguments of ``load``.
+KV_KINDS: dict[str, dict[str, Any]] = {
+    "plain numbers": {}, "8 bits": {"kv_bits": 8}, "a full ring with sinks": {"kv_size": 16, "kv_sinks": 2},
+}  # fmt: skip
+STEPS, ROOM_TOKENS = 24, 2**15
 FORMATS = (
     QuantizationSpec(2, 64), QuantizationSpec(3, 64), QuantizationSpec(4, 64), QuantizationSpec(5, 64),
     QuantizationSpec(6, 64), QuantizationSpec(8, 64), QuantizationSpec(4, 32), QuantizationSpec(4, 128),
@@ -168,6 +175,35 @@ def _routing(dtype: str) -> str:
     return "512 tokens, top-2 of 8 as numpy sorts them"
 
 
+def _decode_step(dtype: str) -> str:
+    """Steps as generation takes them, compiled on a GPU, against the same tokens one forward each; and where they write."""
+    with np.load(reference_path()) as archive:
+        prompt = mx.array([(archive["greedy_prompt"].tolist() * 50)[:50]])
+    worst = 0.0
+    for kind, options in KV_KINDS.items():
+        with load(checkpoint_path(), **options) as model:
+            step = DecodeStep(model.module, compiled=model.device.kind != "cpu")
+            plain, stepped = model.make_cache(), model.make_cache()
+            stepped.reserve(1, ROOM_TOKENS)
+            mx.eval(model.module(prompt, stepped))
+            logits = model.module(prompt, plain)[:, -1:]
+            for _ in range(STEPS):
+                token = mx.argmax(logits, axis=-1)
+                logits = model.module(token, plain)[:, -1:]
+                got = step(token, stepped)
+                worst = max(worst, _compare(got, _floats(logits), dtype, f"steps with {kind}"))
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            mx.eval(step(token, stepped), stepped.arrays)
+            grown, held = mx.get_peak_memory() - before, stepped.nbytes
+        # A copy of one layer's keys or values alone would be a twelfth.
+        if options == {} and grown > held / 16:
+            raise CheckFailedError(
+                f"a step takes {grown} bytes beside a cache of {held}: it is copied, not written in place"
+            )
+    return f"{STEPS} steps in {len(KV_KINDS)} caches, difference at most {worst:.1e}, written in place"
+
+
 def _recorded_logits(dtype: str) -> str:
     with np.load(reference_path()) as archive:
         recorded = dict(archive)
@@ -213,6 +249,11 @@ CHECKS: tuple[Check, ...] = (
         _compiled,
     ),
     Check("routing", "tokens go to the wrong experts", _routing),
+    Check(
+        "decode step",
+        "tokens after the first are computed otherwise than a prompt, or the cache is copied at each: slow or wrong text",
+        _decode_step,
+    ),
     Check("recorded logits", "the whole model differs from the reference implementation", _recorded_logits),
 )
 

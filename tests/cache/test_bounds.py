@@ -93,7 +93,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("kv", OPTIONS, ids=str)
-@pytest.mark.parametrize("sizes", [[60], [120], [5, 70, 40], [17] * 7], ids=str)
+@pytest.mark.parametrize("sizes", [[60], [120], [5, 70, 40], [17] * 7, [45, 1, 1, 40, 1]], ids=str)
 def test_any_cut_equals_one_forward(model: Mixtral, kv: KVOptions, sizes: list[int]) -> None:
     ids = _ids(model, 130)
     cache = _cache(model, kv)
