@@ -70,7 +70,7 @@ class QuantisedStorage(Storage):
         self, held: LayerArrays, first: int, end: int, queries: mx.array, scale: float, mask: mx.array | str | None
     ) -> mx.array:
         keys, values = self._columns(held[:3], first, end), self._columns(held[3:], first, end)
-        if queries.shape[2] <= PACKED_QUERIES:
+        if queries.shape[2] <= PACKED_QUERIES and not _is_cuda():
             return self._attend_packed(keys, values, queries, scale, mask)
         plain = (self._unpacked(part, queries.dtype) for part in (keys, values))
         return mx.fast.scaled_dot_product_attention(queries, *plain, scale=scale, mask=mask)
@@ -103,6 +103,11 @@ class QuantisedStorage(Storage):
         return mx.quantized_matmul(
             x, weight, scales, biases, transpose=transpose, group_size=self.group_size, bits=self.bits
         )
+
+
+def _is_cuda() -> bool:
+    """CUDA's quantised products take no columns of a larger array (MLX 0.32)."""
+    return mx.cuda.is_available() and mx.default_device().type == mx.DeviceType.gpu
 
 
 def _last_columns(L: int, T: int) -> mx.array:

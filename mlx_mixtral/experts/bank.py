@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from mlx_mixtral.model.compiled import Compiled
 from mlx_mixtral.model.linear import Linear, StackedLinear
 
-__all__ = ["ExpertBank", "FeedForward", "gathers_sorted", "swiglu"]
+__all__ = ["ExpertBank", "FeedForward", "gathers_sorted", "swiglu", "token_rows"]
 
 
-@partial(mx.compile, shapeless=True)
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """``silu(gate) * up`` in one kernel."""
-    return gate * mx.sigmoid(gate) * up
+    return _swiglu(gate, up)
+
+
+_swiglu = Compiled[[mx.array, mx.array], mx.array](lambda gate, up: gate * mx.sigmoid(gate) * up, shapeless=True)
 
 
 def gathers_sorted(pairs: int, num_experts: int) -> bool:
@@ -27,6 +29,15 @@ def gathers_sorted(pairs: int, num_experts: int) -> bool:
     and so the rounding, must not depend on how much memory the user granted.
     """
     return pairs >= 16 and pairs >= 4 * num_experts
+
+
+def token_rows(x: mx.array, tokens: mx.array) -> mx.array:
+    """The rows ``tokens [P]`` of ``x [B, L, D]`` or ``[L, D]``, ``[P, 1, D]``.
+
+    Gathered in that shape: MLX's grouped kernel takes the distance between rows from the axis of length 1, and one that was
+    inserted into ``[P, D]`` afterwards has another stride (ml-explore/mlx issue 4253: wrong products on GPUs, no error).
+    """
+    return x.reshape(-1, x.shape[-1])[tokens[:, None]]
 
 
 class FeedForward(Module):
@@ -60,7 +71,7 @@ class ExpertBank(Module):
             return self._experts(x[..., None, None, :], slots, is_sorted=False).squeeze(-2)
         order = mx.argsort(slots.reshape(-1))  # [P]
         back = mx.argsort(order)
-        tokens = x.reshape(-1, x.shape[-1])[order // per_token]  # [P, D]
+        tokens = token_rows(x, order // per_token)  # [P, 1, D]
         y = self.pairs(tokens, slots.reshape(-1)[order], is_sorted=True)  # [P, D]
         return y[back].reshape(*slots.shape, x.shape[-1])
 
@@ -88,8 +99,11 @@ class ExpertBank(Module):
         return ExpertBank(gate_up, matrix("down", self.down))
 
     def pairs(self, x: mx.array, slots: mx.array, *, is_sorted: bool) -> mx.array:
-        """Row by row: ``x [P, D]`` through ``slots [P]`` gives ``[P, D]``; ``is_sorted`` promises that slots ascend."""
-        return self._experts(x[:, None, :], slots, is_sorted=is_sorted).squeeze(-2)
+        """Row by row: ``x [P, 1, D]`` of ``token_rows`` through ``slots [P]`` gives ``[P, D]``.
+
+        ``is_sorted`` promises that slots ascend.
+        """
+        return self._experts(x, slots, is_sorted=is_sorted).squeeze(-2)
 
     def inner(self, x: mx.array, slots: mx.array, *, is_sorted: bool) -> mx.array:
         """What ``down`` is multiplied with: ``x [..., 1, D]`` gives ``[..., 1, F]``."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mlx.nn.layers.base import Module
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.experts.bank import ExpertBank, gathers_sorted
+from mlx_mixtral.experts.bank import ExpertBank, gathers_sorted, token_rows
 from mlx_mixtral.experts.pool import Key, SlotPool
 from mlx_mixtral.experts.store import Counters, ExpertStore, Loading
 
@@ -221,7 +221,7 @@ class _Call:
         self._begin(misses, [], self.pool.size)
         pairs = np.flatnonzero(self.chosen == expert)
         slots = mx.array(np.full(len(pairs), loading.slot, np.uint32))
-        inner = bank.inner(self._rows(pairs)[:, None, :], slots, is_sorted=False)
+        inner = bank.inner(self._rows(pairs), slots, is_sorted=False)
         # Until the rest is there nothing but ``inner`` reads this slot, and the threads write to none of what it reads.
         self._start(inner)
         if (problem := self.store.finish([loading])) is not None:
@@ -265,8 +265,8 @@ class _Call:
         self._keep(y, pairs)
 
     def _rows(self, pairs: Indices) -> mx.array:
-        """The tokens ``[P, D]`` of token-expert pairs."""
-        return self.x.reshape(-1, self.x.shape[-1])[mx.array(pairs // self.shape[-1])]
+        """The tokens ``[P, 1, D]`` of token-expert pairs."""
+        return token_rows(self.x, mx.array(pairs // self.shape[-1]))
 
     def _start(self, result: mx.array) -> None:
         self.pool.used(result)

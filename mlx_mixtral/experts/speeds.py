@@ -30,7 +30,7 @@ def measure_speeds(store: ExpertStore, bank: ExpertBank, layers: Sequence[int], 
     disk = _disk_bytes_per_s(store, bank, layers)
     nbytes = sum(array.nbytes for array in bank.arrays.values())
     slots = mx.zeros(1, mx.uint32)
-    compute = _median_seconds(lambda: mx.eval(bank.pairs(x, slots, is_sorted=False)))
+    compute = _median_seconds(lambda: mx.eval(bank.pairs(x[:, None], slots, is_sorted=False)))
     readback = _median_seconds(lambda: mx.eval(mx.argmax(x + 1.0)))
     return Speeds(disk, nbytes / max(compute - readback, 1e-9), readback)
 

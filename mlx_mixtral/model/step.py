@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_mixtral.cache.span import Step
 from mlx_mixtral.cache.storage import LayerArrays, Storage
 from mlx_mixtral.cache.window import Window
+from mlx_mixtral.model.compiled import Compiled
 from mlx_mixtral.model.mixtral import MixtralModel
 
 __all__ = ["DecodeStep", "StepCache"]
@@ -51,7 +52,7 @@ class DecodeStep:
         if not self._is_compiled or self._model.is_streamed:
             return run
         if kind not in self._compiled:
-            self._compiled[kind] = mx.compile(run)
+            self._compiled[kind] = Compiled(run)
         return self._compiled[kind]
 
 
