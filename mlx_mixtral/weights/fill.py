@@ -5,6 +5,9 @@ type pass through a small buffer. Either way no second copy of the model ever ex
 
 Fresh memory costs as much as reading: the system clears each page when it is first written. Arrays are therefore asked for
 ahead of time and made while earlier ones are read.
+
+Threads that read get a view of an array's memory, never the array: two of them that wait for one array at once, as whoever
+asks for its memory does, can crash MLX.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from itertools import cycle
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError, DtypeRangeError, NonFiniteWeightsError
 from mlx_mixtral.weights.checkpoint import CheckpointReader
@@ -81,24 +85,35 @@ def fill(reader: CheckpointReader, fills: list[Fill], progress: Callable[[int], 
             raise
 
 
-def chunks(item: Fill) -> Iterator[Fill]:
-    """A fill in pieces of about ``CHUNK_BYTES``: what one read takes."""
+@dataclass(frozen=True)
+class Chunk:
+    """Part of a ``Fill`` that one read takes: rows ``start`` to ``stop`` of a tensor go to ``into``, numbers of ``dtype``."""
+
+    into: npt.NDArray[np.uint8]
+    dtype: str
+    info: TensorInfo
+    start: int
+    stop: int
+
+
+def chunks(item: Fill) -> Iterator[Chunk]:
+    """A fill in pieces of about ``CHUNK_BYTES``, once its array is made."""
+    row_bytes = item.info.row_bytes // ITEM_BYTES[item.info.dtype] * ITEM_BYTES[item.dtype]
+    memory = bytes_of(item.array)[item.row * row_bytes :]
     rows = max(1, CHUNK_BYTES // max(item.info.row_bytes, 1))
     for start in range(item.start, item.stop, rows):
         stop = min(start + rows, item.stop)
-        yield Fill(item.array, item.row + start - item.start, item.dtype, item.info, start, stop)
+        into = memory[(start - item.start) * row_bytes : (stop - item.start) * row_bytes]
+        yield Chunk(into, item.dtype, item.info, start, stop)
 
 
-def fill_chunk(reader: CheckpointReader, item: Fill) -> int:
-    """Carry out one piece; its bytes. Raises as ``fill``."""
-    rows = item.stop - item.start
-    columns = item.info.row_bytes // ITEM_BYTES[item.info.dtype]
-    row_bytes = columns * ITEM_BYTES[item.dtype]
-    into = bytes_of(item.array)[item.row * row_bytes : (item.row + rows) * row_bytes]
+def fill_chunk(reader: CheckpointReader, item: Chunk) -> int:
+    """Carry out one piece; the bytes read. Raises as ``fill``."""
+    nbytes = (item.stop - item.start) * item.info.row_bytes
     if item.info.dtype == item.dtype:
-        reader.read(item.info, into.data, item.start * item.info.row_bytes)
-        _check(item, into.view(NUMPY_DTYPES[item.dtype]), item.dtype)
-        return item.nbytes
+        reader.read(item.info, item.into.data, item.start * item.info.row_bytes)
+        _check(item, item.into.view(NUMPY_DTYPES[item.dtype]), item.dtype)
+        return nbytes
     if item.info.dtype not in FLOATS or item.dtype not in FLOATS:
         raise CheckpointError(
             f"{item.info.file}: tensor {item.info.name!r} has dtype {item.info.dtype}; {item.dtype} was expected"
@@ -112,11 +127,11 @@ def fill_chunk(reader: CheckpointReader, item: Fill) -> int:
         if item.dtype == "BF16":
             limit = "bfloat16's 3.39e38; use --dtype float32"
         raise DtypeRangeError(f"{item.info.file}: tensor {item.info.name!r} holds {largest:.5g}, beyond {limit}")
-    into.view(NUMPY_DTYPES[item.dtype])[:] = converted.reshape(-1)
-    return item.nbytes
+    item.into.view(NUMPY_DTYPES[item.dtype])[:] = converted.reshape(-1)
+    return nbytes
 
 
-def _check(item: Fill, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: str) -> None:
+def _check(item: Chunk, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: str) -> None:
     if dtype in FLOATS and not is_finite(values, dtype):
         rows = values.reshape(item.stop - item.start, -1)
         row = next(index for index, one in enumerate(rows) if not is_finite(one, dtype))
@@ -127,7 +142,8 @@ def _check(item: Fill, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 
 def allocate(shape: tuple[int, ...], dtype: str) -> mx.array:
-    """An array of its final size, contents to be filled in. It is being made; whoever asks for its memory waits for it."""
+    """An array of its final size, contents to be filled in. It is being made; whoever asks for its memory waits for it: one
+    thread at a time."""
     device = mx.default_device()
     array = mx.zeros(shape, MLX_DTYPES[dtype], stream=next(_streams(device.type == mx.DeviceType.cpu)))
     mx.async_eval(array)

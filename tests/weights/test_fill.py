@@ -287,3 +287,23 @@ def test_allocated_arrays_have_memory_of_their_own(dtype: str) -> None:
     np.frombuffer(one, np.uint8)[:] = 1  # type: ignore[call-overload]
     assert _bits(one).sum() == one.nbytes
     assert _bits(two).sum() == 0
+
+
+def test_threads_that_read_never_ask_an_array_for_its_memory(
+    write: WriteCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads that wait for one array at once can crash MLX: a segmentation fault once in a thousand loads."""
+    asked: list[tuple[int, int]] = []
+    real = fill_module.bytes_of
+
+    def bytes_of(array: mx.array) -> npt.NDArray[np.uint8]:
+        asked.append((id(array), threading.get_ident()))
+        return real(array)
+
+    monkeypatch.setattr(fill_module, "bytes_of", bytes_of)
+    monkeypatch.setattr(fill_module, "CHUNK_BYTES", 512)
+    checkpoint = write({"a": _random((64, 64), "F32"), "b": _random((64, 64), "BF16")})
+    fills = [_whole(checkpoint, "a", "F32"), _whole(checkpoint, "b", "F32")]
+    with CheckpointReader(checkpoint) as reader:
+        fill(reader, fills)
+    assert asked == [(id(item.array), threading.get_ident()) for item in fills]
