@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ import click
 from mlx_mixtral import __version__
 from mlx_mixtral.cli.console import json_text
 from mlx_mixtral.cli.evaluation_report import print_evaluation, print_lengths, print_passkeys
-from mlx_mixtral.cli.evaluation_subject import Subject, is_reference_file, read_corpus
+from mlx_mixtral.cli.evaluation_subject import Subject, is_reference_file, predicted, read_corpus
 from mlx_mixtral.cli.loading import count_progress
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window
 from mlx_mixtral.evaluation.journal import Journal
 from mlx_mixtral.evaluation.passkey import DEFAULT_DEPTHS, PasskeyResult, check_passkey, default_lengths, passkey
-from mlx_mixtral.evaluation.perplexity import EvaluationProgress, evaluate
+from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.plots import check_plotting, plot_long_context
 from mlx_mixtral.evaluation.reference import DEFAULT_TOP_K, Reference, check_replaceable
 from mlx_mixtral.evaluation.results import Evaluation
@@ -159,21 +158,7 @@ class EvaluationJob:
         place = self.save or self._kept_reference or scratch / "reference"
         header = self.other.header(self.corpus, self.window, self.stride, self.top_k)
         if (made := self.other.find(place, header)) is None:
-            loading = self.loading | {"verify": False, "revision": None}
-            with self.other.load(loading) as model, count_progress("reference") as show:
-                evaluate(
-                    model,
-                    self.corpus,
-                    window=self.window,
-                    stride=self.stride,
-                    save_reference=place,
-                    top_k=self.top_k,
-                    name=header.model,
-                    identity=header.identity,
-                    journal=journal,
-                    progress=_tokens(show),
-                )
-            made = Reference(place)
+            made = self.other.make_reference(place, header, self.corpus, self.loading, journal)
         return made
 
     def _evaluate(self, journal: Journal, reference: Reference | None) -> None:
@@ -192,7 +177,7 @@ class EvaluationJob:
                         name=self.subject.name,
                         identity=self.subject.identity if self.save else "",
                         journal=journal,
-                        progress=_tokens(show),
+                        progress=predicted(show),
                     )
             if self.lengths:
                 with count_progress("passkeys") as show:
@@ -215,7 +200,3 @@ class EvaluationJob:
         if self.passkeys is not None:
             found["passkey"] = self.passkeys.to_dict()
         return found
-
-
-def _tokens(show: Callable[[int, int], None]) -> Callable[[EvaluationProgress], None]:
-    return lambda at: show(at.done_tokens, at.total_tokens)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import Mixtral, MixtralConfig, Tokenizer
-from mlx_mixtral.cli.loading import fetch, load_model
+from mlx_mixtral.cli.loading import count_progress, fetch, load_model
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window, encode_texts, vocabulary_sha256
+from mlx_mixtral.evaluation.journal import Journal
+from mlx_mixtral.evaluation.perplexity import EvaluationProgress, evaluate
 from mlx_mixtral.evaluation.reference import Reference, ReferenceHeader
 from mlx_mixtral.evaluation.texts import Text, read_texts
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral.weights.fingerprint import checkpoint_identity
 
-__all__ = ["Subject", "is_reference_file", "read_corpus"]
+__all__ = ["Subject", "is_reference_file", "predicted", "read_corpus"]
 
 
 def read_corpus(paths: tuple[str, ...], text_field: str, domain_field: str, max_bytes: int | None) -> list[Text]:
@@ -94,3 +97,32 @@ class Subject:
     def load(self, options: dict[str, Any]) -> Mixtral:
         """The model itself; close it when done."""
         return load_model(self.folder, **{**options, "revision": None}).model
+
+    def make_reference(
+        self,
+        place: Path,
+        header: ReferenceHeader,
+        corpus: Corpus,
+        options: dict[str, Any],
+        journal: Journal | None = None,
+    ) -> Reference:
+        """Run this model over ``corpus`` and keep its distributions in ``place``; it is loaded for that alone."""
+        with self.load(options | {"verify": False}) as model, count_progress("reference") as show:
+            evaluate(
+                model,
+                corpus,
+                window=header.window,
+                stride=header.stride,
+                save_reference=place,
+                top_k=header.top_k,
+                name=header.model,
+                identity=header.identity,
+                journal=journal,
+                progress=predicted(show),
+            )
+        return Reference(place)
+
+
+def predicted(show: Callable[[int, int], None]) -> Callable[[EvaluationProgress], None]:
+    """A bar of counts told how far an evaluation is."""
+    return lambda at: show(at.done_tokens, at.total_tokens)
