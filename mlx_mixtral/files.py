@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.errors import DestinationError, DiskSpaceError, InvalidRequestError
 
-__all__ = ["check_destination", "explained", "partial_path", "replace_file"]
+__all__ = ["check_destination", "check_folder", "explained", "partial_path", "replace_file", "write_folder"]
 
 
 def check_destination(name: str, path: str | Path) -> Path:
@@ -55,6 +56,69 @@ def replace_file(place: Path, data: bytes) -> None:
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
+        raise
+
+
+def check_folder(name: str, path: str | Path, *, overwrite: bool, holds: Iterable[str]) -> Path:
+    """The path of a folder to make, links resolved, refused before the work that fills it.
+
+    Args:
+        overwrite: whether a folder that is there may be replaced: one that has nothing but ``holds`` in it.
+
+    Raises:
+        InvalidRequestError, DestinationError: an empty name, something that is there, a folder that cannot be made.
+    """
+    if not str(path):
+        raise InvalidRequestError(f"{name} is an empty name; give a folder")
+    with explained(given := as_path(name, path)):
+        place = given.resolve()
+        if os.path.lexists(place):
+            if not place.is_dir():
+                raise DestinationError(f"{given} exists and is a file; give a folder")
+            if not overwrite:
+                raise DestinationError(f"{given} exists; give another folder, or --overwrite to replace it")
+            others = sorted({entry.name for entry in place.iterdir()} - {*holds, ".DS_Store"})
+            if others:
+                raise DestinationError(f"{given} holds {others[0]}, which is not ours to replace; give another folder")
+        if not place.parent.is_dir():
+            raise DestinationError(f"{given} cannot be made: there is no folder {place.parent}; make it first")
+        if not os.access(place.parent, os.W_OK):
+            raise DestinationError(f"{given} cannot be made: folder {place.parent} is not writable")
+    return place
+
+
+def write_folder(place: Path, files: Mapping[str, bytes]) -> None:
+    """Make a folder of ``files`` by their paths in it, whole or not at all: a hidden one beside it is filled, then renamed.
+
+    A folder that is there is replaced, and goes when the new one is in its place.
+
+    Raises:
+        DiskSpaceError, DestinationError: it cannot be written.
+    """
+    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    old = place.with_name(f".{place.name}.{os.getpid()}.old")
+    try:
+        with explained(place):
+            partial.mkdir()
+            for name, data in files.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                with (partial / name).open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            replaces = place.is_dir()
+            if replaces:
+                place.rename(old)
+            try:
+                partial.rename(place)
+            except BaseException:
+                if replaces:
+                    old.rename(place)
+                raise
+            if replaces:
+                shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

@@ -7,7 +7,7 @@ import math
 from mlx_mixtral.cli.console import out_console, print_table, rate, seconds, terminal_safe
 from mlx_mixtral.evaluation.passkey import PasskeyResult
 from mlx_mixtral.evaluation.results import Evaluation, Score, WorstToken
-from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS
+from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS, with_error
 
 __all__ = ["print_evaluation", "print_lengths", "print_passkeys"]
 
@@ -47,8 +47,8 @@ def _scores(title: str, what: str, scores: dict[str, Score]) -> None:
             name,
             f"{score.tokens:,}",
             f"{score.bytes:,}",
-            _with_error(score.perplexity, score.perplexity_stderr),
-            _with_error(score.bits_per_byte, score.bits_per_byte_stderr),
+            with_error(score.perplexity, score.perplexity_stderr),
+            with_error(score.bits_per_byte, score.bits_per_byte_stderr),
         ]
         for name, score in scores.items()
     ]
@@ -56,8 +56,8 @@ def _scores(title: str, what: str, scores: dict[str, Score]) -> None:
     rows = [
         [
             name,
-            _with_error(other.perplexity_ratio, other.perplexity_ratio_stderr),
-            _with_error(other.kl_mean, other.kl_stderr),
+            with_error(other.perplexity_ratio, other.perplexity_ratio_stderr),
+            with_error(other.kl_mean, other.kl_stderr),
             f"{other.kl['99']:.4f}",
             f"{other.top1_agreement:.1%}",
         ]
@@ -74,7 +74,7 @@ def print_lengths(found: Evaluation) -> None:
         [
             f"{bucket.low}–{bucket.high}",
             f"{bucket.tokens:,}",
-            _with_error(bucket.perplexity, bucket.perplexity_stderr),
+            with_error(bucket.perplexity, bucket.perplexity_stderr),
         ]
         for bucket in found.by_length
     ]
@@ -119,11 +119,3 @@ def _worst(token: WorstToken) -> None:
 
 def _visible(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "→")
-
-
-def _with_error(value: float, error: float) -> str:
-    """``26.6 ± 3.1``: two figures of the error, and the value as far."""
-    if not math.isfinite(error) or error == 0:
-        return f"{value:.4g}"
-    digits = min(9, max(0, 1 - math.floor(math.log10(error))))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.cli.console import out_console, print_table, terminal_safe
-from mlx_mixtral.evaluation.routing.analysis import ALL, Estimate, RoutingAnalysis
+from mlx_mixtral.evaluation.routing.analysis import Estimate, RoutingAnalysis
 from mlx_mixtral.evaluation.routing.excerpt import Excerpt, expert_colour
-from mlx_mixtral.evaluation.routing.published import PUBLISHED_LAYERS, PUBLISHED_MODEL, mean_published, published_for
+from mlx_mixtral.evaluation.routing.repeats import repeat_tables
 from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS
 
 __all__ = ["print_excerpts", "print_routing"]
@@ -38,30 +38,10 @@ def print_routing(found: RoutingAnalysis, layers: Sequence[int]) -> None:
 
 
 def _repeats(found: RoutingAnalysis, layers: Sequence[int]) -> None:
-    """Table 5: one table for the first choice, one for all choices, the paper's figures on the right."""
-    kinds = [("first choice", "first", found.chance_first, found.chance_first == 1 / 8)]
-    if found.per_token > 1:
-        words = "first or second choice" if found.per_token == 2 else f"any of {found.per_token} choices"
-        kinds.append((words, "either", found.chance_either, (found.num_experts, found.per_token) == (8, 2)))
     # Standard errors are what a narrow terminal can do without.
     is_wide = out_console().width >= WIDE + 13 * (len(layers) - 3)
-    for words, kind, chance, comparable in kinds:
-        columns = ["domain", *(["tokens"] if is_wide else []), *(f"layer {layer}" for layer in layers)]
-        if comparable:
-            columns += [PUBLISHED_MODEL, *(f"{layer}" for layer in PUBLISHED_LAYERS)]
-        rows = []
-        for name, domain in found.rows.items():
-            estimate = domain.repeats_first if kind == "first" else domain.repeats_either
-            row = [name, *([f"{domain.tokens:,}"] if is_wide else [])]
-            row += [_percent(estimate, layer, with_error=is_wide) for layer in layers]
-            if comparable:
-                other = mean_published() if name == ALL and len(found.domains) > 1 else published_for(name)
-                figures = () if other is None else (other.first if kind == "first" else other.either)
-                row += ["", "", "", ""] if other is None else [other.domain, *(f"{f:.1%}" for f in figures)]
-            rows.append(row)
-        random = [f"{chance:.1%}" for _ in layers]
-        rows.append(["random", *([""] if is_wide else []), *random, *([""] * 4 if comparable else [])])
-        print_table(f"Repeated from token to token, {words} (the paper's table 5)", columns, rows)
+    for table in repeat_tables(found, layers, with_details=is_wide):
+        print_table(table.title, table.columns, table.rows)
 
 
 def _shares(found: RoutingAnalysis, layers: Sequence[int]) -> None:
@@ -167,10 +147,3 @@ def print_excerpts(excerpts: Sequence[Excerpt], layers: Sequence[int], num_exper
                     line.append(str(expert).translate(SUPERSCRIPTS), style)
             console.print(line, no_wrap=True, overflow="ellipsis", crop=True)
     console.print()
-
-
-def _percent(estimate: Estimate, layer: int, *, with_error: bool) -> str:
-    value, error = estimate.value[layer], estimate.stderr[layer]
-    if not np.isfinite(value):
-        return "–"
-    return f"{value:.1%} ± {100 * error:.1f}" if with_error and np.isfinite(error) else f"{value:.1%}"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.errors import MissingDependencyError
 from mlx_mixtral.evaluation.passkey import PasskeyResult
-from mlx_mixtral.evaluation.results import LengthBucket
+from mlx_mixtral.evaluation.results import Evaluation, LengthBucket
 from mlx_mixtral.files import replace_file
 
-__all__ = ["check_plotting", "plot_long_context"]
+__all__ = ["check_plotting", "draw_domains", "draw_long_context", "plot_long_context"]
+
+OWN, THEIRS = "#4477AA", "#BBBBBB"
 
 
 def check_plotting() -> None:
@@ -26,6 +29,15 @@ def plot_long_context(place: Path, title: str, passkeys: PasskeyResult | None, b
         MissingDependencyError: no matplotlib.
         DestinationError, DiskSpaceError: it cannot be written.
     """
+    replace_file(place, draw_long_context(title, passkeys, buckets))
+
+
+def draw_long_context(title: str, passkeys: PasskeyResult | None, buckets: Sequence[LengthBucket]) -> bytes:
+    """The PNG that ``plot_long_context`` writes.
+
+    Raises:
+        MissingDependencyError: no matplotlib.
+    """
     shown = (passkeys is not None) + bool(buckets)
     figure = _figure()(figsize=(1 + 5.2 * shown, 4), layout="constrained")
     axes = figure.subplots(1, shown, squeeze=False)[0]
@@ -33,10 +45,38 @@ def plot_long_context(place: Path, title: str, passkeys: PasskeyResult | None, b
         _heat_map(axes[0], passkeys)
     if buckets:
         _curve(axes[-1], buckets)
-    figure.suptitle(title)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    replace_file(place, image.getvalue())
+    return _png(figure, title)
+
+
+def draw_domains(title: str, reference: str | None, found: Evaluation) -> bytes:
+    """A PNG of perplexity by domain, beside the reference's where there is one, and of the mean KL to it.
+
+    Raises:
+        MissingDependencyError: no matplotlib.
+    """
+    rows = found.rows
+    compared = {name: score.comparison for name, score in rows.items() if score.comparison is not None}
+    panels = 2 if compared else 1
+    figure = _figure()(figsize=(1 + 5.2 * panels, 1.6 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+    places, width = range(len(rows)), 0.4 if compared else 0.7
+    own = [place - width / 2 for place in places] if compared else list(places)
+    scores = list(rows.values())
+    errors = [score.perplexity_stderr for score in scores]
+    axes[0].barh(own, [score.perplexity for score in scores], width, xerr=errors, color=OWN, label="this model")
+    if compared:
+        theirs = [row.reference_perplexity for row in compared.values()]
+        axes[0].barh([place + width / 2 for place in places], theirs, width, color=THEIRS, label="reference")
+        axes[0].legend(fontsize=8)
+        errors = [row.kl_stderr for row in compared.values()]
+        axes[1].barh(list(places), [row.kl_mean for row in compared.values()], 0.7, xerr=errors, color=OWN)
+        axes[1].set_title("mean KL to the reference, nats a token", fontsize=10)
+        axes[1].grid(alpha=0.3, axis="x")
+    axes[0].set_yticks(places, list(rows), parse_math=False)
+    axes[0].invert_yaxis()
+    axes[0].set_title("perplexity", fontsize=10)
+    axes[0].grid(alpha=0.3, axis="x")
+    return _png(figure, f"{title} against {reference}" if reference else title)
 
 
 def _heat_map(axes: Any, result: PasskeyResult) -> None:
@@ -52,7 +92,7 @@ def _heat_map(axes: Any, result: PasskeyResult) -> None:
     axes.set_title("passkeys found", fontsize=10)
 
 
-def _curve(axes: Any, buckets: list[LengthBucket]) -> None:
+def _curve(axes: Any, buckets: Sequence[LengthBucket]) -> None:
     ends = [bucket.high for bucket in buckets]
     errors = [bucket.perplexity_stderr for bucket in buckets]
     axes.errorbar(ends, [bucket.perplexity for bucket in buckets], errors, marker="o", markersize=4, capsize=3)
@@ -63,6 +103,13 @@ def _curve(axes: Any, buckets: list[LengthBucket]) -> None:
     axes.set_ylabel("perplexity")
     axes.grid(alpha=0.3)
     axes.set_title("perplexity by length of context", fontsize=10)
+
+
+def _png(figure: Any, title: str) -> bytes:
+    figure.suptitle(title, parse_math=False)  # a name may have dollars
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, metadata={"Software": None})
+    return image.getvalue()
 
 
 def _figure() -> Any:

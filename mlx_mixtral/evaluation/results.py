@@ -145,6 +145,13 @@ class Evaluation:
     top_k: int | None = None
     worst: list[WorstToken] = field(default_factory=list)
 
+    @property
+    def rows(self) -> dict[str, Score]:
+        """The domains, and where there are several all of them together."""
+        if len(self.domains) == 1:
+            return self.domains
+        return {**self.domains, "all" if "all" not in self.domains else "all texts": self.overall}
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the overall figures on top, others under ``domains``, ``files``, ``by_length`` and ``worst``."""
         found: dict[str, Any] = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK_TOKENS", "Mean", "kl_divergence", "mean_of"]
+__all__ = ["BLOCK_TOKENS", "Mean", "kl_divergence", "mean_of", "with_error"]
 
 BLOCK_TOKENS = 64
 LEAST_BLOCKS = 32
@@ -57,3 +58,11 @@ def kl_divergence(top: Floats, rest: Floats, other_top: Floats, other_rest: Floa
         others = np.where(p_rest > -np.inf, np.exp(p_rest) * (p_rest - q_rest), 0.0)
     # Rounding can make a distance of nothing negative.
     return np.asarray(np.maximum(named + others, 0.0))
+
+
+def with_error(value: float, error: float) -> str:
+    """``26.6 ± 3.1``: two figures of the error, and the value as far."""
+    if not math.isfinite(error) or error == 0:
+        return f"{value:.4g}"
+    digits = min(9, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -14,7 +14,7 @@ from mlx_mixtral.evaluation.routing.analysis import DomainRouting, RoutingAnalys
 from mlx_mixtral.evaluation.routing.excerpt import domain_colour
 from mlx_mixtral.files import replace_file
 
-__all__ = ["plot_routing"]
+__all__ = ["draw_routing", "plot_routing"]
 
 MARKERS = "osD^vPXh"
 MOST_WRITTEN = 8
@@ -26,6 +26,15 @@ def plot_routing(place: Path, found: RoutingAnalysis, layers: Sequence[int] | No
     Raises:
         MissingDependencyError: no matplotlib.
         DestinationError, DiskSpaceError: it cannot be written.
+    """
+    replace_file(place, draw_routing(found, layers))
+
+
+def draw_routing(found: RoutingAnalysis, layers: Sequence[int] | None = None) -> bytes:
+    """The PNG that ``plot_routing`` writes.
+
+    Raises:
+        MissingDependencyError: no matplotlib.
     """
     try:
         from matplotlib.figure import Figure
@@ -46,10 +55,11 @@ def plot_routing(place: Path, found: RoutingAnalysis, layers: Sequence[int] | No
             _pairs(axes[2][column], found, layer)
     handles, names = axes[1][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(9, len(names)))
-    figure.suptitle(f"{found.name or 'routing'}: {found.overall.tokens:,} tokens")
+    # A name may have dollars, which would begin a formula.
+    figure.suptitle(f"{found.name or 'routing'}: {found.overall.tokens:,} tokens", parse_math=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
-    replace_file(place, image.getvalue())
+    return image.getvalue()
 
 
 def _shares(axes: Any, found: RoutingAnalysis, layer: int) -> None:
