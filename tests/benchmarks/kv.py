@@ -1,6 +1,6 @@
 """What keys and values cost: memory of a long prefill in 4 and 16 bits, bytes at 32k tokens, a saved prompt's first token.
 
-    python tests/benchmarks/kv.py [--tokens 8192] [--mlx-lm] [--dtype float32] [--part prefill,context,saved]
+    python tests/benchmarks/kv.py [--tokens 8192] [--mlx-lm] [--dtype float32] [--bits 16,4]
 
 ``prefill`` and ``context`` are on the skinny shape (8x7B's attention, 4 of its 32 layers, experts of width 64, unquantised),
 every run in a process of its own; the peak is MLX's. ``--mlx-lm`` runs its prefill too, in float32, with its plain cache and
@@ -31,7 +31,6 @@ from mlx_mixtral_convert import Recipe, convert
 
 DATA = Path(__file__).parents[2] / "bench-data"
 CONTEXT, LAYERS_OF_8X7B = 32768, 32
-BITS = (None, 16, 8, 4)
 
 
 def checkpoint(shape: str, bits: int | None = None) -> Path:
@@ -104,19 +103,20 @@ def in_its_own_process(task: str, bits: int | None, tokens: int, dtype: str) -> 
     return result
 
 
-def show_prefill(tokens: int, dtype: str, *, beside: bool) -> None:
+def show_prefill(tokens: int, dtype: str, bits_of: list[int], *, beside: bool) -> None:
     print(f"prefill of {tokens} tokens, peak of MLX beyond the weights, keys and values in ...")
-    for task, kinds in (("prefill", BITS), ("prefill-mlx-lm", (None, 8, 4))):
+    # mlx-lm holds what it computes with where it does not quantise.
+    theirs = [None if bits == 16 else bits for bits in bits_of]
+    for task, kinds in (("prefill", bits_of), ("prefill-mlx-lm", theirs)):
         if task != "prefill" and not beside:
             continue
         results = {bits: in_its_own_process(task, bits, tokens, dtype) for bits in kinds}
-        # mlx-lm holds what it computes with where it does not quantise.
-        base = results[16 if 16 in results else None]
+        base = next(iter(results.values()))
         for bits, result in results.items():
             beyond = result["peak"] - result["weights"]
             print(
                 f"  {'mlx-lm ' if beside and task != 'prefill' else ''}{bits or 'compute type'}: {beyond / 1e6:.0f} MB, "
-                f"{beyond / (base['peak'] - base['weights']):.2f}x of 16 bits; whole peak {result['peak'] / 1e9:.3f} GB, "
+                f"{beyond / (base['peak'] - base['weights']):.2f}x of the first; whole peak {result['peak'] / 1e9:.3f} GB, "
                 f"{result['peak'] / base['peak']:.3f}x; {result['seconds']:.0f} s"
                 + (f", chunks of {result['chunk']}" if "chunk" in result else "")
             )
@@ -163,6 +163,7 @@ def show_saved(repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--bits", default="16,4", help="16, 8 or 4, the first to compare with")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--mlx-lm", action="store_true")
@@ -176,7 +177,7 @@ def main() -> None:
     parts = args.part.split(",")
     checkpoint("skinny")
     if "prefill" in parts:
-        show_prefill(args.tokens, args.dtype, beside=args.mlx_lm)
+        show_prefill(args.tokens, args.dtype, [int(bits) for bits in args.bits.split(",")], beside=args.mlx_lm)
     if "context" in parts:
         show_context(args.dtype)
     if "saved" in parts:

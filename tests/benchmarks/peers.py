@@ -52,7 +52,10 @@ def mlx_lm(folder: Path, budget: int, tokens: int) -> str:
 
 
 def llama_cpp(python: str, gguf: Path, budget: int, tokens: int) -> str:
-    """llama.cpp on a GGUF, by the llama-cpp-python of the interpreter ``python``."""
+    """llama.cpp on a GGUF that is not in the page cache, by the llama-cpp-python of the interpreter ``python``."""
+    if hasattr(os, "posix_fadvise"):
+        with gguf.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return _run("llama.cpp", [python, "-c", _LLAMA_CPP, str(gguf), str(tokens)], budget)
 
 
