@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("mlx_mixtral.cli.bench:bench", "Measure speed here, and beside mlx-lm."),
     "evaluate": ("mlx_mixtral.cli.evaluate:evaluate", "Perplexity, distance to a reference, long context."),
     "routing": ("mlx_mixtral.cli.routing:routing", "What a model's experts do, by domain."),
+    "report": ("mlx_mixtral.cli.report:report", "Measure a model for its model card: Markdown and plots."),
     "generate": ("mlx_mixtral.cli.generate:generate", "Continue a prompt."),
     "chat": ("mlx_mixtral.cli.chat:chat", "Talk with an instruct model."),
 }

@@ -19,7 +19,7 @@ from mlx_mixtral.evaluation.routing.record import RoutingRecord, trace_file_byte
 from mlx_mixtral.evaluation.routing.recording import record_texts, stretches
 from mlx_mixtral.files import check_destination, replace_file
 
-__all__ = ["RoutingJob"]
+__all__ = ["RoutingJob", "published_beside"]
 
 TERMINAL_SAMPLE, PAGE_SAMPLE = 48, 240
 
@@ -131,7 +131,7 @@ class RoutingJob:
             sample = PAGE_SAMPLE if self.sample is None else self.sample
             page = routing_page(found, excerpts(self.record, sample) if self.keep_text else [], self.layers)
             replace_file(self.html, page.encode())
-        return found.to_dict() | {"published": _published(found)}
+        return found.to_dict() | {"published": published_beside(found)}
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -149,7 +149,7 @@ class RoutingJob:
             print_excerpts(excerpts(self.record, sample), self.layers, self.analysis.num_experts)
 
 
-def _published(found: RoutingAnalysis) -> dict[str, Any]:
+def published_beside(found: RoutingAnalysis) -> dict[str, Any]:
     """The paper's table 5 for the domains it has, by our names."""
     rows = {name: row for name in found.domains if (row := published_for(name)) is not None}
     return {

@@ -10,15 +10,20 @@ import numpy.typing as npt
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.tokenizer.base import Tokenizer
 
-__all__ = ["MIN_SEQUENCES", "SEQUENCE_TOKENS", "default_texts", "read_texts", "sequences"]
+__all__ = ["MIN_SEQUENCES", "SEQUENCE_TOKENS", "default_text_files", "default_texts", "read_texts", "sequences"]
 
 SEQUENCE_TOKENS = 256
 MIN_SEQUENCES = 4
 
 
+def default_text_files() -> list[Path]:
+    """The bundled text: five languages, code and sums, a file each; the README beside them says where from."""
+    return sorted((Path(__file__).parent / "text").glob("*.txt"))
+
+
 def default_texts() -> list[str]:
-    """The bundled text: five languages, code and sums; its README says where from."""
-    return [path.read_text(encoding="utf-8") for path in sorted((Path(__file__).parent / "text").glob("*.txt"))]
+    """What is in the bundled files."""
+    return [path.read_text(encoding="utf-8") for path in default_text_files()]
 
 
 def read_texts(paths: list[Path]) -> list[str]:
