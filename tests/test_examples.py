@@ -58,6 +58,14 @@ def test_convert_follows_its_recipe(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "conversion.json").is_file()
 
 
+def test_a_batch_gives_each_prompt_the_text_it_has_alone() -> None:
+    folder = ROOT / "mlx_mixtral" / "demo" / "tiny-mixtral"
+    together = sorted(run("batch.py", folder, "In the beginning", "Am Anfang", "Au commencement").splitlines())
+    alone = [run("batch.py", folder, prompt).strip() for prompt in ("In the beginning", "Am Anfang", "Au commencement")]
+    assert [line.partition(": ")[2] for line in together] == [line.partition(": ")[2] for line in alone]
+    assert [line[0] for line in together] == ["0", "1", "2"]
+
+
 def test_two_requests_take_turns_and_one_is_cancelled() -> None:
     lines = run("asyncio_two_requests.py").splitlines()
     assert any(re.match(r"first \(\d+ tokens, (length|stop)\): And God said .+", line) for line in lines)
