@@ -176,6 +176,22 @@ class KVCache:
         mx.eval(other.arrays)
         return other
 
+    def take(self, rows: Sequence[int]) -> KVCache:
+        """A cache of its own of these rows, in this order, copied; a row may be taken several times.
+
+        Raises:
+            InvalidRequestError: tokens were overwritten.
+        """
+        if not self.is_whole:
+            raise InvalidRequestError("cannot copy rows of a cache whose window is full")
+        other, places = copy.copy(self), mx.array(list(rows))
+        other.layers = [tuple(array[places, :, : self.length] for array in layer) for layer in self.layers]
+        if self.left_padding is not None:
+            other.left_padding = [self.left_padding[row] for row in rows]
+            other.padding = mx.array(other.left_padding, mx.int32)
+        other._written, other._lengths = self.length, None
+        return other
+
     def adopt(self, layers: Sequence[LayerArrays], tokens: int) -> None:
         """Hold ``layers`` of ``tokens`` tokens, as ``fork`` left them."""
         self.layers, self.length, self._written, self._lengths = list(layers), tokens, tokens, None

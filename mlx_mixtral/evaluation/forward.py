@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.runtime import Mixtral
 
-__all__ = ["Kept", "Scored", "context_limit", "score"]
+__all__ = ["Kept", "Scored", "context_limit", "predict", "score"]
 
 # Numbers of logits computed at once: 16 MiB in float32.
 LOGITS = 2**22
@@ -67,12 +67,23 @@ def score(
     """
     parts: list[list[Scored]] = [[] for _ in rows]
     for at, hidden in _hidden(model, rows, skip):
-        for start, stop in _pieces(hidden.shape[1], len(rows), model.config.vocab_size):
-            places = slice(at + start - skip, at + stop - skip)
-            logits = model.module.head(hidden[:, start:stop]).astype(mx.float32)  # [B, n, V]
-            wanted = None if ids is None else mx.array(ids[:, places])
-            for part, piece in zip(parts, _scored(logits, mx.array(targets[:, places]), top_k, wanted), strict=True):
-                part.append(piece)
+        places = slice(at - skip, at - skip + hidden.shape[1])
+        found = predict(model, hidden, targets[:, places], top_k=top_k, ids=None if ids is None else ids[:, places])
+        for part, piece in zip(parts, found, strict=True):
+            part.append(piece)
+    return [_joined(part) for part in parts]
+
+
+def predict(
+    model: Mixtral, hidden: mx.array, targets: Ids, *, top_k: int | None = None, ids: Ids | None = None
+) -> list[Scored]:
+    """As ``score``, from hidden states ``[B, n, D]``, one for each of ``targets [B, n]``."""
+    parts: list[list[Scored]] = [[] for _ in targets]
+    for start, stop in _pieces(hidden.shape[1], len(targets), model.config.vocab_size):
+        logits = model.module.head(hidden[:, start:stop]).astype(mx.float32)  # [B, n, V]
+        wanted = None if ids is None else mx.array(ids[:, start:stop])
+        for part, piece in zip(parts, _scored(logits, mx.array(targets[:, start:stop]), top_k, wanted), strict=True):
+            part.append(piece)
     return [_joined(part) for part in parts]
 
 
