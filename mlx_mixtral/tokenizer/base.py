@@ -22,9 +22,15 @@ class ChatFormat(Protocol):
 
     name: str
 
+    @property
+    def source(self) -> str:
+        """What tells this format apart: a template's text, or the name of a native one."""
+
     def encode(
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None
     ) -> list[int]: ...
+
+    def render(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> str: ...
 
 
 class Tokenizer(ABC):
@@ -93,6 +99,19 @@ class Tokenizer(ABC):
             InvalidRequestError: A text holds a lone surrogate.
         """
         return self._chat.encode(self, messages, tools)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """What `encode_chat` gives, as text with its markers spelled out: for showing, and for naming a prompt.
+
+        Raises:
+            ChatTemplateError, InvalidRequestError: As for `encode_chat`.
+        """
+        return self._chat.render(self, messages)
+
+    @property
+    def chat_source(self) -> str:
+        """What tells the chat format apart: the text of the checkpoint's template, or the name of a native format."""
+        return self._chat.source
 
     def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
         """Text of token ids; control tokens show nothing, bytes that are no UTF-8 show U+FFFD.

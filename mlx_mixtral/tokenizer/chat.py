@@ -20,7 +20,28 @@ __all__ = ["MistralV1", "MistralV3", "NoChat"]
 _BLANK_LINE = "\n\n"
 
 
-class NoChat:
+class _Native:
+    """A format that is written as ids: its text is what they spell."""
+
+    name: str
+
+    @property
+    def source(self) -> str:
+        return self.name
+
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None) -> list[int]:
+        raise NotImplementedError
+
+    def render(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+        """`<s> [INST] Hi [/INST]`."""
+        text = ""
+        for hidden, run in groupby(self.encode(tokenizer, messages, None), lambda i: tokenizer.surface(i) is None):
+            ids = list(run)
+            text += "".join(map(tokenizer.id_to_piece, ids)) if hidden else tokenizer.decode(ids, continues=True)
+        return text
+
+
+class NoChat(_Native):
     """A checkpoint with no chat format: every conversation is an error."""
 
     name = "none"
@@ -32,7 +53,7 @@ class NoChat:
         )
 
 
-class MistralV1:
+class MistralV1(_Native):
     """BOS, then `[INST] {system}\\n\\n{user} [/INST]` for the first user turn, answers followed by EOS."""
 
     name = "mistral-v1"
@@ -56,7 +77,7 @@ class MistralV1:
         return ids
 
 
-class MistralV3:
+class MistralV3(_Native):
     """Control ids around each user turn; tools before the last one; tool calls and results as JSON."""
 
     name = "mistral-v3"

@@ -59,10 +59,25 @@ class JinjaChat:
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None) -> list[int]:
         """See `Tokenizer.encode_chat`. No BOS is added: the template writes `bos_token` where it wants one."""
+        render, given = self._prepared(tokenizer, messages, tools)
+        return tokenizer.encode_parts(_split_rendering(render, given, tokenizer.markers))
+
+    @property
+    def source(self) -> str:
+        return self._default()
+
+    def render(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+        """What the template makes of the messages."""
+        render, given = self._prepared(tokenizer, messages, None)
+        return render(given)
+
+    def _prepared(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None
+    ) -> tuple[Callable[[Any], str], dict[str, Any]]:
         check_messages(messages)
         given = {"messages": _plain(messages), "tools": _plain(tools) if tools else None}
-        render = self._renderer(tokenizer, bool(tools), sum(map(len, _texts([*given.values()]))) + 4096 * len(messages))
-        return tokenizer.encode_parts(_split_rendering(render, given, tokenizer.markers))
+        size = sum(map(len, _texts([*given.values()]))) + 4096 * len(messages)
+        return self._renderer(tokenizer, bool(tools), size), given
 
     def _renderer(self, tokenizer: Tokenizer, tools: bool, input_size: int) -> Callable[[Any], str]:
         try:
