@@ -25,6 +25,10 @@ SHOWN = 8
 @click.option(
     "--sensitivities/--no-sensitivities", default=True, help="Also measure what each packing costs, for --fit."
 )
+@click.option(
+    "--trace", metavar="FILE",
+    help="What `mlx-mixtral routing --save-trace` recorded: experts rarely chosen there count less in sensitivities.",
+)  # fmt: skip
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub repository.")
 @json_option
 def calibrate(
@@ -33,18 +37,24 @@ def calibrate(
     text: tuple[Path, ...],
     tokens: int,
     sensitivities: bool,
+    trace: str | None,
     revision: str | None,
     as_json: bool,
 ) -> None:
     """Pass a text through SOURCE and save to FILE what `convert --calibration FILE` uses.
 
     One layer is in memory at a time. Without --text a bundled text in several languages and code is used.
+
+    With --trace, a routing trace of SOURCE or of a conversion of it on text like yours, what packing the experts of a layer
+    costs is the mean over its experts weighted by how often that text chose them, and `convert --fit` spends its bits so.
     """
     import time
 
     from mlx_mixtral_convert import calibrate as run
     from mlx_mixtral_convert.calibration import check_place
 
+    if trace is not None and not sensitivities:
+        raise click.UsageError("--trace weighs sensitivities; leave out --no-sensitivities or --trace")
     if not file:
         raise InvalidRequestError("the file to write is an empty name; give one")
     check_place(file, source or None)
@@ -55,7 +65,9 @@ def calibrate(
         if done == total and sensitivities:
             note("calibrate: sensitivities")
 
-    found = run(source, text, tokens=tokens, sensitivities=sensitivities, revision=revision, progress=progress)
+    found = run(
+        source, text, tokens=tokens, sensitivities=sensitivities, trace=trace, revision=revision, progress=progress
+    )
     found.save(file)
     took = time.perf_counter() - started
     costs = sorted(

@@ -90,6 +90,13 @@ class RoutingTrace:
         within[[start - 1 for start in self.starts if start]] = False
         return np.asarray(shared[within].mean(axis=0)) if within.any() else np.zeros(shared.shape[1])
 
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """``[L, E]``: how many tokens chose each expert."""
+        _, layers, _ = self.experts.shape
+        found = [np.bincount(self.experts[:, layer].reshape(-1), minlength=self.num_experts) for layer in range(layers)]
+        return np.stack(found).astype(np.int64)
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; the same trace gives the same bytes.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral_convert import Calibration
 
 from .conftest import Invoke, assert_one_error
@@ -47,3 +49,12 @@ def test_places_that_cannot_be_written_are_refused_before_the_run(
 def test_too_few_tokens_are_refused(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
     assert_one_error(invoke("calibrate", tiny, tmp_path / "file", "--tokens", 10), "10 tokens", "at least 1024")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trace_is_refused_before_the_run(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    RoutingTrace(np.array([[[0, 1]] * 3], np.uint16), 8).save(tmp_path / "routing.trace")
+    flags = ("calibrate", tiny, tmp_path / "file", "--trace")
+    assert_one_error(invoke(*flags, tmp_path / "routing.trace"), "3 layers", "the model has 6", "--save-trace")
+    assert_one_error(invoke(*flags, tmp_path / "none.trace"), "none.trace", "cannot be read")
+    assert invoke(*flags, tmp_path / "routing.trace", "--no-sensitivities").exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["routing.trace"]

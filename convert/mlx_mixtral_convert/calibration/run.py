@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_mixtral.arguments import check_callbacks, check_type
+from mlx_mixtral.arguments import as_path, check_callbacks, check_type
+from mlx_mixtral.config import MixtralConfig
 from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.hub import resolve
 from mlx_mixtral.layout import matrices, norms
 from mlx_mixtral.tokenizer import load_tokenizer
@@ -38,6 +40,7 @@ def calibrate(
     *,
     tokens: int = DEFAULT_TOKENS,
     sensitivities: bool = True,
+    trace: RoutingTrace | str | Path | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
@@ -51,11 +54,16 @@ def calibrate(
         texts: UTF-8 text files; a bundled text in several languages and code when empty.
         tokens: how many tokens at most; 1024 at least.
         sensitivities: measure the cost of packings, which fitting a size needs; without them it is several times faster.
+        trace: what ``mlx-mixtral routing --save-trace`` recorded of this model, or a conversion of it, on text like that it is
+            wanted for, or its file. Sensitivities then weigh each expert's error by how often it was chosen there, so that
+            fitting a size spends fewer bits on layers whose errors are those of experts that are rarely chosen.
         progress: told layers done and layers in all, from this thread.
 
     Raises:
-        InvalidRequestError: a text that cannot be read, is empty or too short; too few ``tokens``.
+        InvalidRequestError: a text that cannot be read, is empty or too short; too few ``tokens``; a trace without
+            sensitivities, or of a model of another shape.
         NonFiniteWeightsError: NaN or infinity in the source.
+        CheckpointError: a file that is no routing trace.
         CheckpointError, ConfigError, HubError, TokenizerError: as ``convert`` and loading a tokenizer.
     """
     if source == "":
@@ -68,17 +76,24 @@ def calibrate(
             f"{tokens} tokens are too few to calibrate on; give at least {MIN_TOKENS}, {MIN_SEQUENCES} sequences of "
             f"{SEQUENCE_TOKENS}"
         )
+    check_type("trace", trace, (RoutingTrace, str, Path, type(None)), "a RoutingTrace, its file, or None")
+    if trace is not None and not sensitivities:
+        raise InvalidRequestError("a trace weighs sensitivities; leave it out, or measure them")
+    recorded = RoutingTrace.load(as_path("trace", trace)) if isinstance(trace, (str, Path)) else trace
     folder = resolve(source, revision=revision)
     written = read_texts([Path(path) for path in texts]) if texts else default_texts()
     with open_source(folder) as tensors:
         config = tensors.config
+        if recorded is not None:
+            _check_trace(recorded, config)
         tokenizer = load_tokenizer(tensors.folder, vocab_size=config.vocab_size)
         ids = sequences(tokenizer, written, tokens, config.max_position_embeddings)
         _check_ends(tensors)
         walk = Walk(tensors, ids)
         few = max(1, min(len(ids), SENSITIVITY_TOKENS // ids.shape[1]))
         picked = np.linspace(0, len(ids) - 1, few).round().astype(int)
-        sensitivity = Sensitivity(tensors, ids[picked]) if sensitivities else None
+        counts = None if recorded is None else recorded.counts
+        sensitivity = Sensitivity(tensors, ids[picked], counts) if sensitivities else None
         sums: Sums = {}
         for index in range(config.num_hidden_layers):
             layer = Layer(tensors, index, walk.rotary)
@@ -95,6 +110,18 @@ def calibrate(
             {name: np.stack([one.mean_squares for one in found]) for name, found in sums.items()},
             {name: np.array([one.tokens for one in found]) for name, found in sums.items()},
             losses,
+        )
+
+
+def _check_trace(trace: RoutingTrace, config: MixtralConfig) -> None:
+    if config.is_dense:
+        raise InvalidRequestError("the model is dense: it has no experts for a trace to weigh; leave the trace out")
+    _, layers, per_token = trace.experts.shape
+    own = (config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok)
+    if (layers, trace.num_experts, per_token) != own:
+        raise InvalidRequestError(
+            f"the trace is of {layers} layers with {per_token} of {trace.num_experts} experts a token, the model has {own[0]} "
+            f"with {own[2]} of {own[1]}; record one of this model with mlx-mixtral routing --save-trace"
         )
 
 

@@ -10,6 +10,12 @@ and the head. Two things are measured, on a few sequences, while the text passes
 KL grows with the square of a small error, so ``loss(packing) = KL(REFERENCE) * error(packing) / error(REFERENCE)``. No gradient
 is needed, nor more than one layer in memory; the travelling states are ``4 groups x layers x tokens x hidden x 4`` bytes,
 1 GB for 8x7B.
+
+The text measured on may use experts otherwise than the text a model is wanted for. With ``counts`` of a routing trace of that,
+the error of expert e enters with the square root of ``w_e = (trace's share of e) / (own share of e)``, which weighs its squared
+error by w_e, as if it had been chosen as often as there: an expert that is rarely chosen counts less. Shares are of the layer's
+assignments to experts that the text reaches at all; what it does not reach cannot be measured. With the text's own counts
+every weight is 1.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from mlx_mixtral_convert.calibration.walk import Walk, embed
 from mlx_mixtral_convert.search import search
 from mlx_mixtral_convert.sources.base import TensorSource
 
-__all__ = ["CANDIDATES", "REFERENCE_BITS", "Sensitivity", "candidates_for", "group_of"]
+__all__ = ["CANDIDATES", "REFERENCE_BITS", "Sensitivity", "candidates_for", "expert_weights", "group_of"]
 
 # From 2.25 to 8.5 bits a weight; finer groups of few bits fill the gaps.
 CANDIDATES = tuple(
@@ -66,11 +72,30 @@ def packed(weight: mx.array, spec: QuantizationSpec, importance: npt.NDArray[np.
     return mx.dequantize(named["weight"], scales, biases, spec.group_size, spec.bits)
 
 
-class Sensitivity:
-    """Measured along a ``Walk`` over the same source; ``tokens [B, L]`` are the few sequences it is measured on."""
+def expert_weights(own: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64] | None) -> npt.NDArray[np.float64]:
+    """``[E]``: how much the squared error of each expert of a layer counts; 1 for all without ``wanted``.
 
-    def __init__(self, source: TensorSource, tokens: npt.NDArray[np.int32]) -> None:
-        self.source, self.config, self.tokens = source, source.config, tokens
+    Args:
+        own: ``[E]`` tokens of the text measured on that chose each expert.
+        wanted: ``[E]`` the same of a routing trace; one that chose none of the experts reached says nothing.
+    """
+    reached = own > 0
+    if wanted is None or not (total := int(wanted[reached].sum())):
+        return np.ones(len(own))
+    # Whole numbers as long as possible: equal shares give 1 to the last bit.
+    return np.where(reached, wanted * own.sum() / np.where(reached, own * total, 1), 0.0)
+
+
+class Sensitivity:
+    """Measured along a ``Walk`` over the same source; ``tokens [B, L]`` are the few sequences it is measured on.
+
+    ``counts [layers, experts]`` says how often a text that matters more chooses each expert.
+    """
+
+    def __init__(
+        self, source: TensorSource, tokens: npt.NDArray[np.int32], counts: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        self.source, self.config, self.tokens, self.counts = source, source.config, tokens, counts
         listed = list(matrices(self.config))
         self.errors: dict[str, dict[str, float]] = {}
         self._references: dict[str, str] = {}  # in the order of the travelling states
@@ -107,16 +132,17 @@ class Sensitivity:
         normed = layer.post_norm(flat)
         routing = layer.route(normed)
         count = batch * shape[1]  # the true states are the first rows
+        owned = np.array([int((np.array(tokens) < count).sum()) for tokens in routing.tokens])  # ascending within each
+        scales = np.sqrt(expert_weights(owned, None if self.counts is None else self.counts[layer.index]))
         changes: dict[tuple[str, QuantizationSpec], mx.array] = {}
         for expert in layer.experts():
             tokens, weights = routing.tokens[expert.index], routing.weights[expert.index]
             if not tokens.size:
                 continue
             out = weights[:, None] * (expert(normed[tokens]) @ expert.down.T)
-            own = int((np.array(tokens) < count).sum())  # ascending
-            if own:
+            if own := int(owned[expert.index]):
                 part = Routing((tokens[:own],), (weights[:own],))
-                self._pack_expert(expert, normed, part, out[:own], changes, count)
+                self._pack_expert(expert, normed, part, out[:own], changes, count, float(scales[expert.index]))
             flat = flat.at[tokens].add(out)
             mx.eval(flat, *changes.values())
         self._states = flat.reshape(shape)
@@ -135,6 +161,7 @@ class Sensitivity:
         true: mx.array,
         changes: dict[tuple[str, QuantizationSpec], mx.array],
         count: int,
+        scale: float,
     ) -> None:
         tokens, weights = routing.tokens[0], routing.weights[0][:, None]
         x = normed[tokens]
@@ -142,7 +169,7 @@ class Sensitivity:
 
         def add(group: str, spec: QuantizationSpec, out: mx.array) -> None:
             before = changes.get((group, spec), mx.zeros((count, normed.shape[1])))
-            changes[group, spec] = before.at[tokens].add(weights * out - true)
+            changes[group, spec] = before.at[tokens].add(scale * (weights * out - true))
             mx.eval(changes[group, spec])
 
         for spec in candidates_for(expert.gate.shape[1]):
