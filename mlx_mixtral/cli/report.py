@@ -56,7 +56,7 @@ class _Remembered(click.Command):
 @loading_options
 @json_option
 @click.pass_context
-def report(ctx: click.Context, model: str, as_json: bool, **options: Any) -> None:
+def report(ctx: click.Context, /, model: str, as_json: bool, **options: Any) -> None:
     """Measure MODEL and write a folder with README-section.md and plots, to be published in its model card.
 
     It says what the checkpoint is and weighs, its perplexity by domain and by length of context, with --reference its

@@ -6,10 +6,9 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
 
 from mlx_mixtral import Mixtral, __version__
 from mlx_mixtral.cli.checkpoint_report import checkpoint_report
@@ -181,7 +180,7 @@ class ReportJob:
         return Run(
             self.command,
             datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-            {"mlx-mixtral": __version__, "mlx": mx.__version__, "Python": platform.python_version()},
+            {"mlx-mixtral": __version__, "mlx": version("mlx"), "Python": platform.python_version()},
             f"{model.device.name} ({model.device.kind}, {platform.system()} {platform.release()}), computing in {dtype}",
             self._text(),
             self.corpus.sha256,
@@ -197,7 +196,7 @@ class ReportJob:
             return amount
         return (
             f"the calibration text that comes with mlx-mixtral, verses, code and sums: {amount}. A conversion that was "
-            "calibrated on it, as `mlx-mixtral calibrate` does by default, looks better on it than on others"
+            "calibrated on it, as mlx-mixtral calibrate does by default, looks better on it than on others"
         )
 
     def _result(self) -> dict[str, Any]:
