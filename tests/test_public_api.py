@@ -141,7 +141,16 @@ MAY_IMPORT = {
     "cache": {"errors", "config", "cache"},
     "budget": FOUNDATION | {"experts", "cache"},
     "generation": {"errors", "device", "model", "cache", "experts", "generation"},
-}
+    "tokenizer": {"errors", "arguments", "tokenizer"},
+    "files": {"errors", "arguments"},
+    "routing": {"errors", "model", "experts"},
+    # What measures a model stands on the runtime, and nothing but the CLI stands on it.
+    "evaluation": {
+        "errors", "arguments", "sizes", "files", "device", "cache", "experts", "tokenizer", "generation", "routing",
+        "runtime", "evaluation",
+    },
+    "bench": {"errors", "files", "device", "model", "cache", "generation", "runtime", "doctor", "bench"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("room", sorted(MAY_IMPORT))
@@ -152,3 +161,11 @@ def test_imports_point_the_way_the_design_draws_them(room: str) -> None:
         for name in _imports(ast.parse(path.read_text(encoding="utf-8"))):
             if name.startswith("mlx_mixtral."):
                 assert name.split(".")[1] in MAY_IMPORT[room], f"{_id(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", [path for path in RUNTIME if path != PACKAGE / "__init__.py"], ids=_id)
+def test_nothing_of_the_runtime_stands_on_what_measures_it(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0]
+    for name in _imports(ast.parse(path.read_text(encoding="utf-8"))):
+        room = ".".join(name.split(".")[:2])
+        assert room not in {"mlx_mixtral.evaluation", "mlx_mixtral.bench"} - {f"mlx_mixtral.{own}"}, name
