@@ -13,7 +13,7 @@ from mlx_mixtral.arguments import check_callbacks, check_type
 from mlx_mixtral.device import wired
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 from mlx_mixtral.evaluation.forward import context_limit
-from mlx_mixtral.evaluation.harness.encoding import Encoder
+from mlx_mixtral.evaluation.harness.encoding import Encoder, Pair
 from mlx_mixtral.evaluation.harness.scoring import Answer, score_pairs, truncated
 from mlx_mixtral.evaluation.harness.settings import GenerationSettings
 from mlx_mixtral.runtime import Mixtral
@@ -25,6 +25,8 @@ DEFAULT_BATCH = 16
 Done = Callable[[int, Any], None]
 """Told the number of a request and its answer, in the order in which they are found."""
 
+NONE: Mapping[int, Any] = {}
+
 
 def _ignore(index: int, answer: Any) -> None:
     """Nobody wants to know early."""
@@ -33,7 +35,8 @@ def _ignore(index: int, answer: Any) -> None:
 class Backend:
     """Log-probabilities and greedy or sampled texts, as lm_eval's Hugging Face backend computes them.
 
-    A sequence longer than ``max_length`` loses tokens at its left; ``truncated`` counts such requests.
+    A sequence longer than ``max_length`` loses tokens at its left; ``truncated`` counts such requests. Every method takes
+    answers that are ``known``, by the number of the request: they are given back, and not computed again.
 
     Args:
         batch_size: most rows of a batch; fewer are read at once where the memory that was planned holds no more.
@@ -57,7 +60,9 @@ class Backend:
         self.encoder = Encoder(model.tokenizer)
         self.truncated = 0
 
-    def loglikelihood(self, requests: Sequence[tuple[str, str]], done: Done = _ignore) -> list[Answer]:
+    def loglikelihood(
+        self, requests: Sequence[tuple[str, str]], done: Done = _ignore, known: Mapping[int, Answer] = NONE
+    ) -> list[Answer]:
         """For each (context, continuation): the log-probability of the continuation, and whether it is the greedy one.
 
         Raises:
@@ -65,19 +70,22 @@ class Backend:
             CheckpointError: logits that are not finite.
         """
         check_callbacks(done=done)
-        pairs = [self.encoder.pair(context, continuation) for context, continuation in requests]
+        answers = dict(known)
+        left = [index for index in range(len(requests)) if index not in known]
+        pairs = [self.encoder.pair(*requests[index]) for index in left]
         self.truncated += sum(len(pair.context) + len(pair.continuation) > self.max_length + 1 for pair in pairs)
-        answers: dict[int, Answer] = {}
 
-        def keep(index: int, answer: Answer) -> None:
-            answers[index] = answer
-            done(index, answer)
+        def keep(number: int, answer: Answer) -> None:
+            answers[left[number]] = answer
+            done(left[number], answer)
 
         with self._wired():
             score_pairs(self.model, [truncated(pair, self.max_length) for pair in pairs], self.batch_size, keep)
         return [answers[index] for index in range(len(requests))]
 
-    def loglikelihood_rolling(self, requests: Sequence[str], done: Done = _ignore) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[str], done: Done = _ignore, known: Mapping[int, float] = NONE
+    ) -> list[float]:
         """The log-probability of each whole text, read in windows of ``max_length`` tokens; the first token follows BOS.
 
         lm_eval's Hugging Face backend reads two BOS where a tokenizer adds one by itself (``add_bos_token=False`` has it
@@ -87,16 +95,17 @@ class Backend:
             CheckpointError: logits that are not finite.
         """
         check_callbacks(done=done)
-        pairs, owners = [], []
+        totals = [known.get(index, 0.0) for index in range(len(requests))]
+        pairs: list[Pair] = []
+        owners: list[int] = []
         for index, text in enumerate(requests):
-            windows = self.encoder.windows(text, self.max_length)
-            pairs += windows
-            owners += [index] * len(windows)
+            if index not in known:
+                windows = self.encoder.windows(text, self.max_length)
+                pairs += windows
+                owners += [index] * len(windows)
+                if not windows:  # a text of no tokens
+                    done(index, 0.0)
         left = Counter(owners)
-        totals = [0.0] * len(requests)
-        for index in range(len(requests)):
-            if not left[index]:  # a text of no tokens
-                done(index, 0.0)
 
         def keep(number: int, answer: Answer) -> None:
             index = owners[number]
@@ -109,7 +118,9 @@ class Backend:
             score_pairs(self.model, pairs, self.batch_size, keep)
         return totals
 
-    def generate_until(self, requests: Sequence[tuple[str, Mapping[str, Any]]], done: Done = _ignore) -> list[str]:
+    def generate_until(
+        self, requests: Sequence[tuple[str, Mapping[str, Any]]], done: Done = _ignore, known: Mapping[int, str] = NONE
+    ) -> list[str]:
         """For each (context, settings of lm_eval) the text that follows, up to the first of its stop strings.
 
         Requests that are asked again are sampled again, each time with another seed, the same in every run.
@@ -118,14 +129,15 @@ class Backend:
             InvalidRequestError, ContextLengthError: settings that are not known or out of range.
         """
         check_callbacks(done=done)
-        texts = [""] * len(requests)
+        texts = [known.get(index, "") for index in range(len(requests))]
         seen: Counter[str] = Counter()
         alike: dict[tuple[str, int], list[int]] = {}
         for index, (context, given) in enumerate(requests):
             key = json.dumps(dict(given), sort_keys=True, default=str)
             repeat = seen[name := json.dumps([context, key])]
             seen[name] += 1
-            alike.setdefault((key, repeat), []).append(index)
+            if index not in known:
+                alike.setdefault((key, repeat), []).append(index)
         for (_, repeat), members in alike.items():
             settings = GenerationSettings.of(requests[members[0]][1])
             room = self.max_length - settings.max_tokens
