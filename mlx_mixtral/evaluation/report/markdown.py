@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 __all__ = ["escaped", "fenced", "image", "table"]
 
-# What begins emphasis, code, links, tags, entities, formulas, strikethrough or a cell; any of them may be escaped.
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&])")
+# What begins emphasis, code, links, tags, entities, formulas, strikethrough or a cell, or ends a heading.
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#])")
 
 
 def escaped(text: str) -> str:
