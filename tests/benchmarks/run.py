@@ -34,6 +34,8 @@ FURTHER = {
     "steps.py": "GPU kernels a layer, Python's time a token",
     "batches.py FOLDER": "decode of 1 to 16 rows together",
     "load.py FOLDER --mlx-lm": "loading with cold caches, against a plain parallel read",
+    "kv.py": "memory of keys and values, a saved prompt",
+    "speculation.py": "tokens a forward with prompt lookup",
     "streaming.py FOLDER": "experts read from disk under a memory budget",
     "quality.py": "quality against size",
 }
@@ -105,7 +107,7 @@ def generating(table: Table, folder: Path, repeats: int) -> None:
     from mlx_mixtral import load
 
     prompt = [int(i) for i in np.random.default_rng(0).integers(3, 32000, PROMPT_TOKENS)]
-    model = load(folder)
+    model = load(folder, prefix_cache=0)  # every prefill is computed
 
     def ours() -> dict[str, float]:
         out = model.generate(prompt, max_tokens=DECODE_TOKENS)
