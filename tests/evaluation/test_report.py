@@ -9,42 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
 
 from mlx_mixtral.evaluation.passkey import PasskeyResult
 from mlx_mixtral.evaluation.report.contents import Contents, Run
 from mlx_mixtral.evaluation.report.markdown import escaped, fenced, table
 from mlx_mixtral.evaluation.report.section import section
 from mlx_mixtral.evaluation.results import Comparison, Evaluation, LengthBucket, Score
+from tests.markdown import PARSER, by_header, headings, tables
 
-PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 NASTY = "a|b *c* _d_ `e` [f](g) <i>h</i> &lt; $x$ ~~y~~ ![z](w) \\| # "
-
-
-def tables(markdown: str) -> list[list[list[str]]]:
-    """Cells of all tables, header row first."""
-    found: list[list[list[str]]] = []
-    for at, token in enumerate(tokens := PARSER.parse(markdown)):
-        if token.type == "table_open":
-            found.append([])
-        elif token.type == "tr_open":
-            found[-1].append([])
-        elif token.type in ("th_open", "td_open"):
-            found[-1][-1].append(text_of(tokens[at + 1]))
-    return found
-
-
-def text_of(inline: Token) -> str:
-    """What a reader sees, all of it plain."""
-    children = inline.children or []
-    assert {child.type for child in children} <= {"text", "text_special"}, inline
-    return "".join(child.content for child in children)
-
-
-def headings(markdown: str) -> list[str]:
-    tokens = PARSER.parse(markdown)
-    return [text_of(tokens[at + 1]) for at, token in enumerate(tokens) if token.type == "heading_open"]
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",)), max_size=30))
@@ -85,12 +58,6 @@ def contents(**changes: Any) -> Contents:
     found = replace(EVALUATION, overall=SCORE, domains={NASTY: SCORE, "de": SCORE}, by_length=BUCKETS, top_k=128)
     run = Run("mlx-mixtral report 'a`b'", "2026-11-26 11:29", {"mlx": "0.32"}, "a CPU", "2 texts", "ab" * 32)
     return replace(Contents(NASTY, FACTS, found, run), **changes)
-
-
-def by_header(markdown: str, first: str) -> list[list[str]]:
-    """The rows of the only table whose first column is named so."""
-    (rows,) = [rows for rows in tables(markdown) if rows[0][0] == first]
-    return rows
 
 
 def test_names_of_models_domains_and_references_stay_text() -> None:
