@@ -63,7 +63,8 @@ def report(ctx: click.Context, /, model: str, as_json: bool, **options: Any) -> 
     distance to another model, which passkeys it finds, what its experts do beside the paper's figures, the memory it
     needs, and the command that measures all this again. What does not apply to MODEL is left out with the reason.
 
-    Nothing of the texts is written but the names of their domains. The folder appears complete or not at all.
+    Nothing of the texts is written but the names of their domains, and paths as they are typed in the command. The folder
+    appears complete or not at all.
     """
     from mlx_mixtral.cli.report_job import ReportJob
 
