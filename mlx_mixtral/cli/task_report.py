@@ -37,8 +37,8 @@ def print_tasks(name: str, results: TaskResults, limit: int | None, chat: bool) 
     if tables:
         where = " and ".join(map(str, sorted(tables)))
         notes.append(
-            f"paper: {PUBLISHED_MODEL} in arXiv 2401.04088, table{'s' * (len(tables) > 1)} {where}, measured by its authors with "
-            "a pipeline of their own"
+            f"paper: {PUBLISHED_MODEL} in arXiv 2401.04088, table{'s' * (len(tables) > 1)} {where}, measured by its authors "
+            "with a pipeline of their own"
         )
     if limit is not None:
         notes.append(f"only the first {limit} question{'s' * (limit > 1)} of each task")

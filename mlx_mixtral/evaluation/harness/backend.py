@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -169,11 +170,13 @@ class Backend:
             sampling=settings.sampling(seed),
             stop=stops,
         )
-        for number, chunk in chunks:
-            made.setdefault(number, []).append(chunk.token_id)
-            if chunk.finish_reason is not None:
-                # As text by itself: a first token's space, which SentencePiece puts there, is not shown.
-                done(number, _cut(self.model.tokenizer.decode(made.pop(number)), stops))
+        # Closed before an error goes on: the model is busy until then.
+        with contextlib.closing(chunks):
+            for number, chunk in chunks:
+                made.setdefault(number, []).append(chunk.token_id)
+                if chunk.finish_reason is not None:
+                    # As text by itself: a first token's space, which SentencePiece puts there, is not shown.
+                    done(number, _cut(self.model.tokenizer.decode(made.pop(number)), stops))
 
     def _wired(self) -> Any:
         stream = mx.default_stream(mx.default_device())

@@ -69,13 +69,11 @@ class Encoder:
         """
         before: list[int]
         if (chat := self._chats.get(context)) is not None:
-            start, continuation = _without_end_blanks(chat.answer, continuation)
-            begun = self._answer(chat, start)
-            before, after = [*chat.ids, *begun], self._answer(chat, start + continuation)[len(begun) :]
+            before, after = self._turn(chat, continuation)
         elif context:
-            start, continuation = _without_end_blanks(context, continuation)
+            start, moved = _without_end_blanks(context, continuation)
             before = self._whole(start)
-            after = self._whole(start + continuation)[len(before) :]
+            after = self._whole(start + moved)[len(before) :]
         else:
             before, after = [], self.text(continuation)
         if not after:
@@ -129,8 +127,37 @@ class Encoder:
     def _whole(self, text: str) -> list[int]:
         if self._bos and text.startswith(self._bos):
             # A rendered conversation of an earlier run, which a cache of requests kept.
-            return self.tokenizer.encode(text, bos=False, special=True)
+            return self._marked(text)
         return self.tokenizer.encode(text)
+
+    def _chat_pair(self, chat: _Chat, continuation: str) -> tuple[list[int], list[int]]:
+        if self._is_native:
+            start, continuation = _without_end_blanks(chat.answer, continuation)
+            begun = self._answer(chat, start)
+            return [*chat.ids, *begun], self._answer(chat, start + continuation)[len(begun) :]
+        start, continuation = _without_end_blanks(chat.text + chat.answer, continuation)
+        base, begun, whole = (
+            self.tokenizer.encode(text, bos=False, special=True) for text in (chat.text, start, start + continuation)
+        )
+        # A blank at the end of a template goes to the continuation as well, and off the ids of the template.
+        shorter = max(0, len(base) - len(begun))
+        return [*chat.ids[: len(chat.ids) - shorter], *begun[len(base) :]], whole[len(begun) :]
+
+    def _turn(self, chat: _Chat, continuation: str) -> tuple[list[int], list[int]]:
+        """A conversation and how its answer goes on."""
+        if self._is_native:
+            start, continuation = _without_end_blanks(chat.answer, continuation)
+            begun = self._answer(chat, start)
+            return [*chat.ids, *begun], self._answer(chat, start + continuation)[len(begun) :]
+        text = chat.text + chat.answer
+        start, continuation = _without_end_blanks(text, continuation)
+        before, whole = self._marked(start), self._marked(start + continuation)
+        after = whole[len(before) :]
+        if self._marked(chat.text) != list(chat.ids):
+            # Messages hold what looks like a marker, and is text: their ids are the safe ones, less the blanks that moved.
+            ids = [*chat.ids, *self._answer(chat, chat.answer)]
+            before = ids[: len(ids) - (len(self._marked(text)) - len(before))]
+        return before, after
 
     def _answer(self, chat: _Chat, answer: str) -> list[int]:
         """Ids of the assistant's ``answer``, or of the start of it."""
@@ -139,8 +166,11 @@ class Encoder:
         if self._is_native:
             # A segment of its own, whose space in front SentencePiece brings.
             return self.text(answer.removeprefix(" "))
-        base = self.tokenizer.encode(chat.text, bos=False, special=True)
-        return self.tokenizer.encode(chat.text + answer, bos=False, special=True)[len(base) :]
+        return self._marked(chat.text + answer)[len(self._marked(chat.text)) :]
+
+    def _marked(self, text: str) -> list[int]:
+        """Ids of a text whose markers are control tokens."""
+        return self.tokenizer.encode(text, bos=False, special=True)
 
 
 def _without_end_blanks(context: str, continuation: str) -> tuple[str, str]:

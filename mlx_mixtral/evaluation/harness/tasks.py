@@ -114,7 +114,7 @@ def load_tasks(
         raise InvalidRequestError("no task was named; give at least one, such as hellaswag")
     folder = None if path is None else _task_folder(path)
     check_harness()
-    with _quiet():
+    with _quiet(), _seeded():
         manager = _manager(names, folder)
         content: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
         for index, name in enumerate(names):

@@ -91,8 +91,11 @@ def test_a_template_is_read_with_its_markers_and_messages_without(tmp_path: Path
     encoder = Encoder(tokenizer)
     text = encoder.render_chat(MESSAGES)
     assert text == "<s>user: Hi </s>\nassistant: Hello\nuser: Where is Paris?\nassistant: "
+    assert encoder.prompt(text) == tokenizer.encode_chat(MESSAGES)
+    # The blank after "assistant:" is the continuation's.
     pair = encoder.pair(text, "In France")
-    assert list(pair.context) == tokenizer.encode_chat(MESSAGES)
+    assert list(pair.context) == tokenizer.encode_chat(MESSAGES)[:-1]
+    assert list(pair.continuation) == tokenizer.encode("In France", bos=False)
     assert pair.context.count(1) == 1
     assert 2 not in pair.context + pair.continuation
     assert tokenizer.chat_source == template
