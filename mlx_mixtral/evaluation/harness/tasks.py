@@ -7,8 +7,8 @@ import difflib
 import importlib
 import io
 import logging
-import os
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -254,18 +254,18 @@ def _scores(found: Any) -> Iterator[TaskScore]:
 def _quiet() -> Iterator[None]:
     """lm_eval prints, logs and draws bars; while it works for this program it does not."""
     import datasets
+    import lm_eval.api.metrics as metrics
     import lm_eval.api.task as tasks
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub", "evaluate")]
     levels = [logger.level for logger in loggers]
     bars, drawn = tasks.tqdm, datasets.are_progress_bars_disabled()
-    alone = os.environ.get("DISABLE_MULTIPROC")
+    bootstrap = metrics.bootstrap_stderr
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     tasks.tqdm = lambda items, *_, **__: items
     datasets.disable_progress_bars()
-    # Bootstrapping forks, which a process with MLX's threads had better not.
-    os.environ["DISABLE_MULTIPROC"] = "1"
+    metrics.bootstrap_stderr = _bootstrap_stderr
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
@@ -275,10 +275,13 @@ def _quiet() -> Iterator[None]:
         tasks.tqdm = bars
         if not drawn:
             datasets.enable_progress_bars()
-        if alone is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = alone
+        metrics.bootstrap_stderr = bootstrap
+
+
+def _bootstrap_stderr(metric: Callable[[Sequence[Any]], float], values: Sequence[Any], iters: int) -> float:
+    """As lm_eval's own, which forks: a process with MLX's threads had better not."""
+    draw = random.Random(SEED)
+    return statistics.stdev(float(metric(draw.choices(values, k=len(values)))) for _ in range(iters))
 
 
 @contextlib.contextmanager

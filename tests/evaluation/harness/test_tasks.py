@@ -181,6 +181,18 @@ def test_a_task_whose_questions_cannot_be_made_is_refused(model: Mixtral, tmp_pa
         run_tasks(harness(model), tasks)
 
 
+def test_a_standard_error_without_a_formula_is_drawn_and_nothing_printed(
+    model: Mixtral, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_task(tmp_path, output_type="loglikelihood", doc_to_choice="null", doc_to_target='"{{endings[answer]}}"')
+    results = run_tasks(harness(model), load_tasks(["t"], path=tmp_path))
+    found = {score.metric: score for score in results.scores}
+    assert found["perplexity"].stderr is not None
+    assert found["perplexity"].stderr > 0
+    assert found["acc"].stderr == pytest.approx((found["acc"].value * (1 - found["acc"].value) / 9) ** 0.5)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_an_error_of_the_model_stays_its_own(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> None:
         raise ZeroDivisionError
