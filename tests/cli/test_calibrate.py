@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_mixtral import QuantizationSpec
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral_convert import Calibration
 
@@ -15,8 +16,11 @@ from .conftest import Invoke, assert_one_error
 
 
 def test_a_calibration_is_written_with_progress_to_the_end_and_may_be_replaced(
-    invoke: Invoke, tiny: Path, tmp_path: Path
+    invoke: Invoke, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Two candidates of twelve: each is a forward through the rest of the model for every group of matrices.
+    few = (QuantizationSpec(3, 64), QuantizationSpec(8, 64))
+    monkeypatch.setattr("mlx_mixtral_convert.calibration.sensitivity.CANDIDATES", few)
     flags = ("--tokens", 1024, "--json")
     result = invoke("calibrate", tiny, tmp_path / "file", *flags)
     assert json.loads(result.stdout)["tokens"] == 1024
