@@ -236,7 +236,7 @@ def run_all(
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hub"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_ETAG_TIMEOUT": "2", "NO_PROXY": "*", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")]),
+        "HF_HUB_ETAG_TIMEOUT": "20", "NO_PROXY": "*", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")]),
         "TMPDIR": str(home / "tmp"),
     }  # fmt: skip
     done = subprocess.run(
