@@ -7,6 +7,7 @@ Every segment is encoded on its own, with its own dummy prefix. Source: mistral-
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -20,7 +21,7 @@ __all__ = ["MistralV1", "MistralV3", "NoChat"]
 _BLANK_LINE = "\n\n"
 
 
-class _Native:
+class _Native(ABC):
     """A format that is written as ids: its text is what they spell."""
 
     name: str
@@ -29,8 +30,10 @@ class _Native:
     def source(self) -> str:
         return self.name
 
-    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None) -> list[int]:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None
+    ) -> list[int]: ...
 
     def render(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
         """`<s> [INST] Hi [/INST]`."""

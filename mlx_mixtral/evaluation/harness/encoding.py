@@ -130,19 +130,6 @@ class Encoder:
             return self._marked(text)
         return self.tokenizer.encode(text)
 
-    def _chat_pair(self, chat: _Chat, continuation: str) -> tuple[list[int], list[int]]:
-        if self._is_native:
-            start, continuation = _without_end_blanks(chat.answer, continuation)
-            begun = self._answer(chat, start)
-            return [*chat.ids, *begun], self._answer(chat, start + continuation)[len(begun) :]
-        start, continuation = _without_end_blanks(chat.text + chat.answer, continuation)
-        base, begun, whole = (
-            self.tokenizer.encode(text, bos=False, special=True) for text in (chat.text, start, start + continuation)
-        )
-        # A blank at the end of a template goes to the continuation as well, and off the ids of the template.
-        shorter = max(0, len(base) - len(begun))
-        return [*chat.ids[: len(chat.ids) - shorter], *begun[len(base) :]], whole[len(begun) :]
-
     def _turn(self, chat: _Chat, continuation: str) -> tuple[list[int], list[int]]:
         """A conversation and how its answer goes on."""
         if self._is_native:

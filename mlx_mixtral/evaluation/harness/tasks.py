@@ -157,6 +157,7 @@ def run_tasks(
     _check_count("limit", limit, 1)
     started = time.perf_counter()
     before = model.backend.truncated
+    model.is_asked = False  # an error of the run before left it set
     with _quiet(), _seeded():
         try:
             found = evaluate(

@@ -193,7 +193,7 @@ def test_a_standard_error_without_a_formula_is_drawn_and_nothing_printed(
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_error_of_the_model_stays_its_own(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_model_stays_its_own(model: Mixtral, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*arguments: Any) -> None:
         raise ZeroDivisionError
 
@@ -204,6 +204,9 @@ def test_an_error_of_the_model_stays_its_own(model: Mixtral, monkeypatch: pytest
     monkeypatch.setattr("mlx_mixtral.evaluation.harness.backend.score_pairs", _raise_checkpoint_error)
     with pytest.raises(CheckpointError):
         run_tasks(lm, load_tasks(["tiny_endings"], path=TASKS), limit=1)
+    tasks = load_tasks(["t"], path=write_task(tmp_path, doc_to_text='"{{ 1 // (answer - 1) }}"'))
+    with pytest.raises(InvalidRequestError, match="tasks t cannot be run: "):
+        run_tasks(lm, tasks)
 
 
 def _raise_checkpoint_error(*arguments: Any) -> None:
