@@ -33,13 +33,13 @@ class Attention(Module):
 
     def __call__(self, x: mx.array, layer: int, span: Span, *, last_only: bool = False) -> mx.array:
         """``x [B, L, D]`` to ``[B, L, D]``, or to ``[B, 1, D]`` of the last token; all keys and values enter the cache."""
-        queries = self._enter(x, layer, span)
+        queries = self._enter_for_last(x, layer, span) if last_only and x.shape[1] > 1 else self._enter(x, layer, span)
         y = span.attend(layer, queries, self._scale, last_only=last_only)
         return self.o_proj(y.transpose(0, 2, 1, 3).reshape(x.shape[0], y.shape[2], -1))
 
     def remember(self, x: mx.array, layer: int, span: Span) -> None:
         """Put keys and values of ``x [B, L, D]`` into the cache and compute nothing else."""
-        self._enter(x, layer, span)
+        self._enter_keys(x, layer, span)
 
     def _enter(self, x: mx.array, layer: int, span: Span) -> mx.array:
         """Queries ``[B, H, L, d]``; keys and values are put into the cache."""
@@ -54,3 +54,26 @@ class Attention(Module):
         values = v.reshape(B, L, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         span.enter(layer, qk[:, self.heads :], values)
         return qk[:, : self.heads]
+
+    def _enter_for_last(self, x: mx.array, layer: int, span: Span) -> mx.array:
+        """Queries ``[B, H, 1, d]`` of the last token alone; keys and values of all are put into the cache."""
+        self._enter_keys(x, layer, span)
+        queries = self._heads_of(self._rows_of_qkv(x[:, -1:], 0, self.heads))
+        return self.rotary(queries, span.positions + (x.shape[1] - 1), span.frequencies)
+
+    def _enter_keys(self, x: mx.array, layer: int, span: Span) -> None:
+        both = self._heads_of(self._rows_of_qkv(x, self.heads, self.heads + 2 * self.kv_heads))
+        keys, values = both[:, : self.kv_heads], both[:, self.kv_heads :]
+        span.enter(layer, self.rotary(keys, span.positions, span.frequencies), values)
+
+    def _heads_of(self, projected: mx.array) -> mx.array:
+        """``[B, L, n d]`` to ``[B, n, L, d]``."""
+        B, L, _ = projected.shape
+        return projected.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)
+
+    def _rows_of_qkv(self, x: mx.array, first: int, end: int) -> mx.array:
+        """What heads ``first`` to ``end`` of q, k and v are: both ends are those of a matrix where there are three."""
+        if len(self.qkv) == 1:
+            return self.qkv[0].part(first * self.head_dim, end * self.head_dim)(x)
+        projected = [projection(x) for projection in (self.qkv[:1] if first == 0 else self.qkv[1:])]
+        return projected[0] if len(projected) == 1 else mx.concatenate(projected, axis=-1)

@@ -53,6 +53,11 @@ class Linear(_Weights):
         scales, biases, group_size, bits, mode = self._packed
         return mx.quantized_matmul(x, self.weight, scales, biases, True, group_size, bits, mode)
 
+    def part(self, start: int, stop: int) -> Linear:
+        """Its rows from ``start`` to ``stop`` as a matrix of their own: views, nothing is copied."""
+        arrays = {"weight": self.weight, "scales": self.scales, "biases": self.biases}
+        return Linear({name: array[start:stop] for name, array in arrays.items() if array is not None}, self.spec)
+
     def rows(self, indices: mx.array, dtype: mx.Dtype) -> mx.array:
         """Rows of the matrix, dequantised: an embedding look-up. ``indices [...]`` gives ``[..., in]``."""
         if self.spec is None:
