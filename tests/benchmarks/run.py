@@ -99,7 +99,7 @@ def converting_and_loading(table: Table, name: str, source: Path, repeats: int) 
     return ours
 
 
-def generating(table: Table, folder: Path, repeats: int) -> None:
+def generating(table: Table, folder: Path, repeats: int, *, float32_only: bool) -> None:
     """Prefill and decode of one folder in one process, the sides in turn."""
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
@@ -127,8 +127,10 @@ def generating(table: Table, folder: Path, repeats: int) -> None:
 
     single, _ = load_model(folder)
     single.set_dtype(mx.float32)
-    as_it_comes, _ = load_model(folder)
-    for label, network in (("mlx-lm in float32", single), ("mlx-lm as it comes", as_it_comes)):
+    sides = {"mlx-lm in float32": single}
+    if not float32_only:
+        sides["mlx-lm as it comes"], _ = load_model(folder)
+    for label, network in sides.items():
         ours(), theirs(network)
         done = alternating(repeats, ours, lambda network=network: theirs(network))
         for what in ("prefill", "decode"):
@@ -140,13 +142,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--wide", action="store_true", help="also full 8x7B width, 2 and 4 layers")
+    parser.add_argument(
+        "--float32-only", action="store_true", help="without mlx-lm as it comes, nearly all of the time"
+    )
     parser.add_argument("--json", action="store_true", help="print all rows as JSON at the end")
     args = parser.parse_args()
     table = Table()
     print(f"{'':<44}{'ours':>10}{'mlx-lm':>10} {'':<6}{'ratio':>8}")
     if not (DATA / "mid" / "config.json").exists():
         make("mid", DATA / "mid")
-    generating(table, converting_and_loading(table, "mid", DATA / "mid", args.repeats), args.repeats)
+    folder = converting_and_loading(table, "mid", DATA / "mid", args.repeats)
+    generating(table, folder, args.repeats, float32_only=args.float32_only)
     if args.wide:
         for layers in (2, 4):
             source = DATA / f"wide-{layers}"
