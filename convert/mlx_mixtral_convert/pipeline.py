@@ -17,17 +17,17 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.layout import Field, Matrix, module_tensor
+from mlx_mixtral.config.layout import Field, Matrix, module_tensor
 from mlx_mixtral.weights.dtypes import MLX_DTYPES, NUMPY_DTYPES, bytes_of
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral_convert.journal import CancelledError, Journal
-from mlx_mixtral_convert.measure import ErrorSum
-from mlx_mixtral_convert.plan import Plan, ShardPlan
-from mlx_mixtral_convert.quantize import cast, quantize
+from mlx_mixtral_convert.output.journal import CancelledError, Journal
+from mlx_mixtral_convert.output.plan import Plan, ShardPlan
+from mlx_mixtral_convert.output.write import ShardWriter
+from mlx_mixtral_convert.packing.measure import ErrorSum
+from mlx_mixtral_convert.packing.quantize import cast, quantize
 from mlx_mixtral_convert.report import MatrixError
 from mlx_mixtral_convert.rounding import Rounder
 from mlx_mixtral_convert.sources import PackedSource, TensorSource, Values, tensor_place
-from mlx_mixtral_convert.write import ShardWriter
 
 __all__ = ["Piece", "Written", "pack_piece", "packed_arrays", "read_piece", "write_weights"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from mlx_mixtral_convert.plan import Plan
+from mlx_mixtral_convert.output.plan import Plan
 
 __all__ = ["ConversionReport", "MatrixError", "PackedAs", "PartSize", "Progress", "part_sizes", "peak_memory_bytes"]
 

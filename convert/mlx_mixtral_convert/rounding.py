@@ -8,15 +8,15 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from mlx_mixtral.config.layout import Matrix
+from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.layout import Matrix
-from mlx_mixtral.quantization import QuantizationSpec
 from mlx_mixtral_convert.calibration.file import Calibration
 from mlx_mixtral_convert.calibration.layer import Layer
 from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
 from mlx_mixtral_convert.calibration.walk import Sums, Walk
-from mlx_mixtral_convert.gptq import gptq
-from mlx_mixtral_convert.search import search
+from mlx_mixtral_convert.packing.gptq import gptq
+from mlx_mixtral_convert.packing.search import search
 from mlx_mixtral_convert.sources.base import TensorSource
 
 __all__ = ["Gptq", "Rounder", "Search", "make_rounder"]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.arguments import as_path, check_callbacks
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.config.layout import Matrix, locate
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, MixtralError
-from mlx_mixtral.layout import Matrix, locate
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, is_finite

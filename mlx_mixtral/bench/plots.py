@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.bench.report import BenchReport, Row
+from mlx_mixtral.bench.measurements import BenchReport, Row
 from mlx_mixtral.files import replace_file
 
 __all__ = ["plot_bench"]

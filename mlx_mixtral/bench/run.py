@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 
+from mlx_mixtral.bench.backend import Ours, Side, Timing
 from mlx_mixtral.bench.cases import Case, Cases, random_prompt
-from mlx_mixtral.bench.report import OURS, BenchReport, Row
-from mlx_mixtral.bench.side import Ours, Side, Timing
+from mlx_mixtral.bench.measurements import OURS, BenchReport, Row
 from mlx_mixtral.bench.traffic import TokenTraffic, copy_rates
-from mlx_mixtral.device import current_device, wired
+from mlx_mixtral.machine.device import current_device, wired
 
 __all__ = ["Opener", "run_bench"]
 

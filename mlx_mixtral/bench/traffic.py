@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_mixtral.doctor.bandwidth import memory_bandwidth
-from mlx_mixtral.runtime import Mixtral
+from mlx_mixtral.machine.bandwidth import memory_bandwidth
+from mlx_mixtral.runtime.mixtral import Mixtral
 
 __all__ = ["TokenTraffic", "copy_rates"]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.quantised import QuantisedStorage
+from mlx_mixtral.cache.quantized import QuantisedStorage
 from mlx_mixtral.cache.storage import PlainStorage, Storage
 from mlx_mixtral.cache.window import Window
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["DEFAULT_SINKS", "KVOptions"]

@@ -19,16 +19,16 @@ __all__ = ["COMMANDS", "app", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("mlx_mixtral.cli.demo:demo", "See it work: convert and run a small bundled Mixtral."),
     "doctor": ("mlx_mixtral.cli.doctor:doctor", "Check that this machine computes what it should."),
-    "info": ("mlx_mixtral.cli.info:info", "Show what a model is, weighs and needs."),
+    "info": ("mlx_mixtral.cli.info.command:info", "Show what a model is, weighs and needs."),
     "calibrate": ("mlx_mixtral.cli.calibrate:calibrate", "Measure a checkpoint on a text, for better conversions."),
-    "convert": ("mlx_mixtral.cli.convert:convert", "Convert a checkpoint to MLX, quantised."),
+    "convert": ("mlx_mixtral.cli.convert.command:convert", "Convert a checkpoint to MLX, quantised."),
     "verify": ("mlx_mixtral.cli.verify:verify", "Check a converted folder: hashes, shapes, finiteness."),
-    "bench": ("mlx_mixtral.cli.bench:bench", "Measure speed here, and beside mlx-lm."),
-    "evaluate": ("mlx_mixtral.cli.evaluate:evaluate", "Perplexity, distance to a reference, long context."),
-    "routing": ("mlx_mixtral.cli.routing:routing", "What a model's experts do, by domain."),
-    "report": ("mlx_mixtral.cli.report:report", "Measure a model for its model card: Markdown and plots."),
+    "bench": ("mlx_mixtral.cli.bench.command:bench", "Measure speed here, and beside mlx-lm."),
+    "evaluate": ("mlx_mixtral.cli.evaluate.command:evaluate", "Perplexity, distance to a reference, long context."),
+    "routing": ("mlx_mixtral.cli.routing.command:routing", "What a model's experts do, by domain."),
+    "report": ("mlx_mixtral.cli.report.command:report", "Measure a model for its model card: Markdown and plots."),
     "generate": ("mlx_mixtral.cli.generate:generate", "Continue a prompt."),
-    "chat": ("mlx_mixtral.cli.chat:chat", "Talk with an instruct model."),
+    "chat": ("mlx_mixtral.cli.chat.command:chat", "Talk with an instruct model."),
 }
 
 INTERRUPTED = 130

@@ -48,8 +48,8 @@ def demo(keep: Path | None, as_json: bool) -> None:
 
     `tiny-mixtral` is a real Mixtral of 8.4 million parameters, trained on five languages, Python code and sums.
     """
-    from mlx_mixtral.cli.conversion_report import conversion_progress
-    from mlx_mixtral.cli.loading import load_model
+    from mlx_mixtral.cli.convert.tables import conversion_progress
+    from mlx_mixtral.cli.progress import load_model
     from mlx_mixtral.demo import checkpoint_path
     from mlx_mixtral_convert import Recipe
     from mlx_mixtral_convert import convert as run

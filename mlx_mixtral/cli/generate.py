@@ -70,7 +70,7 @@ def generate(
     from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
     from mlx_mixtral.files import check_destination
     from mlx_mixtral.generation.stop import StopStrings
-    from mlx_mixtral.prompts import check_saved
+    from mlx_mixtral.runtime.prompt_cache import check_saved
 
     # Everything that can be refused without the model is refused before it is loaded.
     sampling = take_sampling(options, logprobs)

@@ -9,8 +9,8 @@ import click
 from mlx_mixtral.cli.options import F
 
 if TYPE_CHECKING:
-    from mlx_mixtral.cli.loading import LoadedModel
-    from mlx_mixtral.speculation import Speculation
+    from mlx_mixtral.cli.progress import LoadedModel
+    from mlx_mixtral.runtime.speculation import Speculation
 
 __all__ = ["load_with_speculation", "speculation_options"]
 
@@ -44,18 +44,18 @@ def load_with_speculation(
         MemoryBudgetError: the draft alone fills the budget.
         InvalidRequestError: the draft has another vocabulary.
     """
-    from mlx_mixtral.cli.loading import load_model
+    from mlx_mixtral.cli.progress import load_model
 
     if draft is not None and speculate is not None:
         raise click.UsageError("give either --speculate or --draft")
     if draft is None:
-        from mlx_mixtral.speculation import PromptLookup
+        from mlx_mixtral.runtime.speculation import PromptLookup
 
         return load_model(model, **options), PromptLookup() if speculate else None
 
     from mlx_mixtral.errors import MemoryBudgetError
+    from mlx_mixtral.runtime.speculation import DraftModel
     from mlx_mixtral.sizes import format_bytes, parse_size
-    from mlx_mixtral.speculation import DraftModel
 
     budget = None if options.get("memory") is None else parse_size(options["memory"])
     drafting = load_model(draft, dtype=options.get("dtype", "auto"))

@@ -45,7 +45,7 @@ def _run(folder: Path) -> VerifyReport:
 
     if not err_console().is_terminal:
         return run(folder)
-    from mlx_mixtral.cli.loading import byte_progress
+    from mlx_mixtral.cli.progress import byte_progress
 
     with byte_progress() as bar:
         task = bar.add_task("verifying", total=None)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from mlx_mixtral.device import Device, compute_dtype, current_device
-from mlx_mixtral.doctor.bandwidth import disk_bandwidth, memory_bandwidth
 from mlx_mixtral.doctor.checks import CHECKS, CheckFailedError
+from mlx_mixtral.machine.bandwidth import disk_bandwidth, memory_bandwidth
+from mlx_mixtral.machine.device import Device, compute_dtype, current_device
 
 __all__ = ["CheckResult", "Diagnosis", "run_doctor"]
 

@@ -10,16 +10,16 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.demo import checkpoint_path, reference_path
-from mlx_mixtral.experts import bank
-from mlx_mixtral.experts.bank import ExpertBank, gathers_sorted
-from mlx_mixtral.loading import load
+from mlx_mixtral.layers import expert_bank as bank
+from mlx_mixtral.layers.expert_bank import ExpertBank, gathers_sorted
+from mlx_mixtral.layers.linear import Linear, StackedLinear
 from mlx_mixtral.model.build import Builder
-from mlx_mixtral.model.linear import Linear, StackedLinear
 from mlx_mixtral.model.moe import route
 from mlx_mixtral.model.step import DecodeStep
-from mlx_mixtral.quantization import QuantizationSpec
+from mlx_mixtral.runtime.load import load
 from mlx_mixtral.weights import dtypes
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.dtypes import MLX_DTYPES

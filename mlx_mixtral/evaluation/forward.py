@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.runtime import Mixtral
+from mlx_mixtral.runtime.mixtral import Mixtral
 
 __all__ = ["Kept", "Scored", "context_limit", "predict", "score"]
 

@@ -15,7 +15,7 @@ from mlx_mixtral.arguments import check_callbacks, check_type
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 from mlx_mixtral.evaluation.forward import context_limit
 from mlx_mixtral.evaluation.journal import Journal
-from mlx_mixtral.runtime import Mixtral
+from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.tokenizer import Tokenizer
 
 __all__ = [

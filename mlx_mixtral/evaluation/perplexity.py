@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.arguments import check_callbacks, check_type
-from mlx_mixtral.device import wired
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, Window, check_window, encode_texts
 from mlx_mixtral.evaluation.forward import Kept, Scored, context_limit, score
@@ -29,7 +28,8 @@ from mlx_mixtral.evaluation.results import Evaluation, Score, Tokens, WorstToken
 from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS, kl_divergence
 from mlx_mixtral.evaluation.texts import Text
 from mlx_mixtral.files import check_destination
-from mlx_mixtral.runtime import Mixtral
+from mlx_mixtral.machine.device import wired
+from mlx_mixtral.runtime.mixtral import Mixtral
 
 __all__ = ["EvaluationProgress", "evaluate"]
 

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from mlx.nn.layers.base import Module
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.experts.bank import ExpertBank, gathers_sorted, token_rows
 from mlx_mixtral.experts.pool import Key, SlotPool
 from mlx_mixtral.experts.store import Counters, ExpertStore, Loading
+from mlx_mixtral.layers.expert_bank import ExpertBank, gathers_sorted, token_rows
 
 __all__ = ["GatheredExperts", "Lookahead"]
 

@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterable, Mapping
 
 import mlx.core as mx
 
-from mlx_mixtral.experts.bank import ExpertBank
 from mlx_mixtral.experts.policy import Policy
 from mlx_mixtral.experts.store import Loading
+from mlx_mixtral.layers.expert_bank import ExpertBank
 
 __all__ = ["Key", "SlotPool"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mixtral.budget import Planned
-from mlx_mixtral.experts.bank import ExpertBank
+from mlx_mixtral.budget.demands import Planned
+from mlx_mixtral.budget.slots import ModelSizes, ResidencyPlan
 from mlx_mixtral.experts.gather import GatheredExperts
-from mlx_mixtral.experts.plan import ModelSizes, ResidencyPlan
 from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.pool import Key, SlotPool
 from mlx_mixtral.experts.store import Counters, ExpertStore
+from mlx_mixtral.layers.expert_bank import ExpertBank
 from mlx_mixtral.weights.dtypes import bytes_of
 from mlx_mixtral.weights.fill import fill
 

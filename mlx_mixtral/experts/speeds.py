@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from mlx_mixtral.experts.bank import ExpertBank
-from mlx_mixtral.experts.plan import Speeds
+from mlx_mixtral.budget.slots import Speeds
 from mlx_mixtral.experts.store import ExpertStore
+from mlx_mixtral.layers.expert_bank import ExpertBank
 
 __all__ = ["measure_speeds"]
 

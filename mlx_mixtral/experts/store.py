@@ -17,9 +17,9 @@ import mlx.core as mx
 
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.checkpoint import Checkpoint
+from mlx_mixtral.weights.direct import BLOCK_BYTES, BOUNCE_BYTES, ExpertFileReader, Identity
 from mlx_mixtral.weights.fill import READ_THREADS, Fill, chunks, fill_chunk
 from mlx_mixtral.weights.safetensors import TensorInfo
-from mlx_mixtral.weights.uncached import BLOCK_BYTES, BOUNCE_BYTES, ExpertFileReader, Identity
 
 __all__ = ["Counters", "ExpertPart", "ExpertStore", "Loading"]
 

@@ -11,8 +11,8 @@ from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.generation.meter import Meter
 from mlx_mixtral.generation.sampling import Sampled, Sampler
 from mlx_mixtral.generation.stats import GenerationStats, Token
-from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.model.step import DecodeStep
+from mlx_mixtral.model.transformer import MixtralModel
 
 __all__ = ["PREFILL_CHUNK_TOKENS", "GenerationStats", "Token", "decode", "prefill", "read_token"]
 

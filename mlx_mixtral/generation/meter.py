@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mlx_mixtral.experts.store import Counters
 from mlx_mixtral.generation.stats import GenerationStats
-from mlx_mixtral.model.mixtral import MixtralModel
+from mlx_mixtral.model.transformer import MixtralModel
 
 __all__ = ["Meter"]
 

@@ -19,8 +19,8 @@ from mlx_mixtral.errors import ContextLengthError
 from mlx_mixtral.generation.loop import GenerationStats, Token, read_token
 from mlx_mixtral.generation.meter import Meter
 from mlx_mixtral.generation.sampling import Sampled, Sampler
-from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.model.step import DecodeStep
+from mlx_mixtral.model.transformer import MixtralModel
 
 __all__ = ["Scheduler", "SequenceRequest"]
 

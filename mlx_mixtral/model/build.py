@@ -7,27 +7,27 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.budget.slots import ModelSizes
+from mlx_mixtral.config.layout import FIELDS, Field, Matrix, Norm, Rows, layer_path, locate, matrices, norms
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.experts.bank import ExpertBank, FeedForward
 from mlx_mixtral.experts.gather import GatheredExperts
-from mlx_mixtral.experts.plan import ModelSizes
 from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.pool import SlotPool
 from mlx_mixtral.experts.store import ExpertPart, ExpertStore
-from mlx_mixtral.layout import FIELDS, Field, Matrix, Norm, Rows, layer_path, locate, matrices, norms
-from mlx_mixtral.model.attention import Attention
-from mlx_mixtral.model.linear import Linear, StackedLinear
-from mlx_mixtral.model.mixtral import DecoderLayer, MixtralModel, RMSNorm
+from mlx_mixtral.layers.attention import Attention
+from mlx_mixtral.layers.expert_bank import ExpertBank, FeedForward
+from mlx_mixtral.layers.linear import Linear, StackedLinear
+from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.model.moe import SparseMoe
-from mlx_mixtral.model.packing import packing_of
-from mlx_mixtral.model.rotary import Rotary
-from mlx_mixtral.quantization import QuantizationSpec
+from mlx_mixtral.model.transformer import DecoderLayer, MixtralModel, RMSNorm
 from mlx_mixtral.weights.checkpoint import Checkpoint
+from mlx_mixtral.weights.direct import identities
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral.weights.fill import Fill, allocate
+from mlx_mixtral.weights.packing import packing_of
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral.weights.uncached import identities
 
 __all__ = ["Builder"]
 

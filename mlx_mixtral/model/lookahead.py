@@ -16,8 +16,8 @@ import mlx.core as mx
 
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.experts.gather import Lookahead
-from mlx_mixtral.model.mixtral import DecoderLayer
 from mlx_mixtral.model.moe import SparseMoe, route
+from mlx_mixtral.model.transformer import DecoderLayer
 
 __all__ = ["MODES", "LookaheadControl"]
 

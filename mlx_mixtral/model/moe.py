@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from mlx_mixtral.experts.gather import GatheredExperts, Lookahead
-from mlx_mixtral.model.linear import Linear
+from mlx_mixtral.layers.linear import Linear
 
 __all__ = ["Ahead", "Observer", "SparseMoe", "route"]
 

@@ -11,8 +11,8 @@ import mlx.core as mx
 from mlx_mixtral.cache.span import Step
 from mlx_mixtral.cache.storage import LayerArrays, Storage
 from mlx_mixtral.cache.window import Window
-from mlx_mixtral.model.compiled import Compiled
-from mlx_mixtral.model.mixtral import MixtralModel
+from mlx_mixtral.layers.compiled import Compiled
+from mlx_mixtral.model.transformer import MixtralModel
 
 __all__ = ["DecodeStep", "StepCache"]
 

@@ -7,7 +7,7 @@ does so with Mistral's native formats and with a checkpoint's own jinja template
 from __future__ import annotations
 
 from mlx_mixtral.tokenizer.base import Tokenizer
-from mlx_mixtral.tokenizer.loading import load_tokenizer
+from mlx_mixtral.tokenizer.load import load_tokenizer
 from mlx_mixtral.tokenizer.streaming import StreamingDecoder
 
 __all__ = ["StreamingDecoder", "Tokenizer", "load_tokenizer"]

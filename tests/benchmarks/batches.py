@@ -15,11 +15,11 @@ import json
 from pathlib import Path
 
 from mlx_mixtral import MixtralConfig, load
+from mlx_mixtral.bench.backend import Ours
 from mlx_mixtral.bench.cases import plan_cases
-from mlx_mixtral.bench.mlx_lm_side import MlxLm
-from mlx_mixtral.bench.report import OURS, BenchReport
+from mlx_mixtral.bench.measurements import OURS, BenchReport
+from mlx_mixtral.bench.mlx_lm_backend import MlxLm
 from mlx_mixtral.bench.run import run_bench
-from mlx_mixtral.bench.side import Ours
 
 MID = Path(__file__).parents[2] / "bench-data" / "mid-4bit"
 THEIRS = "mlx-lm float32"

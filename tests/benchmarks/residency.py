@@ -19,11 +19,11 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from mlx_mixtral.cli.estimate import BUILT_IN, WORKING_BYTES, Width, bytes_by_part, expert_bytes  # noqa: E402
-from mlx_mixtral.cli.machines import find_chips, usable_bytes  # noqa: E402
-from mlx_mixtral.experts.plan import ModelSizes, Speeds, least_expert_bytes, plan_residency  # noqa: E402
+from mlx_mixtral.budget.slots import ModelSizes, Speeds, least_expert_bytes, plan_residency  # noqa: E402
 from mlx_mixtral.experts.policy import LRU  # noqa: E402
 from mlx_mixtral.experts.trace import RoutingTrace, hit_rates, published_trace, simulate  # noqa: E402
+from mlx_mixtral.info.estimate import BUILT_IN, WORKING_BYTES, Width, bytes_by_part, expert_bytes  # noqa: E402
+from mlx_mixtral.info.macs import find_chips, usable_bytes  # noqa: E402
 
 CONTEXT_TOKENS = 4096
 WARM_UP_TOKENS = 200

@@ -241,10 +241,10 @@ def main() -> None:
 _PROBE = """
 import json, sys
 from pathlib import Path
-from mlx_mixtral.config import MixtralConfig
-from mlx_mixtral.device import compute_dtype, current_device
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.machine.device import compute_dtype, current_device
 from mlx_mixtral.model.build import Builder
-from mlx_mixtral.planning import Planner
+from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.weights.checkpoint import Checkpoint
 folder, device = Path(sys.argv[1]), current_device()
 builder = Builder(MixtralConfig.from_folder(folder), Checkpoint(folder), compute_dtype("auto", device))

@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "convert")]
 
-from mlx_mixtral.layout import matrices  # noqa: E402
+from mlx_mixtral.config.layout import matrices  # noqa: E402
+from mlx_mixtral_convert.packing.transcode import AFFINE, dequantize_affine, transcode  # noqa: E402
 from mlx_mixtral_convert.sources import PackedSource, open_source  # noqa: E402
-from mlx_mixtral_convert.transcode import AFFINE, dequantize_affine, transcode  # noqa: E402
 
 COLUMNS = 4096
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mlx_mixtral import Mixtral, load
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.options import KVOptions
-from mlx_mixtral.cache.quantised import QuantisedStorage
+from mlx_mixtral.cache.quantized import QuantisedStorage
 from mlx_mixtral.cache.span import Chunk
 from mlx_mixtral.cache.storage import LayerArrays, PlainStorage
 from mlx_mixtral.cache.window import COLUMN_MULTIPLE, SLACK_TOKENS, Window
@@ -173,7 +173,7 @@ def test_bytes_are_those_the_bits_say(model: Mixtral) -> None:
 
 
 def test_8x7b_at_32k_takes_what_the_design_allows() -> None:
-    from mlx_mixtral.cli.estimate import BUILT_IN
+    from mlx_mixtral.info.estimate import BUILT_IN
 
     config = BUILT_IN["8x7b"]
     assert 32768 * KVOptions().bytes_per_token(config, 2) <= 4.3e9

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from mlx_mixtral.bench.side import Ours
-from mlx_mixtral.cli.bench_job import published
-from mlx_mixtral.cli.bench_report import print_bench
-from mlx_mixtral.cli.estimate import BUILT_IN
-from mlx_mixtral.cli.machines import measured_on_such
-from mlx_mixtral.config import MixtralConfig
-from mlx_mixtral.device import Device
+from mlx_mixtral.bench.backend import Ours
+from mlx_mixtral.cli.bench.job import published
+from mlx_mixtral.cli.bench.tables import print_bench
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.info.estimate import BUILT_IN
+from mlx_mixtral.info.macs import measured_on_such
+from mlx_mixtral.machine.device import Device
 
 from .conftest import Invoke, assert_one_error
 
@@ -152,7 +152,7 @@ def test_bad_input_is_one_line_before_anything_is_loaded(
     arguments: tuple[object, ...],
     parts: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr("mlx_mixtral.cli.bench_job.load_model", None)
+    monkeypatch.setattr("mlx_mixtral.cli.bench.job.load_model", None)
     assert_one_error(invoke("bench", small_context, *arguments), *parts)
 
 
@@ -177,7 +177,7 @@ def test_without_mlx_lm_there_is_nothing_to_compare(
 def test_a_folder_mlx_lm_cannot_load_is_told_before_measuring(
     invoke: Invoke, small_context: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_mixtral.cli.bench_job.load_model", None)
+    monkeypatch.setattr("mlx_mixtral.cli.bench.job.load_model", None)
     _rename_a_tensor(next(path for path in small_context.glob("*.safetensors") if NORM in path.read_bytes()))
     assert_one_error(
         invoke("bench", small_context, "--compare", "mlx-lm"), "mlx-lm cannot load", "leave out the comparison"
@@ -198,7 +198,7 @@ def test_what_mlx_lm_cannot_compute_is_said_and_ours_goes_on(
     def fail(*_: object) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr("mlx_mixtral.bench.mlx_lm_side.MlxLm.prefill", fail)
+    monkeypatch.setattr("mlx_mixtral.bench.mlx_lm_backend.MlxLm.prefill", fail)
     only = ("--repeats", 1, "--prompt", 3, "--depth", "none", "--batch", "none")
     result = invoke("bench", quantised, *only, "--compare", "mlx-lm", "--json")
     assert result.exit_code == 0, result.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_mixtral.cli.task_report import print_tasks
+from mlx_mixtral.cli.evaluate.task_tables import print_tasks
 from mlx_mixtral.evaluation.harness.backend import Backend
 from mlx_mixtral.evaluation.harness.published import PUBLISHED, published_for
 from mlx_mixtral.evaluation.harness.tasks import TaskResults, TaskScore

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mlx_mixtral.cli.machines import CHIPS, usable_bytes
-from mlx_mixtral.cli.shape_report import memory_table_markdown, tokens_short
+from mlx_mixtral.cli.info.shape import memory_table_markdown, tokens_short
+from mlx_mixtral.info.macs import CHIPS, usable_bytes
 
 from .conftest import Invoke, assert_one_error
 
@@ -169,7 +169,7 @@ def test_a_repository_without_its_weights_here_is_sized_by_its_configuration(
         return Path(shutil.copytree(quantised, tmp_path / "snapshot", ignore=ignored))
 
     real = json_of(invoke, quantised)
-    monkeypatch.setattr("mlx_mixtral.cli.loading.resolve", resolve)
+    monkeypatch.setattr("mlx_mixtral.cli.progress.resolve", resolve)
     report = json_of(invoke, "someone/tiny-4bit")
     assert report["problem"] is None
     assert (report["bytes"], report["bytes_per_token"]) == (real["bytes"], real["bytes_per_token"])

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_mixtral import load
-from mlx_mixtral.cli import report_job
 from mlx_mixtral.cli.app import app
-from mlx_mixtral.cli.report_job import ReportJob
+from mlx_mixtral.cli.report import job as report_job
+from mlx_mixtral.cli.report.job import ReportJob
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.evaluation.passkey import passkey
 from mlx_mixtral.evaluation.perplexity import evaluate
@@ -253,7 +253,7 @@ def test_ctrl_c_while_weights_are_read_leaves_nothing(
 def test_bad_input_is_refused_before_weights_are_read(
     invoke: Invoke, tiny: Path, checkpoint_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_mixtral.cli.evaluation_subject.Subject.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("mlx_mixtral.cli.evaluate.subject.Subject.load", lambda *_: pytest.fail("weights were read"))
     output = ("--output", tmp_path / "out")
     before = sorted(path.name for path in tmp_path.iterdir())
     assert_one_error(invoke("report", tiny, *output, "--text", tmp_path / "none.txt"), "none.txt is not there")

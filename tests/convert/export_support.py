@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from gguf import quants
 
-from .support import Floats
+from tests.convert.support import Floats
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 PIECES = (

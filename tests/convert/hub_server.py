@@ -33,16 +33,17 @@ SCRIPT = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
 from mlx_mixtral.errors import MixtralError
-from mlx_mixtral_convert import Recipe, convert, ranges, streamed
+from mlx_mixtral_convert import Recipe, convert
+from mlx_mixtral_convert.sources.storage import ranges, remote
 ranges.PIECE_BYTES, ranges.WAIT_S, ranges.TIMEOUT_S, home = 12000, 0.001, 5.0, Path(sys.argv[1])
-streamed.RemoteStorage.ahead_bytes = 30000
+remote.RemoteStorage.ahead_bytes = 30000
 readers, stop_at, sizes = [], int(sys.argv[4]), []
 signal.signal(signal.SIGINT, signal.default_int_handler)
 class Counted(ranges.RangeReader):
     def __init__(self, listing):
         super().__init__(listing)
         readers.append(self)
-streamed.RangeReader = Counted
+remote.RangeReader = Counted
 def interrupt():
     time.sleep(float(os.environ["MLX_MIXTRAL_TEST_INTERRUPT_S"]) + 1)
     os.kill(os.getpid(), signal.SIGINT)

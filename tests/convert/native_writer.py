@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .support import Floats, save
-from .torch_writer import save_torch
+from tests.convert.support import Floats, save
+from tests.convert.torch_writer import save_torch
 
 ATTENTION = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo"}
 DENSE = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}

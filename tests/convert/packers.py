@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from .support import CONFIG, Floats, weights
+from tests.convert.support import CONFIG, Floats, weights
 
 Integers = npt.NDArray[np.int64]
 Packer = Callable[["Grouped"], dict[str, npt.NDArray[Any]]]

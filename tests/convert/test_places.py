@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.errors import MixtralError, NonFiniteWeightsError
-from mlx_mixtral.layout import matrices, norms
 from mlx_mixtral_convert import convert
 from mlx_mixtral_convert.export import export
 from mlx_mixtral_convert.sources import open_source
-
-from .support import EXPERT, Tensors, make_checkpoint
-from .test_streamed_kinds import KINDS
+from tests.convert.sources.test_streamed_kinds import KINDS
+from tests.convert.support import EXPERT, Tensors, make_checkpoint
 
 NORM = "model.layers.1.input_layernorm.weight"
 

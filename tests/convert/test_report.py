@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlx_mixtral_convert import ConversionReport, Progress, Recipe, convert
-
-from .support import CONFIG, hashes, make_checkpoint, weights
+from tests.convert.support import CONFIG, hashes, make_checkpoint, weights
 
 
 def test_figures_are_those_of_the_files(tiny: Path, tmp_path: Path) -> None:
@@ -86,7 +85,7 @@ def test_a_dry_run_promises_what_the_run_delivers_and_writes_nothing(tiny: Path,
 def test_expected_memory_grows_with_the_largest_matrix_and_not_with_the_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_mixtral_convert.rehearsal.peak_memory_bytes", lambda: 0)
+    monkeypatch.setattr("mlx_mixtral_convert.estimate.peak_memory_bytes", lambda: 0)
 
     def expected(**shape: int) -> int:
         source = make_checkpoint(tmp_path / "-".join(map(str, shape.values())), **shape)

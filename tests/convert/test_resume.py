@@ -15,9 +15,8 @@ import pytest
 
 from mlx_mixtral.errors import ConversionError, DestinationError, DiskSpaceError, NonFiniteWeightsError
 from mlx_mixtral_convert import Progress, Recipe, convert
-from mlx_mixtral_convert.journal import JOURNAL
-
-from .support import EXPERT, hashes, make_checkpoint
+from mlx_mixtral_convert.output.journal import JOURNAL
+from tests.convert.support import EXPERT, hashes, make_checkpoint
 
 LAYERS = 4
 STEPS = 5 + 3 * 4  # of one decoder layer
@@ -284,7 +283,7 @@ def test_a_disk_that_fills_up_anywhere_is_one_line_and_resumable(
 
 def _fill_disk(patch: pytest.MonkeyPatch, call: str, allowed: int) -> None:
     if call == "append":
-        from mlx_mixtral_convert.journal import Journal
+        from mlx_mixtral_convert.output.journal import Journal
 
         genuine, name = Journal._append, "_append"
         owner: Any = Journal

@@ -14,9 +14,8 @@ import pytest
 
 from mlx_mixtral.errors import DestinationError
 from mlx_mixtral_convert import convert
-from mlx_mixtral_convert.journal import JOURNAL
-
-from .support import hashes, make_checkpoint
+from mlx_mixtral_convert.output.journal import JOURNAL
+from tests.convert.support import hashes, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 6

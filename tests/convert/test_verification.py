@@ -17,8 +17,7 @@ from mlx_mixtral import load
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.safetensors import read_header
 from mlx_mixtral_convert import Recipe, convert, verify
-
-from .support import load_arrays, make_checkpoint
+from tests.convert.support import load_arrays, make_checkpoint
 
 SHARD = "model-00002-of-00003.safetensors"
 

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral import Mixtral, load
+from mlx_mixtral.budget.slots import least_expert_bytes
 from mlx_mixtral.demo import checkpoint_path
-from mlx_mixtral.experts.plan import least_expert_bytes
 from mlx_mixtral_convert import Recipe, convert
 
 PROMPT = "And God said unto him, Behold, I will make thee a great nation, and the"

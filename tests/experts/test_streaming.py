@@ -17,8 +17,8 @@ import pytest
 from mlx_mixtral import Mixtral, SamplingParams, load
 from mlx_mixtral.demo import checkpoint_path
 from mlx_mixtral.errors import CheckpointError, ContextLengthError, MemoryBudgetError
-from mlx_mixtral.experts.bank import ExpertBank
 from mlx_mixtral.experts.store import Loading
+from mlx_mixtral.layers.expert_bank import ExpertBank
 from mlx_mixtral.weights.dtypes import bytes_of
 from mlx_mixtral.weights.safetensors import TensorInfo
 

@@ -13,8 +13,8 @@ from mlx_mixtral import GenerationStats, Mixtral, SamplingParams
 from mlx_mixtral.generation import loop
 from mlx_mixtral.generation.loop import Token, decode
 from mlx_mixtral.generation.sampling import Sampler
-from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.model.step import DecodeStep
+from mlx_mixtral.model.transformer import MixtralModel
 
 
 class Watched:

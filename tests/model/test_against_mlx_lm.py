@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_mixtral import Mixtral, load
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConfigError
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mixtral import Mixtral
-from mlx_mixtral.experts.bank import ExpertBank, gathers_sorted
+from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.experts.gather import GatheredExperts
-from mlx_mixtral.model.linear import StackedLinear
+from mlx_mixtral.layers.expert_bank import ExpertBank, gathers_sorted
+from mlx_mixtral.layers.linear import StackedLinear
 from mlx_mixtral.model.moe import SparseMoe, route
-from mlx_mixtral.quantization import QuantizationSpec
 
 Floats = np.ndarray[Any, Any]
 
@@ -139,7 +139,7 @@ def test_each_token_uses_exactly_its_two_experts(model: Mixtral, recorded: dict[
 
 def test_block_adds_the_weighted_sum_to_the_residual() -> None:
     bank, gate_up, down = _bank(4)
-    from mlx_mixtral.model.linear import Linear
+    from mlx_mixtral.layers.linear import Linear
 
     generator = np.random.default_rng(9)
     router = generator.standard_normal((4, 64)).astype(np.float32)

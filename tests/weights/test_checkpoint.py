@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from mlx_mixtral.config.layout import Rows
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.layout import Rows
 from mlx_mixtral.weights import checkpoint as checkpoint_module
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mlx_mixtral.arguments import as_path
+from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.errors import CheckpointError, ConversionError
-from mlx_mixtral.layout import matrices, norms
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.calibration.place import FORMAT, check_place, replace_file
 from mlx_mixtral_convert.calibration.statistics import input_name

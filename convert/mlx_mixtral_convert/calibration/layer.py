@@ -13,14 +13,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral.cache.kv import KVCache
-from mlx_mixtral.experts.bank import swiglu
-from mlx_mixtral.layout import Matrix, Norm, matrices, norms
-from mlx_mixtral.model.attention import Attention
-from mlx_mixtral.model.linear import Linear
-from mlx_mixtral.model.mixtral import RMSNorm
+from mlx_mixtral.config.layout import Matrix, Norm, matrices, norms
+from mlx_mixtral.layers.attention import Attention
+from mlx_mixtral.layers.expert_bank import swiglu
+from mlx_mixtral.layers.linear import Linear
+from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.model.moe import route
-from mlx_mixtral.model.rotary import Rotary
-from mlx_mixtral_convert.quantize import cast
+from mlx_mixtral.model.transformer import RMSNorm
+from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.sources.base import TensorSource, Values, tensor_place
 
 __all__ = ["Expert", "Layer", "Routing", "plain", "read_matrix", "read_norm"]

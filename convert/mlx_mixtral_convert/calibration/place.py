@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.errors import DestinationError
-from mlx_mixtral_convert.write import explain, sync_folder
+from mlx_mixtral_convert.output.write import explain, sync_folder
 
 __all__ = ["FORMAT", "check_place", "replace_file"]
 

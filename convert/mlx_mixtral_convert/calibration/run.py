@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from mlx_mixtral.arguments import as_path, check_callbacks, check_type
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.config.layout import matrices, norms
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.hub import resolve
-from mlx_mixtral.layout import matrices, norms
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral_convert.calibration.file import Calibration, Losses, identity
 from mlx_mixtral_convert.calibration.layer import Layer, read_matrix, read_norm

@@ -24,11 +24,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.layout import Matrix, matrices
-from mlx_mixtral.quantization import AFFINE_BITS, QuantizationSpec
+from mlx_mixtral.config.layout import Matrix, matrices
+from mlx_mixtral.config.quantization import AFFINE_BITS, QuantizationSpec
 from mlx_mixtral_convert.calibration.layer import Expert, Layer, Routing, read_matrix
 from mlx_mixtral_convert.calibration.walk import Walk, embed
-from mlx_mixtral_convert.search import search
+from mlx_mixtral_convert.packing.search import search
 from mlx_mixtral_convert.sources.base import TensorSource
 
 __all__ = ["CANDIDATES", "REFERENCE_BITS", "Sensitivity", "candidates_for", "expert_weights", "group_of"]

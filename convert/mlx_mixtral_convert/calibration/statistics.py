@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.layout import Matrix
+from mlx_mixtral.config.layout import Matrix
 
 __all__ = ["HESSIAN_COLUMNS", "InputSum", "hessian_blocks", "input_name"]
 

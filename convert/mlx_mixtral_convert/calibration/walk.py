@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.layout import Matrix, matrices, norms
-from mlx_mixtral.model.rotary import Rotary
+from mlx_mixtral.config.layout import Matrix, matrices, norms
+from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral_convert.calibration.layer import Expert, Layer, Routing, read_matrix, read_norm
 from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
 from mlx_mixtral_convert.sources.base import TensorSource

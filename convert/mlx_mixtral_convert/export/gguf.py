@@ -24,19 +24,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.config.layout import Matrix, Norm, matrices, norms
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import ConversionError, InvalidRequestError, MissingDependencyError
-from mlx_mixtral.layout import Matrix, Norm, matrices, norms
 from mlx_mixtral.weights.dtypes import convert
-from mlx_mixtral_convert.export.file_destination import FileDestination
 from mlx_mixtral_convert.export.gguf_blocks import ROW_BYTES, encode, interleave_halves, repack, repackable
 from mlx_mixtral_convert.export.gguf_header import rope_factors, write_header
 from mlx_mixtral_convert.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from mlx_mixtral_convert.export.job import Job, Result
-from mlx_mixtral_convert.measure import decode
-from mlx_mixtral_convert.quantize import cast
+from mlx_mixtral_convert.output.file_destination import FileDestination
+from mlx_mixtral_convert.output.write import explain
+from mlx_mixtral_convert.packing.measure import decode
+from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, Values, tensor_place
-from mlx_mixtral_convert.write import explain
 
 __all__ = ["GGUF_TYPES", "GgufTensor", "write_gguf"]
 

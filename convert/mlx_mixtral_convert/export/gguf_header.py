@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.rope import RopeConfig
 from mlx_mixtral.errors import ConfigError
-from mlx_mixtral.rope import RopeConfig
 from mlx_mixtral_convert.export.gguf_vocabulary import Vocabulary
-from mlx_mixtral_convert.write import explain
+from mlx_mixtral_convert.output.write import explain
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

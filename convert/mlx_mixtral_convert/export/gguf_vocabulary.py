@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import TokenizerError
+from mlx_mixtral.tokenizer.sentencepiece import SentencePieceModel
 from mlx_mixtral.tokenizer.settings import read_json, read_settings
-from mlx_mixtral.tokenizer.spm_tokenizer import SentencePieceModel
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 

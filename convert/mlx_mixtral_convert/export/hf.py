@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import __version__
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.config.layout import Matrix, matrices, norms
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import DestinationError
-from mlx_mixtral.layout import Matrix, matrices, norms
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral_convert.destination import MANIFEST, Destination
 from mlx_mixtral_convert.export.job import Job, Result
-from mlx_mixtral_convert.journal import JOURNAL
-from mlx_mixtral_convert.manifest import DTYPE_NAMES
-from mlx_mixtral_convert.plan import INDEX_FILE, Plan, ShardPlan, TensorPlan
-from mlx_mixtral_convert.quantize import cast
+from mlx_mixtral_convert.output.destination import MANIFEST, Destination
+from mlx_mixtral_convert.output.journal import JOURNAL
+from mlx_mixtral_convert.output.manifest import DTYPE_NAMES
+from mlx_mixtral_convert.output.plan import INDEX_FILE, Plan, ShardPlan, TensorPlan
+from mlx_mixtral_convert.output.write import ShardWriter, write_file
+from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.sources import tensor_place
-from mlx_mixtral_convert.write import ShardWriter, write_file
 
 __all__ = ["HF_TYPES", "hf_name", "write_hf"]
 

@@ -11,10 +11,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.errors import ConversionError
-from mlx_mixtral.layout import Matrix, matrices
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral_convert.manifest import copied_files, read_file
+from mlx_mixtral_convert.output.manifest import copied_files, read_file
 from mlx_mixtral_convert.report import Progress
 from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, Values
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.arguments import as_path, check_callbacks
+from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.hub import parse_repository, resolve
-from mlx_mixtral.layout import matrices, norms
-from mlx_mixtral_convert.destination import check_names
 from mlx_mixtral_convert.export.gguf import GGUF_TYPES, write_gguf
 from mlx_mixtral_convert.export.hf import HF_TYPES, write_hf
 from mlx_mixtral_convert.export.job import Job
+from mlx_mixtral_convert.output.destination import check_names
 from mlx_mixtral_convert.report import Progress, peak_memory_bytes
 from mlx_mixtral_convert.sources import open_source
 

@@ -11,8 +11,8 @@ A calibration of the model at hand is better.
 
 from __future__ import annotations
 
-from mlx_mixtral.config import MixtralConfig
-from mlx_mixtral.layout import matrices
+from mlx_mixtral.config.layout import matrices
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral_convert.calibration.file import Losses
 from mlx_mixtral_convert.calibration.sensitivity import candidates_for, group_of
 

@@ -14,10 +14,10 @@ from math import gcd
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.config.layout import Matrix, matrices, norms
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import MemoryBudgetError
-from mlx_mixtral.layout import Matrix, matrices, norms
-from mlx_mixtral.quantization import QuantizationSpec
 from mlx_mixtral.sizes import format_bytes, format_bytes_up
 from mlx_mixtral_convert.calibration.file import Losses
 from mlx_mixtral_convert.calibration.sensitivity import candidates_for, group_of

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mlx_mixtral.arguments import check_type
-from mlx_mixtral.config import MixtralConfig
-from mlx_mixtral.device import Device
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import InvalidRequestError, MemoryBudgetError
+from mlx_mixtral.machine.device import Device
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["DEFAULT_CONTEXT_TOKENS", "room_for_weights"]

@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.config import MixtralConfig, read_json
+from mlx_mixtral.config.layout import Matrix, matrices
+from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import ConfigError
-from mlx_mixtral.layout import Matrix, matrices
-from mlx_mixtral.quantization import QuantizationSpec
 
 __all__ = ["ROUNDINGS", "Override", "Recipe"]
 

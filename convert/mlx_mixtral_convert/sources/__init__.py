@@ -18,7 +18,7 @@ from mlx_mixtral_convert.sources.base import (
     Values,
     tensor_place,
 )
-from mlx_mixtral_convert.sources.storage import LocalStorage, Storage
+from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
 
 __all__ = [
     "KINDS", "GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "Storage", "TensorSource", "Values",
@@ -28,12 +28,12 @@ __all__ = [
 # Kind -> the module that reads it, asked in this order. A module has ``detect(storage) -> bool``, which looks at content
 # and reads little, and ``open_storage(storage) -> TensorSource``.
 KINDS: dict[str, str] = {
-    "gguf": "gguf",
+    "gguf": "gguf.source",
     "mlx": "mlx",
-    "awq": "awq",
-    "gptq": "gptq",
-    "fp8": "fp8",
-    "hf-bin": "hf_bin",
+    "awq": "packed.awq",
+    "gptq": "packed.gptq",
+    "fp8": "packed.fp8",
+    "hf-bin": "torch.hf_bin",
     "native": "native",
     "hf": "hf",
 }

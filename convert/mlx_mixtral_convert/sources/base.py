@@ -15,11 +15,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config import MixtralConfig
+from mlx_mixtral.config.layout import Field, Matrix, Norm
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import ConversionError
-from mlx_mixtral.layout import Field, Matrix, Norm
-from mlx_mixtral.quantization import QuantizationSpec
-from mlx_mixtral_convert.sources.storage import Storage
+from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = ["GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "TensorSource", "Values", "tensor_place"]
 
@@ -37,7 +37,7 @@ class Values:
 
 
 class TensorSource(Protocol):
-    """One checkpoint of any layout, as the matrices and norms of ``mlx_mixtral.layout``.
+    """One checkpoint of any layout, as the matrices and norms of ``mlx_mixtral.config.layout``.
 
     Opening a source reads headers only and raises CheckpointError for a tensor that is missing, of another shape, or not of a
     float type. ``read`` and ``read_norm`` may be called from one other thread than the one that opened it.

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config import MixtralConfig, read_json
+from mlx_mixtral.config.layout import Matrix, Norm, Rows, locate, matrices, norms
+from mlx_mixtral.config.mixtral import MixtralConfig, read_json
 from mlx_mixtral.errors import CheckpointError, ConversionError
-from mlx_mixtral.layout import Matrix, Norm, Rows, locate, matrices, norms
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.sources.base import SourceFiles, Values
-from mlx_mixtral_convert.sources.storage import Storage
-from mlx_mixtral_convert.sources.stored import StoredCheckpoint, StoredReader
+from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint, StoredReader
+from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = ["HuggingFaceSource", "check_float", "detect", "open_storage"]
 

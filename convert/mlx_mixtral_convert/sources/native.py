@@ -16,17 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.config import MixtralConfig, read_json
+from mlx_mixtral.config.layout import Matrix
+from mlx_mixtral.config.mixtral import MixtralConfig, read_json
 from mlx_mixtral.errors import CheckpointError, ConfigError
-from mlx_mixtral.layout import Matrix
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.safetensors import TensorInfo
-from mlx_mixtral_convert.sources.arranged import part_halves
 from mlx_mixtral_convert.sources.base import Values
-from mlx_mixtral_convert.sources.hf_bin import TorchSource
-from mlx_mixtral_convert.sources.storage import Storage
-from mlx_mixtral_convert.sources.stored import read_header
-from mlx_mixtral_convert.sources.torch_files import StoredTensor, read_torch
+from mlx_mixtral_convert.sources.row_order import part_halves
+from mlx_mixtral_convert.sources.storage.file import read_header
+from mlx_mixtral_convert.sources.storage.local import Storage
+from mlx_mixtral_convert.sources.torch.files import StoredTensor, read_torch
+from mlx_mixtral_convert.sources.torch.hf_bin import TorchSource
 
 __all__ = ["NativeSource", "detect", "hugging_face_entries", "open_storage"]
 

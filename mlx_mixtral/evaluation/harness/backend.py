@@ -11,13 +11,13 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mixtral.arguments import check_callbacks, check_type
-from mlx_mixtral.device import wired
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 from mlx_mixtral.evaluation.forward import context_limit
 from mlx_mixtral.evaluation.harness.encoding import Encoder, Pair
 from mlx_mixtral.evaluation.harness.scoring import Answer, score_pairs, truncated
 from mlx_mixtral.evaluation.harness.settings import GenerationSettings
-from mlx_mixtral.runtime import Mixtral
+from mlx_mixtral.machine.device import wired
+from mlx_mixtral.runtime.mixtral import Mixtral
 
 __all__ = ["DEFAULT_BATCH", "Backend"]
 

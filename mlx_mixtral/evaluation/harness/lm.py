@@ -17,7 +17,7 @@ from mlx_mixtral.evaluation.corpus import vocabulary_sha256
 from mlx_mixtral.evaluation.harness.backend import DEFAULT_BATCH, Backend
 from mlx_mixtral.evaluation.harness.scoring import Answer
 from mlx_mixtral.evaluation.journal import Journal
-from mlx_mixtral.runtime import Mixtral
+from mlx_mixtral.runtime.mixtral import Mixtral
 
 __all__ = ["HarnessLM"]
 

@@ -16,7 +16,7 @@ from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.errors import ContextLengthError
 from mlx_mixtral.evaluation.forward import Scored, predict, score
 from mlx_mixtral.evaluation.harness.encoding import Pair
-from mlx_mixtral.runtime import Mixtral
+from mlx_mixtral.runtime.mixtral import Mixtral
 
 __all__ = ["Answer", "score_pairs", "truncated"]
 

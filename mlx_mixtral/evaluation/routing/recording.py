@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.arguments import check_callbacks, check_type
-from mlx_mixtral.device import wired
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window, encode_texts
 from mlx_mixtral.evaluation.forward import context_limit
 from mlx_mixtral.evaluation.routing.record import RoutingRecord
 from mlx_mixtral.evaluation.texts import Text
 from mlx_mixtral.experts.trace import RoutingTrace
-from mlx_mixtral.routing import Routed, RoutingObserver
-from mlx_mixtral.runtime import Mixtral
+from mlx_mixtral.machine.device import wired
+from mlx_mixtral.model.routing import Routed, RoutingObserver
+from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.tokenizer import Tokenizer
 
 __all__ = ["RoutingProgress", "Stretch", "record_texts", "stretches"]

@@ -30,8 +30,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_mixtral.experts.bank import gathers_sorted
-from mlx_mixtral.experts.plan import ModelSizes, Speeds
+from mlx_mixtral.budget.slots import ModelSizes, Speeds
+from mlx_mixtral.layers.expert_bank import gathers_sorted
 
 __all__ = ["ForwardCost", "distinct_experts"]
 

@@ -10,7 +10,7 @@ from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.generation.sampling import Sampler
 from mlx_mixtral.generation.speculation.accept import DRAFT_STREAM
 from mlx_mixtral.generation.speculation.proposal import Guess, Proposal
-from mlx_mixtral.model.mixtral import MixtralModel
+from mlx_mixtral.model.transformer import MixtralModel
 
 __all__ = ["DraftProposer"]
 

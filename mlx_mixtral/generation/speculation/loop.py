@@ -16,8 +16,8 @@ from mlx_mixtral.generation.speculation.accept import Verdict, verify
 from mlx_mixtral.generation.speculation.economics import Economics
 from mlx_mixtral.generation.speculation.proposal import Guess, Proposer, SpeculationStats
 from mlx_mixtral.generation.stats import GenerationStats, Token
-from mlx_mixtral.model.mixtral import MixtralModel
 from mlx_mixtral.model.step import DecodeStep
+from mlx_mixtral.model.transformer import MixtralModel
 
 __all__ = ["speculate"]
 

@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mlx_mixtral import Mixtral, load
+from mlx_mixtral.budget.planner import TRACE_FILE
 from mlx_mixtral.errors import CheckpointError, ContextLengthError, DestinationError, InvalidRequestError, MixtralError
 from mlx_mixtral.evaluation.routing import RoutingProgress, RoutingRecord, record_texts
 from mlx_mixtral.evaluation.routing.record import trace_file_bytes
 from mlx_mixtral.evaluation.texts import Text
 from mlx_mixtral.experts import trace as trace_module
 from mlx_mixtral.experts.trace import FORMAT, RoutingTrace, hit_rates
-from mlx_mixtral.planning import TRACE_FILE
-from mlx_mixtral.routing import RoutingObserver, ordered_choice
+from mlx_mixtral.model.routing import RoutingObserver, ordered_choice
 
 from .support import beginnings
 

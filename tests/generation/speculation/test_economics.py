@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlx_mixtral.experts.plan import ModelSizes, Speeds
+from mlx_mixtral.budget.slots import ModelSizes, Speeds
 from mlx_mixtral.generation.speculation.cost import ForwardCost, distinct_experts
 from mlx_mixtral.generation.speculation.economics import RETRY_TOKENS, Acceptance, Economics, expected_tokens
 

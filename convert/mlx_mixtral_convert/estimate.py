@@ -1,0 +1,89 @@
+"""What a conversion will need, before it runs: one matrix is read and packed on trial, memory follows from the plan."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mixtral.config.layout import Matrix, matrices
+from mlx_mixtral.weights.safetensors import ITEM_BYTES
+from mlx_mixtral_convert.output.plan import Plan
+from mlx_mixtral_convert.packing.measure import ErrorSum
+from mlx_mixtral_convert.pipeline import pack_piece, packed_arrays, read_piece
+from mlx_mixtral_convert.report import peak_memory_bytes
+from mlx_mixtral_convert.rounding import Gptq, Rounder
+from mlx_mixtral_convert.sources import TensorSource
+
+__all__ = ["Needs", "rehearse"]
+
+# Trials of at least this long: a small model's first matrix measures the warming-up of kernels.
+TRIAL_SECONDS = 0.2
+MOST_TRIALS = 64
+# Blocks being converted, measured and hashed, threads' stacks, MLX's own buffers.
+WORKING_BYTES = 150_000_000
+
+
+@dataclass(frozen=True)
+class Needs:
+    """``seconds`` is None for gptq, whose time goes into hidden states that only a run has."""
+
+    seconds: float | None
+    memory_bytes: int
+
+
+def rehearse(source: TensorSource, plan: Plan, rounder: Rounder | None) -> Needs:
+    """Read and pack an expert's matrix as a conversion will, without writing it."""
+    return Needs(None if isinstance(rounder, Gptq) else _seconds(source, plan, rounder), _memory_bytes(source, plan))
+
+
+def _seconds(source: TensorSource, plan: Plan, rounder: Rounder | None) -> float:
+    listed = list(matrices(plan.config))
+    matrix = next((m for m in listed if m.part == "expert"), listed[0])
+    scratch = mx.zeros(_nbytes(source, matrix), mx.uint8)
+    mx.eval(scratch)
+    pack_piece(plan, read_piece(source, plan, matrix, 0, scratch), rounder)
+    done, trials, started, slowest = 0, 0, time.perf_counter(), 0.0
+    while trials < MOST_TRIALS and (not trials or time.perf_counter() - started < TRIAL_SECONDS):
+        slowest += _trial(source, plan, matrix, trials % (matrix.num_experts or 1), scratch, rounder)
+        done += matrix.out_features * matrix.in_features
+        trials += 1
+    return slowest * plan.parameters / done
+
+
+def _trial(
+    source: TensorSource, plan: Plan, matrix: Matrix, expert: int, scratch: mx.array, rounder: Rounder | None
+) -> float:
+    """Seconds of the slowest of the three steps, which a conversion does side by side."""
+    started = time.perf_counter()
+    piece = read_piece(source, plan, matrix, expert, scratch)
+    read = time.perf_counter()
+    packed = pack_piece(plan, piece, rounder)
+    done = time.perf_counter()
+    arrays = packed_arrays(packed)
+    for array in arrays.values():
+        hashlib.sha256(np.ascontiguousarray(array).data).digest()
+    if (spec := plan.specs[matrix.path]) is not None:
+        ErrorSum().add(piece.values, arrays, plan.dtype, spec)
+    return max(read - started, done - read, time.perf_counter() - done)
+
+
+def _memory_bytes(source: TensorSource, plan: Plan) -> int:
+    """What is held now, three matrices as read, and of the largest two the cast and the packed form."""
+    read = max(_nbytes(source, matrix) for matrix in matrices(plan.config))
+    cast = packed = 0
+    for matrix in matrices(plan.config):
+        spec, count = plan.specs[matrix.path], matrix.out_features * matrix.in_features
+        typed = ITEM_BYTES[plan.dtype]
+        if source.dtype(matrix) != plan.dtype:
+            cast = max(cast, count * typed)
+        if spec is not None:
+            packed = max(packed, spec.nbytes(matrix.out_features, matrix.in_features, typed))
+    return peak_memory_bytes() + WORKING_BYTES + 3 * read + 3 * cast + 3 * packed
+
+
+def _nbytes(source: TensorSource, matrix: Matrix) -> int:
+    return matrix.out_features * matrix.in_features * ITEM_BYTES[source.dtype(matrix)]

@@ -1,0 +1,1 @@
+"""What a conversion writes: its files, planned, written and journalled."""

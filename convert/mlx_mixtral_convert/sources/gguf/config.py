@@ -1,0 +1,142 @@
+"""GGUF's ``llama.*`` keys as the entries of a Hugging Face ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_mixtral.errors import ConfigError
+from mlx_mixtral_convert.sources.gguf.header import GgufHeader
+
+__all__ = ["hf_entries"]
+
+# Keys read below, or that describe and do not compute.
+_KNOWN = {
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length",
+    "attention.sliding_window", "rope.freq_base", "rope.dimension_count", "rope.scale_linear", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned", "expert_count",
+    "expert_used_count", "vocab_size", "tensor_data_layout", "expert_feed_forward_length",
+}  # fmt: skip
+# Any other key of the architecture changes the computation, unless it says so much as "not that".
+_NEUTRAL = (0, 0.0, False, "")
+_PREFIX = "llama."
+
+
+def hf_entries(header: GgufHeader, vocab_size: int, *, tied: bool) -> dict[str, Any]:
+    """The configuration a file's keys describe: ``mixtral`` with experts, else ``llama``, or ``mistral`` with a window.
+
+    Args:
+        vocab_size: rows of the embedding.
+        tied: the file has no output matrix.
+
+    Raises:
+        ConfigError: another architecture, a key that is missing or malformed, or one that changes the computation.
+    """
+    keys, get = header.keys, _Keys(header)
+    architecture = keys.get("general.architecture")
+    if architecture != "llama":
+        raise ConfigError(
+            f"{header.path} holds a {architecture!r} model; Mixtral, Mistral and Llama files say 'llama' "
+            "at general.architecture"
+        )
+    if (kind := keys.get("general.type", "model")) != "model":
+        raise ConfigError(f"{header.path} holds a {kind!r}, not a model")
+    for key, value in keys.items():
+        name = key.removeprefix(_PREFIX)
+        if name != key and name not in _KNOWN and value not in _NEUTRAL:
+            raise ConfigError(f"{header.path}: {key!r} = {_short(value)} changes the computation and is not supported")
+    experts, heads = get.integer("expert_count", 0), get.integer("attention.head_count")
+    hidden, context = get.integer("embedding_length"), get.integer("context_length")
+    head_dim = get.integer("attention.key_length", hidden // max(heads, 1))
+    for other in ("attention.value_length", "rope.dimension_count"):
+        if (length := get.integer(other, head_dim)) != head_dim:
+            raise ConfigError(f"{header.path}: {_PREFIX}{other} is {length}, other than the head size {head_dim}")
+    width = get.integer("feed_forward_length")
+    window = get.integer("attention.sliding_window", 0)
+    dense = "mistral" if window else "llama"
+    entries: dict[str, Any] = {
+        "architectures": [{"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}[dense]],
+        "model_type": dense,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": get.integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": context,
+        "rms_norm_eps": _shortest(get.number("attention.layer_norm_rms_epsilon")),
+        # What llama.cpp takes for a dense file that says nothing. A Mixtral's is never 1e4.
+        "rope_theta": _shortest(get.number("rope.freq_base", 1e6 if experts else 1e4)),
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+        "torch_dtype": "float16",
+    }
+    if experts:
+        entries |= {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "intermediate_size": get.integer("expert_feed_forward_length", 0) or width,
+            "num_local_experts": experts,
+            "num_experts_per_tok": get.integer("expert_used_count", 2),
+        }
+    if window:
+        entries["sliding_window"] = window
+    if scaling := _rope_scaling(get, header):
+        entries["rope_scaling"] = scaling
+    for name in ("bos", "eos"):
+        if isinstance(token := keys.get(f"tokenizer.ggml.{name}_token_id"), int):
+            entries[f"{name}_token_id"] = token
+    return entries
+
+
+def _rope_scaling(get: _Keys, header: GgufHeader) -> Mapping[str, Any] | None:
+    factor = get.number("rope.scaling.factor", get.number("rope.scale_linear", 1.0))
+    # A factor without a kind is linear.
+    kind = header.keys.get(f"{_PREFIX}rope.scaling.type", "linear")
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": _shortest(factor)}
+    if kind == "yarn":
+        original = get.integer("rope.scaling.original_context_length", 0)
+        given = {"original_max_position_embeddings": original} if original else {}
+        return {"rope_type": "yarn", "factor": _shortest(factor), **given}
+    raise ConfigError(f"{header.path}: {_PREFIX}rope.scaling.type = {kind!r} is not supported; linear and yarn are")
+
+
+class _Keys:
+    def __init__(self, header: GgufHeader) -> None:
+        self._header = header
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self._value(name, default)
+        # One value a layer, all alike.
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{self._header.path}: {_PREFIX}{name} is {_short(value)}, not one integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self._value(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(f"{self._header.path}: {_PREFIX}{name} is {_short(value)}, not a number")
+        return float(value)
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self._header.keys.get(f"{_PREFIX}{name}", default)
+        if value is None:
+            raise ConfigError(f"{self._header.path}: the key {_PREFIX}{name} is missing")
+        return value
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal with the same float32, which is what the file holds: 1e-05, not 9.999999747378752e-06."""
+    return float(f"{value:.7g}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

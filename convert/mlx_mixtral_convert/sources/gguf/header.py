@@ -1,0 +1,193 @@
+"""The head of a GGUF file: keys and tensor descriptions, read with every count checked against the bytes there are.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. A file comes from a
+stranger: a count or length is believed only when the rest of the file could hold it, and a head has a largest size.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral_convert.sources.gguf.types import TYPES, GgufType
+from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
+
+__all__ = ["MAGIC", "GgufHeader", "GgufTensor", "is_gguf", "read_header"]
+
+MAGIC = b"GGUF"
+# The largest known, with 256 thousand tokens and their merges, has 20 MB.
+MAX_HEAD_BYTES = 256 * 2**20
+MAX_KEYS, MAX_TENSORS, MAX_AXES = 2**16, 2**18, 4
+MAX_NAME_BYTES = 2**16 - 1
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """``shape`` is row-major (the file lists the fastest axis first); ``offset`` counts from the start of ``file``."""
+
+    name: str
+    kind: GgufType
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.shape[-1] // self.kind.weights * self.kind.nbytes
+
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Keys and tensors of one file."""
+
+    path: Path
+    keys: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+def is_gguf(storage: Storage, path: Path) -> bool:
+    """Whether a file begins as GGUF does."""
+    head = bytearray(len(MAGIC))
+    try:
+        if storage.look(path)[0] < len(head):
+            return False
+        storage.read_into(path, memoryview(head), 0)
+    except (CheckpointError, OSError):
+        return False
+    return head == MAGIC
+
+
+def read_header(path: Path, storage: Storage | None = None) -> GgufHeader:
+    """Read the head of a file, of this machine unless ``storage`` says, and check that its tensors lie within it.
+
+    Raises:
+        CheckpointError: not GGUF, another version or byte order, truncated, absurd counts, or a type not known here.
+    """
+    storage = LocalStorage(path) if storage is None else storage
+    try:
+        with storage.open(path) as file:
+            return _Head(path, file, storage.look(path)[0]).read()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+class _Head:
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path, self.size, self.at = path, size, 0
+        self._file = file
+
+    def read(self) -> GgufHeader:
+        if self.bytes(4, "the magic") != MAGIC:
+            raise self.error("is not a GGUF file: it does not begin with 'GGUF'")
+        version = self.number("<I")
+        if version & 0xFFFF == 0:
+            raise self.error("is a big-endian GGUF file, which is not supported; convert a little-endian one")
+        if version not in (2, 3):
+            raise self.error(f"is a GGUF file of version {version}; versions 2 and 3 are read: convert it anew")
+        tensor_count, key_count = self.number("<Q"), self.number("<Q")
+        self.believe(tensor_count, 24, MAX_TENSORS, "tensors")
+        self.believe(key_count, 13, MAX_KEYS, "keys")
+        keys: dict[str, Any] = {}
+        for _ in range(key_count):
+            name = self.string("a key", MAX_NAME_BYTES)
+            if name in keys:
+                raise self.error(f"has the key {name!r} twice")
+            keys[name] = self.value(self.number("<I"), name)
+        described = [self.tensor() for _ in range(tensor_count)]
+        alignment = keys.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+            raise self.error(f"has general.alignment {alignment!r}; it must be a power of two")
+        start = -(-self.at // alignment) * alignment
+        tensors: dict[str, GgufTensor] = {}
+        for name, kind, shape, offset in described:
+            if name in tensors:
+                raise self.error(f"has the tensor {name!r} twice")
+            tensor = GgufTensor(name, kind, shape, self.path, start + offset)
+            if tensor.offset + tensor.nbytes > self.size:
+                raise self.error(
+                    f"is truncated: tensor {name!r} ends at byte {tensor.offset + tensor.nbytes} of {self.size}; "
+                    "download it again"
+                )
+            tensors[name] = tensor
+        return GgufHeader(self.path, keys, tensors)
+
+    def tensor(self) -> tuple[str, GgufType, tuple[int, ...], int]:
+        name = self.string("a tensor's name", MAX_NAME_BYTES)
+        axes = self.number("<I")
+        if not 1 <= axes <= MAX_AXES:
+            raise self.error(f"says that tensor {name!r} has {axes} axes; 1 to {MAX_AXES} are possible")
+        shape = tuple(reversed([self.number("<Q") for _ in range(axes)]))
+        if not 0 < prod(shape) < 2**40:
+            raise self.error(f"says that tensor {name!r} has shape {list(shape)}, which no tensor has")
+        number, offset = self.number("<I"), self.number("<Q")
+        if (kind := TYPES.get(number)) is None:
+            raise self.error(f"holds tensor {name!r} in type {number}, which is not one of the types that can be read")
+        if shape[-1] % kind.weights:
+            raise self.error(f"says that tensor {name!r} has rows of {shape[-1]}, not whole {kind.name} blocks")
+        return name, kind, shape, offset
+
+    def value(self, kind: int, name: str) -> Any:
+        if kind == _STRING:
+            return self.string(f"the value of {name!r}", MAX_HEAD_BYTES)
+        if kind == _ARRAY:
+            item, count = self.number("<I"), self.number("<Q")
+            if item == _STRING:
+                self.believe(count, 8, MAX_HEAD_BYTES, f"values of {name!r}")
+                return [self.string(f"the value of {name!r}", MAX_HEAD_BYTES) for _ in range(count)]
+            if item not in _SCALARS:
+                raise self.error(f"has an array of type {item} at key {name!r}, which GGUF does not define")
+            code = _SCALARS[item]
+            self.believe(count, struct.calcsize(code), MAX_HEAD_BYTES, f"values of {name!r}")
+            raw = self.bytes(count * struct.calcsize(code), f"the values of {name!r}")
+            return np.frombuffer(raw, np.dtype(code)).tolist()
+        if kind not in _SCALARS:
+            raise self.error(f"has a value of type {kind} at key {name!r}, which GGUF does not define")
+        scalar = self.number(_SCALARS[kind])
+        return bool(scalar) if kind == _BOOL else scalar
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(code, self.bytes(struct.calcsize(code), "its head"))[0]
+
+    def string(self, what: str, most: int) -> str:
+        length = self.number("<Q")
+        if length > most:
+            raise self.error(f"says that {what} has {length} bytes; more than {most} is not believed")
+        try:
+            return self.bytes(length, what).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error(f"holds {what} that is not UTF-8 ({error.reason})") from error
+
+    def believe(self, count: int, each: int, most: int, what: str) -> None:
+        if count > most or count * each > self.size - self.at:
+            raise self.error(f"says it has {count} {what}, more than its {self.size} bytes can hold")
+
+    def bytes(self, count: int, what: str) -> bytes:
+        if self.at + count > self.size:
+            raise self.error(f"is truncated: {what} reaches past its {self.size} bytes; download it again")
+        if self.at + count > MAX_HEAD_BYTES:
+            raise self.error(f"has a head of more than {MAX_HEAD_BYTES} bytes, which is not believed")
+        data = self._file.read(count)
+        if len(data) != count:
+            raise self.error("became shorter while it was read")
+        self.at += count
+        return data
+
+    def error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} {what}")

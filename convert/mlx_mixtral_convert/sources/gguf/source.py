@@ -1,0 +1,240 @@
+"""GGUF files of Mixtral, Mistral and Llama: merged and per-expert tensors, one file or a split set, every type.
+
+llama.cpp pairs neighbouring features in its rotary embedding, so its converter reordered the rows of q and k. That is
+undone here, on whole rows: blocks run along the columns, and a row of them moves as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.config.layout import Field, Matrix, Norm, matrices, norms
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.errors import CheckpointError, ConfigError
+from mlx_mixtral.weights.dtypes import as_numpy
+from mlx_mixtral_convert.packing.transcode import AFFINE, transcode
+from mlx_mixtral_convert.sources.base import NativePacking, SourceFiles, Values, tensor_place
+from mlx_mixtral_convert.sources.gguf.config import hf_entries
+from mlx_mixtral_convert.sources.gguf.files import check_split, gguf_files, model_files
+from mlx_mixtral_convert.sources.gguf.header import GgufTensor, is_gguf, read_header
+from mlx_mixtral_convert.sources.gguf.types import FLOAT_TYPES, dequantize, native_packing
+from mlx_mixtral_convert.sources.gguf.vocabulary import tokenizer_files
+from mlx_mixtral_convert.sources.storage.local import Storage
+
+__all__ = ["GgufSource", "detect", "open_storage"]
+
+Bytes = npt.NDArray[np.uint8]
+
+_ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+_EXPERT = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def detect(storage: Storage) -> bool:
+    """Whether the file named is GGUF or, where none is, all weights are."""
+    if storage.named is not None:
+        return is_gguf(storage, storage.named)
+    return bool(gguf_files(storage)) and not any(file.suffix in _OTHER_WEIGHTS for file in storage.glob("*"))
+
+
+def open_storage(storage: Storage) -> GgufSource:
+    """Open the file named, with the others of a split set, or the one model there is."""
+    return GgufSource(storage)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One expert of a matrix: rows of a tensor."""
+
+    tensor: GgufTensor
+    start: int
+    label: str
+
+
+class GgufSource:
+    """A GGUF model; the heads of its files are read and checked here, weights by byte range when they are asked for.
+
+    Raises:
+        CheckpointError: damaged or truncated, a tensor missing, left over or of another shape, a part of a split set missing,
+            experts of different types, several models in a folder.
+        ConfigError: another architecture, or a key that changes the computation.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        paths = model_files(storage)
+        headers = [read_header(file, storage) for file in paths]
+        check_split(headers)
+        self._head = headers[0]
+        self.path, self.folder = self._head.path, storage.folder
+        self._own_folder = storage.named is None
+        self._tensors: dict[str, GgufTensor] = {}
+        for header in headers:
+            for name, tensor in header.tensors.items():
+                if name in self._tensors:
+                    raise CheckpointError(f"{header.path}: tensor {name!r} is in another file of the set too")
+                self._tensors[name] = tensor
+        embedding = self._tensor("token_embd.weight")
+        tied = "output.weight" not in self._tensors
+        self.entries: Mapping[str, Any] = hf_entries(self._head, embedding.rows, tied=tied)
+        self.config = MixtralConfig.from_hf(self.entries)
+        self._used: set[str] = set()
+        self._parts = {matrix.path: self._find(matrix) for matrix in matrices(self.config)}
+        self._norms = {norm.path: self._find_norm(norm) for norm in norms(self.config)}
+        self._fetched = "", 0, np.empty((0, 0), np.uint8)
+        self.files = SourceFiles(storage, list(paths))
+        self._refuse_leftovers()
+
+    def dtype(self, matrix: Matrix) -> str:
+        kind = self._parts[matrix.path][0].tensor.kind.name
+        return kind if kind in FLOAT_TYPES else "F32"
+
+    def name(self, item: Matrix | Norm, expert: int = 0) -> str:
+        return self._norms[item.path].name if isinstance(item, Norm) else self._parts[item.path][expert].label
+
+    def file(self, item: Matrix | Norm, expert: int = 0) -> Path:
+        return self._norms[item.path].file if isinstance(item, Norm) else self._parts[item.path][expert].tensor.file
+
+    def read(self, matrix: Matrix, expert: int, scratch: Bytes) -> Values:
+        kind, shape = self._parts[matrix.path][expert].tensor.kind, (matrix.out_features, matrix.in_features)
+        if kind.name in FLOAT_TYPES:
+            raw = scratch[: shape[0] * shape[1] * kind.nbytes].reshape(shape[0], -1)
+            return Values(as_numpy(self._raw(matrix, expert, raw), kind.name), kind.name)
+        values = scratch[: 4 * shape[0] * shape[1]].view(np.float32).reshape(shape)
+        raw = self._raw(matrix, expert)
+        if self._storage.ahead_bytes:
+            # Fetched once, whether an exact conversion asks for the integers too or not.
+            self._fetched = matrix.path, expert, raw
+        dequantize(raw, kind.name, values)
+        return Values(values, "F32")
+
+    def read_norm(self, norm: Norm) -> Values:
+        tensor = self._norms[norm.path]
+        raw = self._pread(tensor, 0, np.empty((1, tensor.nbytes), np.uint8))
+        return Values(as_numpy(raw, tensor.kind.name), tensor.kind.name)
+
+    def native(self, matrix: Matrix) -> NativePacking | None:
+        return native_packing(self._parts[matrix.path][0].tensor.kind.name)
+
+    def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
+        part = self._parts[matrix.path][expert]
+        path, number, raw = self._fetched
+        if (path, number) != (matrix.path, expert):
+            raw = self._raw(matrix, expert)
+        return transcode(raw, AFFINE[part.tensor.kind.name], tensor_place(self, matrix, expert))
+
+    def small_files(self) -> dict[str, bytes]:
+        """Tokenizer, its settings and the chat template out of the keys; a licence that lies in the model's own folder."""
+        licences = sorted(self.folder.glob("LICENSE*")) if self._own_folder else []
+        return tokenizer_files(self._head) | {path.name: path.read_bytes() for path in licences if path.is_file()}
+
+    def close(self) -> None:
+        self._storage.close()
+
+    def __enter__(self) -> GgufSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _raw(self, matrix: Matrix, expert: int, out: Bytes | None = None) -> Bytes:
+        """The rows of one expert ``[out_features, row_bytes]`` in the order of the half-rotation form."""
+        part = self._parts[matrix.path][expert]
+        if out is None:
+            out = np.empty((matrix.out_features, part.tensor.row_bytes), np.uint8)
+        self._pread(part.tensor, part.start * part.tensor.row_bytes, out)
+        heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        if (count := heads.get(matrix.path.rpartition(".")[2])) is not None:
+            # Per head: [half, 2] neighbours become [2, half] halves.
+            out[:] = out.reshape(count, -1, 2, part.tensor.row_bytes).swapaxes(1, 2).reshape(out.shape)
+        return out
+
+    def _pread(self, tensor: GgufTensor, skip: int, out: Bytes) -> Bytes:
+        self._storage.read_into(tensor.file, out.reshape(-1).data, tensor.offset + skip)
+        return out
+
+    def _tensor(self, name: str) -> GgufTensor:
+        if (tensor := self._tensors.get(name)) is None:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
+        return tensor
+
+    def _find(self, matrix: Matrix) -> list[_Part]:
+        names = _names(matrix, self.config.is_dense, self._tensors)
+        merged = names[0].endswith("_exps.weight")
+        found = [self._tensor(name) for name in names]
+        kinds = {tensor.kind.name for tensor in found}
+        if len(kinds) > 1:
+            other = next(tensor for tensor in found if tensor.kind != found[0].kind)
+            raise CheckpointError(
+                f"{self.path}: experts of {matrix.path} have different types: {found[0].name!r} is {found[0].kind.name}, "
+                f"{other.name!r} is {other.kind.name}; use a file whose experts are quantised alike"
+            )
+        for tensor in found:
+            expected = matrix.shape if merged else matrix.shape[-2:]
+            if tensor.shape != expected:
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}; "
+                    f"the configuration calls for {list(expected)}"
+                )
+        self._used.update(names)
+        if merged:
+            rows, name = matrix.out_features, found[0].name
+            return [_Part(found[0], e * rows, f"{name}[{e}]") for e in range(matrix.num_experts or 1)]
+        return [_Part(tensor, 0, tensor.name) for tensor in found]
+
+    def _find_norm(self, norm: Norm) -> GgufTensor:
+        name = "output_norm.weight"
+        if norm.layer is not None:
+            name = f"blk.{norm.layer}.{_NORMS[norm.path.rpartition('.')[2]]}.weight"
+        tensor = self._tensor(name)
+        if tensor.shape != (norm.size,) or tensor.kind.name not in FLOAT_TYPES:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} is {tensor.kind.name} {list(tensor.shape)}; "
+                f"the configuration calls for floats [{norm.size}]"
+            )
+        self._used.add(name)
+        return tensor
+
+    def _refuse_leftovers(self) -> None:
+        for name in sorted(set(self._tensors) - self._used):
+            tensor = self._tensors[name]
+            if name.endswith("rope_freqs.weight") and tensor.kind.name == "F32":
+                raw = self._pread(tensor, 0, np.empty(min(tensor.nbytes, 2**20), np.uint8))
+                if (raw.view(np.float32) == 1).all():
+                    continue
+                raise ConfigError(
+                    f"{tensor.file}: tensor {name!r} scales the rotary frequencies, which is not supported"
+                )
+            # Old files store the rotary frequencies, which follow from the configuration.
+            if not name.endswith(".attn_rot_embd"):
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {name!r} has no place in the model its keys describe; "
+                    "check llama.block_count and llama.expert_count"
+                )
+
+
+def _names(matrix: Matrix, dense: bool, present: Mapping[str, GgufTensor]) -> list[str]:
+    """The tensors a matrix lies in: one, or one an expert where they are kept apart."""
+    if matrix.part == "embedding":
+        return ["token_embd.weight"]
+    if matrix.part == "head":
+        return ["output.weight"]
+    block, projection = f"blk.{matrix.layer}", matrix.path.rpartition(".")[2]
+    if matrix.part == "router":
+        return [f"{block}.ffn_gate_inp.weight"]
+    if matrix.part == "attention":
+        return [f"{block}.{_ATTENTION[projection]}.weight"]
+    if dense:
+        return [f"{block}.{_EXPERT[projection]}.weight"]
+    apart = [f"{block}.{_EXPERT[projection]}.{expert}.weight" for expert in range(matrix.num_experts or 1)]
+    return apart if any(name in present for name in apart) else [f"{block}.{_EXPERT[projection]}_exps.weight"]

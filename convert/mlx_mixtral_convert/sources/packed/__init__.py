@@ -1,0 +1,1 @@
+"""Hugging Face folders whose matrices are packed: AWQ, GPTQ, FP8."""

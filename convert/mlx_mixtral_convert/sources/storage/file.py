@@ -1,0 +1,100 @@
+"""Safetensors of a ``Storage``: the same checkpoint and reader as the runtime's, whatever the bytes come from."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.weights.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointReader
+from mlx_mixtral.weights.safetensors import TensorInfo, header_bytes, parse_header
+from mlx_mixtral_convert.sources.storage.local import Storage
+
+__all__ = ["StoredCheckpoint", "StoredReader", "read_header"]
+
+# Tensors read in turn: the fields of a packed module.
+WINDOWS = 4
+
+
+def read_header(storage: Storage, file: Path) -> dict[str, TensorInfo]:
+    """Names, shapes, dtypes and byte ranges of every tensor of a file.
+
+    Raises:
+        CheckpointError: as the runtime's ``read_header``.
+    """
+    try:
+        size = storage.look(file)[0]
+        with storage.open(file) as opened:
+            raw = opened.read(header_bytes(file, opened.read(8), size))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    return parse_header(file, raw, size)
+
+
+class StoredCheckpoint(Checkpoint):
+    """The safetensors of a storage."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        super().__init__(storage.folder)
+        self.folder = storage.path
+
+    def _has(self, file: str) -> bool:
+        if not self._storage.has(file):
+            raise CheckpointError(
+                f"{INDEX} names {file!r}, which is not in {self._storage.path}; the upload or download was not complete"
+            )
+        return True
+
+    def _header(self, file: str) -> dict[str, TensorInfo]:
+        return read_header(self._storage, self._storage.at(file))
+
+    def _single_file(self) -> Path:
+        found = self._storage.glob("*.safetensors")
+        if self._storage.has(SINGLE):
+            return self._storage.at(SINGLE)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CheckpointError(
+                f"{self._storage.path} has {len(found)} safetensors files and no {INDEX} to say which tensor is where"
+            )
+        raise CheckpointError(f"{self._storage.path} has no weights: neither {INDEX} nor {SINGLE}")
+
+
+class StoredReader(CheckpointReader):
+    """Reads tensors of a storage; rows a part at a time, where a request takes long, from more that is fetched at once."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._windows: dict[tuple[Path, str], tuple[int, npt.NDArray[np.uint8]]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, info: TensorInfo, buffer: memoryview, skip_bytes: int = 0) -> None:
+        self._storage.read_into(info.file, buffer.cast("B"), info.offset + skip_bytes)
+
+    def rows(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        begin, end = start * info.row_bytes, stop * info.row_bytes
+        if end - begin >= min(self._storage.ahead_bytes, info.nbytes):
+            return super().rows(info, start, stop)
+        with self._lock:
+            at, held = self._windows.pop((info.file, info.name), (begin, np.empty(0, np.uint8)))
+            if not at <= begin <= end <= at + len(held):
+                at, held = begin, self._fetch(info, begin, held[begin - at :] if begin >= at else held[:0])
+            self._windows[info.file, info.name] = at, held
+            while len(self._windows) > WINDOWS:
+                del self._windows[next(iter(self._windows))]
+        return held[begin - at : end - at].reshape(stop - start, -1).copy()
+
+    def close(self) -> None:
+        self._storage.close()
+
+    def _fetch(self, info: TensorInfo, begin: int, known: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Bytes of a tensor from ``begin`` on, of which the first are known."""
+        fetched = np.empty(min(self._storage.ahead_bytes, info.nbytes - begin), np.uint8)
+        fetched[: len(known)] = known
+        self.read(info, fetched[len(known) :].data, begin + len(known))
+        return fetched

@@ -1,0 +1,1 @@
+"""A memory budget: what it has to hold, and which experts stay in memory under it."""

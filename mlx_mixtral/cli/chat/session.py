@@ -1,0 +1,164 @@
+"""One chat session: messages and slash commands in, answers out, what was said kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlx_mixtral import GenerationStats, Mixtral, SamplingParams
+from mlx_mixtral.arguments import as_path
+from mlx_mixtral.cli.chat.conversation import Conversation
+from mlx_mixtral.cli.console import note, one_line, terminal_safe
+from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
+from mlx_mixtral.errors import ContextLengthError, MixtralError
+from mlx_mixtral.runtime.speculation import Speculation
+
+__all__ = ["Session"]
+
+HELP = """\
+/reset         forget the conversation, keep the system prompt
+/undo          forget the last question and its answer
+/system TEXT   set the system prompt; without TEXT, remove it
+/save FILE     write the conversation to a file
+/load FILE     go on with a saved conversation
+/stats         tokens, speed and memory so far
+/help          this list
+/exit          leave (Ctrl-D too)
+A line ending with \\ goes on in the next; lines between two \"\"\" are one message.
+Ctrl-C stops an answer and keeps what was said. A message that begins with / is written with a space before it."""
+
+
+class Session:
+    """A conversation with a model, driven line by line."""
+
+    def __init__(
+        self,
+        model: Mixtral,
+        sampling: SamplingParams,
+        max_tokens: int,
+        system: str | None,
+        speculation: Speculation | None = None,
+    ) -> None:
+        self.model, self.sampling, self.max_tokens, self.speculation = model, sampling, max_tokens, speculation
+        self.conversation = Conversation(system)
+        self._last: GenerationStats | None = None
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/reset": self._reset,
+            "/undo": self._undo,
+            "/system": self._system,
+            "/save": self._save,
+            "/load": self._load,
+            "/stats": self._stats,
+            "/help": lambda _: note(HELP),
+        }
+
+    def check(self) -> None:
+        """Raise what a first message would, before one is typed: no tokenizer, no chat format, no room.
+
+        Raises:
+            ContextLengthError: the system prompt fills the context.
+            TokenizerError: the model cannot chat.
+        """
+        used = len(self.model.tokenizer.encode_chat([*self.conversation.messages, {"role": "user", "content": "Hi"}]))
+        if used >= (limit := self.model.config.max_position_embeddings):
+            raise ContextLengthError(
+                f"the system prompt alone takes {used} tokens, and the context holds {limit}; give a shorter --system"
+            )
+
+    def handle(self, message: str) -> bool:
+        """Take one message or command; False when the session ends. Errors become one line and the session goes on."""
+        command, _, argument = message.strip().partition(" ")
+        if not message.strip():
+            return True
+        if message.startswith("/"):
+            if command in ("/exit", "/quit", "/bye"):
+                return False
+            try:
+                self._commands.get(command, self._unknown)(argument.strip() if command in self._commands else command)
+            except MixtralError as error:
+                note(f"error: {one_line(error)}")
+            return True
+        self._ask(message.strip())
+        return True
+
+    def _ask(self, text: str) -> None:
+        talk = self.conversation
+        talk.ask(text)
+        answer = ""
+        try:
+            with Interruptible() as interrupt:
+                stream = self.model.stream_chat(
+                    talk.messages,
+                    sampling=self.sampling,
+                    max_tokens=self.max_tokens,
+                    cancelled=interrupt.cancelled,
+                    on_prefill=interrupt.on_prefill,
+                    speculation=self.speculation,
+                )
+                answer, chunks = print_stream(stream)
+        except ContextLengthError:
+            used = len(self.model.tokenizer.encode_chat(talk.messages))
+            talk.undo()
+            limit = self.model.config.max_position_embeddings
+            note(
+                f"error: the conversation would have {used} tokens and the context holds {limit}; this message was not "
+                "sent: /reset starts over, /undo forgets the last exchange"
+            )
+            return
+        except MixtralError as error:
+            talk.undo()
+            note(f"error: {one_line(error)}")
+            return
+        except KeyboardInterrupt:
+            talk.undo()
+            note("(stopped before an answer began; the message was taken back)")
+            return
+        self._last = stream.stats
+        # Templates want a turn that says something; an empty answer would make the next one unreadable.
+        if not answer.strip():
+            talk.undo()
+            note("(no answer; the message was taken back)")
+            return
+        talk.answer(answer.strip())
+        if interrupt.pressed:
+            note("(stopped; what was said so far is kept)")
+        elif chunks[-1].finish_reason == "length" and len(chunks) < self.max_tokens:
+            note("(the context is full: /reset starts over, /undo forgets the last exchange)")
+        elif chunks[-1].finish_reason == "length":
+            note(f"(cut off at --max-tokens {self.max_tokens})")
+
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
+        note("(the conversation is empty)")
+
+    def _undo(self, _: str) -> None:
+        note("(forgot the last exchange)" if self.conversation.undo() else "(nothing to forget)")
+
+    def _system(self, text: str) -> None:
+        self.conversation.system = text or None
+        note("(the system prompt is set)" if text else "(no system prompt)")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            note("error: /save needs a file name")
+            return
+        self.conversation.save(as_path("the file", name))
+        note(f"(saved {len(self.conversation.messages)} messages to {one_line(name)})")
+
+    def _load(self, name: str) -> None:
+        if not name:
+            note("error: /load needs a file name")
+            return
+        self.conversation.load(as_path("the file", name))
+        note(f"(loaded {len(self.conversation.messages)} messages)")
+
+    def _stats(self, _: str) -> None:
+        turns = self.conversation.messages
+        limit = self.model.config.max_position_embeddings
+        asked = [*turns, {"role": "user", "content": ""}] if turns else []
+        used = len(self.model.tokenizer.encode_chat(asked)) if asked else 0
+        note(f"{len(turns)} messages, {used} of {limit} tokens of context")
+        if self._last is not None:
+            note(f"last answer: {stats_line(self._last)}")
+
+    def _unknown(self, command: str) -> None:
+        note(f"error: {terminal_safe(command)} is not a command; /help lists them")

@@ -1,0 +1,123 @@
+"""A conversion while it runs and when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_mixtral.cli.console import err_console, note, one_line, out_console, print_table, seconds
+from mlx_mixtral.cli.info.shape import PART_NAMES
+from mlx_mixtral.cli.progress import byte_progress
+from mlx_mixtral.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from mlx_mixtral_convert import Progress
+
+__all__ = ["conversion_progress", "print_conversion"]
+
+# Without a terminal a line is written this often at most: enough for a log of an hour's work.
+PLAIN_LINES_EVERY_S = 15.0
+WORST_SHOWN = 5
+
+
+@contextlib.contextmanager
+def conversion_progress() -> Iterator[Callable[[Progress], None]]:
+    """A callback for ``convert``: a bar with bytes a second and remaining time, or now and then a plain line."""
+    if not err_console().is_terminal:
+        yield _plain_lines()
+        return
+    with byte_progress() as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(at: Progress) -> None:
+            if at.stage not in tasks:
+                for task in tasks.values():
+                    bar.update(task, visible=False)
+                tasks[at.stage] = bar.add_task(at.stage, total=None)
+            label = f"{at.stage} layer {at.layer + 1}/{at.layers}" if at.layer is not None and at.layers else at.stage
+            bar.update(tasks[at.stage], description=label, completed=at.done_bytes, total=at.total_bytes)
+
+        yield show
+
+
+def _plain_lines() -> Callable[[Progress], None]:
+    last = time.monotonic()
+
+    def show(at: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PLAIN_LINES_EVERY_S or not at.total_bytes:
+            return
+        last = now
+        share = 100 * at.done_bytes // at.total_bytes
+        note(f"{at.stage}: {share}% of {format_bytes(at.total_bytes)}")
+
+    return show
+
+
+def _print_packings(packings: Sequence[Mapping[str, Any]]) -> None:
+    rows = []
+    for entry in packings:
+        error = "" if entry["relative_rms"] is None else f"{entry['relative_rms']:.3%}"
+        rows.append([one_line(entry["type_name"]), entry["spec"], str(entry["matrices"]), entry["how"], error])
+    print_table("Packing kept", ["source", "packed as", "matrices", "", "largest relative error"], rows, left=2)
+
+
+def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None:
+    """Sizes, bits by part, the matrices that lost most, time and memory, and what to type next."""
+    console = out_console()
+    name = one_line(dest)
+    console.print(
+        f"{name}{' (dry run: nothing was written)' if report['dry_run'] else ''}", style="bold", soft_wrap=True
+    )
+    line = f"{format_bytes(report['source_bytes'])} -> {format_bytes(report['output_bytes'])}"
+    line += f", {report['bits_per_weight']:.2f} bits per weight"
+    if report["predicted_kl"] is not None:
+        line += f", expected loss {report['predicted_kl']:.3g} nats a token"
+    if report["dry_run"]:
+        needed, free = format_bytes(report["disk_needed_bytes"]), format_bytes(report["disk_free_bytes"])
+        expected = "" if report["expected_seconds"] is None else f"about {seconds(report['expected_seconds'])}, "
+        expected += f"up to {format_bytes(report['expected_memory_bytes'])} of memory"
+        console.print(f"{line}\n{needed} of disk needed, {free} free; {expected}\n", soft_wrap=True)
+    else:
+        resumed = f", {report['resumed_layers']} of {report['layers']} layers kept from before" * bool(
+            report["resumed_layers"]
+        )
+        peak = format_bytes(report["peak_memory_bytes"])
+        console.print(f"{line}\n{seconds(report['seconds'])}, peak memory {peak}{resumed}\n")
+    print_table(
+        "",
+        ["part", "bits per weight", "bytes"],
+        [
+            [PART_NAMES.get(part, part), f"{size['bits']:.2f}", format_bytes(size["bytes"])]
+            for part, size in report["sizes_by_part"].items()
+        ],
+    )
+    if report["packings"]:
+        _print_packings(report["packings"])
+        if report["output_bytes"] > 1.02 * report["source_bytes"]:
+            console.print(
+                "Larger than the source: MLX has a scale and a bias for every 32 weights. --bits without --exact packs anew.\n",
+                soft_wrap=True,
+            )
+    elif report["worst"]:
+        print_table(
+            "Matrices that lost most",
+            ["matrix", "packed as", "relative error"],
+            [
+                [one_line(entry["path"]).removeprefix("model."), entry["spec"], f"{entry['relative_rms']:.2%}"]
+                for entry in report["worst"][:WORST_SHOWN]
+            ],
+            left=2,
+        )
+    if report["dry_run"] and report["disk_needed_bytes"] > report["disk_free_bytes"]:
+        missing = format_bytes(report["disk_needed_bytes"] - report["disk_free_bytes"])
+        console.print(f"A real run would be refused for lack of disk: {missing} more are needed.", soft_wrap=True)
+    if not report["dry_run"]:
+        shown = f"'{name}'" if " " in name else name
+        talks = "instruct" in source.lower()
+        example = f"chat {shown}" if talks else f'generate {shown} -p "Once upon a time"'
+        console.print(f"Next: mlx-mixtral {example}", soft_wrap=True)

@@ -1,0 +1,128 @@
+"""What ``evaluate`` works on: texts, and models of which the files are known before the weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mlx_mixtral import Mixtral, MixtralConfig, Tokenizer
+from mlx_mixtral.cli.progress import count_progress, fetch, load_model
+from mlx_mixtral.errors import CheckpointError, InvalidRequestError
+from mlx_mixtral.evaluation.corpus import Corpus, check_window, encode_texts, vocabulary_sha256
+from mlx_mixtral.evaluation.journal import Journal
+from mlx_mixtral.evaluation.perplexity import EvaluationProgress, evaluate
+from mlx_mixtral.evaluation.reference import Reference, ReferenceHeader
+from mlx_mixtral.evaluation.texts import Text, read_texts
+from mlx_mixtral.tokenizer import load_tokenizer
+from mlx_mixtral.weights.fingerprint import checkpoint_identity
+
+__all__ = ["Subject", "is_reference_file", "predicted", "read_corpus"]
+
+
+def read_corpus(paths: tuple[str, ...], text_field: str, domain_field: str, max_bytes: int | None) -> list[Text]:
+    """Texts, each cut to whole characters of its first ``max_bytes``.
+
+    Raises:
+        InvalidRequestError: see ``read_texts``.
+    """
+    if max_bytes is not None and max_bytes < 1:
+        raise InvalidRequestError(f"max-bytes is {max_bytes}; it must be at least 1")
+    texts = read_texts(paths, text_field=text_field, domain_field=domain_field)
+    if max_bytes is None:
+        return texts
+    return [replace(text, text=text.text.encode()[:max_bytes].decode(errors="ignore")) for text in texts]
+
+
+def is_reference_file(name: str) -> bool:
+    """Whether ``--reference`` names a file rather than a model."""
+    try:
+        return Path(name).is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
+class Subject:
+    """A model by its folder: configuration, tokenizer and identity, without weights.
+
+    Raises:
+        CheckpointError, ConfigError, HubError, TokenizerError: it cannot be found or read.
+    """
+
+    def __init__(self, source: str, revision: str | None) -> None:
+        self.folder = fetch(source, revision=revision)
+        self.name = self.folder.resolve().name if Path(source).exists() else source
+        self.config = MixtralConfig.from_folder(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        eos = self.config.eos_token_ids
+        return load_tokenizer(self.folder, vocab_size=self.config.vocab_size, eos_token_ids=eos)
+
+    @cached_property
+    def identity(self) -> str:
+        return checkpoint_identity(self.folder)
+
+    def encode(self, texts: list[Text]) -> Corpus:
+        return encode_texts(self.tokenizer, texts)
+
+    def check_comparable(self, other: Subject, window: int, stride: int) -> None:
+        """Raise InvalidRequestError unless this reference predicts the same tokens as ``other``, in such windows."""
+        sizes = self.config.vocab_size, other.config.vocab_size
+        if sizes[0] != sizes[1] or vocabulary_sha256(self.tokenizer) != vocabulary_sha256(other.tokenizer):
+            what = f"{sizes[0]} tokens" if sizes[0] != sizes[1] else f"{sizes[0]} tokens too, but other pieces"
+            raise InvalidRequestError(
+                f"reference {self.name} has another vocabulary: {what}, {other.name} has {sizes[1]}; distributions over "
+                "different tokens cannot be compared"
+            )
+        check_window(window, stride, self.config.max_position_embeddings)
+
+    def header(self, corpus: Corpus, window: int, stride: int, top_k: int) -> ReferenceHeader:
+        """What a reference file of this model says."""
+        return ReferenceHeader(
+            self.name, self.identity, corpus.sha256, corpus.vocabulary, self.config.vocab_size, window, stride,
+            corpus.tokens, top_k,
+        )  # fmt: skip
+
+    def find(self, place: Path, header: ReferenceHeader) -> Reference | None:
+        """A finished file of an earlier run that is just what would be made now."""
+        try:
+            found = Reference(place)
+        except CheckpointError:
+            return None
+        return found if found.header == header else None
+
+    def load(self, options: dict[str, Any]) -> Mixtral:
+        """The model itself; close it when done."""
+        return load_model(self.folder, **{**options, "revision": None}).model
+
+    def make_reference(
+        self,
+        place: Path,
+        header: ReferenceHeader,
+        corpus: Corpus,
+        options: dict[str, Any],
+        journal: Journal | None = None,
+    ) -> Reference:
+        """Run this model over ``corpus`` and keep its distributions in ``place``; it is loaded for that alone."""
+        with self.load(options | {"verify": False}) as model, count_progress("reference") as show:
+            evaluate(
+                model,
+                corpus,
+                window=header.window,
+                stride=header.stride,
+                save_reference=place,
+                top_k=header.top_k,
+                name=header.model,
+                identity=header.identity,
+                journal=journal,
+                progress=predicted(show),
+            )
+        return Reference(place)
+
+
+def predicted(show: Callable[[int, int], None]) -> Callable[[EvaluationProgress], None]:
+    """A bar of counts told how far an evaluation is."""
+    return lambda at: show(at.done_tokens, at.total_tokens)

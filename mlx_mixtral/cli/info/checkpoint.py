@@ -1,0 +1,211 @@
+"""``info FOLDER``: what a checkpoint is, from its configuration and the headers of its files; no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_mixtral.cli.console import one_line, out_console, print_table
+from mlx_mixtral.cli.info.shape import PART_NAMES, facts_of, kv_cache, limits, print_kv_cache, print_limits
+from mlx_mixtral.config.layout import FIELDS, locate, matrices, norms
+from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.errors import CheckpointError, MissingDependencyError, MixtralError, TokenizerError
+from mlx_mixtral.info.estimate import PARTS, bytes_per_token
+from mlx_mixtral.info.macs import Chip
+from mlx_mixtral.model.build import Builder
+from mlx_mixtral.sizes import format_bytes
+from mlx_mixtral.tokenizer import load_tokenizer
+from mlx_mixtral.weights.checkpoint import Checkpoint
+
+__all__ = ["checkpoint_report", "print_checkpoint", "print_parts"]
+
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+KINDS = {"SentencePieceTokenizer": "SentencePiece", "JsonTokenizer": "tokenizer.json"}
+
+
+def checkpoint_report(folder: Path, chips: Sequence[Chip], *, downloaded: bool = False) -> dict[str, Any]:
+    """All that ``info FOLDER`` shows, as ``--json`` prints it.
+
+    Of a repository (``downloaded``) only the small files are fetched: unless its weights are in the hub's cache already,
+    sizes are those the configuration promises. ``problem`` says why the folder will not load as it is, where that is so; the
+    configuration is shown all the same.
+
+    Raises:
+        CheckpointError, ConfigError: the folder has no configuration, or one of another architecture.
+    """
+    config = MixtralConfig.from_folder(folder)
+    report: dict[str, Any] = {
+        **facts_of(config),
+        "kv_cache": kv_cache(config),
+        "problem": None,
+        "tokenizer": _tokenizer(folder, config),
+        "conversion": read_json(folder / "conversion.json") if (folder / "conversion.json").is_file() else None,
+    }
+    if downloaded and not any(folder.glob("*.safetensors")):
+        return report | _promised(config, chips)
+    try:
+        return report | _weights(config, Checkpoint(folder), chips)
+    except MixtralError as error:
+        return report | {"problem": one_line(error)}
+
+
+def _weights(config: MixtralConfig, checkpoint: Checkpoint, chips: Sequence[Chip]) -> dict[str, Any]:
+    """Bytes as the headers have them."""
+    builder = Builder(config, checkpoint, "BF16")
+    parts = {part: _Part() for part in PARTS}
+    used: set[str] = set()
+    for matrix in matrices(config):
+        spec, part = builder.specs[matrix.path], parts[matrix.part]
+        part.parameters += matrix.parameters
+        for name in FIELDS:
+            for rows in locate(matrix, name, checkpoint) or []:
+                info = checkpoint[rows.name]
+                used.add(rows.name)
+                part.bytes += (rows.stop - rows.start) * info.row_bytes
+                if name == "weight":
+                    part.formats[str(spec) if spec else DTYPE_NAMES[info.dtype]] = None
+    for norm in norms(config):
+        info = checkpoint[f"{norm.path}.weight"]
+        used.add(info.name)
+        parts["norms"].add(norm.size, info.nbytes, DTYPE_NAMES[info.dtype])
+    named = {file.name for file in checkpoint.files}
+    return {
+        **_sizes(config, parts, chips),
+        "files": len(named),
+        "unused_tensors": sorted(set(checkpoint) - used),
+        "unused_files": sorted(f.name for f in checkpoint.folder.glob("*.safetensors") if f.name not in named),
+    }
+
+
+def _promised(config: MixtralConfig, chips: Sequence[Chip]) -> dict[str, Any]:
+    """Bytes as the configuration promises them, for a repository whose weights are not here."""
+    parts = {part: _Part() for part in PARTS}
+    for matrix in matrices(config):
+        spec = config.quantization.for_module(matrix.path) if config.quantization else None
+        rows = matrix.parameters // matrix.in_features
+        nbytes = 2 * matrix.parameters if spec is None else spec.nbytes(rows, matrix.in_features)
+        parts[matrix.part].add(matrix.parameters, nbytes, str(spec) if spec else "16-bit")
+    for norm in norms(config):
+        parts["norms"].add(norm.size, 2 * norm.size, "16-bit")
+    return {**_sizes(config, parts, chips), "files": 0, "unused_tensors": [], "unused_files": []}
+
+
+@dataclass
+class _Part:
+    parameters: int = 0
+    bytes: int = 0
+    formats: dict[str, None] = field(default_factory=dict)
+
+    def add(self, parameters: int, nbytes: int, name: str) -> None:
+        self.parameters += parameters
+        self.bytes += nbytes
+        self.formats[name] = None
+
+
+def _sizes(config: MixtralConfig, parts: Mapping[str, _Part], chips: Sequence[Chip]) -> dict[str, Any]:
+    total = sum(part.bytes for part in parts.values())
+    read = bytes_per_token(config, {name: part.bytes for name, part in parts.items()})
+    return {
+        "bytes": total,
+        "bits_per_weight": 8 * total / sum(part.parameters for part in parts.values()),
+        "bytes_per_token": read,
+        "parts": [
+            {
+                "part": name,
+                "parameters": part.parameters,
+                "bytes": part.bytes,
+                "bits_per_weight": 8 * part.bytes / part.parameters,
+                "formats": list(part.formats),
+            }
+            for name, part in parts.items()
+            if part.parameters
+        ],
+        **limits(config, {"this model": (total, read)}, chips),
+    }
+
+
+def _tokenizer(folder: Path, config: MixtralConfig) -> dict[str, Any]:
+    try:
+        found = load_tokenizer(folder, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
+    except (TokenizerError, MissingDependencyError, CheckpointError) as error:
+        return {"kind": None, "problem": one_line(error)}
+    return {
+        "kind": KINDS.get(type(found).__name__, type(found).__name__),
+        "vocab_size": found.vocab_size,
+        "chat_format": found.chat_format,
+        "eos_token_ids": sorted(found.eos_token_ids),
+    }
+
+
+def print_checkpoint(report: Mapping[str, Any], *, with_speed: bool) -> None:
+    """The report as tables of at most 80 columns."""
+    console = out_console()
+    console.print(one_line(report["model"]), style="bold", soft_wrap=True)
+    console.print("\n".join(_headlines(report)), soft_wrap=True)
+    console.print()
+    if report["problem"]:
+        console.print(f"Does not load as it is: {report['problem']}", soft_wrap=True)
+        return
+    print_parts(report)
+    print_kv_cache(report["kv_cache"])
+    if with_speed or report["bytes"] > 1_000_000_000:
+        print_limits(report, ["this model"])
+    for what, names in (("tensor", report["unused_tensors"]), ("file", report["unused_files"])):
+        if names:
+            shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            console.print(f"Not used: {len(names)} {what}{'s' * (len(names) > 1)} ({one_line(shown)})", soft_wrap=True)
+
+
+def print_parts(report: Mapping[str, Any]) -> None:
+    """Parameters, bytes and formats of each part."""
+    print_table(
+        "Weights",
+        ["part", "format", "parameters", "bits per weight", "bytes"],
+        [
+            [
+                PART_NAMES[part["part"]],
+                ", ".join(part["formats"]),
+                f"{part['parameters']:,}",
+                f"{part['bits_per_weight']:.2f}",
+                format_bytes(part["bytes"]),
+            ]
+            for part in report["parts"]
+        ]
+        + [
+            [
+                "all",
+                _files(report["files"]),
+                f"{report['parameters']:,}",
+                f"{report['bits_per_weight']:.2f}",
+                format_bytes(report["bytes"]),
+            ]
+        ],
+        left=2,
+    )
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s' * (count != 1)}" if count else "not here: by config"
+
+
+def _headlines(report: Mapping[str, Any]) -> list[str]:
+    tokenizer = report["tokenizer"]
+    kind = "dense" if report["architecture"] != "mixtral" else f"{report['experts']} experts"
+    per_token = "" if report["architecture"] != "mixtral" else f", {report['experts_per_token']} per token"
+    window = f", sliding window {report['sliding_window']:,}" if report["sliding_window"] else ""
+    lines = [
+        f"{report['architecture']}, {report['parameters']:,} parameters, {report['active_parameters']:,} active per token",
+        f"{report['layers']} layers, {kind}{per_token}, hidden {report['hidden_size']}, vocabulary "
+        f"{report['vocab_size']:,}, context {report['context']:,} tokens{window}",
+    ]
+    if tokenizer["kind"] is None:
+        lines.append(f"tokenizer: none ({tokenizer['problem']})")
+    else:
+        lines.append(f"tokenizer: {tokenizer['kind']}, chat format {tokenizer['chat_format']}")
+    if report["conversion"] is not None:
+        source = report["conversion"].get("source")
+        name = source.get("name") or source.get("path") if isinstance(source, Mapping) else source
+        lines.append(f"converted by mlx-mixtral from {one_line(name)}" if name else "converted by mlx-mixtral")
+    return lines

@@ -1,0 +1,1 @@
+"""A checkpoint's configuration: what ``config.json`` says, and which tensors follow from it."""

@@ -1,0 +1,1 @@
+"""The machine: what it is, how much memory it has, how fast it reads."""

@@ -1,0 +1,171 @@
+"""The decoder: embeddings, layers of attention and experts, the final norm and the output head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.cache.options import KVOptions
+from mlx_mixtral.cache.span import Span
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.experts.gather import GatheredExperts
+from mlx_mixtral.experts.store import Counters
+from mlx_mixtral.layers.attention import Attention
+from mlx_mixtral.layers.expert_bank import FeedForward
+from mlx_mixtral.layers.linear import Linear
+from mlx_mixtral.model.moe import SparseMoe
+
+__all__ = ["DecoderLayer", "MixtralModel", "RMSNorm"]
+
+
+class RMSNorm(Module):
+    """``x / rms(x) * weight`` over the last axis (arXiv 1910.07467); the mean accumulates in float32."""
+
+    def __init__(self, weight: mx.array, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self._eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, self.weight, self._eps)
+
+
+class DecoderLayer(Module):
+    """``h = x + Attention(norm(x))``, then ``h + MoE(norm(h))``."""
+
+    def __init__(
+        self, input_norm: RMSNorm, attention: Attention, post_attention_norm: RMSNorm, moe: SparseMoe | FeedForward
+    ) -> None:
+        super().__init__()
+        self.input_norm = input_norm
+        self.attention = attention
+        self.post_attention_norm = post_attention_norm
+        self.moe = moe
+
+    def __call__(self, x: mx.array, layer: int, span: Span, *, last_only: bool = False) -> mx.array:
+        """``x [B, L, D]`` to ``[B, L, D]``, or with ``last_only`` to the last token's ``[B, 1, D]``."""
+        attended = self.attention(self.input_norm(x), layer, span, last_only=last_only)
+        h = (x[:, -1:] if last_only else x) + attended
+        normed = self.post_attention_norm(h)
+        return self.moe(normed, h) if isinstance(self.moe, SparseMoe) else h + self.moe(normed)
+
+
+class MixtralModel(Module):
+    """Token ids in, logits out. Built by ``mlx_mixtral.model.build``, which also fills the weights.
+
+    ``lm_head`` is None when the output head is the embedding matrix itself. ``kv`` says how caches it makes are kept.
+    """
+
+    def __init__(
+        self,
+        config: MixtralConfig,
+        embed_tokens: Linear,
+        layers: Sequence[DecoderLayer],
+        norm: RMSNorm,
+        lm_head: Linear | None,
+        dtype: mx.Dtype,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.embed_tokens = embed_tokens
+        self.layers = list(layers)
+        self.norm = norm
+        self.lm_head = lm_head
+        self.kv = KVOptions()
+
+    def make_cache(self, left_padding: Sequence[int] | None = None, *, most_tokens: int | None = None) -> KVCache:
+        """An empty cache; ``left_padding`` has one entry a row of the batch to come.
+
+        ``most_tokens`` are allocated at most while no more are held.
+        """
+        c = self.config
+        return KVCache(
+            c.num_hidden_layers,
+            c.num_key_value_heads,
+            c.head_dim,
+            window=self.kv.window(c),
+            left_padding=left_padding,
+            most_tokens=most_tokens,
+            storage=self.kv.storage(c, self.dtype),
+        )
+
+    def hidden(self, tokens: mx.array, cache: KVCache, *, last_only: bool = False) -> mx.array:
+        """Hidden states before the final norm, ``[B, L, D]``, of ``tokens [B, L]`` (int32); the cache moves on by L.
+
+        ``last_only`` gives ``[B, 1, D]``: in the last layer no token but the last needs its query, nor its experts.
+        """
+        x = self.through_layers(tokens, self._chunk(tokens, cache), last_only=last_only)
+        cache.advance(tokens.shape[1])
+        return x
+
+    def remember(self, tokens: mx.array, cache: KVCache) -> None:
+        """Take ``tokens [B, L]`` into the cache: of the last layer only keys and values, for nothing reads the rest."""
+        chunk = self._chunk(tokens, cache)
+        x, last = self._before_last(tokens, chunk), self.layers[-1]
+        last.attention.remember(last.input_norm(x), len(self.layers) - 1, chunk)
+        cache.advance(tokens.shape[1])
+
+    def through_layers(self, tokens: mx.array, span: Span, *, last_only: bool = False) -> mx.array:
+        """As ``hidden``, for tokens whose place in a cache ``span`` tells."""
+        x = self._before_last(tokens, span)
+        return self.layers[-1](x, len(self.layers) - 1, span, last_only=last_only)
+
+    def frequencies(self, length: int) -> mx.array | None:
+        """Rotary frequencies of a sequence of ``length`` tokens, where the base alone does not say them."""
+        return self.layers[0].attention.rotary.table(length)
+
+    def _chunk(self, tokens: mx.array, cache: KVCache) -> Span:
+        rows, length = tokens.shape
+        return cache.chunk(rows, length, self.frequencies(cache.length + length))
+
+    def _before_last(self, tokens: mx.array, span: Span) -> mx.array:
+        x = self.embed_tokens.rows(tokens, self.dtype)
+        for index, layer in enumerate(self.layers[:-1]):
+            x = layer(x, index, span)
+        return x
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits ``[..., V]`` of hidden states ``[..., D]``."""
+        normed = self.norm(hidden)
+        return self.embed_tokens(normed) if self.lm_head is None else self.lm_head(normed)
+
+    def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
+        """Lazy logits ``[B, L, V]`` of ``tokens [B, L]`` (int32), following what ``cache`` holds."""
+        return self.head(self.hidden(tokens, self.make_cache() if cache is None else cache))
+
+    def logits(self, tokens: Sequence[int], chunk_tokens: int) -> mx.array:
+        """Logits ``[L, V]`` of ``tokens``, evaluated, ``chunk_tokens`` at a time."""
+        parts, cache = [], self.make_cache()
+        for start in range(0, len(tokens), chunk_tokens):
+            parts.append(self(mx.array([tokens[start : start + chunk_tokens]], mx.int32), cache)[0])
+            mx.eval(parts[-1], cache.arrays)
+        result = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        mx.eval(result)
+        return result
+
+    @property
+    def gathered(self) -> list[GatheredExperts]:
+        """The experts of every layer; empty for a dense model."""
+        return [layer.moe.experts for layer in self.layers if isinstance(layer.moe, SparseMoe)]
+
+    @property
+    def counters(self) -> Counters | None:
+        """What streaming did so far; None for a dense model."""
+        return self.gathered[0].counters if self.gathered else None
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether a forward waits for the device in between, to know which experts to read."""
+        return any(experts.pool is not None for experts in self.gathered)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as they lie in memory; a bank that layers share counts once."""
+        arrays = tree_flatten(self.parameters(), destination={})
+        assert isinstance(arrays, dict)
+        return sum(array.nbytes for array in {id(array): array for array in arrays.values()}.values())

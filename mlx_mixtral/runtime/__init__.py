@@ -1,0 +1,1 @@
+"""What applications use: a loaded model, its text, its streams."""

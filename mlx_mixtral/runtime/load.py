@@ -1,0 +1,157 @@
+"""``load``: from a folder or repository to a model in memory, within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_mixtral.arguments import as_path, check_callbacks
+from mlx_mixtral.budget.demands import Planned
+from mlx_mixtral.budget.planner import Planner
+from mlx_mixtral.cache.options import DEFAULT_SINKS, KVOptions
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.errors import DtypeRangeError, InvalidRequestError, MissingDependencyError, TokenizerError
+from mlx_mixtral.experts.policy import make_policy
+from mlx_mixtral.experts.residency import Residency
+from mlx_mixtral.hub import resolve
+from mlx_mixtral.machine.device import DTYPE_NAMES, compute_dtype, current_device
+from mlx_mixtral.model.build import Builder
+from mlx_mixtral.model.lookahead import LookaheadControl
+from mlx_mixtral.model.transformer import MixtralModel
+from mlx_mixtral.runtime.mixtral import Mixtral
+from mlx_mixtral.sizes import parse_size
+from mlx_mixtral.tokenizer import Tokenizer, load_tokenizer
+from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
+from mlx_mixtral.weights.fill import fill
+from mlx_mixtral.weights.manifest import check_files, check_sizes
+
+__all__ = ["LoadProgress", "load", "load_module", "refuse_cpu_gather"]
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """How far loading is, in bytes read from disk."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+def load(
+    path: str | Path,
+    *,
+    memory: str | int | None = None,
+    context: int | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    verify: bool = False,
+    page_cache: bool = False,
+    policy: str = "lru",
+    lookahead: str = "off",
+    kv_bits: int | None = None,
+    kv_size: int | None = None,
+    kv_sinks: int = DEFAULT_SINKS,
+    prefix_cache: str | int | None = None,
+    progress: Callable[[LoadProgress], None] | None = None,
+) -> Mixtral:
+    """Load a model from a folder or a hub repository.
+
+    Reads MLX checkpoints (ours and mlx-lm's, quantised in any MLX mode) and unquantised Hugging Face folders; dense Mistral
+    and Llama models as the one-expert case. Weights are read straight into arrays of their final size.
+
+    Args:
+        path: folder, ``owner/name`` or ``owner/name@revision``.
+        memory: budget for weights, the KV cache of ``context`` tokens and working memory, such as "12GB". Experts it has no
+            room for are read from disk when a token needs them; the answer is the same. What this machine can give when None.
+        context: tokens the budget reserves KV cache for; the smaller of the model's and 4096 when left out.
+        dtype: compute type: auto (by device), float32, float16 or bfloat16.
+        verify: compare every file of one of our conversions with its sha256 first, which reads the weights once more. The
+            sizes of its weight files are compared always.
+        page_cache: let experts that are read from disk fill the operating system's page cache too; worth it where the machine
+            has memory to spare beyond the budget.
+        policy: which expert makes room for another one: lru or lfu.
+        lookahead: read the next layer's experts before its router has chosen: off, on, or auto, which measures whether it pays.
+        kv_bits: bits of the key-value cache: 4 or 8, with a scale and a bias for every 64 numbers, or 16; those of the compute
+            type when None.
+        kv_size: most tokens a token sees, so that the cache of a long text stays within them: the last ones, and ``kv_sinks``
+            from its start. All when None. Text between is forgotten.
+        kv_sinks: see ``kv_size``.
+        prefix_cache: bytes of keys and values of earlier prompts and answers that are kept, such as "1GB": a prompt that begins
+            like one of them is computed from where it differs. When None 1 GB where no budget binds; under a budget that of the
+            last generation alone, in the memory reserved for the next. 0 keeps none. What is given here comes on top of
+            ``memory``.
+        progress: told the bytes read so far, from this thread.
+
+    Raises:
+        CheckpointError, ConfigError, HubError: the model cannot be found, read or run.
+        MemoryBudgetError: ``memory`` is below the least the model can do with.
+        InvalidRequestError: an argument out of range.
+    """
+    as_path("path", path)
+    check_callbacks(progress=progress)
+    device = current_device()
+    kind = compute_dtype(dtype, device)
+    control, _ = LookaheadControl(lookahead), make_policy(policy)
+    kv = KVOptions(kv_bits, kv_size, kv_sinks)
+    kept = prefix_cache if prefix_cache is None else 0 if prefix_cache in (0, "0") else parse_size(prefix_cache)
+    folder = resolve(path, revision=revision)
+    check_sizes(folder)
+    if verify:
+        check_files(folder)
+    config = MixtralConfig.from_folder(folder)
+    checkpoint = Checkpoint(folder)
+    tokenizer: Tokenizer | TokenizerError
+    try:
+        tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
+    except (MissingDependencyError, TokenizerError) as error:
+        # A fresh error: a raised one keeps this frame alive by its traceback, and the weights with it.
+        tokenizer = TokenizerError(str(error))
+    for name in (kind, "BF16"):
+        builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy)
+        refuse_cpu_gather(builder)
+        planner = Planner(builder, device, kv=kv)
+        planned = planner.plan(memory, context)
+        try:
+            module, residency = load_module(planner, planned, progress)
+        except DtypeRangeError:
+            if name != "F16" or dtype != "auto":
+                raise
+            continue
+        return Mixtral(module, residency, planner, config, device, tokenizer, control, kept)
+    raise AssertionError("bfloat16 has the range of float32")
+
+
+def load_module(
+    planner: Planner, planned: Planned, progress: Callable[[LoadProgress], None] | None
+) -> tuple[MixtralModel, Residency]:
+    """Allocate the model and read what stays in memory.
+
+    Raises:
+        CheckpointError: weights that cannot be read or held.
+    """
+    builder, plan = planner.builder, planned.residency
+    slots, overflow = (None, None) if plan is None else (plan.slots, plan.overflow_slots)
+    module = builder.build(slots, overflow)
+    module.kv = planner.kv
+    total = sum(item.nbytes for item in builder.fills)
+
+    def report(done_bytes: int) -> None:
+        if progress is not None:
+            progress(LoadProgress(done_bytes, total))
+
+    with CheckpointReader(builder.checkpoint) as reader:
+        fill(reader, builder.fills, report)
+    builder.fills.clear()
+    residency = Residency(builder.store, planner.sizes, module.gathered, builder.overflow, planned, builder.policy)
+    builder.overflow = {}
+    return module, residency
+
+
+def refuse_cpu_gather(builder: Builder) -> None:
+    """MLX's CPU ``gather_mm`` computes float32 only: say so at load, not in the first forward."""
+    plain = any(m.part == "expert" and builder.specs[path] is None for path, m in builder.matrices.items())
+    if plain and not builder.config.is_dense and builder.dtype != "F32" and current_device().kind == "cpu":
+        raise InvalidRequestError(
+            f"unquantised experts cannot be computed in {DTYPE_NAMES[builder.dtype]} on MLX's CPU backend; "
+            "use --dtype float32, or convert the checkpoint"
+        )

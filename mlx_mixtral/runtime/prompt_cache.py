@@ -1,0 +1,217 @@
+"""Prompts that need not be computed again: caches kept between generations, or saved to a file and loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from collections.abc import Callable, Generator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mixtral.arguments import as_path
+from mlx_mixtral.budget.planner import Planner
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.cache.prefixes import PrefixStore
+from mlx_mixtral.errors import CheckpointError, InvalidRequestError, PromptCacheError
+from mlx_mixtral.experts.residency import Residency
+from mlx_mixtral.files import check_destination, explained, partial_path
+from mlx_mixtral.generation.loop import prefill
+from mlx_mixtral.generation.stats import GenerationStats, Token
+from mlx_mixtral.model.transformer import MixtralModel
+from mlx_mixtral.weights.fingerprint import checkpoint_identity
+from mlx_mixtral.weights.safetensors import read_header
+
+__all__ = ["DEFAULT_KEPT_BYTES", "Prompts", "check_saved"]
+
+DEFAULT_KEPT_BYTES = 10**9
+FORMAT, VERSION = "mlx-mixtral-prompt", "1"
+
+
+class Prompts:
+    """Caches of one model's prompts.
+
+    Args:
+        planner: knows the checkpoint.
+        limit_bytes: of what is kept. When None what was planned decides: under a budget one sequence is kept, in the memory of
+            the next one's cache.
+    """
+
+    def __init__(self, planner: Planner, residency: Residency, limit_bytes: int | None) -> None:
+        self._planner, self._residency, self._given = planner, residency, limit_bytes
+        self.fit()
+
+    def fit(self) -> None:
+        """Keep nothing, and from now on what the plan in force allows."""
+        planned = self._residency.planned
+        is_bound = planned.budget_bytes is not None or planned.residency is not None
+        limit = planned.demands.kv_bytes if is_bound else DEFAULT_KEPT_BYTES
+        self.kept = PrefixStore(
+            limit if self._given is None else self._given, has_memory=self._given is not None or not is_bound
+        )
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        make_cache: Callable[[], KVCache],
+        start: Callable[[Sequence[int], KVCache], Generator[Token, None, None]],
+        stats: GenerationStats,
+        stream: mx.Stream,
+    ) -> Generator[Token, None, None]:
+        """What ``start(rest, cache)`` generates after ``tokens``, ``cache`` holding what of them was computed before.
+
+        The cache is kept for the next time, unless an error ended the generation.
+        """
+        with mx.stream(stream):
+            cache = self.kept.take(tokens) or make_cache()
+        stats.reused_tokens = cache.length
+        seen = list(tokens)
+        is_whole = False
+        try:
+            with contextlib.closing(start(tokens[cache.length :], cache)) as generated:
+                for token in generated:
+                    seen.append(token.token_id)
+                    # A caller that has seen enough closes us here.
+                    is_whole = True
+                    yield token
+                    is_whole = False
+            is_whole = True
+        finally:
+            if is_whole:
+                self.kept.put(seen[: cache.length], cache)
+
+    def give_way(self) -> None:
+        """Before something else takes the memory of a generation's cache."""
+        if not self.kept.has_memory:
+            self.kept.clear()
+
+    def save(self, path: str | Path, tokens: Sequence[int], module: MixtralModel, chunk_tokens: int) -> None:
+        """Write what ``tokens`` leave in a cache to a safetensors file; it appears whole or not at all.
+
+        Raises:
+            InvalidRequestError: more tokens than a cache of bounded size holds.
+            DestinationError, DiskSpaceError: it cannot be written.
+        """
+        place = check_destination("path", path)
+        window = module.kv.window(module.config)
+        if window is not None and len(tokens) > window.columns:
+            raise InvalidRequestError(
+                f"a prompt of {len(tokens)} tokens does not fit a KV cache of {window.size}; load it with a larger kv_size"
+            )
+        cache = self.kept.take(tokens) or module.make_cache(most_tokens=len(tokens))
+        mx.eval(prefill(module, tokens[cache.length :], cache, chunk_tokens, None))
+        arrays = {
+            f"layers.{layer}.{index}": array
+            for layer, held in enumerate(cache.fork(len(tokens)).layers)
+            for index, array in enumerate(held)
+        }
+        arrays["tokens"] = mx.array(list(tokens), mx.int32)
+        partial = partial_path(place).with_suffix(".safetensors")
+        try:
+            with explained(place):
+                mx.save_safetensors(str(partial), arrays, self._about(cache))
+                partial.replace(place)
+        except RuntimeError as error:
+            with explained(place):
+                raise OSError(str(error)) from None
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        self.kept.put(tokens, cache)
+
+    def load(self, path: str | Path, module: MixtralModel) -> list[int]:
+        """Keep a saved prompt, and return its tokens; a prompt that begins with them is computed from there on.
+
+        Raises:
+            PromptCacheError: not such a file, a damaged one, one of another version, model or kind of cache.
+        """
+        place = as_path("path", path)
+        about, shapes = _read_about(place)
+        cache = module.make_cache()
+        for key, expected in self._about(cache).items():
+            _compare(place, key, about.get(key), expected)
+        try:
+            arrays = mx.load(str(place), format="safetensors")
+        except (RuntimeError, ValueError, OSError) as error:
+            raise PromptCacheError(f"{place} cannot be read: {error}; save the prompt again") from None
+        assert isinstance(arrays, dict)
+        mx.eval(arrays)
+        tokens = [int(token) for token in np.asarray(arrays["tokens"])] if "tokens" in shapes else []
+        if not tokens or len(tokens) >= module.config.max_position_embeddings:
+            raise PromptCacheError(
+                f"{place} holds {len(tokens)} tokens, which no prompt of this model has; save it again"
+            )
+        if not all(0 <= token < module.config.vocab_size for token in tokens):
+            raise PromptCacheError(f"{place} holds tokens that this model does not have; save the prompt again")
+        layers = []
+        for layer in range(module.config.num_hidden_layers):
+            wanted = cache.storage.empty(1, len(tokens))
+            held = tuple(arrays.get(f"layers.{layer}.{index}", mx.zeros(0)) for index in range(len(wanted)))
+            if [(a.shape, a.dtype) for a in held] != [(a.shape, a.dtype) for a in wanted]:
+                raise PromptCacheError(
+                    f"{place}: layer {layer} is not what {len(tokens)} tokens leave; save the prompt again"
+                )
+            layers.append(held)
+        if cache.window is not None and len(tokens) > cache.window.columns:
+            raise PromptCacheError(
+                f"{place} holds {len(tokens)} tokens, more than this model's KV cache; give a larger kv_size"
+            )
+        cache.adopt(layers, len(tokens))
+        self.kept.put(tokens, cache)
+        if not len(self.kept):
+            raise PromptCacheError(
+                f"{place} takes {cache.nbytes} bytes, and {self.kept.limit_bytes} may be kept; load the model with a larger "
+                "prefix_cache"
+            )
+        return tokens
+
+    @cached_property
+    def _identity(self) -> str:
+        try:
+            return checkpoint_identity(self._planner.builder.checkpoint.folder)
+        except CheckpointError as error:
+            raise PromptCacheError(f"the model's own files are needed to tell whose prompt it is: {error}") from None
+
+    def _about(self, cache: KVCache) -> dict[str, str]:
+        return {"format": FORMAT, "version": VERSION, "model": self._identity, "storage": repr(cache.storage)}
+
+
+_DIFFERENCES = {
+    "format": "is not a saved prompt",
+    "version": "is of version {found}; this program reads version {expected}: save the prompt again",
+    "model": "was made with another model; save the prompt again with this one",
+    "storage": "holds its keys and values as {found}, this model as {expected}; load it with the same kv_bits and dtype",
+}
+
+
+def check_saved(path: str | Path) -> None:
+    """That ``path`` is a saved prompt, before a model is loaded for it.
+
+    Raises:
+        PromptCacheError: it is not, or of another version.
+    """
+    place = as_path("path", path)
+    about, _ = _read_about(place)
+    for key, expected in (("format", FORMAT), ("version", VERSION)):
+        _compare(place, key, about.get(key), expected)
+
+
+def _compare(place: Path, key: str, found: str | None, expected: str) -> None:
+    if found != expected:
+        raise PromptCacheError(f"{place} {_DIFFERENCES[key].format(found=found, expected=expected)}")
+
+
+def _read_about(place: Path) -> tuple[dict[str, str], list[str]]:
+    """The metadata of a safetensors file, and the names of its tensors; sizes are checked before anything is believed."""
+    try:
+        names = list(read_header(place))
+        with place.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            metadata = json.loads(file.read(length)).get("__metadata__", {})
+    except (CheckpointError, OSError, ValueError, struct.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise PromptCacheError(f"{place} is not a saved prompt: {reason.removeprefix(f'{place} ')}") from None
+    return metadata if isinstance(metadata, dict) else {}, names

@@ -1,0 +1,100 @@
+"""One piece over a connection that breaks all the time: where it resumes, how long it waits, when it gives up."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from mlx_mixtral.errors import HubError
+from mlx_mixtral_convert.sources.storage import ranges
+from mlx_mixtral_convert.sources.storage.ranges import Listing, RangeReader, RemoteFile
+
+DATA = bytes(range(40))
+
+
+@dataclass
+class Answer:
+    status_code: int
+    headers: dict[str, str]
+    parts: list[bytes]
+    history: tuple[Any, ...] = ()
+
+    def iter_raw(self) -> Iterator[bytes]:
+        yield from self.parts
+
+
+@dataclass
+class Drip:
+    """Serves ``parts[n]`` bytes of the ``n``th request, the last entry ever after; None is status 503."""
+
+    parts: list[int | None]
+    starts: list[int] = field(default_factory=list)
+    wait: str = ""
+
+    @contextlib.contextmanager
+    def stream(self, method: str, url: str, headers: dict[str, str], timeout: float) -> Iterator[Answer]:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", headers["Range"])
+        assert asked is not None
+        start, end = int(asked[1]), int(asked[2])
+        part = self.parts[min(len(self.starts), len(self.parts) - 1)]
+        self.starts.append(start)
+        if part is None:
+            yield Answer(503, {"Retry-After": self.wait}, [])
+            return
+        # A server that sends more than was asked for must not write past the piece.
+        yield Answer(206, {"Content-Range": f"bytes {start}-{end}/{len(DATA)}"}, [DATA[start : start + part], b""])
+
+
+def read(drip: Drip, monkeypatch: pytest.MonkeyPatch, start: int = 0, count: int = 40) -> tuple[bytes, list[float]]:
+    """Bytes read, and the seconds waited in between."""
+    reader = RangeReader(Listing("owner/model", "c" * 40, {"file": RemoteFile(len(DATA), None, None)}))
+    reader._client = drip
+    waits: list[float] = []
+    monkeypatch.setattr(reader._stopped, "wait", waits.append)
+    buffer = bytearray(count)
+    with contextlib.closing(reader):
+        reader.read_into("file", memoryview(buffer), start)
+    assert reader.received_bytes == count
+    assert reader.retries == len(waits)
+    return bytes(buffer), waits
+
+
+def test_a_drip_is_resumed_as_long_as_anything_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    drip = Drip([3])
+    data, waits = read(drip, monkeypatch)
+    assert data == DATA
+    assert drip.starts == list(range(0, 40, 3))
+    assert len(drip.starts) > ranges.ATTEMPTS
+    assert waits == [ranges.WAIT_S] * 13
+
+
+def test_waits_double_while_nothing_arrives_and_start_over_after_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    drip = Drip([None, None, None, 5, None, 40])
+    data, waits = read(drip, monkeypatch, 10, 20)
+    assert data == DATA[10:30]
+    assert drip.starts == [10, 10, 10, 10, 15, 15]
+    assert waits == [0.5, 1.0, 2.0, 0.5, 1.0]
+
+
+def test_the_hub_may_ask_for_a_longer_wait_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read(Drip([None, 40], wait="7"), monkeypatch)[1] == [7.0]
+    assert read(Drip([None, 40], wait="86400"), monkeypatch)[1] == [ranges.MAX_WAIT_S]
+    assert read(Drip([None, 40], wait="Wed, 21 Oct 2026"), monkeypatch)[1] == [ranges.WAIT_S]
+
+
+def test_it_gives_up_after_so_many_attempts_that_bring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    drip = Drip([5, None])
+    with pytest.raises(HubError, match=r"owner/model: file cannot be fetched at 5 B, 8 attempts failed \(status 503\)"):
+        read(drip, monkeypatch)
+    # The first attempt that brought nothing follows one that was cut short.
+    assert drip.starts == [0] + [5] * (ranges.ATTEMPTS - 1)
+
+
+def test_several_pieces_end_up_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "PIECE_BYTES", 7)
+    assert read(Drip([4]), monkeypatch, 1, 38)[0] == DATA[1:39]
