@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeGuard
 
 from mlx_mixtral.errors import InvalidRequestError
 
-__all__ = ["as_path", "check_callbacks", "check_type"]
+__all__ = ["as_path", "check_callbacks", "check_integer", "check_type", "is_integer", "is_number"]
 
 SHOWN_CHARACTERS = 60
 
@@ -18,6 +19,31 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], wanted:
         shown = " ".join(repr(value).split())
         shown = shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}…"
         raise InvalidRequestError(f"{name} is {shown}, of type {type(value).__name__}; it must be {wanted}")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether ``value`` is an int; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether ``value`` is an int or a float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: object, minimum: int, maximum: int | None = None, *, wanted: str = "") -> int:
+    """``value``, an integer of at least ``minimum`` and at most ``maximum``.
+
+    Args:
+        wanted: what it must be, in words; the range when left out.
+
+    Raises:
+        InvalidRequestError: it is not; the message names it and what it must be.
+    """
+    if not is_integer(value) or value < minimum or (maximum is not None and value > maximum):
+        in_range = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise InvalidRequestError(f"{name} is {value!r}; it must be {wanted or f'an integer {in_range}'}")
+    return value
 
 
 def check_callbacks(**callbacks: object) -> None:

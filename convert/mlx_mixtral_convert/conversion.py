@@ -19,7 +19,7 @@ from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.manifest import MANIFEST
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.calibration.file import Calibration
-from mlx_mixtral_convert.estimate import rehearse
+from mlx_mixtral_convert.estimate import estimate_conversion
 from mlx_mixtral_convert.exact import exact_recipe, exact_specs, packed_as
 from mlx_mixtral_convert.output.destination import Destination, check_names
 from mlx_mixtral_convert.output.journal import Journal
@@ -146,7 +146,7 @@ def convert(
         free = destination.free_bytes()
         written: Written | None = None
         resumed_layers = 0
-        needs = rehearse(tensors, plan, rounder) if dry_run else None
+        needs = estimate_conversion(tensors, plan, rounder) if dry_run else None
         if not dry_run:
             origin = _origin(source, revision, folder, tensors)
             identity = _identity(origin, plan, recorded, small)

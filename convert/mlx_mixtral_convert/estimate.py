@@ -18,7 +18,7 @@ from mlx_mixtral_convert.report import peak_memory_bytes
 from mlx_mixtral_convert.rounding import Gptq, Rounder
 from mlx_mixtral_convert.sources import TensorSource
 
-__all__ = ["Needs", "rehearse"]
+__all__ = ["Needs", "estimate_conversion"]
 
 # Trials of at least this long: a small model's first matrix measures the warming-up of kernels.
 TRIAL_SECONDS = 0.2
@@ -35,7 +35,7 @@ class Needs:
     memory_bytes: int
 
 
-def rehearse(source: TensorSource, plan: Plan, rounder: Rounder | None) -> Needs:
+def estimate_conversion(source: TensorSource, plan: Plan, rounder: Rounder | None) -> Needs:
     """Read and pack an expert's matrix as a conversion will, without writing it."""
     return Needs(None if isinstance(rounder, Gptq) else _seconds(source, plan, rounder), _memory_bytes(source, plan))
 

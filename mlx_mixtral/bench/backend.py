@@ -16,7 +16,7 @@ from mlx_mixtral.generation.scheduler import Scheduler, SequenceRequest
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.runtime.mixtral import Mixtral
 
-__all__ = ["BatchClock", "Ours", "Side", "Timing"]
+__all__ = ["Backend", "BatchClock", "Ours", "Timing"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Timing:
         return self.tokens / max(self.seconds, 1e-9)
 
 
-class Side(Protocol):
+class Backend(Protocol):
     """A loaded model of one runtime. All generation is greedy and goes on past end-of-sequence ids."""
 
     nbytes: int

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 
-from mlx_mixtral.bench.backend import Ours, Side, Timing
+from mlx_mixtral.bench.backend import Backend, Ours, Timing
 from mlx_mixtral.bench.cases import Case, Cases, random_prompt
 from mlx_mixtral.bench.measurements import OURS, BenchReport, Row
 from mlx_mixtral.bench.traffic import TokenTraffic, copy_rates
@@ -15,7 +15,7 @@ from mlx_mixtral.machine.device import current_device, wired
 
 __all__ = ["Opener", "run_bench"]
 
-Opener = Callable[[], Side]
+Opener = Callable[[], Backend]
 Notes = Callable[[str], None]
 
 WARM_UP_TOKENS = 2
@@ -43,7 +43,7 @@ def run_bench(
     groups = [list(openers)] if in_turn else [[name] for name in openers]
     report.rows = {case: Row(case, {name: [] for name in openers}) for case in cases.list}
     for group in groups:
-        sides: dict[str, Side] = {}
+        sides: dict[str, Backend] = {}
         try:
             for name in group:
                 note(f"loading {name}")
@@ -57,7 +57,7 @@ def run_bench(
                 side.close()
 
 
-def _open(name: str, opener: Opener, report: BenchReport) -> Side:
+def _open(name: str, opener: Opener, report: BenchReport) -> Backend:
     mx.reset_peak_memory()
     started = time.perf_counter()
     side = opener()
@@ -66,13 +66,13 @@ def _open(name: str, opener: Opener, report: BenchReport) -> Side:
     return side
 
 
-def _budget(sides: Mapping[str, Side]) -> int | None:
+def _budget(sides: Mapping[str, Backend]) -> int | None:
     """What may be wired beside the recommended limit: our budget while nothing else is loaded."""
     ours = sides.get(OURS)
     return ours.model.residency.budget_bytes if isinstance(ours, Ours) and len(sides) == 1 else None
 
 
-def _measure(sides: Mapping[str, Side], cases: Cases, vocab_size: int, report: BenchReport, note: Notes) -> None:
+def _measure(sides: Mapping[str, Backend], cases: Cases, vocab_size: int, report: BenchReport, note: Notes) -> None:
     ours = sides.get(OURS)
     traffic = TokenTraffic(ours.model) if isinstance(ours, Ours) else None
     if isinstance(ours, Ours):
@@ -111,7 +111,7 @@ def _measure(sides: Mapping[str, Side], cases: Cases, vocab_size: int, report: B
         report.copies += copy_rates(ours.model.device.kind, COPY_REPEATS)
 
 
-def _preparing(case: Case, cases: Cases, vocab_size: int, seed: int) -> Callable[[Side, bool], Timing | None]:
+def _preparing(case: Case, cases: Cases, vocab_size: int, seed: int) -> Callable[[Backend, bool], Timing | None]:
     """What one measurement of a case is: called with a side and whether it only warms up."""
     if case.kind == "batch":
         prompts = [random_prompt(vocab_size, cases.batch_prompt, seed=1000 * seed + row) for row in range(case.size)]
@@ -120,7 +120,7 @@ def _preparing(case: Case, cases: Cases, vocab_size: int, seed: int) -> Callable
     if case.kind == "prefill":
         return lambda side, _: side.prefill(prompt)
 
-    def decode(side: Side, warms: bool) -> Timing:
+    def decode(side: Backend, warms: bool) -> Timing:
         if warms:
             side.go_to(prompt)
         return side.decode(WARM_UP_TOKENS if warms else cases.tokens)

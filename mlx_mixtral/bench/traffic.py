@@ -48,11 +48,11 @@ class TokenTraffic:
         cache = module.make_cache()
         cache.reserve(1, 1)
         self.kv_bytes_per_token = cache.nbytes // cache.capacity
-        self._most_tokens = None if cache.window is None else cache.window.size
+        self._max_tokens = None if cache.window is None else cache.window.size
 
     def bytes_at(self, depth: int) -> int:
         """Bytes of a token with ``depth`` before it."""
-        seen = depth if self._most_tokens is None else min(depth, self._most_tokens)
+        seen = depth if self._max_tokens is None else min(depth, self._max_tokens)
         return self.weight_bytes + self.kv_bytes_per_token * seen
 
 

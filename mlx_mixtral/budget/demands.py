@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mlx_mixtral.budget.slots import ModelSizes, ResidencyPlan, least_expert_bytes
+from mlx_mixtral.budget.slots import ModelSizes, ResidencyPlan, min_expert_bytes
 from mlx_mixtral.cache.options import STEP_TOKENS, KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import MemoryBudgetError
@@ -15,8 +15,8 @@ __all__ = [
     "MAX_CHUNK_TOKENS",
     "MIN_CHUNK_TOKENS",
     "RESIDENT_CHUNK_TOKENS",
-    "Demands",
-    "Planned",
+    "MemoryNeeds",
+    "MemoryPlan",
 ]
 
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -27,7 +27,7 @@ WORKING_SHARE = 0.06
 
 
 @dataclass(frozen=True)
-class Demands:
+class MemoryNeeds:
     """Bytes a model needs beside its weights.
 
     Args:
@@ -78,20 +78,20 @@ class Demands:
         return tokens * a_token + unpacked + 16 * 4 * c.vocab_size
 
     @property
-    def everything_bytes(self) -> int:
+    def resident_bytes(self) -> int:
         """With all experts resident."""
         experts = sum(nbytes * self.sizes.num_experts for nbytes in self.sizes.expert_bytes)
         return self.sizes.trunk_bytes + experts + self.kv_bytes + self.working_bytes(RESIDENT_CHUNK_TOKENS)
 
     @property
-    def least_bytes(self) -> int:
+    def min_bytes(self) -> int:
         """With as few experts and as short chunks as can be."""
-        return self._fixed_bytes(MIN_CHUNK_TOKENS) + least_expert_bytes(self.sizes)
+        return self._fixed_bytes(MIN_CHUNK_TOKENS) + min_expert_bytes(self.sizes)
 
     def chunk_tokens(self, budget_bytes: int) -> int:
         """The chunk a budget that cannot hold everything has room for."""
         least = self.working_bytes(MIN_CHUNK_TOKENS)
-        room = min(least + int(WORKING_SHARE * budget_bytes), least + budget_bytes - self.least_bytes)
+        room = min(least + int(WORKING_SHARE * budget_bytes), least + budget_bytes - self.min_bytes)
         chunk = MAX_CHUNK_TOKENS
         while chunk > MIN_CHUNK_TOKENS and self.working_bytes(chunk) > room:
             chunk //= 2
@@ -103,16 +103,16 @@ class Demands:
         Raises:
             MemoryBudgetError: it is below the least the model can do with, which is named with its parts.
         """
-        if budget_bytes < self.least_bytes:
+        if budget_bytes < self.min_bytes:
             parts = [
                 f"{format_bytes(self.sizes.trunk_bytes)} of weights that are always needed",
                 f"{format_bytes(self.kv_bytes)} of KV cache for {self.context} tokens",
                 f"{format_bytes(self.working_bytes(MIN_CHUNK_TOKENS) + self.reading_bytes)} of working memory",
             ]
-            if least := least_expert_bytes(self.sizes):
+            if least := min_expert_bytes(self.sizes):
                 parts.insert(1, f"{format_bytes(least)} for the experts of one token")
             raise MemoryBudgetError(
-                f"a budget of {format_bytes(budget_bytes)} is too small: the least is {format_bytes_up(self.least_bytes)}: "
+                f"a budget of {format_bytes(budget_bytes)} is too small: the least is {format_bytes_up(self.min_bytes)}: "
                 f"{', '.join(parts)}; give more, or a smaller context"
             )
         return budget_bytes - self._fixed_bytes(chunk_tokens)
@@ -122,10 +122,10 @@ class Demands:
 
 
 @dataclass(frozen=True)
-class Planned:
+class MemoryPlan:
     """What stays in memory under a budget. ``residency`` is None where all of it does, ``budget_bytes`` where none was set."""
 
-    demands: Demands
+    demands: MemoryNeeds
     budget_bytes: int | None
     chunk_tokens: int
     residency: ResidencyPlan | None

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.budget.demands import DEFAULT_CONTEXT_TOKENS, RESIDENT_CHUNK_TOKENS, Demands, Planned
+from mlx_mixtral.budget.demands import DEFAULT_CONTEXT_TOKENS, RESIDENT_CHUNK_TOKENS, MemoryNeeds, MemoryPlan
 from mlx_mixtral.budget.slots import Speeds, plan_residency
 from mlx_mixtral.cache.options import KVOptions
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
@@ -41,7 +41,7 @@ class Planner:
         self.sizes = builder.sizes()
         self._given = speeds
 
-    def demands(self, context: int | None) -> Demands:
+    def demands(self, context: int | None) -> MemoryNeeds:
         """What the model needs beside experts, with ``context`` tokens of KV cache.
 
         Raises:
@@ -57,9 +57,9 @@ class Planner:
         tokens = context or min(config.max_position_embeddings, DEFAULT_CONTEXT_TOKENS)
         reading = 0 if config.is_dense else self.builder.store.reading_bytes
         keeps_scores = self.device.kind == "cpu"
-        return Demands(config, self.sizes, tokens, self.builder.item_bytes, keeps_scores, reading, self.kv)
+        return MemoryNeeds(config, self.sizes, tokens, self.builder.item_bytes, keeps_scores, reading, self.kv)
 
-    def plan(self, memory: str | int | None, context: int | None) -> Planned:
+    def plan(self, memory: str | int | None, context: int | None) -> MemoryPlan:
         """What stays in memory under a budget; None means what this machine can give.
 
         Raises:
@@ -69,13 +69,13 @@ class Planner:
         """
         demands = self.demands(context)
         budget = self._budget(memory)
-        if budget is None or demands.everything_bytes <= budget:
-            return Planned(demands, None if memory is None else budget, RESIDENT_CHUNK_TOKENS, None)
+        if budget is None or demands.resident_bytes <= budget:
+            return MemoryPlan(demands, None if memory is None else budget, RESIDENT_CHUNK_TOKENS, None)
         chunk = demands.chunk_tokens(budget)
         room = demands.room_for_experts(budget, chunk)
         if self.builder.config.is_dense:
-            return Planned(demands, budget, chunk, None)
-        return Planned(demands, budget, chunk, plan_residency(self.sizes, room, self.speeds, self.hit_rates))
+            return MemoryPlan(demands, budget, chunk, None)
+        return MemoryPlan(demands, budget, chunk, plan_residency(self.sizes, room, self.speeds, self.hit_rates))
 
     @cached_property
     def speeds(self) -> Speeds:

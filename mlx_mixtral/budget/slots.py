@@ -24,7 +24,7 @@ import numpy.typing as npt
 from mlx_mixtral.errors import InvalidRequestError, MemoryBudgetError
 from mlx_mixtral.sizes import format_bytes, format_bytes_up
 
-__all__ = ["ModelSizes", "ResidencyPlan", "Speeds", "least_expert_bytes", "plan_residency"]
+__all__ = ["ModelSizes", "ResidencyPlan", "Speeds", "min_expert_bytes", "plan_residency"]
 
 # Where experts have no common unit, the room is cut into this many steps; what rounding leaves over is given out afterwards.
 STEPS = 2**16
@@ -107,7 +107,7 @@ class ResidencyPlan:
         return 1.0 / self.seconds_per_token
 
 
-def least_expert_bytes(sizes: ModelSizes) -> int:
+def min_expert_bytes(sizes: ModelSizes) -> int:
     """Bytes of experts a model can do with: an overflow bank for each kind of layers, which holds the experts of one token."""
     return sum(sizes.slot_bytes(kind) for kind in set(sizes.kinds)) * sizes.num_experts_per_tok
 
@@ -119,11 +119,11 @@ def plan_residency(sizes: ModelSizes, room_bytes: int, speeds: Speeds, hit_rates
         hit_rates: ``[L, E + 1]`` by layer and slots, as ``trace.hit_rates`` gives them.
 
     Raises:
-        MemoryBudgetError: the room is below ``least_expert_bytes``, which is named.
+        MemoryBudgetError: the room is below ``min_expert_bytes``, which is named.
     """
     layers = len(sizes.expert_bytes)
     assert hit_rates.shape == (layers, sizes.num_experts + 1)
-    if room_bytes < (least := least_expert_bytes(sizes)):
+    if room_bytes < (least := min_expert_bytes(sizes)):
         raise MemoryBudgetError(
             f"{format_bytes(room_bytes)} for experts is too small: the experts of one token need {format_bytes_up(least)}; "
             "give more memory, or a smaller context"

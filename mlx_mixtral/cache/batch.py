@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.options import STEP_TOKENS
-from mlx_mixtral.cache.storage import LayerArrays, Storage, grown
+from mlx_mixtral.cache.storage import KVStorage, LayerArrays, grown
 from mlx_mixtral.cache.window import Window
 
 __all__ = ["BatchCache"]
@@ -24,7 +24,7 @@ class BatchCache:
         storage, window: as of the caches that will join.
     """
 
-    def __init__(self, storage: Storage, window: Window | None) -> None:
+    def __init__(self, storage: KVStorage, window: Window | None) -> None:
         self.storage, self.window = storage, window
         self.layers: list[LayerArrays] = []
         self.taken: list[int] = []

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_mixtral.cache.options import STEP_TOKENS
-from mlx_mixtral.cache.span import Chunk, RingChunk
-from mlx_mixtral.cache.storage import LayerArrays, PlainStorage, Storage, grown
+from mlx_mixtral.cache.storage import KVStorage, LayerArrays, PlainStorage, grown
+from mlx_mixtral.cache.views import PrefillView, RingPrefillView
 from mlx_mixtral.cache.window import Window, causal_mask
 from mlx_mixtral.errors import InvalidRequestError
 
@@ -27,7 +27,7 @@ class KVCache:
         num_layers, kv_heads, head_dim, dtype: shape of the model.
         window: tokens in sight of each, None for all: a sliding window, or a bound on memory. Columns beyond it are used again.
         left_padding: padding tokens of each row; None when there are none. Its length is the batch size.
-        most_tokens: room is made for no more than these (in whole steps) until more are held.
+        max_tokens: room is made for no more than these (in whole steps) until more are held.
         storage: how keys and values are held; plain numbers of ``dtype`` when None.
     """
 
@@ -40,8 +40,8 @@ class KVCache:
         *,
         window: Window | int | None = None,
         left_padding: Sequence[int] | None = None,
-        most_tokens: int | None = None,
-        storage: Storage | None = None,
+        max_tokens: int | None = None,
+        storage: KVStorage | None = None,
     ) -> None:
         if left_padding is not None and any(pad < 0 for pad in left_padding):
             raise InvalidRequestError(f"left_padding is {list(left_padding)}; padding cannot be negative")
@@ -54,7 +54,7 @@ class KVCache:
         self.padding = None if self.left_padding is None else mx.array(self.left_padding, mx.int32)
         self.layers: list[LayerArrays] = []
         self._num_layers = num_layers
-        self._most_tokens = most_tokens
+        self._max_tokens = max_tokens
         self._written = 0
         self._lengths: mx.array | None = None
 
@@ -102,16 +102,18 @@ class KVCache:
         keys, queries = mx.arange(self._first_key, total), mx.arange(self.length, total)[None]
         return causal_mask(keys, queries, self.padding, window)
 
-    def chunk(self, rows: int, L: int, frequencies: mx.array | None = None) -> Chunk | RingChunk:
+    def chunk(self, rows: int, L: int, frequencies: mx.array | None = None) -> PrefillView | RingPrefillView:
         """Begin a forward of ``L`` tokens in each of ``rows`` rows; ``advance`` ends it.
 
         ``frequencies`` are rotary frequencies, where the base alone does not say them.
         """
         self.reserve(rows, L)
         if self.window is not None and max(self.length + L, self._written) > self.window.columns:
-            return RingChunk(self.storage, self.layers, self.window, self.length, L, self.padding, frequencies)
+            return RingPrefillView(self.storage, self.layers, self.window, self.length, L, self.padding, frequencies)
         positions = self.length if self.padding is None else self.length - self.padding
-        return Chunk(self.storage, self.layers, self.length, L, positions, self._first_key, self.mask(L), frequencies)
+        return PrefillView(
+            self.storage, self.layers, self.length, L, positions, self._first_key, self.mask(L), frequencies
+        )
 
     def reserve(self, rows: int, L: int) -> None:
         """Make room for ``L`` tokens more: a step at least, an eighth more than there was when that is larger."""
@@ -121,8 +123,8 @@ class KVCache:
         if tokens <= kept:
             return
         capacity = kept + kept // 8
-        if self._most_tokens is not None:
-            capacity = min(capacity, self._most_tokens)
+        if self._max_tokens is not None:
+            capacity = min(capacity, self._max_tokens)
         capacity = max(tokens, capacity)
         capacity = -(-capacity // STEP_TOKENS) * STEP_TOKENS
         if self.window is not None:

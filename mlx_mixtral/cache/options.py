@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.quantized import QuantisedStorage
-from mlx_mixtral.cache.storage import PlainStorage, Storage
+from mlx_mixtral.cache.quantized import QuantizedStorage
+from mlx_mixtral.cache.storage import KVStorage, PlainStorage
 from mlx_mixtral.cache.window import Window
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import InvalidRequestError
@@ -50,7 +50,7 @@ class KVOptions:
                 "give a larger size or fewer sinks"
             )
 
-    def storage(self, config: MixtralConfig, dtype: mx.Dtype) -> Storage:
+    def storage(self, config: MixtralConfig, dtype: mx.Dtype) -> KVStorage:
         """How one layer's are held, for a model that computes in ``dtype``.
 
         Raises:
@@ -61,7 +61,7 @@ class KVOptions:
             kind = mx.float16 if self.bits == 16 and dtype == mx.float32 else dtype
             return PlainStorage(heads, width, kind)
         assert self.bits is not None
-        return QuantisedStorage(heads, width, dtype, self.bits, _group_size(width, self.bits))
+        return QuantizedStorage(heads, width, dtype, self.bits, _group_size(width, self.bits))
 
     def window(self, config: MixtralConfig) -> Window | None:
         """What is in sight of a token; None when all is."""

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.storage import LayerArrays, Storage
+from mlx_mixtral.cache.storage import KVStorage, LayerArrays
 from mlx_mixtral.cache.window import causal_mask
 from mlx_mixtral.errors import InvalidRequestError
 
-__all__ = ["QuantisedStorage"]
+__all__ = ["QuantizedStorage"]
 
 PACKED_QUERIES = 16
 """Up to so many tokens a row are computed from the packed numbers; for more, unpacking once pays."""
 
 
 @dataclass(frozen=True)
-class QuantisedStorage(Storage):
+class QuantizedStorage(KVStorage):
     """Keys and values in ``bits``, with a scale and a bias for every ``group_size`` numbers of one token and head.
 
     Held as ``(keys, scales, biases, values, scales, biases)``, each ``[B, KV, capacity, …]``. A token is packed when it comes

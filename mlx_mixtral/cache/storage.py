@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-__all__ = ["LayerArrays", "PlainStorage", "Storage", "grown", "joined", "written"]
+__all__ = ["KVStorage", "LayerArrays", "PlainStorage", "grown", "joined", "written"]
 
 LayerArrays = tuple[mx.array, ...]
 """What a storage keeps of one layer: arrays ``[B, KV, capacity, …]``."""
 
 
-class Storage(ABC):
+class KVStorage(ABC):
     """Keys and values of one layer, ``[B, KV, L, d]`` on the way in. Hashable: equal storages share a compiled step."""
 
     @abstractmethod
@@ -40,7 +40,7 @@ class Storage(ABC):
 
 
 @dataclass(frozen=True)
-class PlainStorage(Storage):
+class PlainStorage(KVStorage):
     """Numbers of type ``dtype``: ``(keys, values)``, each ``[B, KV, capacity, d]``."""
 
     kv_heads: int

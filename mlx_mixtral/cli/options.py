@@ -58,7 +58,9 @@ def loading_options(command: F) -> F:
     """``--memory --context --dtype --revision --verify``, of the KV cache and of streaming, named as in ``load``."""
     for option in (
         click.option(
+            "--prefetch",
             "--lookahead",
+            "prefetch",
             type=click.Choice(("off", "on", "auto")),
             default="off",
             show_default=True,

@@ -60,7 +60,7 @@ def load_with_speculation(
     budget = None if options.get("memory") is None else parse_size(options["memory"])
     drafting = load_model(draft, dtype=options.get("dtype", "auto"))
     if budget is not None:
-        taken = drafting.model.residency.planned.demands.everything_bytes
+        taken = drafting.model.residency.planned.demands.resident_bytes
         if taken >= budget:
             raise MemoryBudgetError(
                 f"a budget of {format_bytes(budget)} is too small: the draft model alone takes {format_bytes(taken)}; "

@@ -147,7 +147,7 @@ def _streamed(dtype: str) -> str:
         prompt = [int(i) for i in archive["greedy_prompt"]] * 2
     with load(checkpoint_path(), memory="1GB") as resident:
         wanted, greedy = resident.logits(prompt), resident.generate(prompt, max_tokens=8).token_ids
-        least = resident.least_memory
+        least = resident.min_memory_bytes
     with load(checkpoint_path(), memory=least) as streamed:
         got = streamed.logits(prompt)
         own = streamed.generate(prompt, max_tokens=8).token_ids

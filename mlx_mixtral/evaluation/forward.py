@@ -90,7 +90,7 @@ def predict(
 def _hidden(model: Mixtral, rows: Ids, skip: int) -> Iterator[tuple[int, mx.array]]:
     """Hidden states ``[B, n, D]`` from position ``skip`` on, a chunk of the prompt at a time, each with its position."""
     module, chunk, length = model.module, model.residency.planned.chunk_tokens, rows.shape[1]
-    cache = module.make_cache(most_tokens=length)
+    cache = module.make_cache(max_tokens=length)
     for start in range(0, length, chunk):
         tokens = mx.array(rows[:, start : start + chunk])
         stop = start + tokens.shape[1]

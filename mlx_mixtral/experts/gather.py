@@ -22,7 +22,7 @@ from mlx_mixtral.experts.pool import Key, SlotPool
 from mlx_mixtral.experts.store import Counters, ExpertStore, Loading
 from mlx_mixtral.layers.expert_bank import ExpertBank, gathers_sorted, token_rows
 
-__all__ = ["GatheredExperts", "Lookahead"]
+__all__ = ["GatheredExperts", "Prefetch"]
 
 # Results of larger calls are waited for rather than kept alive until the next one.
 KEPT_PAIRS = 64
@@ -52,16 +52,16 @@ class GatheredExperts(Module):
         """What streaming did so far, in all layers together."""
         return self._store.counters
 
-    def stay_in(self, bank: ExpertBank) -> None:
+    def make_resident(self, bank: ExpertBank) -> None:
         """All experts lie in ``bank``, each in the slot of its number."""
         self.bank, self._pool = bank, None
 
-    def stream_through(self, pool: SlotPool) -> None:
+    def make_streamed(self, pool: SlotPool) -> None:
         """Experts are read into the slots of ``pool`` when they are needed."""
         self.bank, self._pool = pool.bank, pool
 
     def __call__(
-        self, x: mx.array, selected_experts: mx.array, num_experts: int, ahead: Lookahead | None = None
+        self, x: mx.array, selected_experts: mx.array, num_experts: int, ahead: Prefetch | None = None
     ) -> mx.array:
         """Each token through each of its experts: ``x [B, L, D]``, ``selected_experts [B, L, K]`` give ``[B, L, K, D]``.
 
@@ -74,7 +74,7 @@ class GatheredExperts(Module):
         chosen = self._read_back(selected_experts, ahead)
         return _Call(self, self._pool, self._store, x, chosen, selected_experts.shape).run()
 
-    def _read_back(self, selected_experts: mx.array, ahead: Lookahead | None) -> Indices:
+    def _read_back(self, selected_experts: mx.array, ahead: Prefetch | None) -> Indices:
         """The router's choice ``[P]`` on the host: the only synchronisation of a layer."""
         self._store.counters.readbacks += 1
         if ahead is not None:
@@ -85,7 +85,7 @@ class GatheredExperts(Module):
         return np.asarray(selected_experts).reshape(-1).astype(np.int64)
 
 
-class Lookahead:
+class Prefetch:
     """Experts that a layer will probably need, judged one layer early, and reading them before they are asked for."""
 
     def __init__(self, experts: GatheredExperts, predicted: mx.array) -> None:
@@ -96,17 +96,17 @@ class Lookahead:
         pool, layer = self._experts.pool, self._experts.layer
         if pool is None or pool.ahead:
             return
-        pool.looked_ahead = True
+        pool.has_prefetched = True
         keys = [(layer, int(expert)) for expert in dict.fromkeys(np.asarray(self.predicted).reshape(-1).tolist())]
         for key in keys:
             if key in pool:
                 continue
-            if (slot := pool.make_room(keys)) is None:
+            if (slot := pool.acquire(keys)) is None:
                 return
             try:
                 pool.ahead[key] = store.start(*key, pool.bank.arrays, slot)
             except CheckpointError:
-                pool.give_back(slot)
+                pool.release(slot)
                 return
             store.counters.predicted += 1
 
@@ -134,15 +134,15 @@ class _Call:
     def run(self) -> mx.array:
         pool, counters = self.pool, self.store.counters
         # Reading back has waited for all of it, but for results nobody asked for.
-        pool.settle()
+        pool.wait()
         needed = list(dict.fromkeys(self.chosen.tolist()))
         hits = [expert for expert in needed if self._key(expert) in pool]
         misses = deque(expert for expert in needed if self._key(expert) not in pool)
         counters.hits += len(hits)
         counters.misses += len(misses)
         pool.touch(map(self._key, hits))
-        if pool.looked_ahead:
-            pool.looked_ahead = False
+        if pool.has_prefetched:
+            pool.has_prefetched = False
             counters.predicted_needed += len(misses)
         try:
             result = self._take_turns(hits, misses)
@@ -151,7 +151,7 @@ class _Call:
             self._abandon()
             raise
         if len(self.chosen) > KEPT_PAIRS:
-            pool.settle()
+            pool.wait()
         return result
 
     def _take_turns(self, hits: list[int], misses: deque[int]) -> mx.array:
@@ -182,7 +182,7 @@ class _Call:
         """Start to read misses, at most ``limit`` at a time, into slots whose experts are not in ``keep``."""
         kept = {self._key(expert) for expert in keep}
         while misses and len(self.loading) < limit:
-            slot = self.pool.make_room(kept)
+            slot = self.pool.acquire(kept)
             if slot is None:
                 if not self.pool.ahead:
                     return
@@ -192,7 +192,7 @@ class _Call:
             try:
                 self.loading[expert] = self.store.start(self.layer, expert, self.pool.bank.arrays, slot)
             except BaseException:
-                self.pool.give_back(slot)
+                self.pool.release(slot)
                 raise
 
     def _finish(self) -> list[int]:
@@ -235,10 +235,10 @@ class _Call:
         """After a failure: no thread writes any more, and what it wrote counts as nothing."""
         for loading in self.loading.values():
             loading.wait()
-            self.pool.give_back(loading.slot)
+            self.pool.release(loading.slot)
         self.loading.clear()
         self.pool.finish_ahead()
-        self.pool.settle()
+        self.pool.wait()
 
     def _compute(self, experts: list[int]) -> None:
         """Start the products of all pairs of these experts."""
@@ -269,7 +269,7 @@ class _Call:
         return token_rows(self.x, mx.array(pairs // self.shape[-1]))
 
     def _start(self, result: mx.array) -> None:
-        self.pool.used(result)
+        self.pool.track(result)
         mx.async_eval(result)
 
     def _keep(self, y: mx.array, pairs: Indices) -> None:

@@ -1,7 +1,7 @@
 """The slots of one bank: which expert lies in which, and who makes room.
 
 A slot is overwritten by threads of the host, while the device may still be computing with what it holds. That this never
-happens is guaranteed in one place: every result computed with the bank is handed to ``used``, and ``make_room`` waits for all
+happens is guaranteed in one place: every result computed with the bank is handed to ``track``, and ``acquire`` waits for all
 of them before it gives a slot away. Most of the time there is nothing to wait for: reading back the router's choice of a layer
 has already waited for everything before it.
 """
@@ -32,7 +32,7 @@ class SlotPool:
         self._pending: list[mx.array] = []
         self.ahead: dict[Key, Loading] = {}
         """Experts on their way into a slot that nobody has asked for yet."""
-        self.looked_ahead = False
+        self.has_prefetched = False
         """Whether look-ahead had its say since the last call."""
 
     def __contains__(self, key: object) -> bool:
@@ -56,36 +56,36 @@ class SlotPool:
         for key in keys:
             self.policy.touch(key)
 
-    def make_room(self, keep: Collection[Key]) -> int | None:
+    def acquire(self, keep: Collection[Key]) -> int | None:
         """A slot that nothing uses, taken from an expert outside ``keep`` if none is free; None when there is none.
 
-        The slot belongs to the caller, who hands it to ``put`` or ``give_back``.
+        The slot belongs to the caller, who hands it to ``put`` or ``release``.
         """
         if self._free:
-            self.settle()
+            self.wait()
             return self._free.pop()
         candidates = [key for key in self._slot_of if key not in keep]
         if not candidates:
             return None
         victim = self.policy.victim(candidates)
-        self.settle()
+        self.wait()
         self.policy.forget(victim)
         return self._slot_of.pop(victim)
 
     def put(self, key: Key, slot: int) -> None:
-        """An expert is complete in a slot of ``make_room``."""
+        """An expert is complete in a slot of ``acquire``."""
         self._slot_of[key] = slot
         self.policy.touch(key)
 
-    def give_back(self, slot: int) -> None:
-        """A slot of ``make_room`` holds nothing."""
+    def release(self, slot: int) -> None:
+        """A slot of ``acquire`` holds nothing."""
         self._free.append(slot)
 
-    def used(self, result: mx.array) -> None:
+    def track(self, result: mx.array) -> None:
         """``result`` is computed from the bank, sooner or later."""
         self._pending.append(result)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for everything that was computed from the bank."""
         if self._pending:
             mx.eval(self._pending)
@@ -99,7 +99,7 @@ class SlotPool:
                 self.put(key, loading.slot)
                 finished.append(key)
             else:
-                self.give_back(loading.slot)
+                self.release(loading.slot)
         self.ahead.clear()
         return finished
 

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mixtral.budget.demands import Planned
+from mlx_mixtral.budget.demands import MemoryPlan
 from mlx_mixtral.budget.slots import ModelSizes, ResidencyPlan
 from mlx_mixtral.experts.gather import GatheredExperts
 from mlx_mixtral.experts.policy import make_policy
@@ -40,7 +40,7 @@ class Residency:
         sizes: ModelSizes,
         layers: Sequence[GatheredExperts],
         overflow: Mapping[int, SlotPool],
-        planned: Planned,
+        planned: MemoryPlan,
         policy: str,
     ) -> None:
         self.store, self.sizes, self.layers, self.policy = store, sizes, layers, policy
@@ -142,7 +142,7 @@ class Residency:
         """Let go of all expert memory; the model is not used any more."""
         self.layers, self.overflow = (), {}
 
-    def change(self, planned: Planned, allocate: AllocateBank) -> None:
+    def change(self, planned: MemoryPlan, allocate: AllocateBank) -> None:
         """Go over to another plan: layers that shrink first, so that memory is given before it is taken.
 
         An expert that is in memory and stays is copied, not read. If a read fails the layer at hand goes on streaming.
@@ -152,7 +152,7 @@ class Residency:
         """
         for pool in self._pools():
             pool.finish_ahead()
-            pool.settle()
+            pool.wait()
         plan, before = planned.residency, self.slots
         after = (self.sizes.num_experts,) * len(before) if plan is None else plan.slots
         shared = {} if plan is None else plan.overflow_slots
@@ -164,7 +164,7 @@ class Residency:
                 self._resize(self.overflow[kind], layer, count, allocate)
                 for gathered in self.layers:
                     if gathered.pool is self.overflow[kind]:
-                        gathered.stream_through(self.overflow[kind])
+                        gathered.make_streamed(self.overflow[kind])
         self.planned = planned
         for layer in sorted(range(len(before)), key=lambda layer: after[layer] - before[layer]):
             if after[layer] != before[layer]:
@@ -177,13 +177,13 @@ class Residency:
         gathered, experts = self.layers[layer], self.sizes.num_experts
         pool = self._own_pool(layer)
         if not slots:
-            gathered.stream_through(self.overflow[self.sizes.kinds[layer]])
+            gathered.make_streamed(self.overflow[self.sizes.kinds[layer]])
             return
         if pool is None:
             pool = SlotPool(allocate(layer, slots), slots, make_policy(self.policy))
         else:
             self._resize(pool, layer, slots, allocate, in_place=slots == experts)
-        gathered.stream_through(pool)
+        gathered.make_streamed(pool)
         if slots < experts:
             return
         missing = [expert for expert in range(experts) if (layer, expert) not in pool]
@@ -194,7 +194,7 @@ class Residency:
         fill(self.store.reader, fills)
         for file in files:
             self.store.reader.check_unchanged(file)
-        gathered.stay_in(pool.bank)
+        gathered.make_resident(pool.bank)
 
     def _own_pool(self, layer: int) -> SlotPool | None:
         """The pool of a layer with slots of its own; a resident layer's bank seen as one."""

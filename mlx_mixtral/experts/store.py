@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.direct import BLOCK_BYTES, BOUNCE_BYTES, ExpertFileReader, Identity
-from mlx_mixtral.weights.fill import READ_THREADS, Fill, chunks, fill_chunk
+from mlx_mixtral.weights.fill import READ_THREADS, ReadRange, fill_piece, pieces
 from mlx_mixtral.weights.safetensors import TensorInfo
 
 __all__ = ["Counters", "ExpertPart", "ExpertStore", "Loading"]
@@ -38,9 +38,9 @@ class ExpertPart:
     start: int
     stop: int
 
-    def into(self, array: mx.array, slot: int) -> Fill:
+    def into(self, array: mx.array, slot: int) -> ReadRange:
         """The read that puts it into ``slot`` of ``array [S, rows, columns]``."""
-        return Fill(array, slot * array.shape[1] + self.row, self.dtype, self.info, self.start, self.stop)
+        return ReadRange(array, slot * array.shape[1] + self.row, self.dtype, self.info, self.start, self.stop)
 
     @property
     def is_down(self) -> bool:
@@ -143,7 +143,7 @@ class ExpertStore:
         largest = max(part.nbytes for layer in self.parts.values() for parts in layer for part in parts)
         return READ_THREADS * min(largest + 2 * BLOCK_BYTES, BOUNCE_BYTES)
 
-    def fills(self, layer: int, expert: int, arrays: Mapping[str, mx.array], slot: int) -> list[Fill]:
+    def fills(self, layer: int, expert: int, arrays: Mapping[str, mx.array], slot: int) -> list[ReadRange]:
         """The reads that fill a slot of a bank's ``arrays``."""
         return [part.into(arrays[part.name], slot) for part in self.parts[layer][expert]]
 
@@ -164,10 +164,10 @@ class ExpertStore:
         check()
         gate_up, down = (
             [
-                self._pool.submit(fill_chunk, reader, chunk)
+                self._pool.submit(fill_piece, reader, chunk)
                 for part, item in zip(self.parts[layer][expert], fills, strict=True)
                 if part.is_down == is_down
-                for chunk in chunks(item)
+                for chunk in pieces(item)
             ]
             for is_down in (False, True)
         )

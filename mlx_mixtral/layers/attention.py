@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from mlx_mixtral.cache.span import Span
+from mlx_mixtral.cache.views import CacheView
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.layers.linear import Linear
 from mlx_mixtral.layers.rotary import Rotary
@@ -31,17 +31,19 @@ class Attention(Module):
         self.rotary = rotary
         self._scale = config.head_dim**-0.5 * rotary.score_scale
 
-    def __call__(self, x: mx.array, layer: int, span: Span, *, last_only: bool = False) -> mx.array:
+    def __call__(self, x: mx.array, layer: int, view: CacheView, *, last_only: bool = False) -> mx.array:
         """``x [B, L, D]`` to ``[B, L, D]``, or to ``[B, 1, D]`` of the last token; all keys and values enter the cache."""
-        queries = self._enter_for_last(x, layer, span) if last_only and x.shape[1] > 1 else self._enter(x, layer, span)
-        y = span.attend(layer, queries, self._scale, last_only=last_only)
+        queries = (
+            self._update_for_last(x, layer, view) if last_only and x.shape[1] > 1 else self._update(x, layer, view)
+        )
+        y = view.attend(layer, queries, self._scale, last_only=last_only)
         return self.o_proj(y.transpose(0, 2, 1, 3).reshape(x.shape[0], y.shape[2], -1))
 
-    def remember(self, x: mx.array, layer: int, span: Span) -> None:
+    def remember(self, x: mx.array, layer: int, view: CacheView) -> None:
         """Put keys and values of ``x [B, L, D]`` into the cache and compute nothing else."""
-        self._enter_keys(x, layer, span)
+        self._update_keys(x, layer, view)
 
-    def _enter(self, x: mx.array, layer: int, span: Span) -> mx.array:
+    def _update(self, x: mx.array, layer: int, view: CacheView) -> mx.array:
         """Queries ``[B, H, L, d]``; keys and values are put into the cache."""
         B, L, _ = x.shape
         projected = [projection(x) for projection in self.qkv]
@@ -50,21 +52,21 @@ class Attention(Module):
         qk, v = qkv[..., :rotated], qkv[..., rotated:]
         # Queries and keys are rotated in one kernel: [B, H + KV, L, d].
         qk = qk.reshape(B, L, self.heads + self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        qk = self.rotary(qk, span.positions, span.frequencies)
+        qk = self.rotary(qk, view.positions, view.frequencies)
         values = v.reshape(B, L, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        span.enter(layer, qk[:, self.heads :], values)
+        view.update(layer, qk[:, self.heads :], values)
         return qk[:, : self.heads]
 
-    def _enter_for_last(self, x: mx.array, layer: int, span: Span) -> mx.array:
+    def _update_for_last(self, x: mx.array, layer: int, view: CacheView) -> mx.array:
         """Queries ``[B, H, 1, d]`` of the last token alone; keys and values of all are put into the cache."""
-        self._enter_keys(x, layer, span)
+        self._update_keys(x, layer, view)
         queries = self._heads_of(self._rows_of_qkv(x[:, -1:], 0, self.heads))
-        return self.rotary(queries, span.positions + (x.shape[1] - 1), span.frequencies)
+        return self.rotary(queries, view.positions + (x.shape[1] - 1), view.frequencies)
 
-    def _enter_keys(self, x: mx.array, layer: int, span: Span) -> None:
+    def _update_keys(self, x: mx.array, layer: int, view: CacheView) -> None:
         both = self._heads_of(self._rows_of_qkv(x, self.heads, self.heads + 2 * self.kv_heads))
         keys, values = both[:, : self.kv_heads], both[:, self.kv_heads :]
-        span.enter(layer, self.rotary(keys, span.positions, span.frequencies), values)
+        view.update(layer, self.rotary(keys, view.positions, view.frequencies), values)
 
     def _heads_of(self, projected: mx.array) -> mx.array:
         """``[B, L, n d]`` to ``[B, n, L, d]``."""

@@ -25,7 +25,7 @@ from mlx_mixtral.model.transformer import DecoderLayer, MixtralModel, RMSNorm
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.direct import identities
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
-from mlx_mixtral.weights.fill import Fill, allocate
+from mlx_mixtral.weights.fill import ReadRange, allocate
 from mlx_mixtral.weights.packing import packing_of
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
 
@@ -61,7 +61,7 @@ class Builder:
         self.config, self.checkpoint, self.dtype, self.fuse = config, checkpoint, dtype, fuse
         self.page_cache, self.policy = page_cache, policy
         self.identities = identities(checkpoint)
-        self.fills: list[Fill] = []
+        self.fills: list[ReadRange] = []
         self.overflow: dict[int, SlotPool] = {}
         self.matrices = {matrix.path: matrix for matrix in matrices(config)}
         self.norms = {norm.path: norm for norm in norms(config)}
@@ -163,17 +163,17 @@ class Builder:
         gathered = GatheredExperts(layer, self.config.num_local_experts, self.store)
         if not slots:
             assert overflow is not None
-            gathered.stream_through(overflow)
+            gathered.make_streamed(overflow)
             return gathered
         bank = self.bank(layer, slots)
         for expert in range(slots):
             self.fills += self.store.fills(layer, expert, bank.arrays, expert)
         if slots == self.config.num_local_experts:
-            gathered.stay_in(bank)
+            gathered.make_resident(bank)
         else:
             pool = SlotPool(bank, slots, make_policy(self.policy))
             pool.fill({(layer, expert): expert for expert in range(slots)})
-            gathered.stream_through(pool)
+            gathered.make_streamed(pool)
         return gathered
 
     def bank(self, layer: int, slots: int) -> ExpertBank:
@@ -231,7 +231,7 @@ class Builder:
             above = 0
             for part in parts:
                 (found,) = self._locations(part, field)
-                self.fills.append(Fill(array, above, dtype, self.checkpoint[found.name], found.start, found.stop))
+                self.fills.append(ReadRange(array, above, dtype, self.checkpoint[found.name], found.start, found.stop))
                 above += part.out_features
         return Linear(arrays, spec)
 
@@ -290,5 +290,5 @@ class Builder:
     def _norm(self, path: str) -> RMSNorm:
         array = allocate((self.norms[path].size,), self.dtype)
         info = self.checkpoint[f"{path}.weight"]
-        self.fills.append(Fill(array, 0, self.dtype, info, 0, 1))
+        self.fills.append(ReadRange(array, 0, self.dtype, info, 0, 1))
         return RMSNorm(array, self.config.rms_norm_eps)

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from mlx_mixtral.experts.gather import GatheredExperts, Lookahead
+from mlx_mixtral.experts.gather import GatheredExperts, Prefetch
 from mlx_mixtral.layers.linear import Linear
 
 __all__ = ["Ahead", "Observer", "SparseMoe", "route"]
 
 Observer = Callable[[mx.array, mx.array], None]
 """Told the experts chosen ``[B, L, K]``, in no particular order, and the gate's logits ``[B, L, E]``, both lazy."""
-Ahead = Callable[[mx.array], Lookahead | None]
+Ahead = Callable[[mx.array], Prefetch | None]
 """From hidden states ``[B, L, D]`` before a layer's experts to a guess at the next layer's; None for no guess."""
 
 
@@ -56,7 +56,7 @@ class SparseMoe(Module):
         if observer is not None:
             self._observers[owner] = observer
 
-    def look_ahead(self, ahead: Ahead | None) -> None:
+    def prefetch_with(self, ahead: Ahead | None) -> None:
         """Let a streamed layer guess the experts of the next one, from the state that enters its own; None ends it."""
         self._ahead = ahead
 

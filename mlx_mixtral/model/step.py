@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.span import Step
-from mlx_mixtral.cache.storage import LayerArrays, Storage
+from mlx_mixtral.cache.storage import KVStorage, LayerArrays
+from mlx_mixtral.cache.views import DecodeView
 from mlx_mixtral.cache.window import Window
 from mlx_mixtral.layers.compiled import Compiled
 from mlx_mixtral.model.transformer import MixtralModel
@@ -62,7 +62,7 @@ class StepCache(Protocol):
     layers: list[LayerArrays]
 
     @property
-    def storage(self) -> Storage: ...
+    def storage(self) -> KVStorage: ...
 
     @property
     def window(self) -> Window | None: ...
@@ -84,7 +84,7 @@ class StepCache(Protocol):
 class Kind(NamedTuple):
     """What makes another graph, beside shapes."""
 
-    storage: Storage
+    storage: KVStorage
     window: Window | None
     last_only: bool
 
@@ -105,6 +105,6 @@ def _step(
     table: mx.array | None,
 ) -> tuple[mx.array, list[LayerArrays], mx.array]:
     length = tokens.shape[1]
-    step = Step(kind.storage, list(layers), lengths, padding, length, kind.window, table)
+    step = DecodeView(kind.storage, list(layers), lengths, padding, length, kind.window, table)
     logits = model.head(model.through_layers(tokens, step, last_only=kind.last_only))
     return logits, step.layers, lengths + length

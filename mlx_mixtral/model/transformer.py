@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.options import KVOptions
-from mlx_mixtral.cache.span import Span
+from mlx_mixtral.cache.views import CacheView
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.experts.gather import GatheredExperts
 from mlx_mixtral.experts.store import Counters
@@ -46,9 +46,9 @@ class DecoderLayer(Module):
         self.post_attention_norm = post_attention_norm
         self.moe = moe
 
-    def __call__(self, x: mx.array, layer: int, span: Span, *, last_only: bool = False) -> mx.array:
+    def __call__(self, x: mx.array, layer: int, view: CacheView, *, last_only: bool = False) -> mx.array:
         """``x [B, L, D]`` to ``[B, L, D]``, or with ``last_only`` to the last token's ``[B, 1, D]``."""
-        attended = self.attention(self.input_norm(x), layer, span, last_only=last_only)
+        attended = self.attention(self.input_norm(x), layer, view, last_only=last_only)
         h = (x[:, -1:] if last_only else x) + attended
         normed = self.post_attention_norm(h)
         return self.moe(normed, h) if isinstance(self.moe, SparseMoe) else h + self.moe(normed)
@@ -78,10 +78,10 @@ class MixtralModel(Module):
         self.lm_head = lm_head
         self.kv = KVOptions()
 
-    def make_cache(self, left_padding: Sequence[int] | None = None, *, most_tokens: int | None = None) -> KVCache:
+    def make_cache(self, left_padding: Sequence[int] | None = None, *, max_tokens: int | None = None) -> KVCache:
         """An empty cache; ``left_padding`` has one entry a row of the batch to come.
 
-        ``most_tokens`` are allocated at most while no more are held.
+        ``max_tokens`` are allocated at most while no more are held.
         """
         c = self.config
         return KVCache(
@@ -90,7 +90,7 @@ class MixtralModel(Module):
             c.head_dim,
             window=self.kv.window(c),
             left_padding=left_padding,
-            most_tokens=most_tokens,
+            max_tokens=max_tokens,
             storage=self.kv.storage(c, self.dtype),
         )
 
@@ -110,23 +110,23 @@ class MixtralModel(Module):
         last.attention.remember(last.input_norm(x), len(self.layers) - 1, chunk)
         cache.advance(tokens.shape[1])
 
-    def through_layers(self, tokens: mx.array, span: Span, *, last_only: bool = False) -> mx.array:
-        """As ``hidden``, for tokens whose place in a cache ``span`` tells."""
-        x = self._before_last(tokens, span)
-        return self.layers[-1](x, len(self.layers) - 1, span, last_only=last_only)
+    def through_layers(self, tokens: mx.array, view: CacheView, *, last_only: bool = False) -> mx.array:
+        """As ``hidden``, for tokens whose place in a cache ``view`` tells."""
+        x = self._before_last(tokens, view)
+        return self.layers[-1](x, len(self.layers) - 1, view, last_only=last_only)
 
     def frequencies(self, length: int) -> mx.array | None:
         """Rotary frequencies of a sequence of ``length`` tokens, where the base alone does not say them."""
         return self.layers[0].attention.rotary.table(length)
 
-    def _chunk(self, tokens: mx.array, cache: KVCache) -> Span:
+    def _chunk(self, tokens: mx.array, cache: KVCache) -> CacheView:
         rows, length = tokens.shape
         return cache.chunk(rows, length, self.frequencies(cache.length + length))
 
-    def _before_last(self, tokens: mx.array, span: Span) -> mx.array:
+    def _before_last(self, tokens: mx.array, view: CacheView) -> mx.array:
         x = self.embed_tokens.rows(tokens, self.dtype)
         for index, layer in enumerate(self.layers[:-1]):
-            x = layer(x, index, span)
+            x = layer(x, index, view)
         return x
 
     def head(self, hidden: mx.array) -> mx.array:

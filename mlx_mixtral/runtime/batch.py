@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 
 import mlx.core as mx
 
-from mlx_mixtral.budget.demands import Planned
+from mlx_mixtral.budget.demands import MemoryPlan
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.generation.scheduler import Scheduler, SequenceRequest
 from mlx_mixtral.model.step import DecodeStep
@@ -21,7 +21,7 @@ DEFAULT_ROWS = 8
 
 
 def make_scheduler(
-    module: MixtralModel, step: DecodeStep, planned: Planned, context: int, max_rows: int, stream: mx.Stream
+    module: MixtralModel, step: DecodeStep, planned: MemoryPlan, context: int, max_rows: int, stream: mx.Stream
 ) -> Scheduler:
     """A scheduler of ``max_rows`` rows, within what was planned; no sequence has more than ``context`` tokens.
 
@@ -33,7 +33,7 @@ def make_scheduler(
     return Scheduler(
         module,
         step,
-        lambda padding: module.make_cache(padding, most_tokens=context),
+        lambda padding: module.make_cache(padding, max_tokens=context),
         stream=stream,
         max_rows=max_rows,
         max_columns=None if planned.budget_bytes is None else planned.demands.kv_columns,
@@ -53,7 +53,7 @@ def stream_batch(
     with guard, memory:
         mx.reset_peak_memory()
         try:
-            # Prompts of about the same length are computed together.
+            # PromptCache of about the same length are computed together.
             order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
             index_of = {scheduler.submit(sequences[index]): index for index in order}
             while not scheduler.is_idle:

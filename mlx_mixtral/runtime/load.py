@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_mixtral.arguments import as_path, check_callbacks
-from mlx_mixtral.budget.demands import Planned
+from mlx_mixtral.budget.demands import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.cache.options import DEFAULT_SINKS, KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
@@ -17,7 +17,7 @@ from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.hub import resolve
 from mlx_mixtral.machine.device import DTYPE_NAMES, compute_dtype, current_device
 from mlx_mixtral.model.build import Builder
-from mlx_mixtral.model.lookahead import LookaheadControl
+from mlx_mixtral.model.prefetch import PrefetchControl
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.sizes import parse_size
@@ -47,7 +47,7 @@ def load(
     verify: bool = False,
     page_cache: bool = False,
     policy: str = "lru",
-    lookahead: str = "off",
+    prefetch: str = "off",
     kv_bits: int | None = None,
     kv_size: int | None = None,
     kv_sinks: int = DEFAULT_SINKS,
@@ -70,7 +70,7 @@ def load(
         page_cache: let experts that are read from disk fill the operating system's page cache too; worth it where the machine
             has memory to spare beyond the budget.
         policy: which expert makes room for another one: lru or lfu.
-        lookahead: read the next layer's experts before its router has chosen: off, on, or auto, which measures whether it pays.
+        prefetch: read the next layer's experts before its router has chosen: off, on, or auto, which measures whether it pays.
         kv_bits: bits of the key-value cache: 4 or 8, with a scale and a bias for every 64 numbers, or 16; those of the compute
             type when None.
         kv_size: most tokens a token sees, so that the cache of a long text stays within them: the last ones, and ``kv_sinks``
@@ -91,7 +91,7 @@ def load(
     check_callbacks(progress=progress)
     device = current_device()
     kind = compute_dtype(dtype, device)
-    control, _ = LookaheadControl(lookahead), make_policy(policy)
+    control, _ = PrefetchControl(prefetch), make_policy(policy)
     kv = KVOptions(kv_bits, kv_size, kv_sinks)
     kept = prefix_cache if prefix_cache is None else 0 if prefix_cache in (0, "0") else parse_size(prefix_cache)
     folder = resolve(path, revision=revision)
@@ -122,7 +122,7 @@ def load(
 
 
 def load_module(
-    planner: Planner, planned: Planned, progress: Callable[[LoadProgress], None] | None
+    planner: Planner, planned: MemoryPlan, progress: Callable[[LoadProgress], None] | None
 ) -> tuple[MixtralModel, Residency]:
     """Allocate the model and read what stays in memory.
 

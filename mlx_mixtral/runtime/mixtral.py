@@ -30,12 +30,12 @@ from mlx_mixtral.generation.sampling import SamplingParams
 from mlx_mixtral.generation.scheduler import SequenceRequest
 from mlx_mixtral.generation.stats import GenerationStats, Token
 from mlx_mixtral.machine.device import Device, wired
-from mlx_mixtral.model.lookahead import LookaheadControl
+from mlx_mixtral.model.prefetch import PrefetchControl
 from mlx_mixtral.model.routing import record_routing
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.batch import DEFAULT_ROWS, collect_batch, make_scheduler, stream_batch
-from mlx_mixtral.runtime.prompt_cache import Prompts
+from mlx_mixtral.runtime.prompt_cache import PromptCache
 from mlx_mixtral.runtime.requests import GenerationOptions, Requests
 from mlx_mixtral.runtime.speculation import decoding, exclusive
 from mlx_mixtral.runtime.stream import Chunk, Generation, TextStream
@@ -63,17 +63,17 @@ class Mixtral:
         config: MixtralConfig,
         device: Device,
         tokenizer: Tokenizer | TokenizerError,
-        lookahead: LookaheadControl,
+        prefetch: PrefetchControl,
         prefix_cache: int | None = None,
     ) -> None:
         self.config = config
         self.device = device
         self.residency = residency
-        self._planner, self._lookahead = planner, lookahead
-        lookahead.connect(module.layers)
+        self._planner, self._prefetch = planner, prefetch
+        prefetch.connect(module.layers)
         self._module: MixtralModel | None = module
         self._requests = Requests(config, residency, tokenizer)
-        self._prompts = Prompts(planner, residency, prefix_cache)
+        self._prompt_cache = PromptCache(planner, residency, prefix_cache)
         self._step: DecodeStep | None = self._decode_step(module)
         self._busy = threading.Lock()
         # MLX streams belong to the thread that made them, except for this kind: it lets a model be loaded on one thread and
@@ -113,9 +113,9 @@ class Mixtral:
         return self.module.nbytes
 
     @property
-    def least_memory(self) -> int:
+    def min_memory_bytes(self) -> int:
         """Bytes of the smallest memory budget the model can do with, for the context it was loaded for."""
-        return self.residency.planned.demands.least_bytes
+        return self.residency.planned.demands.min_bytes
 
     def make_cache(self, left_padding: Sequence[int] | None = None) -> KVCache:
         """An empty key-value cache for ``module``; ``left_padding`` has one entry a row of a batch."""
@@ -129,7 +129,7 @@ class Mixtral:
         """
         with self._exclusive():
             self._module = self._step = None
-            self._prompts.kept.clear()
+            self._prompt_cache.kept.clear()
             self.residency.close()
             self.residency.release()
         mx.clear_cache()
@@ -153,8 +153,8 @@ class Mixtral:
             try:
                 self.residency.change(planned, self._planner.builder.bank)
             finally:
-                self._prompts.fit()
-                self._lookahead.connect(self.module.layers)
+                self._prompt_cache.fit()
+                self._prefetch.connect(self.module.layers)
                 self._step = self._decode_step(self.module)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Generation:
@@ -254,7 +254,7 @@ class Mixtral:
         tokens = self._requests.prompt(prompt)
         self._requests.room(len(tokens))
         with self._exclusive(), mx.stream(self._stream):
-            self._prompts.save(path, tokens, self.module, self.residency.planned.chunk_tokens)
+            self._prompt_cache.save(path, tokens, self.module, self.residency.planned.chunk_tokens)
 
     def load_prompt(self, path: str | Path) -> list[int]:
         """Load a saved prompt and return its token ids: a prompt that begins with them is computed from there on.
@@ -263,7 +263,7 @@ class Mixtral:
             PromptCacheError: not such a file, one of another model, version or ``kv_bits``, or more than may be kept.
         """
         with self._exclusive(), mx.stream(self._stream):
-            return self._prompts.load(path, self.module)
+            return self._prompt_cache.load(path, self.module)
 
     def logits(self, token_ids: Sequence[int]) -> mx.array:
         """Logits ``[L, V]`` (in the compute type, evaluated) for every position of ``token_ids``.
@@ -278,7 +278,7 @@ class Mixtral:
                 f"{len(tokens)} tokens were given; the model's context holds {self.config.max_position_embeddings}"
             )
         with self._exclusive(), mx.stream(self._stream):
-            self._prompts.give_way()
+            self._prompt_cache.give_way()
             return self.module.logits(tokens, self.residency.planned.chunk_tokens)
 
     def routing_trace(self, texts: Sequence[Sequence[int]]) -> RoutingTrace:
@@ -314,8 +314,8 @@ class Mixtral:
                 prefill_chunk=self.residency.planned.chunk_tokens,
                 on_prefill=request.on_prefill,
             )
-            new = partial(module.make_cache, most_tokens=self._requests.context_limit)
-            return self._prompts.generate(request.tokens, new, start, stats, self._stream)
+            new = partial(module.make_cache, max_tokens=self._requests.context_limit)
+            return self._prompt_cache.generate(request.tokens, new, start, stats, self._stream)
 
         budget = self.residency.budget_bytes
         return TextStream(run, request.text, exclusive(request, self), self.device, self._stream, budget)
@@ -328,7 +328,7 @@ class Mixtral:
         check_type("prompts", prompts, (list, tuple), "a list of texts, or of lists of token ids")
         scheduler = make_scheduler(module, step, planned, self._requests.context_limit, max_rows, self._stream)
         requests = self._requests.batch(prompts, options)
-        self._prompts.give_way()
+        self._prompt_cache.give_way()
         sequences = [
             SequenceRequest(made.tokens, made.max_tokens, made.sampler, on_prefill=made.on_prefill) for made in requests
         ]

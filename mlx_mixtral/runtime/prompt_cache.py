@@ -1,4 +1,4 @@
-"""Prompts that need not be computed again: caches kept between generations, or saved to a file and loaded."""
+"""PromptCache that need not be computed again: caches kept between generations, or saved to a file and loaded."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.weights.fingerprint import checkpoint_identity
 from mlx_mixtral.weights.safetensors import read_header
 
-__all__ = ["DEFAULT_KEPT_BYTES", "Prompts", "check_saved"]
+__all__ = ["DEFAULT_KEPT_BYTES", "PromptCache", "check_saved"]
 
 DEFAULT_KEPT_BYTES = 10**9
 FORMAT, VERSION = "mlx-mixtral-prompt", "1"
 
 
-class Prompts:
+class PromptCache:
     """Caches of one model's prompts.
 
     Args:
@@ -101,7 +101,7 @@ class Prompts:
             raise InvalidRequestError(
                 f"a prompt of {len(tokens)} tokens does not fit a KV cache of {window.size}; load it with a larger kv_size"
             )
-        cache = self.kept.take(tokens) or module.make_cache(most_tokens=len(tokens))
+        cache = self.kept.take(tokens) or module.make_cache(max_tokens=len(tokens))
         mx.eval(prefill(module, tokens[cache.length :], cache, chunk_tokens, None))
         arrays = {
             f"layers.{layer}.{index}": array

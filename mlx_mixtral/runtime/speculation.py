@@ -169,8 +169,8 @@ def decoding(request: Request, model: Mixtral) -> Decode:
         draft.module,
         draft._step,
         request.tokens,
-        most_tokens=min(most, draft._requests.context_limit),
-        most_proposed=asked.max_tokens,
+        max_tokens=min(most, draft._requests.context_limit),
+        max_proposed=asked.max_tokens,
         chunk_tokens=draft.residency.planned.chunk_tokens,
     )
     return partial(speculate, proposer=proposer, economics=_economics(asked, request, model))

@@ -27,7 +27,7 @@ from mlx_mixtral.weights.checkpoint import CheckpointReader
 from mlx_mixtral.weights.dtypes import FLOATS, MLX_DTYPES, NUMPY_DTYPES, as_numpy, bytes_of, convert, is_finite
 from mlx_mixtral.weights.safetensors import ITEM_BYTES, TensorInfo
 
-__all__ = ["READ_THREADS", "Fill", "allocate", "chunks", "fill", "fill_chunk"]
+__all__ = ["READ_THREADS", "ReadRange", "allocate", "fill", "fill_piece", "pieces"]
 
 CHUNK_BYTES = 4 * 2**20
 READ_THREADS = 8
@@ -35,7 +35,7 @@ ALLOCATION_STREAMS = 4
 
 
 @dataclass(frozen=True)
-class Fill:
+class ReadRange:
     """Rows ``start`` to ``stop`` of a tensor go to the rows of ``array`` from ``row`` on (leading axes flattened).
 
     ``dtype`` is the safetensors name of the array's dtype.
@@ -54,7 +54,7 @@ class Fill:
         return (self.stop - self.start) * self.info.row_bytes
 
 
-def fill(reader: CheckpointReader, fills: list[Fill], progress: Callable[[int], None] | None = None) -> None:
+def fill(reader: CheckpointReader, fills: list[ReadRange], progress: Callable[[int], None] | None = None) -> None:
     """Carry out ``fills`` of arrays that ``allocate`` made; ``progress`` is told the bytes read so far, from this thread.
 
     Raises:
@@ -65,10 +65,10 @@ def fill(reader: CheckpointReader, fills: list[Fill], progress: Callable[[int], 
     done = 0
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="mlx-mixtral-read") as pool:
         pending: set[Future[int]] = set()
-        pieces = (chunk for item in fills for chunk in chunks(item))
+        pieces = (chunk for item in fills for chunk in pieces(item))
         try:
             for chunk in pieces:
-                pending.add(pool.submit(fill_chunk, reader, chunk))
+                pending.add(pool.submit(fill_piece, reader, chunk))
                 # A bounded queue keeps an interrupted load from reading on for seconds.
                 while len(pending) >= 4 * READ_THREADS:
                     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -86,8 +86,8 @@ def fill(reader: CheckpointReader, fills: list[Fill], progress: Callable[[int], 
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Part of a ``Fill`` that one read takes: rows ``start`` to ``stop`` of a tensor go to ``into``, numbers of ``dtype``."""
+class ReadPiece:
+    """Part of a ``ReadRange`` that one read takes: rows ``start`` to ``stop`` of a tensor go to ``into``, numbers of ``dtype``."""
 
     into: npt.NDArray[np.uint8]
     dtype: str
@@ -96,18 +96,18 @@ class Chunk:
     stop: int
 
 
-def chunks(item: Fill) -> Iterator[Chunk]:
-    """A fill in pieces of about ``CHUNK_BYTES``, once its array is made."""
+def pieces(item: ReadRange) -> Iterator[ReadPiece]:
+    """A range in pieces of about ``CHUNK_BYTES``, once its array is made."""
     row_bytes = item.info.row_bytes // ITEM_BYTES[item.info.dtype] * ITEM_BYTES[item.dtype]
     memory = bytes_of(item.array)[item.row * row_bytes :]
     rows = max(1, CHUNK_BYTES // max(item.info.row_bytes, 1))
     for start in range(item.start, item.stop, rows):
         stop = min(start + rows, item.stop)
         into = memory[(start - item.start) * row_bytes : (stop - item.start) * row_bytes]
-        yield Chunk(into, item.dtype, item.info, start, stop)
+        yield ReadPiece(into, item.dtype, item.info, start, stop)
 
 
-def fill_chunk(reader: CheckpointReader, item: Chunk) -> int:
+def fill_piece(reader: CheckpointReader, item: ReadPiece) -> int:
     """Carry out one piece; the bytes read. Raises as ``fill``."""
     nbytes = (item.stop - item.start) * item.info.row_bytes
     if item.info.dtype == item.dtype:
@@ -131,7 +131,7 @@ def fill_chunk(reader: CheckpointReader, item: Chunk) -> int:
     return nbytes
 
 
-def _check(item: Chunk, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: str) -> None:
+def _check(item: ReadPiece, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: str) -> None:
     if dtype in FLOATS and not is_finite(values, dtype):
         rows = values.reshape(item.stop - item.start, -1)
         row = next(index for index, one in enumerate(rows) if not is_finite(one, dtype))

@@ -81,7 +81,7 @@ def prefill_mlx_lm(folder: Path, bits: int | None, tokens: int, _: str) -> dict[
 def context(folder: Path, bits: int | None, tokens: int, dtype: str) -> dict[str, Any]:
     """Keys and values of ``tokens`` random tokens in all layers, in the bytes of the arrays that hold them."""
     with load(folder, kv_bits=bits, dtype=dtype) as model:
-        config, cache = model.config, model.module.make_cache(most_tokens=tokens)
+        config, cache = model.config, model.module.make_cache(max_tokens=tokens)
         piece = mx.random.normal((1, config.num_key_value_heads, 1024, config.head_dim)).astype(model.module.dtype)
         for _ in range(0, tokens, piece.shape[2]):
             step = cache.chunk(1, piece.shape[2])

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from mlx_mixtral.budget.slots import ModelSizes, Speeds, least_expert_bytes, plan_residency  # noqa: E402
+from mlx_mixtral.budget.slots import ModelSizes, Speeds, min_expert_bytes, plan_residency  # noqa: E402
 from mlx_mixtral.experts.policy import LRU  # noqa: E402
 from mlx_mixtral.experts.trace import RoutingTrace, hit_rates, published_trace, simulate  # noqa: E402
 from mlx_mixtral.info.estimate import BUILT_IN, WORKING_BYTES, Width, bytes_by_part, expert_bytes  # noqa: E402
@@ -125,7 +125,7 @@ def simulated_tok_s(
 def concentrated(sizes: ModelSizes, room: int) -> tuple[list[int], dict[int, int]]:
     """As many layers as fit are resident, the others share."""
     layers, experts = len(sizes.kinds), sizes.num_experts
-    whole = min((room - least_expert_bytes(sizes)) // (experts * sizes.expert_bytes[0]), layers - 1)
+    whole = min((room - min_expert_bytes(sizes)) // (experts * sizes.expert_bytes[0]), layers - 1)
     return [experts] * whole + [0] * (layers - whole), {0: sizes.num_experts_per_tok}
 
 
@@ -138,7 +138,7 @@ def spread(sizes: ModelSizes, room: int) -> tuple[list[int], dict[int, int]]:
     if 0 not in few:
         return few, {}
     few = [0] * layers  # slots of layers that cannot have a bank of their own go to the others
-    left = room - least_expert_bytes(sizes)
+    left = room - min_expert_bytes(sizes)
     for layer in range(layers):
         if left >= sizes.num_experts_per_tok * sizes.expert_bytes[layer]:
             few[layer], left = sizes.num_experts_per_tok, left - sizes.num_experts_per_tok * sizes.expert_bytes[layer]

@@ -55,10 +55,10 @@ def table(trace: RoutingTrace) -> dict[str, list[float]]:
 def looking_ahead(folder: Path, prompt: list[int]) -> None:
     with load(folder) as whole:
         planner = whole._planner
-        sizes, least = planner.sizes, planner.demands(None).least_bytes
+        sizes, least = planner.sizes, planner.demands(None).min_bytes
         budget = least + sum(sizes.expert_bytes) * sizes.num_experts // 2
     for mode in ("off", "on"):
-        with load(folder, memory=budget, lookahead=mode) as model:
+        with load(folder, memory=budget, prefetch=mode) as model:
             before = model.residency.counters.copy()
             started = time.perf_counter()
             stats = model.generate(prompt, max_tokens=DECODED).stats

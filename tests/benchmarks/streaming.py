@@ -42,10 +42,10 @@ def peak_rss() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, lookahead: str) -> dict[str, Any]:
+def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, prefetch: str) -> dict[str, Any]:
     base = peak_rss()
     started = time.perf_counter()
-    model = load(folder, memory=budget, context=1024, lookahead=lookahead)
+    model = load(folder, memory=budget, context=1024, prefetch=prefetch)
     load_s = time.perf_counter() - started
     residency = model.residency
     starts: list[tuple[int, int]] = []
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.5, 0.25, 0.0])
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--lookahead", default="off", help="off, on or auto")
+    parser.add_argument("--prefetch", default="off", help="off, on or auto")
     parser.add_argument("--mlx-lm", action="store_true")
     parser.add_argument("--llama-cpp", type=Path, metavar="FILE")
     parser.add_argument("--llama-python", default=sys.executable)
@@ -212,7 +212,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one is not None:
         one = arguments.one or None
-        print(json.dumps(measure(arguments.folder, one, arguments.prompt, arguments.tokens, arguments.lookahead)))
+        print(json.dumps(measure(arguments.folder, one, arguments.prompt, arguments.tokens, arguments.prefetch)))
         return
     probe = [sys.executable, "-c", _PROBE, str(arguments.folder), *map(str, arguments.shares)]
     budgets = json.loads(subprocess.run(probe, capture_output=True, text=True, check=True).stdout)
@@ -221,7 +221,7 @@ def main() -> None:
         with limited(budget + PROCESS_BYTES) as prefix:
             command = [*prefix, sys.executable, __file__, str(arguments.folder), "--one", str(budget)]
             command += ["--prompt", str(arguments.prompt), "--tokens", str(arguments.tokens)]
-            command += ["--lookahead", arguments.lookahead]
+            command += ["--prefetch", arguments.prefetch]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"share {share}: failed ({done.returncode}): {done.stderr.strip()[-300:]}", flush=True)
@@ -250,7 +250,7 @@ folder, device = Path(sys.argv[1]), current_device()
 builder = Builder(MixtralConfig.from_folder(folder), Checkpoint(folder), compute_dtype("auto", device))
 demands = Planner(builder, device).demands(1024)
 experts = sum(demands.sizes.expert_bytes) * demands.sizes.num_experts
-print(json.dumps([demands.everything_bytes if float(s) >= 1 else demands.least_bytes + int(float(s) * experts) * (float(s) > 0)
+print(json.dumps([demands.resident_bytes if float(s) >= 1 else demands.min_bytes + int(float(s) * experts) * (float(s) > 0)
                   for s in sys.argv[2:]]))
 """
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mixtral.budget import slots as slots_module
-from mlx_mixtral.budget.slots import ModelSizes, ResidencyPlan, Speeds, least_expert_bytes, plan_residency
+from mlx_mixtral.budget.slots import ModelSizes, ResidencyPlan, Speeds, min_expert_bytes, plan_residency
 from mlx_mixtral.errors import InvalidRequestError, MemoryBudgetError
 from mlx_mixtral.experts.trace import hit_rates, published_trace
 
@@ -74,7 +74,7 @@ def instances(draw: st.DrawFn, layers: int = 3, most: int = 4) -> tuple[ModelSiz
 @given(instances(), st.floats(0, 1.1))
 def test_no_plan_is_better_and_none_is_over_the_room(made: tuple[ModelSizes, Speeds, Floats], share: float) -> None:
     sizes, speeds, rates = made
-    least = least_expert_bytes(sizes)
+    least = min_expert_bytes(sizes)
     room = int(least + share * max(sum(sizes.expert_bytes) * sizes.num_experts - least, 0))
     found = plan_residency(sizes, room, speeds, rates)
     assert bytes_of(sizes, found.slots) <= found.expert_bytes <= room
@@ -112,7 +112,7 @@ def test_plans_are_never_worse_than_concentrating_or_spreading(
     made: tuple[ModelSizes, Speeds, Floats], share: float
 ) -> None:
     sizes, speeds, rates = made
-    least = least_expert_bytes(sizes)
+    least = min_expert_bytes(sizes)
     room = int(least + share * max(sum(sizes.expert_bytes) * sizes.num_experts - least, 0))
     found = plan_residency(sizes, room, speeds, rates).seconds_per_token
     for simple in (concentrated, spread):
@@ -123,7 +123,7 @@ def test_plans_are_never_worse_than_concentrating_or_spreading(
 @given(instances(layers=12, most=8), st.integers(0, 3000), st.integers(0, 300))
 def test_more_room_is_never_slower(made: tuple[ModelSizes, Speeds, Floats], room: int, more: int) -> None:
     sizes, speeds, rates = made
-    room += least_expert_bytes(sizes)
+    room += min_expert_bytes(sizes)
     slower, faster = (plan_residency(sizes, size, speeds, rates) for size in (room, room + more))
     assert faster.seconds_per_token <= slower.seconds_per_token * (1 + 1e-9)
 
@@ -132,7 +132,7 @@ def test_more_room_is_never_slower(made: tuple[ModelSizes, Speeds, Floats], room
 @given(instances(layers=6, most=8), st.floats(0, 1))
 def test_coarse_steps_cost_little_and_never_the_room(made: tuple[ModelSizes, Speeds, Floats], share: float) -> None:
     sizes, speeds, rates = made
-    least = least_expert_bytes(sizes)
+    least = min_expert_bytes(sizes)
     room = int(least + share * max(sum(sizes.expert_bytes) * sizes.num_experts - least, 0))
     exact = plan_residency(sizes, room, speeds, rates)
     with pytest.MonkeyPatch.context() as patch:
@@ -159,7 +159,7 @@ def test_everything_that_fits_is_resident_and_never_read_back() -> None:
 
 def test_the_least_is_one_overflow_bank_a_kind() -> None:
     mixed = ModelSizes(0, (5, 7, 5, 7), (5, 7, 5, 7), (0, 1, 0, 1), 8, 2)
-    assert least_expert_bytes(mixed) == 2 * (5 + 7)
+    assert min_expert_bytes(mixed) == 2 * (5 + 7)
     found = plan_residency(mixed, 24, USUAL, RATES[:4])
     assert found.slots == (0, 0, 0, 0)
     assert dict(found.overflow_slots) == {0: 2, 1: 2}

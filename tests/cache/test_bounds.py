@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from mlx_mixtral import Mixtral, load
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.options import KVOptions
-from mlx_mixtral.cache.quantized import QuantisedStorage
-from mlx_mixtral.cache.span import Chunk
+from mlx_mixtral.cache.quantized import QuantizedStorage
 from mlx_mixtral.cache.storage import LayerArrays, PlainStorage
+from mlx_mixtral.cache.views import PrefillView
 from mlx_mixtral.cache.window import COLUMN_MULTIPLE, SLACK_TOKENS, Window
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 from mlx_mixtral.model.step import DecodeStep
@@ -60,7 +60,7 @@ def _expected(model: Mixtral, ids: list[int], kv: KVOptions) -> Logits:
         for key in {*recent, *range(min(sinks, query + 1))}:
             mask[0, 0, query, key] = True
     layers = [storage.empty(1, len(ids)) for _ in range(c.num_hidden_layers)]
-    chunk = Chunk(storage, layers, 0, len(ids), 0, 0, mx.array(mask), None)
+    chunk = PrefillView(storage, layers, 0, len(ids), 0, 0, mx.array(mask), None)
     return np.asarray(model.module.head(model.module.through_layers(mx.array([ids]), chunk)))[0]
 
 
@@ -216,7 +216,7 @@ def test_heads_that_no_group_divides(model: Mixtral) -> None:
     with pytest.raises(InvalidRequestError, match="head_dim that 32 divides; this model's is 24"):
         KVOptions(bits=4).storage(config, mx.float32)
     with pytest.raises(InvalidRequestError, match="groups of 64 needs a head_dim they divide"):
-        QuantisedStorage(1, 96, mx.float32, 4, 64)
+        QuantizedStorage(1, 96, mx.float32, 4, 64)
 
 
 def test_padding_and_sinks_do_not_go_together() -> None:

@@ -17,7 +17,7 @@ PROMPT = ("-p", "And God said", "-n", "12")
 @pytest.fixture(scope="module")
 def least(quantised: Path) -> int:
     with load(quantised) as model:
-        return model.least_memory
+        return model.min_memory_bytes
 
 
 def test_generate_streams_within_a_budget_and_says_so(invoke: Invoke, quantised: Path, least: int) -> None:

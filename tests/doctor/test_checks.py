@@ -293,7 +293,7 @@ BROKEN: list[tuple[str, str, str, Callable[[Patch], None]]] = [
         "resident against streamed",
         "a budget that holds everything",
         "nothing was streamed",
-        lambda p: p.setattr(Mixtral, "least_memory", property(lambda self: 10**9)),
+        lambda p: p.setattr(Mixtral, "min_memory_bytes", property(lambda self: 10**9)),
     ),
     ("compiled against plain", "GELU", "the compiled SwiGLU: relative error", _gelu),
     ("compiled against plain", "gate and up swapped", "the compiled SwiGLU: relative error", _swapped_halves),

@@ -121,7 +121,7 @@ def test_worst_tokens_are_shown_in_their_place(model: Mixtral, coarse_model: Mix
 
 def test_streamed_experts_and_short_chunks_give_the_same(tiny: Path, model: Mixtral) -> None:
     with load(tiny) as streamed:
-        streamed.set_memory(streamed.least_memory, context=64)
+        streamed.set_memory(streamed.min_memory_bytes, context=64)
         assert streamed.module.is_streamed
         # Some chunks are context alone, of which nothing is predicted.
         streamed.residency.planned = replace(streamed.residency.planned, chunk_tokens=16)

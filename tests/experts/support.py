@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral import Mixtral, load
-from mlx_mixtral.budget.slots import least_expert_bytes
+from mlx_mixtral.budget.slots import min_expert_bytes
 from mlx_mixtral.demo import checkpoint_path
 from mlx_mixtral_convert import Recipe, convert
 
@@ -27,11 +27,11 @@ def budget(model: Mixtral, share: float, context: int | None = None) -> int:
     planner = model._planner
     demands, sizes = planner.demands(context), planner.sizes
     experts = sum(sizes.expert_bytes) * sizes.num_experts
-    return demands.least_bytes + int(share * experts) if share else demands.least_bytes
+    return demands.min_bytes + int(share * experts) if share else demands.min_bytes
 
 
 def least(model: Mixtral) -> int:
-    return least_expert_bytes(model._planner.sizes)
+    return min_expert_bytes(model._planner.sizes)
 
 
 def streamed(folder: Path, share: float, **options: Any) -> Mixtral:

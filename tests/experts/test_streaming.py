@@ -104,15 +104,15 @@ def test_results_nobody_waited_for_survive_later_calls(folder: Path, whole: Mixt
 def test_a_slot_is_not_overwritten_before_its_results_are_complete(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the wait in ``make_room`` results would be computed from other experts' weights."""
+    """Without the wait in ``acquire`` results would be computed from other experts' weights."""
     from mlx_mixtral.experts import pool
 
     events: list[str] = []
-    settle = pool.SlotPool.settle
+    wait = pool.SlotPool.wait
 
     def noted(self: pool.SlotPool) -> None:
-        settle(self)
-        events.append("settled")
+        wait(self)
+        events.append("waited")
         assert not self._pending
 
     monkeypatch.setattr(pool.SlotPool, "settle", noted)
@@ -379,12 +379,12 @@ def test_a_failing_read_ends_one_generation_only(folder: Path, whole: Mixtral, m
 def test_looking_ahead_changes_nothing_and_reports_itself(folder: Path, whole: Mixtral, mode: str) -> None:
     tokens = ids(whole)
     wanted = whole.generate(tokens, max_tokens=80).token_ids
-    with streamed(folder, 0.5, lookahead=mode) as model:
+    with streamed(folder, 0.5, prefetch=mode) as model:
         assert model.generate(tokens, max_tokens=80).token_ids == wanted
         counters = model.residency.counters
         assert 0 < counters.predicted_right <= counters.predicted
         assert counters.predicted_right <= counters.predicted_needed
-        assert model._lookahead.is_decided
+        assert model._prefetch.is_decided
         model.set_memory(budget(whole, 0.3))
         assert model.generate(tokens, max_tokens=80).token_ids == wanted
 

@@ -72,7 +72,7 @@ def test_text_stops_and_streams_like_rows_alone(model: Mixtral) -> None:
 def test_streamed_experts_give_the_same_rows(tiny: Path, model: Mixtral, share: float) -> None:
     prompts = [_prompt(model, length) for length in (4, 30, 9)]
     wanted = [row.token_ids for row in model.generate_batch(prompts, max_tokens=8)]
-    least = model.least_memory
+    least = model.min_memory_bytes
     with load(tiny, memory=int(least + share * model.nbytes)) as streamed:
         assert [row.token_ids for row in streamed.generate_batch(prompts, max_tokens=8)] == wanted
 

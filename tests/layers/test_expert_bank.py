@@ -38,7 +38,7 @@ def test_rows_of_grouped_products_lie_one_behind_the_other(
     for name in ("gather_mm", "gather_qmm"):
         monkeypatch.setattr(mx, name, watched(getattr(mx, name)))
     with load(tiny) as model:
-        least = model.least_memory
+        least = model.min_memory_bytes
     with load(tiny, memory=least if is_streamed else None) as model:
         model.logits([int(i) for i in np.random.default_rng(0).integers(3, 4096, 40)])
     assert seen

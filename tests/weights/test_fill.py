@@ -18,7 +18,7 @@ from mlx_mixtral.errors import CheckpointError, DtypeRangeError, NonFiniteWeight
 from mlx_mixtral.weights import fill as fill_module
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.dtypes import FLOATS, MLX_DTYPES
-from mlx_mixtral.weights.fill import Fill, allocate, fill
+from mlx_mixtral.weights.fill import ReadRange, allocate, fill
 
 Arrays = dict[str, mx.array]
 WriteCheckpoint = Callable[[Arrays], Checkpoint]
@@ -45,9 +45,9 @@ def _bits(array: mx.array) -> npt.NDArray[np.uint8]:
     return np.asarray(mx.contiguous(array).view(mx.uint8) + mx.array(0, mx.uint8))
 
 
-def _whole(checkpoint: Checkpoint, name: str, dtype: str) -> Fill:
+def _whole(checkpoint: Checkpoint, name: str, dtype: str) -> ReadRange:
     info = checkpoint[name]
-    return Fill(allocate(info.shape, dtype), 0, dtype, info, 0, info.rows)
+    return ReadRange(allocate(info.shape, dtype), 0, dtype, info, 0, info.rows)
 
 
 @pytest.fixture(params=[1, 100, 4096, fill_module.CHUNK_BYTES], ids=lambda n: f"chunks of {n}")
@@ -88,8 +88,8 @@ def test_rows_go_to_the_rows_they_are_sent_to_and_nowhere_else(
     array = allocate((2, 11, 4), target)
     fills = []
     for slot, expert in enumerate([2, 0]):
-        fills.append(Fill(array, slot * 11, target, checkpoint["gate"], expert * 5, (expert + 1) * 5))
-        fills.append(Fill(array, slot * 11 + 5, target, checkpoint["up"], expert * 5, (expert + 1) * 5))
+        fills.append(ReadRange(array, slot * 11, target, checkpoint["gate"], expert * 5, (expert + 1) * 5))
+        fills.append(ReadRange(array, slot * 11 + 5, target, checkpoint["up"], expert * 5, (expert + 1) * 5))
     with CheckpointReader(checkpoint) as reader:
         fill(reader, fills[::-1])
     spare = mx.zeros((1, 4), mx.bfloat16)
@@ -111,7 +111,7 @@ def test_many_small_fills_all_arrive(write: WriteCheckpoint) -> None:
     stored = _random((500, 8), "F32")
     checkpoint = write({"w": stored})
     array = allocate((500, 8), "F32")
-    fills = [Fill(array, 499 - row, "F32", checkpoint["w"], row, row + 1) for row in range(500)]
+    fills = [ReadRange(array, 499 - row, "F32", checkpoint["w"], row, row + 1) for row in range(500)]
     with CheckpointReader(checkpoint) as reader:
         fill(reader, fills)
     np.testing.assert_array_equal(_bits(array), _bits(stored[::-1]))
@@ -204,7 +204,7 @@ def test_a_file_cut_after_its_header_was_read_is_an_error(
 def test_progress_never_goes_back_and_ends_at_the_bytes_read(write: WriteCheckpoint, chunk_bytes: int) -> None:
     checkpoint = write({"a": _random((50, 30), "BF16"), "b": _random((7, 9), "U32"), "c": _random((11,), "F16")})
     fills = [_whole(checkpoint, name, dtype) for name, dtype in (("a", "F32"), ("b", "U32"), ("c", "BF16"))]
-    fills.append(Fill(allocate((3, 30), "BF16"), 0, "BF16", checkpoint["a"], 10, 13))
+    fills.append(ReadRange(allocate((3, 30), "BF16"), 0, "BF16", checkpoint["a"], 10, 13))
     told: list[int] = []
     with CheckpointReader(checkpoint) as reader:
         fill(reader, fills, told.append)

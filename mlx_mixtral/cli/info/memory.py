@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.budget.demands import DEFAULT_CONTEXT_TOKENS, RESIDENT_CHUNK_TOKENS, Demands, Planned
+from mlx_mixtral.budget.demands import DEFAULT_CONTEXT_TOKENS, RESIDENT_CHUNK_TOKENS, MemoryNeeds, MemoryPlan
 from mlx_mixtral.budget.slots import ModelSizes, ResidencyPlan, Speeds, plan_residency
 from mlx_mixtral.cli.console import figures, out_console, print_table
 from mlx_mixtral.errors import InvalidRequestError, MemoryBudgetError
@@ -69,16 +69,16 @@ def shape_plans(
     found = []
     for width in WIDTHS:
         one = expert_bytes(config, width)
-        demands = Demands(config, _sizes(name, width, one), tokens, 2, keeps_scores=False)
+        demands = MemoryNeeds(config, _sizes(name, width, one), tokens, 2, keeps_scores=False)
         try:
-            if demands.everything_bytes <= budget:
-                planned = Planned(demands, budget, RESIDENT_CHUNK_TOKENS, None)
+            if demands.resident_bytes <= budget:
+                planned = MemoryPlan(demands, budget, RESIDENT_CHUNK_TOKENS, None)
             else:
                 chunk = demands.chunk_tokens(budget)
                 room = demands.room_for_experts(budget, chunk)
-                planned = Planned(demands, budget, chunk, plan_residency(demands.sizes, room, speeds, curves))
+                planned = MemoryPlan(demands, budget, chunk, plan_residency(demands.sizes, room, speeds, curves))
         except MemoryBudgetError as error:
-            found.append({"model": width.name, "problem": str(error), "least_bytes": demands.least_bytes})
+            found.append({"model": width.name, "problem": str(error), "min_bytes": demands.min_bytes})
             continue
         found.append(_report(width.name, planned, speeds))
     return found
@@ -89,7 +89,7 @@ def print_plans(plans: Sequence[Mapping[str, Any]]) -> None:
     rows = []
     for plan in plans:
         if plan.get("problem"):
-            rows.append([plan["model"], f"needs {format_bytes(plan['least_bytes'])}", *[""] * 6])
+            rows.append([plan["model"], f"needs {format_bytes(plan['min_bytes'])}", *[""] * 6])
             continue
         streamed = plan["streamed_layers"]
         rows.append(
@@ -131,7 +131,7 @@ def _sizes(name: str, width: Width, one: int) -> ModelSizes:
     )
 
 
-def _report(name: str, planned: Planned, speeds: Speeds | None) -> dict[str, Any]:
+def _report(name: str, planned: MemoryPlan, speeds: Speeds | None) -> dict[str, Any]:
     sizes, plan = planned.demands.sizes, planned.residency
     layers = len(sizes.expert_bytes)
     slots = [sizes.num_experts] * layers if plan is None else list(plan.slots)
@@ -144,7 +144,7 @@ def _report(name: str, planned: Planned, speeds: Speeds | None) -> dict[str, Any
         "context": planned.demands.context,
         "working_bytes": planned.working_bytes,
         "chunk_tokens": planned.chunk_tokens,
-        "least_bytes": planned.demands.least_bytes,
+        "min_bytes": planned.demands.min_bytes,
         "slots": slots,
         "num_experts": sizes.num_experts,
         "streamed_layers": sum(count < sizes.num_experts for count in slots),

@@ -124,7 +124,7 @@ def _score_shared(
     longest = max(len(group.context) for group in groups)
     padding = [longest - len(group.context) for group in groups]
     tokens = np.array([[0] * pad + list(group.context) for pad, group in zip(padding, groups, strict=True)], np.int32)
-    cache = model.module.make_cache(padding, most_tokens=longest)
+    cache = model.module.make_cache(padding, max_tokens=longest)
     last = _read(model, tokens, cache)  # [G, 1, D]
     members = [(place, index) for place, group in enumerate(groups) for index in group.members]
     members.sort(key=lambda member: -len(pairs[member[1]].continuation))

@@ -9,14 +9,14 @@ import mlx.core as mx
 from mlx_mixtral.generation.sampling import Sampler
 from mlx_mixtral.generation.speculation.proposal import Proposal
 
-__all__ = ["DRAFT_STREAM", "Verdict", "verify"]
+__all__ = ["DRAFT_STREAM", "VerifiedTokens", "verify"]
 
 # Streams of the sampler's keys, beside 0 which draws tokens. No two draws at one position may share one.
 DRAFT_STREAM, ACCEPT_STREAM, RESIDUAL_STREAM = 1, 2, 3
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerifiedTokens:
     """Still on the device: of ``tokens [k + 1]`` the first ``accepted []`` were proposed, one more is the model's own, and
     the rest means nothing. Log-probabilities when asked for, a row a token."""
 
@@ -32,7 +32,7 @@ class Verdict:
         return [array for array in held if array is not None]
 
 
-def verify(sampler: Sampler, logits: mx.array, proposal: Proposal) -> Verdict:
+def verify(sampler: Sampler, logits: mx.array, proposal: Proposal) -> VerifiedTokens:
     """Judge a proposal of k tokens by the logits ``[k + 1, V]`` of the token before them and of each of them.
 
     Let p be the distribution at a position (after penalties, temperature and truncation, the tokens proposed before it taken
@@ -53,7 +53,7 @@ def verify(sampler: Sampler, logits: mx.array, proposal: Proposal) -> Verdict:
             sampler, sampler.log_probabilities(adjusted), proposal.tokens, proposal.log_probabilities
         )
     accepted = mx.sum(mx.cumprod(stays.astype(mx.int32)))
-    return Verdict(tokens, accepted, *sampler.logprobs(logits, tokens))
+    return VerifiedTokens(tokens, accepted, *sampler.logprobs(logits, tokens))
 
 
 def _judged(sampler: Sampler, log_p: mx.array, proposed: mx.array, log_q: mx.array) -> tuple[mx.array, mx.array]:

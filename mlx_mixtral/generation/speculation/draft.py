@@ -25,8 +25,8 @@ class DraftProposer:
 
     Args:
         step: the draft's decode step: one token ``[1, 1]`` to its logits ``[1, 1, V]``.
-        most_tokens: positions the draft's cache may take; beyond them nothing is proposed.
-        most_proposed: largest number of tokens that ``propose`` is asked for.
+        max_tokens: positions the draft's cache may take; beyond them nothing is proposed.
+        max_proposed: largest number of tokens that ``propose`` is asked for.
         chunk_tokens: tokens of a long prompt computed at once.
     """
 
@@ -36,18 +36,18 @@ class DraftProposer:
         step: Step,
         prompt: Sequence[int],
         *,
-        most_tokens: int,
-        most_proposed: int,
+        max_tokens: int,
+        max_proposed: int,
         chunk_tokens: int,
     ) -> None:
         self._model, self._step = model, step
         self._tokens = list(prompt)
-        self._most_tokens, self._most_proposed, self._chunk_tokens = most_tokens, most_proposed, chunk_tokens
-        self.cache = model.make_cache(most_tokens=most_tokens)
+        self._max_tokens, self._max_proposed, self._chunk_tokens = max_tokens, max_proposed, chunk_tokens
+        self.cache = model.make_cache(max_tokens=max_tokens)
 
     def guess(self) -> Guess | None:
         """None once the draft's context is full."""
-        return Guess(0) if len(self._tokens) + self._most_proposed <= self._most_tokens else None
+        return Guess(0) if len(self._tokens) + self._max_proposed <= self._max_tokens else None
 
     def propose(self, count: int, sampler: Sampler) -> Proposal:
         sampler = sampler.fork()

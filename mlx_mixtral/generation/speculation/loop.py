@@ -12,7 +12,7 @@ from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.generation.loop import PREFILL_CHUNK_TOKENS, prefill, read_token
 from mlx_mixtral.generation.meter import Meter
 from mlx_mixtral.generation.sampling import Sampled, Sampler
-from mlx_mixtral.generation.speculation.accept import Verdict, verify
+from mlx_mixtral.generation.speculation.accept import VerifiedTokens, verify
 from mlx_mixtral.generation.speculation.economics import Economics
 from mlx_mixtral.generation.speculation.proposal import Guess, Proposer, SpeculationStats
 from mlx_mixtral.generation.stats import GenerationStats, Token
@@ -147,11 +147,11 @@ class _Rounds:
             proposal = self._proposer.propose(count, self._sampler)
             tokens = mx.concatenate([mx.array([last], mx.int32), proposal.tokens])
             logits = self._compute(tokens[None], self._cache, last_only=False)[0]
-            verdict = verify(self._sampler, logits, proposal)
-            mx.eval(verdict.arrays)
-            accepted = int(np.asarray(verdict.accepted))
+            verified = verify(self._sampler, logits, proposal)
+            mx.eval(verified.arrays)
+            accepted = int(np.asarray(verified.accepted))
             self._cache.trim(count - accepted)
-            kept = _read(verdict, accepted + 1)
+            kept = _read(verified, accepted + 1)
             ids = [token.token_id for token in kept]
             self._sampler.record(mx.array(ids, mx.int32))
             self._proposer.take(ids, accepted)
@@ -163,13 +163,13 @@ class _Rounds:
         return kept
 
 
-def _read(verdict: Verdict, count: int) -> list[Token]:
-    ids = np.asarray(verdict.tokens)[:count].tolist()
+def _read(verified: VerifiedTokens, count: int) -> list[Token]:
+    ids = np.asarray(verified.tokens)[:count].tolist()
     logprobs: list[float | None] = [None] * count
     tops: list[tuple[tuple[int, float], ...]] = [()] * count
-    if verdict.logprobs is not None:
-        logprobs = np.asarray(verdict.logprobs)[:count].tolist()
-    if verdict.top_ids is not None and verdict.top_logprobs is not None:
-        rows = zip(np.asarray(verdict.top_ids).tolist(), np.asarray(verdict.top_logprobs).tolist(), strict=True)
+    if verified.logprobs is not None:
+        logprobs = np.asarray(verified.logprobs)[:count].tolist()
+    if verified.top_ids is not None and verified.top_logprobs is not None:
+        rows = zip(np.asarray(verified.top_ids).tolist(), np.asarray(verified.top_logprobs).tolist(), strict=True)
         tops = [tuple(zip(*row, strict=True)) for row in rows][:count]
     return [Token(*fields) for fields in zip(ids, logprobs, tops, strict=True)]

@@ -128,7 +128,7 @@ def test_known_answers_are_given_back_and_not_computed(model: Mixtral) -> None:
 @pytest.fixture(scope="module")
 def budgeted(tiny: Path) -> Iterator[Mixtral]:
     with load(tiny, context=256) as probe:
-        least = probe.least_memory
+        least = probe.min_memory_bytes
     with load(tiny, memory=least + 2**20, context=256) as loaded:
         yield loaded
 

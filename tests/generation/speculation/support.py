@@ -58,7 +58,7 @@ class Chain:
         self._table = mx.array(table.astype(np.float32))
         self.forwards: list[int] = []
 
-    def make_cache(self, most_tokens: int | None = None) -> ChainCache:
+    def make_cache(self, max_tokens: int | None = None) -> ChainCache:
         return ChainCache()
 
     def hidden(self, tokens: mx.array, cache: ChainCache, *, last_only: bool = False) -> mx.array:

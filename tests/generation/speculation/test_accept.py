@@ -39,7 +39,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 
 def _drafted_by(draft: Chain, most: int) -> Proposer:
-    return DraftProposer(draft, draft, PROMPT, most_tokens=64, most_proposed=most, chunk_tokens=8)  # type: ignore[arg-type]
+    return DraftProposer(draft, draft, PROMPT, max_tokens=64, max_proposed=most, chunk_tokens=8)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,6 @@ def test_a_token_that_p_excludes_never_stays_and_one_that_q_excludes_can_come() 
     log_q = mx.array([[-np.inf, -np.inf, 0.0, -np.inf, -np.inf]], mx.float32)
     for seed in range(30):
         sampler = Sampler(SamplingParams(temperature=1.0, top_k=2, seed=seed), PROMPT, VOCAB)
-        verdict = verify(sampler, mx.array(p_logits), Proposal(mx.array([2], mx.int32), log_q))
-        assert verdict.accepted.item() == 0
-        assert verdict.tokens[0].item() in (0, 1)
+        verified = verify(sampler, mx.array(p_logits), Proposal(mx.array([2], mx.int32), log_q))
+        assert verified.accepted.item() == 0
+        assert verified.tokens[0].item() in (0, 1)

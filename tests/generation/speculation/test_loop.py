@@ -54,9 +54,9 @@ def draft(
         yield loaded
 
 
-def drafting(draft: Mixtral, prompt: list[int], *, most_tokens: int = 256, most: int = 4) -> DraftProposer:
+def drafting(draft: Mixtral, prompt: list[int], *, max_tokens: int = 256, most: int = 4) -> DraftProposer:
     step = DecodeStep(draft.module, compiled=False)
-    return DraftProposer(draft.module, step, prompt, most_tokens=most_tokens, most_proposed=most, chunk_tokens=16)
+    return DraftProposer(draft.module, step, prompt, max_tokens=max_tokens, max_proposed=most, chunk_tokens=16)
 
 
 def on_model(model: Mixtral, prompt: list[int], proposer: Any, max_tokens: int, *args: Any, **options: Any) -> Any:
@@ -177,13 +177,13 @@ def test_what_the_draft_holds_after_refusals_is_the_sequence(draft: Mixtral, ver
 
 def test_a_draft_whose_context_is_full_proposes_no_more(model: Mixtral, packed: Path, verse: list[int]) -> None:
     with load(packed) as draft:
-        proposer = drafting(draft, verse, most_tokens=len(verse) + 12)
+        proposer = drafting(draft, verse, max_tokens=len(verse) + 12)
         tokens, stats = on_model(model, verse, proposer, 30)
         assert ids_of(tokens) == ids_of(plainly(model, verse, 30))
         assert proposer.guess() is None
         assert proposer.cache.length <= len(verse) + 12
         assert 0 < stats.speculation.proposed <= 12
-        full = drafting(draft, verse, most_tokens=len(verse))
+        full = drafting(draft, verse, max_tokens=len(verse))
         _, stats = on_model(model, verse, full, 5)
         assert (stats.speculation.proposed, stats.speculation.forwards) == (0, 4)
 

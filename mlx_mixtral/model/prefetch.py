@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.experts.gather import Lookahead
+from mlx_mixtral.experts.gather import Prefetch
 from mlx_mixtral.model.moe import SparseMoe, route
 from mlx_mixtral.model.transformer import DecoderLayer
 
-__all__ = ["MODES", "LookaheadControl"]
+__all__ = ["MODES", "PrefetchControl"]
 
 MODES = ("off", "on", "auto")
 # Tokens with and without, in turn, before ``auto`` decides, and how much faster looking ahead has to be.
@@ -27,7 +27,7 @@ TRIAL_TOKENS, TRIAL_ROUNDS = 8, 4
 GAIN = 0.03
 
 
-class LookaheadControl:
+class PrefetchControl:
     """Whether layers look ahead; one for a model.
 
     Raises:
@@ -36,7 +36,7 @@ class LookaheadControl:
 
     def __init__(self, mode: str) -> None:
         if mode not in MODES:
-            raise InvalidRequestError(f"lookahead {mode!r} is unknown; use one of {', '.join(MODES)}")
+            raise InvalidRequestError(f"prefetch {mode!r} is unknown; use one of {', '.join(MODES)}")
         self.mode = mode
         self.is_active = mode == "on"
         self._times: dict[bool, list[float]] = {False: [], True: []}
@@ -62,12 +62,12 @@ class LookaheadControl:
             moe, after = layer.moe, following.moe
             if not isinstance(moe, SparseMoe) or not isinstance(after, SparseMoe):
                 continue
-            moe.look_ahead(None)
+            moe.prefetch_with(None)
             pool = after.experts.pool
             if self.mode == "off" or moe.experts.pool is None or pool is None or pool is moe.experts.pool:
                 continue
             if pool.size > after.num_experts_per_tok:
-                moe.look_ahead(_Guess(self, following, counts=first))
+                moe.prefetch_with(_Guess(self, following, counts=first))
                 first = False
 
     def step(self) -> None:
@@ -83,10 +83,10 @@ class LookaheadControl:
 class _Guess:
     """From the state before a layer's experts to the experts of ``following``."""
 
-    def __init__(self, control: LookaheadControl, following: DecoderLayer, *, counts: bool) -> None:
+    def __init__(self, control: PrefetchControl, following: DecoderLayer, *, counts: bool) -> None:
         self._control, self._following, self._counts = control, following, counts
 
-    def __call__(self, residual: mx.array) -> Lookahead | None:
+    def __call__(self, residual: mx.array) -> Prefetch | None:
         # A chunk of a prompt needs all experts anyway.
         if residual.shape[1] > 1:
             return None
@@ -97,4 +97,4 @@ class _Guess:
         moe = self._following.moe
         assert isinstance(moe, SparseMoe)
         guessed, _ = route(moe.gate(self._following.post_attention_norm(residual)), moe.num_experts_per_tok)
-        return Lookahead(moe.experts, guessed)
+        return Prefetch(moe.experts, guessed)

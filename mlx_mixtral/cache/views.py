@@ -1,8 +1,8 @@
 """The tokens of one forward and their place in the cache: what attention needs to know of it, and nothing else.
 
-A ``Chunk`` knows where it is as numbers, so that keys are sliced and most masks are none; it is how prompts enter. A
-``RingChunk`` is one that enters a cache of bounded size and overfills it. A ``Step`` knows where it is as arrays: the same
-graph serves every step, and is compiled once for a size of the cache.
+A ``PrefillView`` knows where it is as numbers, so that keys are sliced and most masks are none; it is how prompts enter. A
+``RingPrefillView`` is one that enters a cache of bounded size and overfills it. A ``DecodeView`` knows where it is as arrays:
+the same graph serves every step, and is compiled once for a size of the cache.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.storage import LayerArrays, Storage, joined, written
+from mlx_mixtral.cache.storage import KVStorage, LayerArrays, joined, written
 from mlx_mixtral.cache.window import Window, causal_mask
 
-__all__ = ["Chunk", "RingChunk", "Span", "Step"]
+__all__ = ["CacheView", "DecodeView", "PrefillView", "RingPrefillView"]
 
 
-class Span(Protocol):
+class CacheView(Protocol):
     """Tokens that are being computed, ``L`` of each row."""
 
     @property
@@ -30,7 +30,7 @@ class Span(Protocol):
         """Table of rotary frequencies, None where the base says it all."""
         ...
 
-    def enter(self, layer: int, keys: mx.array, values: mx.array) -> None:
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Put rotated keys and values ``[B, KV, L, d]`` into the cache; once a layer, before ``attend``."""
         ...
 
@@ -39,7 +39,7 @@ class Span(Protocol):
         ...
 
 
-class Chunk:
+class PrefillView:
     """Tokens from column ``start`` on, in all rows.
 
     Args:
@@ -49,7 +49,7 @@ class Chunk:
 
     def __init__(
         self,
-        storage: Storage,
+        storage: KVStorage,
         layers: list[LayerArrays],
         start: int,
         length: int,
@@ -63,7 +63,7 @@ class Chunk:
         self._start, self._end = start, start + length
         self._first, self._mask = first, mask
 
-    def enter(self, layer: int, keys: mx.array, values: mx.array) -> None:
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> None:
         self._layers[layer] = self._storage.put(self._layers[layer], self._start, keys, values)
 
     def attend(self, layer: int, queries: mx.array, scale: float, *, last_only: bool = False) -> mx.array:
@@ -74,7 +74,7 @@ class Chunk:
         return self._storage.attend(self._layers[layer], self._first, self._end, queries, scale, mask)
 
 
-class RingChunk:
+class RingPrefillView:
     """Tokens from place ``start`` on, in all rows, of which some take the columns of tokens that are out of sight.
 
     They see each other and what the columns held before them; what they overwrite is copied for as long as that takes, a layer
@@ -83,7 +83,7 @@ class RingChunk:
 
     def __init__(
         self,
-        storage: Storage,
+        storage: KVStorage,
         layers: list[LayerArrays],
         window: Window,
         start: int,
@@ -103,7 +103,7 @@ class RingChunk:
         )
         self._mask = causal_mask(keys, queries[None], padding, window)
 
-    def enter(self, layer: int, keys: mx.array, values: mx.array) -> None:
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> None:
         new = self._storage.pack(keys, values)
         held = self._layers[layer]
         self._seen = joined(held, self._held_columns, new)
@@ -119,7 +119,7 @@ class RingChunk:
         return self._storage.attend(seen, 0, seen[0].shape[2], queries, scale, mask)
 
 
-class Step:
+class DecodeView:
     """``length`` tokens a row from place ``lengths[row]`` on; ``layers`` is replaced, layer by layer.
 
     Args:
@@ -130,7 +130,7 @@ class Step:
 
     def __init__(
         self,
-        storage: Storage,
+        storage: KVStorage,
         layers: list[LayerArrays],
         lengths: mx.array,
         padding: mx.array | None,
@@ -149,7 +149,7 @@ class Step:
             self._columns, keys = window.columns_of(places), window.places(self._capacity, lengths + (length - 1))
         self._mask = causal_mask(keys, places, padding, window)
 
-    def enter(self, layer: int, keys: mx.array, values: mx.array) -> None:
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> None:
         self.layers[layer] = self._storage.scatter(self.layers[layer], self._columns, keys, values)
 
     def attend(self, layer: int, queries: mx.array, scale: float, *, last_only: bool = False) -> mx.array:
