@@ -11,15 +11,16 @@ import mlx.core as mx
 
 from mlx_mixtral.errors import InvalidRequestError
 
-__all__ = ["DTYPE_NAMES", "Device", "compute_dtype", "current_device", "wired"]
+__all__ = ["DEVICES", "DTYPE_NAMES", "Device", "compute_dtype", "current_device", "set_default_device", "wired"]
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DEVICES = ("gpu", "cpu")
 DTYPE_NAMES = {short: name for name, short in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Device:
-    """The default MLX device. Bytes are None where MLX does not tell (CPU backend)."""
+    """A device of MLX. Bytes are None where MLX does not tell (CPU backend)."""
 
     kind: str
     """``metal``, ``cuda`` or ``cpu``."""
@@ -30,18 +31,27 @@ class Device:
     """Largest working set the operating system advises for the GPU (``max_recommended_working_set_size``)."""
 
     @property
+    def mlx(self) -> mx.Device:
+        """What MLX calls it."""
+        return mx.Device(mx.cpu if self.kind == "cpu" else mx.gpu)
+
+    @property
     def apple_gpu_generation(self) -> int | None:
         """13 for M1, 14 for M2, 15 for M3 …, None on other devices; from names such as ``applegpu_g13s``."""
         digits = "".join(c for c in self.architecture.rpartition("_g")[2] if c.isdigit())
         return int(digits) if self.kind == "metal" and digits else None
 
 
-def current_device() -> Device:
-    """Describe MLX's default device."""
-    if mx.default_device().type == mx.DeviceType.cpu:
-        info = _info(mx.Device(mx.cpu))
+def current_device(name: str | None = None) -> Device:
+    """Describe MLX's default device, or the one of a name: ``gpu`` or ``cpu``.
+
+    Raises:
+        InvalidRequestError: another name, or no GPU here.
+    """
+    device = mx.default_device() if name is None else _named(name)
+    info = _info(device)
+    if device.type == mx.DeviceType.cpu:
         return Device("cpu", str(info.get("device_name", "CPU")), str(info.get("architecture", "")))
-    info = _info(mx.default_device())
     kind = "metal" if mx.metal.is_available() else "cuda"
     return Device(
         kind,
@@ -50,6 +60,15 @@ def current_device() -> Device:
         _optional(info.get("memory_size", info.get("total_memory"))),
         _optional(info.get("max_recommended_working_set_size")),
     )
+
+
+def set_default_device(name: str) -> None:
+    """Make ``gpu`` or ``cpu`` MLX's default device, for the whole process: for programs, not for libraries.
+
+    Raises:
+        InvalidRequestError: another name, or no GPU here.
+    """
+    mx.set_default_device(_named(name))
 
 
 def compute_dtype(requested: str, device: Device) -> str:
@@ -90,6 +109,14 @@ def wired(device: Device, stream: mx.Stream | None = None, budget_bytes: int | N
     finally:
         mx.synchronize(stream)
         mx.set_wired_limit(before)
+
+
+def _named(name: str) -> mx.Device:
+    if name not in DEVICES:
+        raise InvalidRequestError(f"device {name!r} is unknown; use {' or '.join(DEVICES)}")
+    if name == "gpu" and not mx.is_available(mx.gpu):
+        raise InvalidRequestError("device 'gpu' is not there: MLX finds no GPU on this machine; use cpu")
+    return mx.Device(mx.gpu if name == "gpu" else mx.cpu)
 
 
 def _info(device: Any) -> dict[str, Any]:

@@ -54,8 +54,8 @@ class ReadRange:
         return (self.stop - self.start) * self.info.row_bytes
 
 
-def fill(reader: CheckpointReader, fills: list[ReadRange], progress: Callable[[int], None] | None = None) -> None:
-    """Carry out ``fills`` of arrays that ``allocate`` made; ``progress`` is told the bytes read so far, from this thread.
+def fill(reader: CheckpointReader, ranges: list[ReadRange], progress: Callable[[int], None] | None = None) -> None:
+    """Read ``ranges`` into arrays that ``allocate`` made; ``progress`` is told the bytes read so far, from this thread.
 
     Raises:
         CheckpointError: a file that is short or unreadable.
@@ -65,10 +65,10 @@ def fill(reader: CheckpointReader, fills: list[ReadRange], progress: Callable[[i
     done = 0
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="mlx-mixtral-read") as pool:
         pending: set[Future[int]] = set()
-        pieces = (chunk for item in fills for chunk in pieces(item))
+        waiting = (piece for item in ranges for piece in pieces(item))
         try:
-            for chunk in pieces:
-                pending.add(pool.submit(fill_piece, reader, chunk))
+            for piece in waiting:
+                pending.add(pool.submit(fill_piece, reader, piece))
                 # A bounded queue keeps an interrupted load from reading on for seconds.
                 while len(pending) >= 4 * READ_THREADS:
                     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -87,7 +87,7 @@ def fill(reader: CheckpointReader, fills: list[ReadRange], progress: Callable[[i
 
 @dataclass(frozen=True)
 class ReadPiece:
-    """Part of a ``ReadRange`` that one read takes: rows ``start`` to ``stop`` of a tensor go to ``into``, numbers of ``dtype``."""
+    """What one read takes of a ``ReadRange``: rows ``start`` to ``stop`` of a tensor go to ``into``, numbers of ``dtype``."""
 
     into: npt.NDArray[np.uint8]
     dtype: str

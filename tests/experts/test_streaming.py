@@ -115,7 +115,7 @@ def test_a_slot_is_not_overwritten_before_its_results_are_complete(
         events.append("waited")
         assert not self._pending
 
-    monkeypatch.setattr(pool.SlotPool, "settle", noted)
+    monkeypatch.setattr(pool.SlotPool, "wait", noted)
     with streamed(folder, 0.0) as model:
         start = model.residency.store.start
 
