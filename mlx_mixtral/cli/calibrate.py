@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from mlx_mixtral.cli.console import emit_json, note, one_line, out_console, print_table, seconds
-from mlx_mixtral.cli.options import json_option
+from mlx_mixtral.cli.options import argument, json_flag, option, revision_option, takes
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["calibrate"]
@@ -15,32 +16,28 @@ __all__ = ["calibrate"]
 SHOWN = 8
 
 
+@dataclass(frozen=True)
+class CalibrateOptions:
+    source: str = argument()
+    file: str = argument()
+    text: tuple[Path, ...] = option(
+        "--text", type=click.Path(path_type=Path), multiple=True, metavar="FILE", help="Text to measure on; repeatable."
+    )
+    tokens: int = option("--tokens", default=16384, show_default=True, help="Tokens at most.")
+    sensitivities: bool = option(
+        "--sensitivities/--no-sensitivities", default=True, help="Also measure what each packing costs, for --fit."
+    )
+    trace: str | None = option(
+        "--trace", metavar="FILE",
+        help="What `mlx-mixtral routing --save-trace` recorded: experts rarely chosen there count less in sensitivities.",
+    )  # fmt: skip
+    revision: str | None = revision_option()
+    as_json: bool = json_flag()
+
+
 @click.command(short_help="Measure a checkpoint on a text, for better conversions.")
-@click.argument("source")
-@click.argument("file")
-@click.option(
-    "--text", type=click.Path(path_type=Path), multiple=True, metavar="FILE", help="Text to measure on; repeatable."
-)
-@click.option("--tokens", type=int, default=16384, show_default=True, help="Tokens at most.")
-@click.option(
-    "--sensitivities/--no-sensitivities", default=True, help="Also measure what each packing costs, for --fit."
-)
-@click.option(
-    "--trace", metavar="FILE",
-    help="What `mlx-mixtral routing --save-trace` recorded: experts rarely chosen there count less in sensitivities.",
-)  # fmt: skip
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub repository.")
-@json_option
-def calibrate(
-    source: str,
-    file: str,
-    text: tuple[Path, ...],
-    tokens: int,
-    sensitivities: bool,
-    trace: str | None,
-    revision: str | None,
-    as_json: bool,
-) -> None:
+@takes(CalibrateOptions)
+def calibrate(given: CalibrateOptions) -> None:
     """Pass a text through SOURCE and save to FILE what `convert --calibration FILE` uses.
 
     One layer is in memory at a time. Without --text a bundled text in several languages and code is used.
@@ -53,30 +50,36 @@ def calibrate(
     from mlx_mixtral_convert import calibrate as run
     from mlx_mixtral_convert.calibration import check_place
 
-    if trace is not None and not sensitivities:
+    if given.trace is not None and not given.sensitivities:
         raise click.UsageError("--trace weighs sensitivities; leave out --no-sensitivities or --trace")
-    if not file:
+    if not given.file:
         raise InvalidRequestError("the file to write is an empty name; give one")
-    check_place(file, source or None)
+    check_place(given.file, given.source or None)
     started = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
         note(f"calibrate: layer {done}/{total}")
-        if done == total and sensitivities:
+        if done == total and given.sensitivities:
             note("calibrate: sensitivities")
 
     found = run(
-        source, text, tokens=tokens, sensitivities=sensitivities, trace=trace, revision=revision, progress=progress
+        given.source,
+        given.text,
+        tokens=given.tokens,
+        sensitivities=given.sensitivities,
+        trace=given.trace,
+        revision=given.revision,
+        progress=progress,
     )
-    found.save(file)
+    found.save(given.file)
     took = time.perf_counter() - started
     costs = sorted(
         ((loss["4-bit g64"], name) for name, loss in found.losses.items() if "4-bit g64" in loss), reverse=True
     )
-    if as_json:
-        emit_json({"file": file, "tokens": int(found.tokens.size), "seconds": took, "losses": found.losses})
+    if given.as_json:
+        emit_json({"file": given.file, "tokens": int(found.tokens.size), "seconds": took, "losses": found.losses})
         return
-    out_console().print(f"{one_line(file)}: {found.tokens.size} tokens, {seconds(took)}", soft_wrap=True)
+    out_console().print(f"{one_line(given.file)}: {found.tokens.size} tokens, {seconds(took)}", soft_wrap=True)
     if costs:
         rows = [[name, f"{loss:.4f}"] for loss, name in costs[:SHOWN]]
         print_table("Most sensitive", ["matrices", "loss at 4 bits, nats a token"], rows)

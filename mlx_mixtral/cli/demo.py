@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from mlx_mixtral.cli.console import emit_json, out_console, rate, seconds, terminal_safe
-from mlx_mixtral.cli.options import json_option
+from mlx_mixtral.cli.options import json_flag, option, takes
 from mlx_mixtral.errors import DestinationError
 from mlx_mixtral.sizes import format_bytes
 
@@ -40,29 +40,36 @@ SAMPLES = (
 )
 
 
+@dataclass(frozen=True)
+class DemoOptions:
+    keep: Path | None = option(
+        "--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the converted model in this folder."
+    )
+    as_json: bool = json_flag()
+
+
 @click.command(short_help="See it work: convert and run a small bundled Mixtral.")
-@click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the converted model in this folder.")
-@json_option
-def demo(keep: Path | None, as_json: bool) -> None:
+@takes(DemoOptions)
+def demo(given: DemoOptions) -> None:
     """Convert the bundled checkpoint to 4 bits, load it and let it write: some seconds, nothing is downloaded.
 
     `tiny-mixtral` is a real Mixtral of 8.4 million parameters, trained on five languages, Python code and sums.
     """
     from mlx_mixtral.cli.convert.tables import conversion_progress
-    from mlx_mixtral.cli.progress import load_model
+    from mlx_mixtral.cli.load import load_model
     from mlx_mixtral.demo import checkpoint_path
     from mlx_mixtral_convert import Recipe
     from mlx_mixtral_convert import convert as run
 
-    show = _Narrator(quiet=as_json)
+    show = _Narrator(quiet=given.as_json)
     source = checkpoint_path()
     show.line("mlx-mixtral demo", "bold")
     show.line("A real Mixtral, only small: 8.4 million parameters, 6 layers, 8 experts, 2 per")
     show.line("token. It ships with the package and was trained on the Bible in five languages,")
     show.line("Python code and sums. A real model takes the same three steps.\n")
-    with _folder(keep) as folder, conversion_progress() as progress:
-        show.step(1, f"convert to 4 bits{f' in {folder}' if keep else ''}")
-        with _explained(keep):
+    with _folder(given.keep) as folder, conversion_progress() as progress:
+        show.step(1, f"convert to 4 bits{f' in {folder}' if given.keep else ''}")
+        with _explained(given.keep):
             report = run(source, folder, recipe=Recipe(bits=4), progress=progress).to_dict()
         show.line(
             f"   {format_bytes(report['source_bytes'])} in bfloat16 -> {format_bytes(report['output_bytes'])} "
@@ -77,7 +84,7 @@ def demo(keep: Path | None, as_json: bool) -> None:
     steps = sum(item["stats"]["tokens"] - 1 for item in completions)
     speed = steps / sum(item["stats"]["decode_s"] for item in completions)
     peak = max(item["stats"]["peak_memory_bytes"] for item in completions)
-    if as_json:
+    if given.as_json:
         emit_json(
             {
                 "convert": report,
@@ -113,6 +120,7 @@ class _Narrator:
     def completion(self, model: Any, sample: Sample) -> dict[str, Any]:
         """Stream one completion behind its prompt, wrapped to the width of the terminal."""
         from mlx_mixtral import SamplingParams
+        from mlx_mixtral.cli.streaming import completion
 
         sampling = SamplingParams()
         if sample.seed is not None:
@@ -127,13 +135,7 @@ class _Narrator:
                 writer.add(chunk.text)
                 chunks.append(chunk)
         writer.end(" …" if chunks[-1].finish_reason == "length" else "")
-        return {
-            "prompt": sample.prompt,
-            "text": "".join(chunk.text for chunk in chunks),
-            "token_ids": [chunk.token_id for chunk in chunks],
-            "finish_reason": chunks[-1].finish_reason,
-            "stats": stream.stats.to_dict(),
-        }
+        return {"prompt": sample.prompt, **completion(chunks), "stats": stream.stats.to_dict()}
 
 
 class _Indented:

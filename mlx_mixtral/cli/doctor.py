@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
 
 from mlx_mixtral.cli.console import emit_json, err_console, out_console
+from mlx_mixtral.cli.options import json_flag, takes
 from mlx_mixtral.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -18,9 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["doctor"]
 
 
+@dataclass(frozen=True)
+class DoctorOptions:
+    as_json: bool = json_flag("Machine-readable results on stdout.")
+
+
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable results on stdout.")
-def doctor(as_json: bool) -> None:
+@takes(DoctorOptions)
+def doctor(given: DoctorOptions) -> None:
     """Check that this machine computes what Mixtral needs; takes under a minute.
 
     Exit status 1 when a check fails. The output is what a bug report should hold.
@@ -28,12 +35,12 @@ def doctor(as_json: bool) -> None:
     from mlx_mixtral.doctor import run_doctor
 
     notes = err_console()
-    if as_json or not notes.is_terminal:
+    if given.as_json or not notes.is_terminal:
         diagnosis = run_doctor()
     else:
         with notes.status("checking") as status:
             diagnosis = run_doctor(lambda name: status.update(f"checking {name}"))
-    if as_json:
+    if given.as_json:
         emit_json(diagnosis.to_dict())
     else:
         _draw(diagnosis, out_console())

@@ -4,121 +4,134 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_mixtral.cli.console import emit_json, note
 from mlx_mixtral.cli.options import (
+    LoadOptions,
+    SamplingOptions,
+    SpeculationOptions,
+    argument,
     check_max_tokens,
-    json_option,
-    loading_options,
+    group,
+    json_flag,
     number_list,
-    sampling_options,
-    take_sampling,
+    option,
+    takes,
 )
-from mlx_mixtral.cli.speculation import load_with_speculation, speculation_options
 from mlx_mixtral.errors import InvalidRequestError, TokenizerError
+
+if TYPE_CHECKING:
+    from mlx_mixtral import Chunk
 
 __all__ = ["generate"]
 
 
+@dataclass(frozen=True)
+class GenerateOptions:
+    model: str = argument()
+    prompt: str | None = option(
+        "-p", "--prompt", help="Text to continue, sent as it is; - reads standard input (UTF-8)."
+    )
+    token_ids: tuple[int, ...] | None = option(
+        "--token-ids", callback=number_list(int, "token ids", "1,415,2936"), metavar="IDS",
+        help="Token ids to continue instead of text: 1,415,2936.",
+    )  # fmt: skip
+    max_tokens: int = option("-n", "--max-tokens", default=256, show_default=True, help="Most tokens to generate.")
+    sampling: SamplingOptions = group(SamplingOptions)
+    stop: tuple[str, ...] = option(
+        "--stop", multiple=True, metavar="TEXT", help="Text that ends the generation; repeatable."
+    )
+    stop_token_ids: tuple[int, ...] = option(
+        "--stop-token-id", type=int, multiple=True, metavar="ID", help="Token that ends it; repeatable."
+    )
+    logprobs: int | None = option(
+        "--logprobs", metavar="N", help="With --json: log-probabilities, and the N likeliest tokens."
+    )
+    save_prompt: str | None = option(
+        "--save-prompt", metavar="FILE", help="Save what computing the prompt gave, for --saved-prompt."
+    )
+    saved_prompt: str | None = option(
+        "--saved-prompt", metavar="FILE", help="Continue a saved prompt; --prompt comes after it."
+    )
+    loading: LoadOptions = group(LoadOptions)
+    speculation: SpeculationOptions = group(SpeculationOptions)
+    stats: bool = option(
+        "--stats/--no-stats", default=True, help="A line of speeds on stderr at the end.", show_default=True
+    )
+    as_json: bool = json_flag()
+
+
 @click.command(short_help="Continue a prompt.")
-@click.argument("model")
-@click.option("-p", "--prompt", help="Text to continue, sent as it is; - reads standard input (UTF-8).")
-@click.option(
-    "--token-ids",
-    callback=number_list(int, "token ids", "1,415,2936"),
-    metavar="IDS",
-    help="Token ids to continue instead of text: 1,415,2936.",
-)
-@click.option("-n", "--max-tokens", type=int, default=256, show_default=True, help="Most tokens to generate.")
-@sampling_options(temperature=0.0, top_p=1.0)
-@click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the generation; repeatable.")
-@click.option("--stop-token-id", type=int, multiple=True, metavar="ID", help="Token that ends it; repeatable.")
-@click.option("--logprobs", type=int, metavar="N", help="With --json: log-probabilities, and the N likeliest tokens.")
-@click.option("--save-prompt", metavar="FILE", help="Save what computing the prompt gave, for --saved-prompt.")
-@click.option("--saved-prompt", metavar="FILE", help="Continue a saved prompt; --prompt comes after it.")
-@loading_options
-@speculation_options
-@click.option("--stats/--no-stats", default=True, help="A line of speeds on stderr at the end.", show_default=True)
-@json_option
-def generate(
-    model: str,
-    prompt: str | None,
-    token_ids: tuple[int, ...] | None,
-    max_tokens: int,
-    stop: tuple[str, ...],
-    stop_token_id: tuple[int, ...],
-    logprobs: int | None,
-    save_prompt: str | None,
-    saved_prompt: str | None,
-    stats: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+@takes(GenerateOptions)
+def generate(given: GenerateOptions) -> None:
     """Continue a prompt with MODEL, a folder or a hub repository.
 
     The prompt is sent as it is, without a chat format: use `chat` to talk with an instruct model. Greedy unless
     --temperature is given.
     """
-    if (prompt is None) == (token_ids is None):
+    if (given.prompt is None) == (given.token_ids is None):
         raise click.UsageError("give either --prompt or --token-ids")
-    if logprobs is not None and not as_json:
+    if given.logprobs is not None and not given.as_json:
         raise click.UsageError("--logprobs are part of the JSON result; add --json")
 
+    from mlx_mixtral.cli.load import load_with_speculation
     from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
     from mlx_mixtral.files import check_destination
     from mlx_mixtral.generation.stop import StopStrings
     from mlx_mixtral.runtime.prompt_cache import check_saved
 
     # Everything that can be refused without the model is refused before it is loaded.
-    sampling = take_sampling(options, logprobs)
-    check_max_tokens(max_tokens)
-    StopStrings(stop)
-    given: str | Sequence[int] = read_prompt(prompt) if prompt is not None else token_ids or ()
-    if not given:
+    sampling = given.sampling.params(given.logprobs)
+    check_max_tokens(given.max_tokens)
+    StopStrings(given.stop)
+    prompt: str | Sequence[int] = read_prompt(given.prompt) if given.prompt is not None else given.token_ids or ()
+    if not prompt:
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
+    if given.save_prompt is not None:
+        check_destination("--save-prompt", given.save_prompt)
+    if given.saved_prompt is not None:
+        check_saved(given.saved_prompt)
 
-    if save_prompt is not None:
-        check_destination("--save-prompt", save_prompt)
-    if saved_prompt is not None:
-        check_saved(saved_prompt)
-    loaded, speculation = load_with_speculation(model, **options)
-    if saved_prompt is not None:
-        before = loaded.model.load_prompt(saved_prompt)
-        given = [*before, *(loaded.model.tokenizer.encode(given, bos=False) if isinstance(given, str) else given)]
-    if save_prompt is not None:
-        loaded.model.save_prompt(save_prompt, given)
+    loaded, speculation = load_with_speculation(given.model, given.loading, given.speculation)
+    model = loaded.model
+    if given.saved_prompt is not None:
+        before = model.load_prompt(given.saved_prompt)
+        prompt = [*before, *(model.tokenizer.encode(prompt, bos=False) if isinstance(prompt, str) else prompt)]
+    if given.save_prompt is not None:
+        model.save_prompt(given.save_prompt, prompt)
     with Interruptible() as interrupt:
-        stream = loaded.model.stream(
-            given,
-            max_tokens=max_tokens,
+        stream = model.stream(
+            prompt,
+            max_tokens=given.max_tokens,
             sampling=sampling,
-            stop=stop,
-            stop_token_ids=stop_token_id,
+            stop=given.stop,
+            stop_token_ids=given.stop_token_ids,
             cancelled=interrupt.cancelled,
             on_prefill=interrupt.on_prefill,
             speculation=speculation,
         )
-        if as_json:
+        if given.as_json:
             with stream:
                 chunks = list(stream)
         else:
-            _, chunks = print_stream(stream, show_ids=not _has_tokenizer(loaded.model))
+            _, chunks = print_stream(stream, show_ids=not _has_tokenizer(model))
         if interrupt.pressed:
             raise KeyboardInterrupt
-    if not as_json:
-        if stats:
-            note(stats_line(stream.stats))
-        return
-    result: dict[str, Any] = {
-        "text": "".join(chunk.text for chunk in chunks),
-        "token_ids": [chunk.token_id for chunk in chunks],
-        "finish_reason": chunks[-1].finish_reason,
-        "stats": {**stream.stats.to_dict(), "load_s": loaded.load_s},
-    }
-    if logprobs is not None:
+    if given.as_json:
+        emit_json(_result(chunks, {**stream.stats.to_dict(), "load_s": loaded.load_s}, given.logprobs is not None))
+    elif given.stats:
+        note(stats_line(stream.stats))
+
+
+def _result(chunks: Sequence[Chunk], stats: dict[str, Any], with_logprobs: bool) -> dict[str, Any]:
+    from mlx_mixtral.cli.streaming import completion
+
+    result: dict[str, Any] = completion(chunks) | {"stats": stats}
+    if with_logprobs:
         result["logprobs"] = [
             {
                 "token_id": chunk.token_id,
@@ -127,7 +140,7 @@ def generate(
             }
             for chunk in chunks
         ]
-    emit_json(result)
+    return result
 
 
 def read_prompt(prompt: str) -> str:

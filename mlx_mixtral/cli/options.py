@@ -1,23 +1,125 @@
-"""Options that several commands share, and what they become."""
+"""Options of a command as one frozen dataclass: each is declared beside the field it fills, and nowhere else.
+
+@dataclass(frozen=True)
+class Options:
+    model: str = argument()
+    window: int | None = option("--window", metavar="N", help="Tokens read at once.")
+    loading: LoadOptions = group(LoadOptions)
+
+@click.command()
+@takes(Options)
+def command(given: Options) -> None: ...
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import click
+from click.core import ParameterSource
 
+from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from mlx_mixtral import SamplingParams
 
-__all__ = ["check_max_tokens", "json_option", "loading_options", "number_list", "sampling_options", "take_sampling"]
+__all__ = [
+    "LoadOptions",
+    "RecordOptions",
+    "SamplingOptions",
+    "SpeculationOptions",
+    "argument",
+    "check_max_tokens",
+    "flag",
+    "flag_name",
+    "group",
+    "is_given",
+    "json_flag",
+    "number_list",
+    "option",
+    "revision_option",
+    "takes",
+]
 
-F = TypeVar("F", bound=Callable[..., Any])
 N = TypeVar("N", int, float)
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def argument(**attributes: Any) -> Any:
+    """A field that an argument of its name fills; ``attributes`` as ``click.argument`` takes them."""
+    metadata = {"click": (click.argument, (), attributes)}
+    return field(metadata=metadata) if attributes.get("required", True) else field(default=None, metadata=metadata)
+
+
+def option(*flags: str, **attributes: Any) -> Any:
+    """A field that an option fills; ``attributes`` as ``click.option`` takes them. Numbers get their type from the field's."""
+    default = attributes.get("default", () if attributes.get("multiple") else None)
+    return field(default=default, metadata={"click": (click.option, flags, attributes)})
+
+
+def flag(*flags: str, **attributes: Any) -> Any:
+    """A field that is True where its option is given."""
+    return option(*flags, **{"is_flag": True, "default": False, **attributes})
+
+
+def group(kind: type, **defaults: Any) -> Any:
+    """A field of options of their own, some of them with other ``defaults``."""
+    return field(default_factory=functools.partial(kind, **defaults), metadata={"group": defaults})
+
+
+def takes(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the options ``kind`` declares; it is called with one of them."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def run(*arguments: Any, **values: Any) -> Any:
+            return command(*arguments, _filled(kind, values))
+
+        for declare in reversed(list(_declarations(kind, {}))):
+            declare(run)
+        return run
+
+    return decorate
+
+
+def _declarations(kind: type, defaults: Mapping[str, Any]) -> Iterator[Callable[..., Any]]:
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        hint = hints[item.name]
+        if "group" in item.metadata:
+            yield from _declarations(hint, item.metadata["group"])
+            continue
+        declare, flags, attributes = item.metadata["click"]
+        number = next((kind for kind in (int, float) if hint in (kind, kind | None)), None)
+        given = {"type": number} | attributes if number else dict(attributes)
+        if item.name in defaults:
+            given["default"] = defaults[item.name]
+        yield declare(*flags, item.name, **given)
+
+
+def _filled(kind: type, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    return kind(
+        **{
+            item.name: _filled(hints[item.name], values) if "group" in item.metadata else values[item.name]
+            for item in fields(kind)
+        }
+    )
+
+
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Whether the option of a field was typed, be it with its default."""
+    return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
+
+
+def flag_name(ctx: click.Context, name: str) -> str:
+    """How the option of a field is typed: ``--text`` for ``texts``."""
+    return next(parameter.opts[0] for parameter in ctx.command.params if parameter.name == name)
 
 
 def number_list(
@@ -54,98 +156,108 @@ def parse_seed(ctx: click.Context, param: click.Parameter, value: str | None) ->
         raise InvalidRequestError(f"seed is {value!r}; it must be an integer") from None
 
 
-def loading_options(command: F) -> F:
-    """``--memory --context --dtype --revision --verify``, of the KV cache and of streaming, named as in ``load``."""
-    for option in (
-        click.option(
-            "--prefetch",
-            "--lookahead",
-            "prefetch",
-            type=click.Choice(("off", "on", "auto")),
-            default="off",
-            show_default=True,
-            help="Read the next layer's experts early; auto measures whether it pays.",
-        ),
-        click.option(
-            "--policy",
-            type=click.Choice(("lru", "lfu")),
-            default="lru",
-            show_default=True,
-            help="Which expert makes room for one that is read.",
-        ),
-        click.option(
-            "--kv-sinks", type=int, default=4, show_default=True, help="Of --kv-size, tokens kept from the start."
-        ),
-        click.option(
-            "--kv-size", type=int, metavar="N", help="Most tokens a token sees; bounds the KV cache.  [default: all]"
-        ),
-        click.option(
-            "--kv-bits", type=int, metavar="4|8|16", help="Bits of the KV cache.  [default: those of the compute type]"
-        ),
-        click.option(
-            "--prefix-cache",
-            metavar="SIZE",
-            help="What is kept of earlier prompts and answers; 0 keeps none.  [default: 1GB]",
-        ),
-        click.option("--page-cache", is_flag=True, help="Let streamed experts fill the system's page cache too."),
-        click.option("--verify", is_flag=True, help="Check the files' hashes first, for a model `convert` wrote."),
-        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub repository."),
-        click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="Compute type.", show_default=True),
-        click.option("--context", type=int, metavar="N", help="Tokens that --memory reserves KV cache for."),
-        click.option(
-            "--memory",
-            metavar="SIZE",
-            help="Memory budget, such as 12GB; experts beyond it are read from disk.  [default: what this machine can give]",
-        ),
-    ):
-        command = option(command)
-    return command
+def json_flag(help: str = "Print the result as JSON on stdout.") -> Any:
+    return flag("--json", help=help)
 
 
-def sampling_options(*, temperature: float, top_p: float) -> Callable[[F], F]:
-    """The fields of ``SamplingParams`` as options, with a command's own defaults."""
-
-    def decorate(command: F) -> F:
-        for option in (
-            click.option("--seed", callback=parse_seed, metavar="INTEGER", help="Same seed, same prompt, same text."),
-            click.option(
-                "--logit-bias",
-                callback=parse_logit_bias,
-                multiple=True,
-                metavar="ID=VALUE",
-                help="Added to a token's logit; repeatable.",
-            ),
-            click.option("--frequency-penalty", type=float, default=0.0, help="Off at 0."),
-            click.option("--presence-penalty", type=float, default=0.0, help="Off at 0."),
-            click.option("--repetition-penalty", type=float, default=1.0, help="Off at 1."),
-            click.option("--min-p", type=float, default=0.0, help="Keep tokens this fraction as likely as the best."),
-            click.option("--top-k", type=int, default=0, help="Keep the K likeliest tokens; 0 keeps all."),
-            click.option("--top-p", type=float, default=top_p, show_default=True, help="Keep this much probability."),
-            click.option(
-                "--temperature", "-t", type=float, default=temperature, show_default=True, help="0 is greedy."
-            ),
-        ):
-            command = option(command)
-        return command
-
-    return decorate
+def revision_option() -> Any:
+    return option("--revision", metavar="REV", help="Branch, tag or commit of a hub repository.")
 
 
-def take_sampling(options: dict[str, Any], logprobs: int | None = None) -> SamplingParams:
-    """Take the sampling options out of ``options`` and check them, before any model is loaded."""
-    from mlx_mixtral import SamplingParams
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded, named as the arguments of ``load``."""
 
-    names = (
-        "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    memory: str | int | None = option(
+        "--memory", metavar="SIZE",
+        help="Memory budget, such as 12GB; experts beyond it are read from disk.  [default: what this machine can give]",
     )  # fmt: skip
-    taken = {name: options.pop(name) for name in names}
-    return SamplingParams(**taken, logit_bias=options.pop("logit_bias") or None, logprobs=logprobs)
+    context: int | None = option("--context", metavar="N", help="Tokens that --memory reserves KV cache for.")
+    dtype: str = option("--dtype", type=click.Choice(DTYPES), default="auto", help="Compute type.", show_default=True)
+    revision: str | None = revision_option()
+    verify: bool = flag("--verify", help="Check the files' hashes first, for a model `convert` wrote.")
+    page_cache: bool = flag("--page-cache", help="Let streamed experts fill the system's page cache too.")
+    prefix_cache: str | None = option(
+        "--prefix-cache", metavar="SIZE",
+        help="What is kept of earlier prompts and answers; 0 keeps none.  [default: 1GB]",
+    )  # fmt: skip
+    kv_bits: int | None = option(
+        "--kv-bits", metavar="4|8|16", help="Bits of the KV cache.  [default: those of the compute type]"
+    )
+    kv_size: int | None = option(
+        "--kv-size", metavar="N", help="Most tokens a token sees; bounds the KV cache.  [default: all]"
+    )
+    kv_sinks: int = option("--kv-sinks", default=4, show_default=True, help="Of --kv-size, tokens kept from the start.")
+    policy: str = option(
+        "--policy", type=click.Choice(("lru", "lfu")), default="lru", show_default=True,
+        help="Which expert makes room for one that is read.",
+    )  # fmt: skip
+    prefetch: str = option(
+        "--prefetch", "--lookahead", type=click.Choice(("off", "on", "auto")), default="off", show_default=True,
+        help="Read the next layer's experts early; auto measures whether it pays.",
+    )  # fmt: skip
+
+    def arguments(self) -> dict[str, Any]:
+        """As ``load`` takes them, for a folder: without the revision."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "revision"}
+
+    def identity(self) -> dict[str, Any]:
+        """What changes the numbers a model gives."""
+        return {name: value for name, value in vars(self).items() if name == "dtype" or name.startswith("kv_")}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The fields of ``SamplingParams``."""
+
+    temperature: float = option("--temperature", "-t", default=0.0, show_default=True, help="0 is greedy.")
+    top_p: float = option("--top-p", default=1.0, show_default=True, help="Keep this much probability.")
+    top_k: int = option("--top-k", default=0, help="Keep the K likeliest tokens; 0 keeps all.")
+    min_p: float = option("--min-p", default=0.0, help="Keep tokens this fraction as likely as the best.")
+    repetition_penalty: float = option("--repetition-penalty", default=1.0, help="Off at 1.")
+    presence_penalty: float = option("--presence-penalty", default=0.0, help="Off at 0.")
+    frequency_penalty: float = option("--frequency-penalty", default=0.0, help="Off at 0.")
+    logit_bias: Mapping[int, float] = option(
+        "--logit-bias", callback=parse_logit_bias, multiple=True, metavar="ID=VALUE",
+        help="Added to a token's logit; repeatable.",
+    )  # fmt: skip
+    seed: int | None = option(
+        "--seed", type=str, callback=parse_seed, metavar="INTEGER", help="Same seed, same prompt, same text."
+    )
+
+    def params(self, logprobs: int | None = None) -> SamplingParams:
+        """Checked, before any model is loaded."""
+        from mlx_mixtral import SamplingParams
+
+        return SamplingParams(**{**vars(self), "logit_bias": self.logit_bias or None}, logprobs=logprobs)
+
+
+@dataclass(frozen=True)
+class SpeculationOptions:
+    """How several tokens are verified at once, if at all."""
+
+    speculate: str | None = option(
+        "--speculate", type=click.Choice(("lookup",)),
+        help="Verify several tokens at once, where the text repeats what was said before; same text, sooner.",
+    )  # fmt: skip
+    draft: str | None = option(
+        "--draft", metavar="MODEL",
+        help="Verify what this smaller model with the same vocabulary writes ahead; its memory is part of --memory.",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """Where a line of JSONL has its text and its domain."""
+
+    text_field: str = option(
+        "--text-field", default="text", show_default=True, metavar="KEY", help="Key of the text in JSONL."
+    )
+    domain_field: str = option(
+        "--domain-field", default="domain", show_default=True, metavar="KEY", help="Key of its domain."
+    )
 
 
 def check_max_tokens(max_tokens: int) -> None:
     """As ``generate`` of the library does, before the model is loaded."""
-    if max_tokens < 1:
-        raise InvalidRequestError(f"max_tokens is {max_tokens}; it must be an integer of at least 1")
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+    check_integer("max_tokens", max_tokens, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from mlx_mixtral import Chunk, GenerationStats, TextStream
 from mlx_mixtral.cli.console import rate, terminal_safe
 from mlx_mixtral.sizes import format_bytes
 
-__all__ = ["Interruptible", "print_stream", "stats_line"]
+__all__ = ["Interruptible", "completion", "print_stream", "stats_line"]
 
 LONG_PROMPT_TOKENS = 1024
 
@@ -83,6 +84,15 @@ def print_stream(stream: TextStream, *, show_ids: bool = False) -> tuple[str, li
             sys.stdout.write("\n")
             sys.stdout.flush()
     return "".join(chunk.text for chunk in chunks), chunks
+
+
+def completion(chunks: Sequence[Chunk]) -> dict[str, Any]:
+    """What was generated, as JSON has it."""
+    return {
+        "text": "".join(chunk.text for chunk in chunks),
+        "token_ids": [chunk.token_id for chunk in chunks],
+        "finish_reason": chunks[-1].finish_reason,
+    }
 
 
 def stats_line(stats: GenerationStats) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import MixtralConfig, __version__
+from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.bench.backend import Ours
 from mlx_mixtral.bench.cases import Cases, plan_cases
 from mlx_mixtral.bench.measurements import OURS, BenchReport
 from mlx_mixtral.bench.mlx_lm_backend import MlxLm, check_mlx_lm, mlx_lm_version
 from mlx_mixtral.bench.plots import plot_bench
 from mlx_mixtral.bench.run import Opener, run_bench
+from mlx_mixtral.cli.bench.options import BenchOptions
 from mlx_mixtral.cli.bench.tables import print_bench
 from mlx_mixtral.cli.console import err_console
-from mlx_mixtral.cli.progress import fetch, load_model
-from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
+from mlx_mixtral.cli.load import load_model
+from mlx_mixtral.cli.progress import fetch
+from mlx_mixtral.errors import ContextLengthError
 from mlx_mixtral.evaluation.plots import check_plotting
 from mlx_mixtral.files import check_destination
 from mlx_mixtral.info.estimate import BUILT_IN
@@ -42,44 +44,29 @@ class BenchJob:
         MixtralError: anything that keeps the run from ending well, before it begins.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        prompts: Sequence[int] | None,
-        depths: Sequence[int] | None,
-        batches: Sequence[int] | None,
-        tokens: int,
-        repeats: int,
-        compare: str | None,
-        plot: str | None,
-        revision: str | None,
-        context: int | None,
-        memory: str | None,
-        dtype: str,
-        **loading: Any,
-    ) -> None:
+    def __init__(self, given: BenchOptions) -> None:
         self.device, self.report, self._is_complete = current_device(), BenchReport(), False
+        loading = given.loading
         wanted: dict[str, Any] = {
-            "prompts": prompts, "depths": depths, "batches": batches, "tokens": tokens, "repeats": repeats,
-        }  # fmt: skip
+            name: getattr(given, name) for name in ("prompts", "depths", "batches", "tokens", "repeats")
+        }
         plan_cases(2**62, **wanted)  # what no model can do, before one is downloaded
-        self._place = None if plot is None else check_destination("--plot", plot)
-        if plot is not None:
+        self._place = None if given.plot is None else check_destination("--plot", given.plot)
+        if given.plot is not None:
             check_plotting()
-        if compare is not None:
+        if given.compare is not None:
             mlx_lm_version()
-        if memory is not None:
-            parse_size(memory)
-        self.folder = fetch(model, revision=revision)
-        self.name = self.folder.resolve().name if Path(model).exists() else model
+        if loading.memory is not None:
+            parse_size(loading.memory)
+        self.folder = fetch(given.model, revision=loading.revision)
+        self.name = self.folder.resolve().name if Path(given.model).exists() else given.model
         self.config = MixtralConfig.from_folder(self.folder)
-        self.cases = self._plan(context, wanted)
-        if compare is not None:
+        self.cases = self._plan(loading.context, wanted)
+        if given.compare is not None:
             check_mlx_lm(self.folder)
-        self.dtype = DTYPE_NAMES[compute_dtype(dtype, self.device)]
-        self._loading = loading | {"memory": memory, "dtype": dtype, "context": context or self.cases.context}
-        self._openers = self._sides(compare)
+        self.dtype = DTYPE_NAMES[compute_dtype(loading.dtype, self.device)]
+        self._loading = replace(loading, revision=None, context=loading.context or self.cases.context)
+        self._openers = self._sides(given.compare)
 
     def run(self) -> None:
         """Measure; an interrupt leaves what was found in ``report``."""
@@ -124,14 +111,14 @@ class BenchJob:
 
     def _plan(self, context: int | None, wanted: dict[str, Any]) -> Cases:
         own = self.config.max_position_embeddings
-        if context is not None and context < 1:
-            raise InvalidRequestError(f"context is {context}; it must be a number of tokens, at least 1")
+        if context is not None:
+            check_integer("context", context, 1, wanted="a number of tokens, at least 1")
         if context is not None and context > own:
             raise ContextLengthError(f"context is {context}; the model's own is {own} tokens")
         return plan_cases(own if context is None else context, **wanted)
 
     def _sides(self, compare: str | None) -> dict[str, Opener]:
-        openers: dict[str, Opener] = {OURS: lambda: Ours(load_model(self.folder, **self._loading).model)}
+        openers: dict[str, Opener] = {OURS: lambda: Ours(load_model(self.folder, self._loading).model)}
         if compare is not None:
             openers[MLX_LM] = lambda: MlxLm(self.folder)
             if self.device.kind == "cpu":
@@ -141,7 +128,7 @@ class BenchJob:
     def _fit_together(self) -> bool:
         usable = usable_bytes(self.device, read_system_memory())
         weights = Checkpoint(self.folder).nbytes
-        memory = self._loading["memory"]
+        memory = self._loading.memory
         ours = weights if memory is None else min(weights, parse_size(memory))
         # In float32 what is not packed takes twice as much, ours and theirs.
         growth = 2 if self.device.kind == "cpu" and self.config.quantization is None else 1

@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import click
 
 from mlx_mixtral.cli.console import note, one_line
-from mlx_mixtral.cli.options import check_max_tokens, loading_options, sampling_options, take_sampling
-from mlx_mixtral.cli.speculation import load_with_speculation, speculation_options
+from mlx_mixtral.cli.options import (
+    LoadOptions,
+    SamplingOptions,
+    SpeculationOptions,
+    argument,
+    check_max_tokens,
+    group,
+    option,
+    takes,
+)
 
 __all__ = ["chat"]
 
 
+@dataclass(frozen=True)
+class ChatOptions:
+    model: str = argument()
+    system: str | None = option("--system", metavar="TEXT", help="System prompt.")
+    max_tokens: int = option("-n", "--max-tokens", default=1024, show_default=True, help="Most tokens of one answer.")
+    sampling: SamplingOptions = group(SamplingOptions, temperature=0.7, top_p=0.95)
+    loading: LoadOptions = group(LoadOptions)
+    speculation: SpeculationOptions = group(SpeculationOptions)
+
+
 @click.command(short_help="Talk with an instruct model.")
-@click.argument("model")
-@click.option("--system", metavar="TEXT", help="System prompt.")
-@click.option("-n", "--max-tokens", type=int, default=1024, show_default=True, help="Most tokens of one answer.")
-@sampling_options(temperature=0.7, top_p=0.95)
-@loading_options
-@speculation_options
-def chat(model: str, system: str | None, max_tokens: int, **options: Any) -> None:
+@takes(ChatOptions)
+def chat(given: ChatOptions) -> None:
     """Talk with MODEL, a folder or a hub repository, in its own chat format.
 
     /help lists the commands. Answers go to stdout, so a chat can be scripted by piping messages in, one a line.
     """
     from mlx_mixtral.cli.chat.session import Session
     from mlx_mixtral.cli.chat.terminal_input import BadInputError, MessageReader
+    from mlx_mixtral.cli.load import load_with_speculation
     from mlx_mixtral.sizes import format_bytes
 
-    sampling = take_sampling(options)
-    check_max_tokens(max_tokens)
-    loaded, speculation = load_with_speculation(model, **options)
-    session = Session(loaded.model, sampling, max_tokens, system, speculation)
+    sampling = given.sampling.params()
+    check_max_tokens(given.max_tokens)
+    loaded, speculation = load_with_speculation(given.model, given.loading, given.speculation)
+    session = Session(loaded.model, sampling, given.max_tokens, given.system, speculation)
     session.check()
     reader = MessageReader()
     if reader.is_terminal:
         config = loaded.model.config
         note(
-            f"{one_line(model)}: {format_bytes(loaded.model.nbytes)}, context {config.max_position_embeddings} tokens, "
+            f"{one_line(given.model)}: {format_bytes(loaded.model.nbytes)}, context {config.max_position_embeddings} tokens, "
             f"format {loaded.model.tokenizer.chat_format}. /help for help, Ctrl-D to leave."
         )
     while True:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_mixtral.cli.console import err_console, note, one_line, out_console, print_table, seconds
 from mlx_mixtral.cli.info.shape import PART_NAMES
-from mlx_mixtral.cli.progress import byte_progress
+from mlx_mixtral.cli.progress import byte_bars
 from mlx_mixtral.sizes import format_bytes
 
 if TYPE_CHECKING:
     from mlx_mixtral_convert import Progress
 
-__all__ = ["conversion_progress", "print_conversion"]
+__all__ = ["conversion_progress", "print_conversion", "print_export"]
 
 # Without a terminal a line is written this often at most: enough for a log of an hour's work.
 PLAIN_LINES_EVERY_S = 15.0
@@ -29,7 +29,7 @@ def conversion_progress() -> Iterator[Callable[[Progress], None]]:
     if not err_console().is_terminal:
         yield _plain_lines()
         return
-    with byte_progress() as bar:
+    with byte_bars() as bar:
         tasks: dict[str, Any] = {}
 
         def show(at: Progress) -> None:
@@ -69,25 +69,19 @@ def _print_packings(packings: Sequence[Mapping[str, Any]]) -> None:
 def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None:
     """Sizes, bits by part, the matrices that lost most, time and memory, and what to type next."""
     console = out_console()
-    name = one_line(dest)
-    console.print(
-        f"{name}{' (dry run: nothing was written)' if report['dry_run'] else ''}", style="bold", soft_wrap=True
-    )
-    line = f"{format_bytes(report['source_bytes'])} -> {format_bytes(report['output_bytes'])}"
-    line += f", {report['bits_per_weight']:.2f} bits per weight"
+    _print_title(dest, report)
+    line = _sizes(report)
     if report["predicted_kl"] is not None:
         line += f", expected loss {report['predicted_kl']:.3g} nats a token"
     if report["dry_run"]:
-        needed, free = format_bytes(report["disk_needed_bytes"]), format_bytes(report["disk_free_bytes"])
         expected = "" if report["expected_seconds"] is None else f"about {seconds(report['expected_seconds'])}, "
         expected += f"up to {format_bytes(report['expected_memory_bytes'])} of memory"
-        console.print(f"{line}\n{needed} of disk needed, {free} free; {expected}\n", soft_wrap=True)
+        console.print(f"{line}\n{_disk(report)}; {expected}\n", soft_wrap=True)
     else:
         resumed = f", {report['resumed_layers']} of {report['layers']} layers kept from before" * bool(
             report["resumed_layers"]
         )
-        peak = format_bytes(report["peak_memory_bytes"])
-        console.print(f"{line}\n{seconds(report['seconds'])}, peak memory {peak}{resumed}\n")
+        console.print(f"{line}\n{_cost(report)}{resumed}\n")
     print_table(
         "",
         ["part", "bits per weight", "bytes"],
@@ -113,11 +107,52 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
             ],
             left=2,
         )
-    if report["dry_run"] and report["disk_needed_bytes"] > report["disk_free_bytes"]:
-        missing = format_bytes(report["disk_needed_bytes"] - report["disk_free_bytes"])
-        console.print(f"A real run would be refused for lack of disk: {missing} more are needed.", soft_wrap=True)
-    if not report["dry_run"]:
+    if report["dry_run"]:
+        _print_missing_disk(report)
+    else:
+        name = one_line(dest)
         shown = f"'{name}'" if " " in name else name
         talks = "instruct" in source.lower()
         example = f"chat {shown}" if talks else f'generate {shown} -p "Once upon a time"'
         console.print(f"Next: mlx-mixtral {example}", soft_wrap=True)
+
+
+def print_export(dest: Path, report: Mapping[str, Any]) -> None:
+    """Sizes, the type of the weights, time and memory."""
+    console = out_console()
+    _print_title(dest, report)
+    console.print(_sizes(report))
+    if report["dry_run"]:
+        console.print(_disk(report))
+        _print_missing_disk(report)
+        return
+    if report["packed_matrices"] and report["format"] == "gguf":
+        exact = f"{report['exact_matrices']} of {report['packed_matrices']}"
+        console.print(f"{exact} quantised matrices carried over exactly")
+    console.print(_cost(report))
+
+
+def _print_title(dest: Path, report: Mapping[str, Any]) -> None:
+    planned = " (dry run: nothing was written)" if report["dry_run"] else ""
+    out_console().print(f"{one_line(dest)}{planned}", style="bold", soft_wrap=True)
+
+
+def _sizes(report: Mapping[str, Any]) -> str:
+    kind = f", {report['type']}" if "type" in report else ""
+    sizes = f"{format_bytes(report['source_bytes'])} -> {format_bytes(report['output_bytes'])}"
+    return f"{sizes}{kind}, {report['bits_per_weight']:.2f} bits per weight"
+
+
+def _cost(report: Mapping[str, Any]) -> str:
+    return f"{seconds(report['seconds'])}, peak memory {format_bytes(report['peak_memory_bytes'])}"
+
+
+def _disk(report: Mapping[str, Any]) -> str:
+    return f"{format_bytes(report['disk_needed_bytes'])} of disk needed, {format_bytes(report['disk_free_bytes'])} free"
+
+
+def _print_missing_disk(report: Mapping[str, Any]) -> None:
+    if (missing := report["disk_needed_bytes"] - report["disk_free_bytes"]) > 0:
+        out_console().print(
+            f"A real run would be refused for lack of disk: {format_bytes(missing)} more are needed.", soft_wrap=True
+        )

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from mlx_mixtral import Mixtral, MixtralConfig, Tokenizer
-from mlx_mixtral.cli.progress import count_progress, fetch, load_model
+from mlx_mixtral.arguments import check_integer
+from mlx_mixtral.cli.load import load_model
+from mlx_mixtral.cli.options import LoadOptions, RecordOptions
+from mlx_mixtral.cli.progress import count_progress, fetch
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window, encode_texts, vocabulary_sha256
 from mlx_mixtral.evaluation.journal import Journal
@@ -19,29 +21,21 @@ from mlx_mixtral.evaluation.texts import Text, read_texts
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral.weights.fingerprint import checkpoint_identity
 
-__all__ = ["Subject", "is_reference_file", "predicted", "read_corpus"]
+__all__ = ["Baseline", "Subject", "predicted", "read_corpus"]
 
 
-def read_corpus(paths: tuple[str, ...], text_field: str, domain_field: str, max_bytes: int | None) -> list[Text]:
+def read_corpus(paths: tuple[str, ...], records: RecordOptions, max_bytes: int | None = None) -> list[Text]:
     """Texts, each cut to whole characters of its first ``max_bytes``.
 
     Raises:
         InvalidRequestError: see ``read_texts``.
     """
-    if max_bytes is not None and max_bytes < 1:
-        raise InvalidRequestError(f"max-bytes is {max_bytes}; it must be at least 1")
-    texts = read_texts(paths, text_field=text_field, domain_field=domain_field)
+    if max_bytes is not None:
+        check_integer("max-bytes", max_bytes, 1, wanted="at least 1")
+    texts = read_texts(paths, text_field=records.text_field, domain_field=records.domain_field)
     if max_bytes is None:
         return texts
     return [replace(text, text=text.text.encode()[:max_bytes].decode(errors="ignore")) for text in texts]
-
-
-def is_reference_file(name: str) -> bool:
-    """Whether ``--reference`` names a file rather than a model."""
-    try:
-        return Path(name).is_file()
-    except OSError:  # a name too long for the file system
-        return False
 
 
 class Subject:
@@ -94,20 +88,20 @@ class Subject:
             return None
         return found if found.header == header else None
 
-    def load(self, options: dict[str, Any]) -> Mixtral:
+    def load(self, options: LoadOptions) -> Mixtral:
         """The model itself; close it when done."""
-        return load_model(self.folder, **{**options, "revision": None}).model
+        return load_model(self.folder, replace(options, revision=None)).model
 
     def make_reference(
         self,
         place: Path,
         header: ReferenceHeader,
         corpus: Corpus,
-        options: dict[str, Any],
+        options: LoadOptions,
         journal: Journal | None = None,
     ) -> Reference:
         """Run this model over ``corpus`` and keep its distributions in ``place``; it is loaded for that alone."""
-        with self.load(options | {"verify": False}) as model, count_progress("reference") as show:
+        with self.load(replace(options, verify=False)) as model, count_progress("reference") as show:
             evaluate(
                 model,
                 corpus,
@@ -121,6 +115,45 @@ class Subject:
                 progress=predicted(show),
             )
         return Reference(place)
+
+
+class Baseline:
+    """What a model is compared with: a file of distributions, another model that is run first, or nothing.
+
+    Raises:
+        CheckpointError: a file that is something else.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+        self.file = Reference(Path(name)) if name and _is_file(name) else None
+        self.other: Subject | None = None
+
+    def windows(
+        self, subject: Subject, corpus: Corpus, window: int | None, stride: int | None = None
+    ) -> tuple[int, int]:
+        """Window and stride to read ``corpus`` with: as given, as in the file, or the usual.
+
+        Raises:
+            InvalidRequestError: they are none, or the baseline does not predict the same tokens in them.
+        """
+        vocab_size, limit = subject.config.vocab_size, subject.config.max_position_embeddings
+        if self.file is not None:
+            window, stride = window or self.file.header.window, stride or self.file.header.stride
+        checked = check_window(window, stride, limit)
+        if self.file is not None:
+            self.file.header.check_text(corpus, vocab_size, *checked, self.file.path)
+        elif self.name:
+            self.other = Subject(self.name, None)
+            self.other.check_comparable(subject, *checked)
+        return checked
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # a name too long for the file system
+        return False
 
 
 def predicted(show: Callable[[int, int], None]) -> Callable[[EvaluationProgress], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 
 from mlx_mixtral import Mixtral, __version__
 from mlx_mixtral.cli.console import note, one_line, out_console
-from mlx_mixtral.cli.evaluate.subject import Subject, is_reference_file, predicted, read_corpus
+from mlx_mixtral.cli.evaluate.subject import Baseline, Subject, predicted, read_corpus
 from mlx_mixtral.cli.info.checkpoint import checkpoint_report
 from mlx_mixtral.cli.info.shape import PART_NAMES
 from mlx_mixtral.cli.progress import count_progress
+from mlx_mixtral.cli.report.options import ReportOptions
 from mlx_mixtral.cli.routing.job import published_beside
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, MissingDependencyError
-from mlx_mixtral.evaluation.corpus import check_window
 from mlx_mixtral.evaluation.passkey import DEFAULT_DEPTHS, PasskeyResult, check_passkey, passkey
 from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.plots import check_plotting
@@ -44,57 +45,28 @@ QUICK_DEPTHS = (0.0, 0.5, 1.0)
 class ReportJob:
     """Everything that can be refused is refused here, before weights are read; ``run`` measures and writes."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        command: str,
-        reference: str | None,
-        texts: tuple[str, ...],
-        text_field: str,
-        domain_field: str,
-        quick: bool,
-        max_bytes: int | None,
-        window: int | None,
-        lengths: tuple[int, ...] | None,
-        depths: tuple[float, ...] | None,
-        trials: int,
-        seed: int,
-        output: str | None,
-        overwrite: bool,
-        no_plots: bool,
-        **loading: Any,
-    ) -> None:
-        self.command, self.loading, self.with_plots = command, loading, not no_plots
-        self.trials, self.seed, self.left_out = trials, seed, dict[str, str]()
-        if self.with_plots:
+    def __init__(self, given: ReportOptions, command: str) -> None:
+        self.given, self.command, self.left_out = given, command, dict[str, str]()
+        if not given.no_plots:
             _check_plotting()
-        self.subject = Subject(model, loading["revision"])
-        place = f"{self.subject.name.rpartition('/')[2]}-report" if output is None else output
-        self.folder = check_folder("--output", place, overwrite=overwrite, holds=(SECTION_FILE, "plots"))
-        self.max_bytes = (QUICK_BYTES if quick else MAX_BYTES) if max_bytes is None else max_bytes
-        self.paths = texts
-        given = read_corpus(texts or _bundled(), text_field, domain_field, self.max_bytes)
+        self.subject = Subject(given.model, given.loading.revision)
+        place = f"{self.subject.name.rpartition('/')[2]}-report" if given.output is None else given.output
+        self.folder = check_folder("--output", place, overwrite=given.overwrite, holds=(SECTION_FILE, "plots"))
+        usual_bytes = QUICK_BYTES if given.quick else MAX_BYTES
+        self.max_bytes = usual_bytes if given.max_bytes is None else given.max_bytes
+        texts = read_corpus(given.texts or _bundled(), given.records, self.max_bytes)
         self.facts = self._facts()
-        self.corpus = self.subject.encode(given)
-
-        limit, vocab_size = self.subject.config.max_position_embeddings, self.subject.config.vocab_size
-        self.other: Subject | None = None
-        self.file = Reference(Path(reference)) if reference and is_reference_file(reference) else None
-        if self.file is not None:
-            window = window or self.file.header.window
-        self.window, self.stride = check_window(window, None if self.file is None else self.file.header.stride, limit)
-        if self.file is not None:
-            self.file.header.check_text(self.corpus, vocab_size, self.window, self.stride, self.file.path)
-        elif reference:
-            self.other = Subject(reference, None)
-            self.other.check_comparable(self.subject, self.window, self.stride)
-            self._header().check_size()
-        self.depths = (QUICK_DEPTHS if quick else DEFAULT_DEPTHS) if depths is None else depths
-        self.lengths = self._lengths(lengths, QUICK_LENGTHS if quick else LENGTHS)
-        if loading["context"] is None:
-            # A memory budget reserves KV cache for no more than the longest sequence there will be.
-            loading["context"] = max(self.window, *self.lengths, 1)
+        self.corpus = self.subject.encode(texts)
+        self.baseline = Baseline(given.reference)
+        self.window, self.stride = self.baseline.windows(self.subject, self.corpus, given.window)
+        if self.baseline.other is not None:
+            self._header(self.baseline.other).check_size()
+        usual_depths = QUICK_DEPTHS if given.quick else DEFAULT_DEPTHS
+        self.depths = usual_depths if given.depths is None else given.depths
+        self.lengths = self._lengths(given.lengths, QUICK_LENGTHS if given.quick else LENGTHS)
+        # A memory budget reserves KV cache for no more than the longest sequence there will be.
+        context = max(self.window, *self.lengths, 1) if given.loading.context is None else given.loading.context
+        self.loading = replace(given.loading, context=context)
 
     def _facts(self) -> Mapping[str, Any]:
         """What ``info`` has of the checkpoint."""
@@ -115,22 +87,20 @@ class ReportJob:
                 self.left_out["passkeys"] = f"Passkey retrieval is left out: {error}."
                 found = ()
         if found or lengths is not None:
-            check_passkey(tokenizer, found, self.depths, self.trials, self.seed, limit)
+            check_passkey(tokenizer, found, self.depths, self.given.trials, self.given.seed, limit)
         return found
 
-    def _header(self) -> ReferenceHeader:
-        assert self.other is not None
+    def _header(self, other: Subject) -> ReferenceHeader:
         top_k = min(DEFAULT_TOP_K, self.subject.config.vocab_size)
-        return self.other.header(self.corpus, self.window, self.stride, top_k)
+        return other.header(self.corpus, self.window, self.stride, top_k)
 
     def run(self) -> dict[str, Any]:
         """The result as JSON has it; the folder is written."""
         with tempfile.TemporaryDirectory(prefix="mlx-mixtral-report-") as scratch:
-            reference = self.file
-            if self.other is not None:
-                reference = self.other.make_reference(
-                    Path(scratch) / "reference", self._header(), self.corpus, self.loading
-                )
+            reference = self.baseline.file
+            if (other := self.baseline.other) is not None:
+                place = Path(scratch) / "reference"
+                reference = other.make_reference(place, self._header(other), self.corpus, self.loading)
             with self.subject.load(self.loading) as model:
                 evaluation, passkeys, routing = self._measure(model, reference)
         if not fills_window(evaluation):
@@ -148,7 +118,7 @@ class ReportJob:
             self.left_out,
             f"{USABLE_NOTE}, less {format_bytes(WORKING_BYTES)} to work in.",
         )
-        self.files = report_files(self.contents, with_plots=self.with_plots)
+        self.files = report_files(self.contents, with_plots=not self.given.no_plots)
         write_folder(self.folder, self.files)
         return self._result()
 
@@ -163,7 +133,9 @@ class ReportJob:
             )  # fmt: skip
         if self.lengths:
             with count_progress("passkeys") as show:
-                passkeys = passkey(model, self.lengths, self.depths, trials=self.trials, seed=self.seed, progress=show)
+                passkeys = passkey(
+                    model, self.lengths, self.depths, trials=self.given.trials, seed=self.given.seed, progress=show
+                )
         if self.subject.config.is_dense:
             self.left_out["routing"] = "Left out: this model is dense, it has no experts to choose from."
         else:
@@ -176,7 +148,7 @@ class ReportJob:
         return evaluation, passkeys, routing
 
     def _run(self, model: Mixtral) -> Run:
-        dtype = DTYPE_NAMES[compute_dtype(self.loading["dtype"], model.device)]
+        dtype = DTYPE_NAMES[compute_dtype(self.loading.dtype, model.device)]
         return Run(
             self.command,
             datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
@@ -192,7 +164,7 @@ class ReportJob:
         amount = (
             f"{count} text{'s' * (count != 1)}, {size}; of each at most the first {self.max_bytes:,} bytes were taken"
         )
-        if self.paths:
+        if self.given.texts:
             return amount
         return (
             f"the calibration text that comes with mlx-mixtral, verses, code and sums: {amount}. A conversion that was "

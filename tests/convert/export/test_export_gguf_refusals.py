@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_mixtral.cli.app import app
-from mlx_mixtral.cli.convert import export as cli_export
+from mlx_mixtral.cli.convert.options import FORMATS, GGUF_TYPES
 from mlx_mixtral.errors import (
     ConfigError,
     ConversionError,
@@ -189,8 +189,8 @@ def test_without_the_package(source: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_cli_offers_the_librarys_types() -> None:
-    assert TYPES["gguf"] == cli_export.GGUF_TYPES
-    assert tuple(TYPES) == cli_export.EXPORTS
+    assert TYPES["gguf"] == GGUF_TYPES
+    assert ("mlx", *TYPES) == FORMATS
 
 
 def cli(*arguments: object) -> Any:

@@ -1,0 +1,156 @@
+"""Options of ``convert``, and which of them go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_mixtral.cli.options import argument, flag, flag_name, is_given, json_flag, option, revision_option
+from mlx_mixtral.config.quantization import AFFINE_BITS, MODES
+
+if TYPE_CHECKING:
+    from mlx_mixtral_convert import Recipe
+
+__all__ = ["ConvertOptions", "check_options"]
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+ROUNDINGS = ("plain", "search", "gptq")
+FORMATS = ("mlx", "hf", "gguf")
+GGUF_TYPES = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+# What has a meaning with --to, beside the type: of GGUF's weights, or of Hugging Face's.
+EXPORT_OPTIONS = {"source", "dest", "to", "kind", "overwrite", "dry_run", "revision", "as_json"}
+TYPE_OPTIONS = {"hf": "dtype", "gguf": "gguf_type"}
+
+Overrides = Mapping[str, dict[str, int] | None]
+
+
+def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Overrides:
+    """Option callback for ``*.self_attn.*=6``, ``lm_head=8:32``, ``*.gate=none``, repeatable."""
+    overrides: dict[str, dict[str, int] | None] = {}
+    for value in values:
+        pattern, _, packing = value.rpartition("=")
+        bits, colon, group = packing.partition(":")
+        try:
+            parsed = None if packing == "none" else {"bits": int(bits)} | ({"group_size": int(group)} if colon else {})
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            wanted = "PATTERN=BITS[:GROUP] or PATTERN=none; write '*.self_attn.*=6'"
+            raise click.BadParameter(f"{value!r} is not {wanted}", ctx, param)
+        # The last of several that match wins: a repeated pattern moves to the end.
+        overrides.pop(pattern, None)
+        overrides[pattern] = parsed
+    return overrides
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    source: str = argument()
+    dest: str = argument()
+    bits: str | None = option(
+        "--bits", type=click.Choice([*map(str, AFFINE_BITS), "none"]),
+        help="Bits a weight; none converts without quantising.  [default: 4, or what --mode means]",
+    )  # fmt: skip
+    group_size: int | None = option(
+        "--group-size", metavar="N", help="Weights that share a scale.  [default: 64, or the mode's]"
+    )
+    # No choice of click's: the library names an unknown mode, as for one in a recipe.
+    mode: str = option(
+        "--mode", metavar="|".join(MODES), default="affine", show_default=True, help="How weights are packed."
+    )
+    to: str = option(
+        "--to", type=click.Choice(FORMATS), default="mlx", show_default=True,
+        help="What DEST is: hf is a Hugging Face folder for transformers, gguf a file for llama.cpp.",
+    )  # fmt: skip
+    gguf_type: str | None = option(
+        "--type", type=click.Choice(GGUF_TYPES), help="Type of GGUF's weights.  [default: F16]"
+    )
+    dtype: str = option(
+        "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
+        help="Type of scales and norms; with --to hf, of all weights.",
+    )  # fmt: skip
+    recipe: str | None = option("--recipe", metavar="NAME|FILE", help="A named recipe, or one as JSON.")
+    rounding: str | None = option(
+        "--rounding", type=click.Choice(ROUNDINGS), help="How codes are chosen at the same format.  [default: plain]"
+    )
+    calibration: str | None = option(
+        "--calibration", type=click.Path(), metavar="FILE", help="What `mlx-mixtral calibrate` measured on SOURCE."
+    )
+    fit: str | None = option(
+        "--fit", metavar="SIZE|mac", help="Choose bits so that the weights fit a size, or this Mac."
+    )
+    context: int | None = option(
+        "--context", metavar="N", help="Tokens of KV cache that --fit mac leaves room for.  [default: 4096]"
+    )
+    override: Overrides = option(
+        "--override", callback=parse_overrides, multiple=True, metavar="PATTERN=BITS[:GROUP]|none",
+        help="Other bits for some modules; repeatable, the last that matches wins.",
+    )  # fmt: skip
+    exact: bool = flag(
+        "--exact", help="Keep the packing of a quantised source: integers move as they are wherever they fit."
+    )
+    kind: str = option(
+        "--kind", metavar="KIND", default="auto", show_default=True, help="Layout of SOURCE: gguf, hf, native, ..."
+    )
+    overwrite: bool = flag("--overwrite", help="Replace DEST if it is a finished conversion of ours.")
+    restart: bool = flag("--restart", help="Forget what an interrupted conversion to DEST left.")
+    stream: bool = flag("--stream", help="Fetch a hub repository's weights as they are needed; store none of them.")
+    dry_run: bool = flag("--dry-run", help="Check everything and say what would be written; write nothing.")
+    revision: str | None = revision_option()
+    as_json: bool = json_flag()
+
+    def make_recipe(self) -> Recipe:
+        """How to pack."""
+        from mlx_mixtral_convert import Recipe, named_recipe
+
+        if self.recipe is not None:
+            recipe = named_recipe(self.recipe)
+            recipe = replace(recipe, overrides={**recipe.overrides, **self.override})
+        elif self.bits is None:
+            recipe = Recipe(group_size=self.group_size, mode=self.mode, overrides=dict(self.override))
+        else:
+            bits = None if self.bits == "none" else int(self.bits)
+            recipe = Recipe(bits, self.group_size, self.mode, dict(self.override))
+        return recipe if self.rounding is None else replace(recipe, rounding=self.rounding)
+
+
+def check_options(ctx: click.Context, given: ConvertOptions) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        click.UsageError: naming the first.
+    """
+    typed = [name for name in ctx.params if is_given(ctx, name)]
+    if given.to != "mlx":
+        known = EXPORT_OPTIONS | {TYPE_OPTIONS[given.to]}
+        for name in typed:
+            if name not in known:
+                instead = {"dtype": "; give --type", "gguf_type": "; give --dtype"}.get(name, "")
+                raise click.UsageError(f"{flag_name(ctx, name)} does not apply with --to {given.to}{instead}")
+        return
+    if given.gguf_type is not None:
+        raise click.UsageError("--type applies with --to gguf only; --bits says how MLX weights are packed")
+    packing = ("bits", "group_size", "mode")
+    refusals = (
+        (given.recipe, packing, "--recipe already says {flag}; give one of them"),
+        (given.exact, packing, "--exact keeps the source's own packing; leave {flag} out, or --exact"),
+        (given.fit, (*packing, "recipe", "override"), "--fit chooses the bits, {flag} says them; give one of the two"),
+    )
+    for choice, others, message in refusals:
+        if choice not in (None, False) and (other := next((name for name in others if name in typed), None)):
+            raise click.UsageError(message.format(flag=flag_name(ctx, other)))
+    if given.fit is None and given.context is not None:
+        raise click.UsageError("--context is for --fit mac")
+    if given.bits == "none":
+        # Matrices that an override packs take group size and rounding.
+        idle = {"--mode": given.mode != "affine"}
+        if not any(given.override.values()):
+            idle |= {
+                "--group-size": given.group_size is not None,
+                "--rounding": given.rounding not in (None, "plain"),
+            }
+        if idle_flag := next((name for name, is_idle in idle.items() if is_idle), None):
+            raise click.UsageError(f"--bits none packs nothing, {idle_flag} says how; give one of the two")
