@@ -21,16 +21,19 @@ class CalibrateOptions:
     source: str = argument()
     file: str = argument()
     text: tuple[Path, ...] = option(
-        "--text", type=click.Path(path_type=Path), multiple=True, metavar="FILE", help="Text to measure on; repeatable."
+        "--text FILE", "Text to measure on; repeatable.", type=click.Path(path_type=Path), multiple=True
     )
-    tokens: int = option("--tokens", default=16384, show_default=True, help="Tokens at most.")
+    tokens: int = option("--tokens", "Tokens at most.", default=16384)
     sensitivities: bool = option(
-        "--sensitivities/--no-sensitivities", default=True, help="Also measure what each packing costs, for --fit."
+        "--sensitivities/--no-sensitivities",
+        "Also measure what each packing costs, for --fit.",
+        default=True,
+        show_default=False,
     )
     trace: str | None = option(
-        "--trace", metavar="FILE",
-        help="What `mlx-mixtral routing --save-trace` recorded: experts rarely chosen there count less in sensitivities.",
-    )  # fmt: skip
+        "--trace FILE",
+        "What `mlx-mixtral routing --save-trace` recorded: experts rarely chosen there count less in sensitivities.",
+    )
     revision: str | None = revision_option()
     as_json: bool = json_flag()
 

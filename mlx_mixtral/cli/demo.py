@@ -43,7 +43,7 @@ SAMPLES = (
 @dataclass(frozen=True)
 class DemoOptions:
     keep: Path | None = option(
-        "--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the converted model in this folder."
+        "--keep DIR", "Keep the converted model in this folder.", type=click.Path(path_type=Path)
     )
     as_json: bool = json_flag()
 

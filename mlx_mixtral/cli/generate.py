@@ -33,35 +33,24 @@ __all__ = ["generate"]
 @dataclass(frozen=True)
 class GenerateOptions:
     model: str = argument()
-    prompt: str | None = option(
-        "-p", "--prompt", help="Text to continue, sent as it is; - reads standard input (UTF-8)."
-    )
+    prompt: str | None = option("-p, --prompt", "Text to continue, sent as it is; - reads standard input (UTF-8).")
     token_ids: tuple[int, ...] | None = option(
-        "--token-ids", callback=number_list(int, "token ids", "1,415,2936"), metavar="IDS",
-        help="Token ids to continue instead of text: 1,415,2936.",
-    )  # fmt: skip
-    max_tokens: int = option("-n", "--max-tokens", default=256, show_default=True, help="Most tokens to generate.")
+        "--token-ids IDS",
+        "Token ids to continue instead of text: 1,415,2936.",
+        callback=number_list(int, "token ids", "1,415,2936"),
+    )
+    max_tokens: int = option("-n, --max-tokens", "Most tokens to generate.", default=256)
     sampling: SamplingOptions = group(SamplingOptions)
-    stop: tuple[str, ...] = option(
-        "--stop", multiple=True, metavar="TEXT", help="Text that ends the generation; repeatable."
-    )
+    stop: tuple[str, ...] = option("--stop TEXT", "Text that ends the generation; repeatable.", multiple=True)
     stop_token_ids: tuple[int, ...] = option(
-        "--stop-token-id", type=int, multiple=True, metavar="ID", help="Token that ends it; repeatable."
+        "--stop-token-id ID", "Token that ends it; repeatable.", type=int, multiple=True
     )
-    logprobs: int | None = option(
-        "--logprobs", metavar="N", help="With --json: log-probabilities, and the N likeliest tokens."
-    )
-    save_prompt: str | None = option(
-        "--save-prompt", metavar="FILE", help="Save what computing the prompt gave, for --saved-prompt."
-    )
-    saved_prompt: str | None = option(
-        "--saved-prompt", metavar="FILE", help="Continue a saved prompt; --prompt comes after it."
-    )
+    logprobs: int | None = option("--logprobs N", "With --json: log-probabilities, and the N likeliest tokens.")
+    save_prompt: str | None = option("--save-prompt FILE", "Save what computing the prompt gave, for --saved-prompt.")
+    saved_prompt: str | None = option("--saved-prompt FILE", "Continue a saved prompt; --prompt comes after it.")
     loading: LoadOptions = group(LoadOptions)
     speculation: SpeculationOptions = group(SpeculationOptions)
-    stats: bool = option(
-        "--stats/--no-stats", default=True, help="A line of speeds on stderr at the end.", show_default=True
-    )
+    stats: bool = option("--stats/--no-stats", "A line of speeds on stderr at the end.", default=True)
     as_json: bool = json_flag()
 
 

@@ -3,7 +3,7 @@
 @dataclass(frozen=True)
 class Options:
     model: str = argument()
-    window: int | None = option("--window", metavar="N", help="Tokens read at once.")
+    window: int | None = option("--window N", "Tokens read at once.")
     loading: LoadOptions = group(LoadOptions)
 
 @click.command()
@@ -56,15 +56,20 @@ def argument(**attributes: Any) -> Any:
     return field(metadata=metadata) if attributes.get("required", True) else field(default=None, metadata=metadata)
 
 
-def option(*flags: str, **attributes: Any) -> Any:
-    """A field that an option fills; ``attributes`` as ``click.option`` takes them. Numbers get their type from the field's."""
+def option(spec: str, help: str, **attributes: Any) -> Any:
+    """A field that an option fills, written as in ``--help``: its flags and what stands for its value.
+
+    Numbers get their type from the field's, and a default is shown; other ``attributes`` as ``click.option`` takes them.
+    """
+    names, _, metavar = spec.replace(", ", ",").partition(" ")
+    given = {"help": help, "metavar": metavar or None, "show_default": "default" in attributes, **attributes}
     default = attributes.get("default", () if attributes.get("multiple") else None)
-    return field(default=default, metadata={"click": (click.option, flags, attributes)})
+    return field(default=default, metadata={"click": (click.option, names.split(","), given)})
 
 
-def flag(*flags: str, **attributes: Any) -> Any:
+def flag(spec: str, help: str) -> Any:
     """A field that is True where its option is given."""
-    return option(*flags, **{"is_flag": True, "default": False, **attributes})
+    return option(spec, help, is_flag=True, default=False, show_default=False)
 
 
 def group(kind: type, **defaults: Any) -> Any:
@@ -157,11 +162,11 @@ def parse_seed(ctx: click.Context, param: click.Parameter, value: str | None) ->
 
 
 def json_flag(help: str = "Print the result as JSON on stdout.") -> Any:
-    return flag("--json", help=help)
+    return flag("--json", help)
 
 
 def revision_option() -> Any:
-    return option("--revision", metavar="REV", help="Branch, tag or commit of a hub repository.")
+    return option("--revision REV", "Branch, tag or commit of a hub repository.")
 
 
 @dataclass(frozen=True)
@@ -169,33 +174,29 @@ class LoadOptions:
     """How a model is loaded, named as the arguments of ``load``."""
 
     memory: str | int | None = option(
-        "--memory", metavar="SIZE",
-        help="Memory budget, such as 12GB; experts beyond it are read from disk.  [default: what this machine can give]",
-    )  # fmt: skip
-    context: int | None = option("--context", metavar="N", help="Tokens that --memory reserves KV cache for.")
-    dtype: str = option("--dtype", type=click.Choice(DTYPES), default="auto", help="Compute type.", show_default=True)
+        "--memory SIZE",
+        "Memory budget, such as 12GB; experts beyond it are read from disk.  [default: what this machine can give]",
+    )
+    context: int | None = option("--context N", "Tokens that --memory reserves KV cache for.")
+    dtype: str = option("--dtype", "Compute type.", type=click.Choice(DTYPES), default="auto")
     revision: str | None = revision_option()
-    verify: bool = flag("--verify", help="Check the files' hashes first, for a model `convert` wrote.")
-    page_cache: bool = flag("--page-cache", help="Let streamed experts fill the system's page cache too.")
+    verify: bool = flag("--verify", "Check the files' hashes first, for a model `convert` wrote.")
+    page_cache: bool = flag("--page-cache", "Let streamed experts fill the system's page cache too.")
     prefix_cache: str | None = option(
-        "--prefix-cache", metavar="SIZE",
-        help="What is kept of earlier prompts and answers; 0 keeps none.  [default: 1GB]",
-    )  # fmt: skip
-    kv_bits: int | None = option(
-        "--kv-bits", metavar="4|8|16", help="Bits of the KV cache.  [default: those of the compute type]"
+        "--prefix-cache SIZE", "What is kept of earlier prompts and answers; 0 keeps none.  [default: 1GB]"
     )
-    kv_size: int | None = option(
-        "--kv-size", metavar="N", help="Most tokens a token sees; bounds the KV cache.  [default: all]"
-    )
-    kv_sinks: int = option("--kv-sinks", default=4, show_default=True, help="Of --kv-size, tokens kept from the start.")
+    kv_bits: int | None = option("--kv-bits 4|8|16", "Bits of the KV cache.  [default: those of the compute type]")
+    kv_size: int | None = option("--kv-size N", "Most tokens a token sees; bounds the KV cache.  [default: all]")
+    kv_sinks: int = option("--kv-sinks", "Of --kv-size, tokens kept from the start.", default=4)
     policy: str = option(
-        "--policy", type=click.Choice(("lru", "lfu")), default="lru", show_default=True,
-        help="Which expert makes room for one that is read.",
-    )  # fmt: skip
+        "--policy", "Which expert makes room for one that is read.", type=click.Choice(("lru", "lfu")), default="lru"
+    )
     prefetch: str = option(
-        "--prefetch", "--lookahead", type=click.Choice(("off", "on", "auto")), default="off", show_default=True,
-        help="Read the next layer's experts early; auto measures whether it pays.",
-    )  # fmt: skip
+        "--prefetch, --lookahead",
+        "Read the next layer's experts early; auto measures whether it pays.",
+        type=click.Choice(("off", "on", "auto")),
+        default="off",
+    )
 
     def arguments(self) -> dict[str, Any]:
         """As ``load`` takes them, for a folder: without the revision."""
@@ -210,20 +211,19 @@ class LoadOptions:
 class SamplingOptions:
     """The fields of ``SamplingParams``."""
 
-    temperature: float = option("--temperature", "-t", default=0.0, show_default=True, help="0 is greedy.")
-    top_p: float = option("--top-p", default=1.0, show_default=True, help="Keep this much probability.")
-    top_k: int = option("--top-k", default=0, help="Keep the K likeliest tokens; 0 keeps all.")
-    min_p: float = option("--min-p", default=0.0, help="Keep tokens this fraction as likely as the best.")
-    repetition_penalty: float = option("--repetition-penalty", default=1.0, help="Off at 1.")
-    presence_penalty: float = option("--presence-penalty", default=0.0, help="Off at 0.")
-    frequency_penalty: float = option("--frequency-penalty", default=0.0, help="Off at 0.")
-    logit_bias: Mapping[int, float] = option(
-        "--logit-bias", callback=parse_logit_bias, multiple=True, metavar="ID=VALUE",
-        help="Added to a token's logit; repeatable.",
-    )  # fmt: skip
-    seed: int | None = option(
-        "--seed", type=str, callback=parse_seed, metavar="INTEGER", help="Same seed, same prompt, same text."
+    temperature: float = option("--temperature, -t", "0 is greedy.", default=0.0)
+    top_p: float = option("--top-p", "Keep this much probability.", default=1.0)
+    top_k: int = option("--top-k", "Keep the K likeliest tokens; 0 keeps all.", default=0, show_default=False)
+    min_p: float = option(
+        "--min-p", "Keep tokens this fraction as likely as the best.", default=0.0, show_default=False
     )
+    repetition_penalty: float = option("--repetition-penalty", "Off at 1.", default=1.0, show_default=False)
+    presence_penalty: float = option("--presence-penalty", "Off at 0.", default=0.0, show_default=False)
+    frequency_penalty: float = option("--frequency-penalty", "Off at 0.", default=0.0, show_default=False)
+    logit_bias: Mapping[int, float] = option(
+        "--logit-bias ID=VALUE", "Added to a token's logit; repeatable.", callback=parse_logit_bias, multiple=True
+    )
+    seed: int | None = option("--seed INTEGER", "Same seed, same prompt, same text.", type=str, callback=parse_seed)
 
     def params(self, logprobs: int | None = None) -> SamplingParams:
         """Checked, before any model is loaded."""
@@ -237,25 +237,22 @@ class SpeculationOptions:
     """How several tokens are verified at once, if at all."""
 
     speculate: str | None = option(
-        "--speculate", type=click.Choice(("lookup",)),
-        help="Verify several tokens at once, where the text repeats what was said before; same text, sooner.",
-    )  # fmt: skip
+        "--speculate",
+        "Verify several tokens at once, where the text repeats what was said before; same text, sooner.",
+        type=click.Choice(("lookup",)),
+    )
     draft: str | None = option(
-        "--draft", metavar="MODEL",
-        help="Verify what this smaller model with the same vocabulary writes ahead; its memory is part of --memory.",
-    )  # fmt: skip
+        "--draft MODEL",
+        "Verify what this smaller model with the same vocabulary writes ahead; its memory is part of --memory.",
+    )
 
 
 @dataclass(frozen=True)
 class RecordOptions:
     """Where a line of JSONL has its text and its domain."""
 
-    text_field: str = option(
-        "--text-field", default="text", show_default=True, metavar="KEY", help="Key of the text in JSONL."
-    )
-    domain_field: str = option(
-        "--domain-field", default="domain", show_default=True, metavar="KEY", help="Key of its domain."
-    )
+    text_field: str = option("--text-field KEY", "Key of the text in JSONL.", default="text")
+    domain_field: str = option("--domain-field KEY", "Key of its domain.", default="domain")
 
 
 def check_max_tokens(max_tokens: int) -> None:

@@ -25,20 +25,19 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 class BenchOptions:
     model: str = argument()
     prompts: tuple[int, ...] | None = option(
-        "--prompt", callback=_sizes, metavar="LIST",
-        help="Lengths of prompts for prefill and time to first token.  [default: 128,512,2048]",
-    )  # fmt: skip
+        "--prompt LIST",
+        "Lengths of prompts for prefill and time to first token.  [default: 128,512,2048]",
+        callback=_sizes,
+    )
     depths: tuple[int, ...] | None = option(
-        "--depth", callback=_sizes, metavar="LIST", help="Tokens of context to decode after.  [default: 128,2048]"
+        "--depth LIST", "Tokens of context to decode after.  [default: 128,2048]", callback=_sizes
     )
-    batches: tuple[int, ...] | None = option(
-        "--batch", callback=_sizes, metavar="LIST", help="Rows decoded at once.  [default: 1,4,8]"
-    )
-    tokens: int = option("--tokens", default=32, show_default=True, help="Tokens each measurement decodes.")
-    repeats: int = option("--repeats", default=5, show_default=True, help="Measurements of each, after one to warm up.")
+    batches: tuple[int, ...] | None = option("--batch LIST", "Rows decoded at once.  [default: 1,4,8]", callback=_sizes)
+    tokens: int = option("--tokens", "Tokens each measurement decodes.", default=32)
+    repeats: int = option("--repeats", "Measurements of each, after one to warm up.", default=5)
     compare: str | None = option(
-        "--compare", type=click.Choice(("mlx-lm",)), help="Run it on the same folder too, the sides in turn."
+        "--compare", "Run it on the same folder too, the sides in turn.", type=click.Choice(("mlx-lm",))
     )
-    plot: str | None = option("--plot", metavar="FILE", help="PNG of all of it; needs matplotlib.")
+    plot: str | None = option("--plot FILE", "PNG of all of it; needs matplotlib.")
     loading: LoadOptions = group(LoadOptions)
     as_json: bool = json_flag()

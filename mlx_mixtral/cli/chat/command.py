@@ -24,8 +24,8 @@ __all__ = ["chat"]
 @dataclass(frozen=True)
 class ChatOptions:
     model: str = argument()
-    system: str | None = option("--system", metavar="TEXT", help="System prompt.")
-    max_tokens: int = option("-n", "--max-tokens", default=1024, show_default=True, help="Most tokens of one answer.")
+    system: str | None = option("--system TEXT", "System prompt.")
+    max_tokens: int = option("-n, --max-tokens", "Most tokens of one answer.", default=1024)
     sampling: SamplingOptions = group(SamplingOptions, temperature=0.7, top_p=0.95)
     loading: LoadOptions = group(LoadOptions)
     speculation: SpeculationOptions = group(SpeculationOptions)

@@ -51,54 +51,46 @@ class ConvertOptions:
     source: str = argument()
     dest: str = argument()
     bits: str | None = option(
-        "--bits", type=click.Choice([*map(str, AFFINE_BITS), "none"]),
-        help="Bits a weight; none converts without quantising.  [default: 4, or what --mode means]",
-    )  # fmt: skip
-    group_size: int | None = option(
-        "--group-size", metavar="N", help="Weights that share a scale.  [default: 64, or the mode's]"
+        "--bits",
+        "Bits a weight; none converts without quantising.  [default: 4, or what --mode means]",
+        type=click.Choice([*map(str, AFFINE_BITS), "none"]),
     )
+    group_size: int | None = option("--group-size N", "Weights that share a scale.  [default: 64, or the mode's]")
     # No choice of click's: the library names an unknown mode, as for one in a recipe.
-    mode: str = option(
-        "--mode", metavar="|".join(MODES), default="affine", show_default=True, help="How weights are packed."
-    )
+    mode: str = option("--mode", "How weights are packed.", metavar="|".join(MODES), default="affine")
     to: str = option(
-        "--to", type=click.Choice(FORMATS), default="mlx", show_default=True,
-        help="What DEST is: hf is a Hugging Face folder for transformers, gguf a file for llama.cpp.",
-    )  # fmt: skip
-    gguf_type: str | None = option(
-        "--type", type=click.Choice(GGUF_TYPES), help="Type of GGUF's weights.  [default: F16]"
+        "--to",
+        "What DEST is: hf is a Hugging Face folder for transformers, gguf a file for llama.cpp.",
+        type=click.Choice(FORMATS),
+        default="mlx",
     )
+    gguf_type: str | None = option("--type", "Type of GGUF's weights.  [default: F16]", type=click.Choice(GGUF_TYPES))
     dtype: str = option(
-        "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-        help="Type of scales and norms; with --to hf, of all weights.",
-    )  # fmt: skip
-    recipe: str | None = option("--recipe", metavar="NAME|FILE", help="A named recipe, or one as JSON.")
+        "--dtype", "Type of scales and norms; with --to hf, of all weights.", type=click.Choice(DTYPES), default="auto"
+    )
+    recipe: str | None = option("--recipe NAME|FILE", "A named recipe, or one as JSON.")
     rounding: str | None = option(
-        "--rounding", type=click.Choice(ROUNDINGS), help="How codes are chosen at the same format.  [default: plain]"
+        "--rounding", "How codes are chosen at the same format.  [default: plain]", type=click.Choice(ROUNDINGS)
     )
     calibration: str | None = option(
-        "--calibration", type=click.Path(), metavar="FILE", help="What `mlx-mixtral calibrate` measured on SOURCE."
+        "--calibration FILE", "What `mlx-mixtral calibrate` measured on SOURCE.", type=click.Path()
     )
-    fit: str | None = option(
-        "--fit", metavar="SIZE|mac", help="Choose bits so that the weights fit a size, or this Mac."
-    )
-    context: int | None = option(
-        "--context", metavar="N", help="Tokens of KV cache that --fit mac leaves room for.  [default: 4096]"
-    )
+    fit: str | None = option("--fit SIZE|mac", "Choose bits so that the weights fit a size, or this Mac.")
+    context: int | None = option("--context N", "Tokens of KV cache that --fit mac leaves room for.  [default: 4096]")
     override: Overrides = option(
-        "--override", callback=parse_overrides, multiple=True, metavar="PATTERN=BITS[:GROUP]|none",
-        help="Other bits for some modules; repeatable, the last that matches wins.",
-    )  # fmt: skip
+        "--override PATTERN=BITS[:GROUP]|none",
+        "Other bits for some modules; repeatable, the last that matches wins.",
+        callback=parse_overrides,
+        multiple=True,
+    )
     exact: bool = flag(
-        "--exact", help="Keep the packing of a quantised source: integers move as they are wherever they fit."
+        "--exact", "Keep the packing of a quantised source: integers move as they are wherever they fit."
     )
-    kind: str = option(
-        "--kind", metavar="KIND", default="auto", show_default=True, help="Layout of SOURCE: gguf, hf, native, ..."
-    )
-    overwrite: bool = flag("--overwrite", help="Replace DEST if it is a finished conversion of ours.")
-    restart: bool = flag("--restart", help="Forget what an interrupted conversion to DEST left.")
-    stream: bool = flag("--stream", help="Fetch a hub repository's weights as they are needed; store none of them.")
-    dry_run: bool = flag("--dry-run", help="Check everything and say what would be written; write nothing.")
+    kind: str = option("--kind KIND", "Layout of SOURCE: gguf, hf, native, ...", default="auto")
+    overwrite: bool = flag("--overwrite", "Replace DEST if it is a finished conversion of ours.")
+    restart: bool = flag("--restart", "Forget what an interrupted conversion to DEST left.")
+    stream: bool = flag("--stream", "Fetch a hub repository's weights as they are needed; store none of them.")
+    dry_run: bool = flag("--dry-run", "Check everything and say what would be written; write nothing.")
     revision: str | None = revision_option()
     as_json: bool = json_flag()
 

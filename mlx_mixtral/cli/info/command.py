@@ -21,15 +21,13 @@ __all__ = ["info"]
 @dataclass(frozen=True)
 class InfoOptions:
     model: str = argument(metavar="MODEL|8x7b|8x22b")
-    chip: str | None = option("--chip", metavar="NAME", help='One chip only for the speed bound, such as "M2 Max".')
+    chip: str | None = option("--chip NAME", 'One chip only for the speed bound, such as "M2 Max".')
     revision: str | None = revision_option()
     memory: str | None = option(
-        "--memory", metavar="SIZE", help="Show what would stay in memory under this budget, and how fast that is."
+        "--memory SIZE", "Show what would stay in memory under this budget, and how fast that is."
     )
-    context: int | None = option("--context", metavar="N", help="Tokens that --memory reserves KV cache for.")
-    disk: str | None = option(
-        "--disk", metavar="SIZE", help="Bytes the disk reads a second, such as 5GB.  [default: measured]"
-    )
+    context: int | None = option("--context N", "Tokens that --memory reserves KV cache for.")
+    disk: str | None = option("--disk SIZE", "Bytes the disk reads a second, such as 5GB.  [default: measured]")
     as_json: bool = json_flag()
 
 

@@ -12,30 +12,23 @@ __all__ = ["RoutingOptions"]
 @dataclass(frozen=True)
 class RoutingOptions:
     model: str | None = argument(required=False)
-    texts: tuple[str, ...] = option(
-        "--text", multiple=True, metavar="PATH", help="File, folder or .jsonl, or DOMAIN=PATH; repeatable."
-    )
-    trace: str | None = option("--trace", metavar="FILE", help="Analyse what --save-trace wrote; no model is needed.")
+    texts: tuple[str, ...] = option("--text PATH", "File, folder or .jsonl, or DOMAIN=PATH; repeatable.", multiple=True)
+    trace: str | None = option("--trace FILE", "Analyse what --save-trace wrote; no model is needed.")
     records: RecordOptions = group(RecordOptions)
-    max_tokens: int | None = option(
-        "--max-tokens", metavar="N", help="Of each domain, from its beginning.  [default: all]"
-    )
-    window: int | None = option(
-        "--window", metavar="N", help="Tokens read at once.  [default: the context, at most 2048]"
-    )
+    max_tokens: int | None = option("--max-tokens N", "Of each domain, from its beginning.  [default: all]")
+    window: int | None = option("--window N", "Tokens read at once.  [default: the context, at most 2048]")
     layers: tuple[int, ...] | None = option(
-        "--layers", callback=number_list(int, "layers", "0,15,31"), metavar="LIST",
-        help="Layers to show one by one.  [default: first,middle,last]",
-    )  # fmt: skip
-    sample: int | None = option(
-        "--sample", metavar="N", help="Tokens of each domain to colour; 0 for none.  [default: 48, HTML 240]"
+        "--layers LIST",
+        "Layers to show one by one.  [default: first,middle,last]",
+        callback=number_list(int, "layers", "0,15,31"),
     )
-    no_text: bool = flag("--no-text", help="Keep no text: not in the trace, and none is coloured.")
+    sample: int | None = option("--sample N", "Tokens of each domain to colour; 0 for none.  [default: 48, HTML 240]")
+    no_text: bool = flag("--no-text", "Keep no text: not in the trace, and none is coloured.")
     save_trace: str | None = option(
-        "--save-trace", metavar="FILE",
-        help="Keep what was recorded; as MODEL/routing.trace, memory budgets of MODEL are planned with it.",
-    )  # fmt: skip
-    plot: str | None = option("--plot", metavar="FILE", help="PNG of all figures.")
-    html: str | None = option("--html", metavar="FILE", help="One self-contained page with everything.")
+        "--save-trace FILE",
+        "Keep what was recorded; as MODEL/routing.trace, memory budgets of MODEL are planned with it.",
+    )
+    plot: str | None = option("--plot FILE", "PNG of all figures.")
+    html: str | None = option("--html FILE", "One self-contained page with everything.")
     loading: LoadOptions = group(LoadOptions)
     as_json: bool = json_flag()
