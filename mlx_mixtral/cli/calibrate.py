@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mlx_mixtral.cli.console import emit_json, note, one_line, out_console, print_table, seconds
-from mlx_mixtral.cli.options import argument, json_flag, option, revision_option, takes
+from mlx_mixtral.cli.options import argument, device_option, json_flag, option, revision_option, takes
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["calibrate"]
@@ -35,6 +35,7 @@ class CalibrateOptions:
         "What `mlx-mixtral routing --save-trace` recorded: experts rarely chosen there count less in sensitivities.",
     )
     revision: str | None = revision_option()
+    device: str | None = device_option()
     as_json: bool = json_flag()
 
 

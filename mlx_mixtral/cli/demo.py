@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from mlx_mixtral.cli.console import emit_json, out_console, rate, seconds, terminal_safe
-from mlx_mixtral.cli.options import json_flag, option, takes
+from mlx_mixtral.cli.options import device_option, json_flag, option, takes
 from mlx_mixtral.errors import DestinationError
 from mlx_mixtral.sizes import format_bytes
 
@@ -45,6 +45,7 @@ class DemoOptions:
     keep: Path | None = option(
         "--keep DIR", "Keep the converted model in this folder.", type=click.Path(path_type=Path)
     )
+    device: str | None = device_option()
     as_json: bool = json_flag()
 
 

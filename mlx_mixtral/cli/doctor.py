@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_mixtral.cli.console import emit_json, err_console, out_console
-from mlx_mixtral.cli.options import json_flag, takes
+from mlx_mixtral.cli.options import device_option, json_flag, takes
 from mlx_mixtral.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ __all__ = ["doctor"]
 
 @dataclass(frozen=True)
 class DoctorOptions:
+    device: str | None = device_option()
     as_json: bool = json_flag("Machine-readable results on stdout.")
 
 

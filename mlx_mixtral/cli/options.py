@@ -34,6 +34,7 @@ __all__ = [
     "SpeculationOptions",
     "argument",
     "check_max_tokens",
+    "device_option",
     "flag",
     "flag_name",
     "group",
@@ -47,6 +48,7 @@ __all__ = [
 
 N = TypeVar("N", int, float)
 
+DEVICES = ("gpu", "cpu")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -161,6 +163,24 @@ def parse_seed(ctx: click.Context, param: click.Parameter, value: str | None) ->
         raise InvalidRequestError(f"seed is {value!r}; it must be an integer") from None
 
 
+def set_device(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Option callback: the device of the whole process, mlx-lm's too, before anything is loaded or even imported."""
+    if value is not None:
+        from mlx_mixtral.machine.device import set_default_device
+
+        set_default_device(value)
+    return value
+
+
+def device_option() -> Any:
+    return option(
+        "--device",
+        "Where to compute.  [default: the GPU, if there is one]",
+        type=click.Choice(DEVICES),
+        callback=set_device,
+    )
+
+
 def json_flag(help: str = "Print the result as JSON on stdout.") -> Any:
     return flag("--json", help)
 
@@ -179,6 +199,7 @@ class LoadOptions:
     )
     context: int | None = option("--context N", "Tokens that --memory reserves KV cache for.")
     dtype: str = option("--dtype", "Compute type.", type=click.Choice(DTYPES), default="auto")
+    device: str | None = device_option()
     revision: str | None = revision_option()
     verify: bool = flag("--verify", "Check the files' hashes first, for a model `convert` wrote.")
     page_cache: bool = flag("--page-cache", "Let streamed experts fill the system's page cache too.")
@@ -199,12 +220,13 @@ class LoadOptions:
     )
 
     def arguments(self) -> dict[str, Any]:
-        """As ``load`` takes them, for a folder: without the revision."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "revision"}
+        """As ``load`` takes them, of a folder and for the device in force."""
+        return {name: value for name, value in vars(self).items() if name not in ("device", "revision")}
 
     def identity(self) -> dict[str, Any]:
         """What changes the numbers a model gives."""
-        return {name: value for name, value in vars(self).items() if name == "dtype" or name.startswith("kv_")}
+        found = {name: value for name, value in vars(self).items() if name == "dtype" or name.startswith("kv_")}
+        return found if self.device is None else found | {"device": self.device}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_mixtral.cli.options import argument, flag, flag_name, is_given, json_flag, option, revision_option
+from mlx_mixtral.cli.options import (
+    argument,
+    device_option,
+    flag,
+    flag_name,
+    is_given,
+    json_flag,
+    option,
+    revision_option,
+)
 from mlx_mixtral.config.quantization import AFFINE_BITS, MODES
 
 if TYPE_CHECKING:
@@ -21,7 +30,7 @@ ROUNDINGS = ("plain", "search", "gptq")
 FORMATS = ("mlx", "hf", "gguf")
 GGUF_TYPES = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 # What has a meaning with --to, beside the type: of GGUF's weights, or of Hugging Face's.
-EXPORT_OPTIONS = {"source", "dest", "to", "kind", "overwrite", "dry_run", "revision", "as_json"}
+EXPORT_OPTIONS = {"source", "dest", "to", "kind", "overwrite", "dry_run", "revision", "device", "as_json"}
 TYPE_OPTIONS = {"hf": "dtype", "gguf": "gguf_type"}
 
 Overrides = Mapping[str, dict[str, int] | None]
@@ -92,6 +101,7 @@ class ConvertOptions:
     stream: bool = flag("--stream", "Fetch a hub repository's weights as they are needed; store none of them.")
     dry_run: bool = flag("--dry-run", "Check everything and say what would be written; write nothing.")
     revision: str | None = revision_option()
+    device: str | None = device_option()
     as_json: bool = json_flag()
 
     def make_recipe(self) -> Recipe:
