@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_mixtral.cli.app import app
-from mlx_mixtral.cli.info.shape import memory_table_markdown
+from mlx_mixtral.info.shape import memory_table_markdown
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 CONSOLE = [line[2:] for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines()

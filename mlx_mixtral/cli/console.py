@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 __all__ = [
     "emit_json",
     "err_console",
+    "figures",
     "json_text",
     "note",
     "one_line",
     "out_console",
+    "plural",
     "print_table",
     "rate",
     "seconds",
@@ -76,6 +78,11 @@ def figures(value: float) -> str:
     if value >= 100 or value == 0:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 token``, ``2 tokens``."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def seconds(duration: float) -> str:

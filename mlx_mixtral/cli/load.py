@@ -12,7 +12,8 @@ from mlx_mixtral import LoadProgress, Mixtral, load
 from mlx_mixtral.cli.options import LoadOptions, SpeculationOptions
 from mlx_mixtral.cli.progress import byte_progress, fetch
 from mlx_mixtral.errors import MemoryBudgetError
-from mlx_mixtral.runtime.speculation import DraftModel, PromptLookup, Speculation
+from mlx_mixtral.generation.request import Speculation
+from mlx_mixtral.runtime.speculation import DraftModel, PromptLookup
 from mlx_mixtral.sizes import format_bytes, parse_size
 
 __all__ = ["LoadedModel", "load_model", "load_with_speculation"]
@@ -58,7 +59,7 @@ def load_with_speculation(
     budget = None if loading.memory is None else parse_size(loading.memory)
     drafting = load_model(speculation.draft, LoadOptions(dtype=loading.dtype))
     if budget is not None:
-        taken = drafting.model.residency.planned.demands.resident_bytes
+        taken = drafting.model.engine.plan.resident_bytes
         if taken >= budget:
             raise MemoryBudgetError(
                 f"a budget of {format_bytes(budget)} is too small: the draft model alone takes {format_bytes(taken)}; "
@@ -67,5 +68,5 @@ def load_with_speculation(
         loading = replace(loading, memory=budget - taken)
     loaded = load_model(model, loading)
     drafter = DraftModel(drafting.model)
-    drafter.check(loaded.model)
+    drafter.check(loaded.model.engine, loaded.model.piece_of)
     return loaded, drafter

@@ -12,7 +12,7 @@ from typing import Any, Self
 import click
 
 from mlx_mixtral import Chunk, GenerationStats, TextStream
-from mlx_mixtral.cli.console import rate, terminal_safe
+from mlx_mixtral.cli.console import plural, rate, terminal_safe
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["Interruptible", "completion", "print_stream", "stats_line"]
@@ -97,7 +97,7 @@ def completion(chunks: Sequence[Chunk]) -> dict[str, Any]:
 
 def stats_line(stats: GenerationStats) -> str:
     """``24 prompt tokens, 310 tok/s · 40 tokens, 56.3 tok/s · peak memory 26.9 GB``."""
-    decoded = f"{stats.tokens} token{'s' * (stats.tokens != 1)}"
+    decoded = plural(stats.tokens, "token")
     if stats.decode_tok_s:
         decoded += f", {rate(stats.decode_tok_s)}"
     reused = f" ({stats.reused_tokens} known)" if stats.reused_tokens else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mlx_mixtral.cli.console import emit_json, one_line, out_console, print_table, seconds
+from mlx_mixtral.cli.console import emit_json, one_line, out_console, plural, print_table, seconds
 from mlx_mixtral.cli.options import argument, json_flag, takes
 from mlx_mixtral.sizes import format_bytes
 
@@ -41,5 +41,5 @@ def verify(ctx: click.Context, given: VerifyOptions) -> None:
         out_console().print(f"{name}: {checked} are as written, {seconds(report.seconds)}", soft_wrap=True)
     else:
         rows = [[one_line(problem.what), one_line(problem.problem)] for problem in report.problems]
-        print_table(f"{name}: {len(rows)} problem{'s' * (len(rows) > 1)}", ["what", "problem"], rows, left=2)
+        print_table(f"{name}: {plural(len(rows), 'problem')}", ["what", "problem"], rows, left=2)
     ctx.exit(0 if report.ok else 1)

@@ -43,9 +43,7 @@ class Scored(NamedTuple):
 
 def context_limit(model: Mixtral) -> int:
     """Tokens a sequence may have: the model's own, or those a memory budget holds KV cache for."""
-    planned = model.residency.planned
-    own = model.config.max_position_embeddings
-    return own if planned.budget_bytes is None else min(own, planned.demands.context_capacity)
+    return model.engine.context_limit
 
 
 def score(
@@ -89,7 +87,7 @@ def predict(
 
 def _hidden(model: Mixtral, rows: Ids, skip: int) -> Iterator[tuple[int, mx.array]]:
     """Hidden states ``[B, n, D]`` from position ``skip`` on, a chunk of the prompt at a time, each with its position."""
-    module, chunk, length = model.module, model.residency.planned.chunk_tokens, rows.shape[1]
+    module, chunk, length = model.module, model.engine.plan.chunk_tokens, rows.shape[1]
     cache = module.make_cache(max_tokens=length)
     for start in range(0, length, chunk):
         tokens = mx.array(rows[:, start : start + chunk])

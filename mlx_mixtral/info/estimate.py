@@ -11,6 +11,7 @@ from mlx_mixtral.config.quantization import QuantizationSpec
 __all__ = [
     "BUILT_IN",
     "PARTS",
+    "PART_NAMES",
     "WIDTHS",
     "WORKING_BYTES",
     "Width",
@@ -22,6 +23,8 @@ __all__ = [
 ]
 
 PARTS = ("embedding", "attention", "router", "expert", "head", "norms")
+PART_NAMES = {part: part for part in PARTS} | {"expert": "experts", "norm": "norms"}
+"""Of parts as they are shown; the converter has a part ``norm``."""
 
 # The published config.json of mistralai/Mixtral-8x7B-v0.1 and Mixtral-8x22B-v0.1.
 _SHARED = {

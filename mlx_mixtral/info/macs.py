@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.info.estimate import BUILT_IN
 
 if TYPE_CHECKING:
     from mlx_mixtral.machine.device import Device  # imports MLX, which listing chips is to be quick without
@@ -22,6 +24,7 @@ __all__ = [
     "chips_of",
     "find_chips",
     "measured_on_such",
+    "published_for",
     "usable_bytes",
 ]
 
@@ -99,6 +102,19 @@ MEASURED_8X7B = (
 
 # Decoding is bound by memory: chips whose bandwidths differ by less than this make one class.
 SAME_CLASS = 0.1
+
+
+def published_for(device: Device, config: MixtralConfig) -> dict[str, Any]:
+    """What others published of machines like ``device``: nothing where its kind is not known.
+
+    Speeds are of Mixtral 8x7B and given for models of its shape only.
+    """
+    axes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_local_experts", "num_experts_per_tok")
+    is_8x7b = all(getattr(config, axis) == getattr(BUILT_IN["8x7b"], axis) for axis in axes)
+    return {
+        "bandwidths": [asdict(chip) | {"source": BANDWIDTH_SOURCE} for chip in chips_of(device)],
+        "decode_8x7b": [asdict(entry) for entry in measured_on_such(device)] if is_8x7b else [],
+    }
 
 
 def chips_of(device: Device) -> tuple[Chip, ...]:

@@ -41,7 +41,7 @@ def outputs(model: Mixtral, prompt_tokens: int, steps: int) -> dict[str, bytes]:
 
 def budget_of(model: Mixtral, share: float) -> int:
     """Bytes with which ``share`` of the experts stay in memory, 0 the least possible."""
-    demands = model._planner.demands(None)
+    demands = model.engine.planner.needs(None)
     return demands.min_bytes + int(share * sum(demands.sizes.expert_bytes) * demands.sizes.num_experts)
 
 

@@ -54,7 +54,7 @@ def table(trace: RoutingTrace) -> dict[str, list[float]]:
 
 def looking_ahead(folder: Path, prompt: list[int]) -> None:
     with load(folder) as whole:
-        planner = whole._planner
+        planner = whole.engine.planner
         sizes, least = planner.sizes, planner.demands(None).min_bytes
         budget = least + sum(sizes.expert_bytes) * sizes.num_experts // 2
     for mode in ("off", "on"):

@@ -70,7 +70,7 @@ def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, p
     result: dict[str, Any] = {
         "budget": budget,
         "slots": residency.slots,
-        "chunk_tokens": residency.planned.chunk_tokens,
+        "chunk_tokens": residency.plan.chunk_tokens,
         "load_s": load_s,
         "prefill_s": prefill_s,
         "prefill_tok_s": prompt_tokens / prefill_s,
@@ -78,9 +78,9 @@ def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, p
         "prefill_bytes": prefill_bytes,
         "prefill_missing_bytes": missing_bytes(model, calls),
         "prefill_reads_as_missing": all(call.reads_are_missing(prompt_reads) for call in calls),
-        "chunks": -(-prompt_tokens // residency.planned.chunk_tokens),
+        "chunks": -(-prompt_tokens // residency.plan.chunk_tokens),
         "decode_s": stats.decode_s / (tokens - 1),
-        "predicted_s": None if residency.plan is None else residency.plan.seconds_per_token,
+        "predicted_s": None if residency.plan.residency is None else residency.plan.residency.seconds_per_token,
         "peak_mlx": peak_mlx,
         "peak_rss": peak_rss(),
         "base_rss": base,
@@ -244,11 +244,11 @@ from pathlib import Path
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.machine.device import compute_dtype, current_device
 from mlx_mixtral.model.build import Builder
-from mlx_mixtral.budget.planner import Planner
+from mlx_mixtral.model.planning import make_planner
 from mlx_mixtral.weights.checkpoint import Checkpoint
 folder, device = Path(sys.argv[1]), current_device()
 builder = Builder(MixtralConfig.from_folder(folder), Checkpoint(folder), compute_dtype("auto", device))
-demands = Planner(builder, device).demands(1024)
+demands = make_planner(builder, device).needs(1024)
 experts = sum(demands.sizes.expert_bytes) * demands.sizes.num_experts
 print(json.dumps([demands.resident_bytes if float(s) >= 1 else demands.min_bytes + int(float(s) * experts) * (float(s) > 0)
                   for s in sys.argv[2:]]))

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from mlx_mixtral.bench.backend import Ours
-from mlx_mixtral.cli.bench.job import published
 from mlx_mixtral.cli.bench.tables import print_bench
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.info.estimate import BUILT_IN
-from mlx_mixtral.info.macs import measured_on_such
+from mlx_mixtral.info.macs import measured_on_such, published_for
 from mlx_mixtral.machine.device import Device
 
 from .conftest import Invoke, assert_one_error
@@ -257,11 +256,11 @@ def test_published_figures_are_of_the_same_class_of_machine() -> None:
 
 
 def test_published_figures_name_their_sources_and_are_of_8x7b_only(tiny: Path) -> None:
-    found = published(_mac("Apple M2 Max"), BUILT_IN["8x7b"])
+    found = published_for(_mac("Apple M2 Max"), BUILT_IN["8x7b"])
     assert [chip["bandwidth_gb_s"] for chip in found["bandwidths"]] == [400]
     assert all(entry["source"] for entry in (*found["bandwidths"], *found["decode_8x7b"]))
     assert {entry["decode_tok_s"] for entry in found["decode_8x7b"]} == {34.7, 28.4, 39.9, 14.5}
-    other = published(_mac("Apple M2 Max"), MixtralConfig.from_folder(tiny))
+    other = published_for(_mac("Apple M2 Max"), MixtralConfig.from_folder(tiny))
     assert (len(other["bandwidths"]), other["decode_8x7b"]) == (1, [])
-    here = published(Device("cpu", "EPYC", ""), BUILT_IN["8x7b"])
+    here = published_for(Device("cpu", "EPYC", ""), BUILT_IN["8x7b"])
     assert here == {"bandwidths": [], "decode_8x7b": []}

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mlx_mixtral.cli.info.shape import memory_table_markdown, tokens_short
+from mlx_mixtral.cli.info.tables import tokens_short
 from mlx_mixtral.info.macs import CHIPS, usable_bytes
+from mlx_mixtral.info.shape import memory_table_markdown
 
 from .conftest import Invoke, assert_one_error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from mlx_mixtral.cli.progress import fetch
 from mlx_mixtral.errors import ContextLengthError
 from mlx_mixtral.evaluation.plots import check_plotting
 from mlx_mixtral.files import check_destination
-from mlx_mixtral.info.estimate import BUILT_IN
-from mlx_mixtral.info.macs import BANDWIDTH_SOURCE, chips_of, measured_on_such
-from mlx_mixtral.machine.device import DTYPE_NAMES, Device, compute_dtype, current_device
+from mlx_mixtral.info.macs import published_for
+from mlx_mixtral.machine.device import DTYPE_NAMES, compute_dtype, current_device
 from mlx_mixtral.machine.memory import read_system_memory, usable_bytes
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.checkpoint import Checkpoint
 
-__all__ = ["BenchJob", "published"]
+__all__ = ["BenchJob"]
 
 MLX_LM, MLX_LM_F32 = "mlx-lm", "mlx-lm float32"
 # Of caches and working memory, beside the weights of the sides.
@@ -93,7 +92,7 @@ class BenchJob:
             "repeats": self.cases.repeats,
             "complete": self._is_complete,
             **self.report.to_dict(),
-            "published": published(self.device, self.config),
+            "published": published_for(self.device, self.config),
         }
 
     def print(self) -> None:
@@ -134,17 +133,3 @@ class BenchJob:
         growth = 2 if self.device.kind == "cpu" and self.config.quantization is None else 1
         total = growth * ours + (len(self._openers) - 1) * growth * weights
         return usable is None or SPARE * total <= usable
-
-
-def published(device: Device, config: MixtralConfig) -> dict[str, Any]:
-    """What others published of machines like ``device``: nothing where its kind is not known.
-
-    Speeds are of Mixtral 8x7B and given for models of its shape only.
-    """
-    chips, ours, theirs = chips_of(device), config, BUILT_IN["8x7b"]
-    axes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_local_experts", "num_experts_per_tok")
-    is_8x7b = all(getattr(ours, axis) == getattr(theirs, axis) for axis in axes)
-    return {
-        "bandwidths": [asdict(chip) | {"source": BANDWIDTH_SOURCE} for chip in chips],
-        "decode_8x7b": [asdict(entry) for entry in measured_on_such(device)] if is_8x7b else [],
-    }

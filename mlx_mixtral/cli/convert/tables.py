@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_mixtral.cli.console import err_console, note, one_line, out_console, print_table, seconds
-from mlx_mixtral.cli.info.shape import PART_NAMES
 from mlx_mixtral.cli.progress import byte_bars
+from mlx_mixtral.info.estimate import PART_NAMES
 from mlx_mixtral.sizes import format_bytes
 
 if TYPE_CHECKING:

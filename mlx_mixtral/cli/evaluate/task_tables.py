@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_mixtral.cli.console import out_console, print_table, seconds, terminal_safe
+from mlx_mixtral.cli.console import out_console, plural, print_table, seconds, terminal_safe
 from mlx_mixtral.evaluation.harness.published import PUBLISHED_MODEL, published_for
 from mlx_mixtral.evaluation.harness.tasks import TaskResults, TaskScore
 
@@ -41,7 +41,7 @@ def print_tasks(name: str, results: TaskResults, limit: int | None, chat: bool) 
             "with a pipeline of their own"
         )
     if limit is not None:
-        notes.append(f"only the first {limit} question{'s' * (limit > 1)} of each task")
+        notes.append(f"only the first {plural(limit, 'question')} of each task")
     if results.truncated:
         requests = "1 request was" if results.truncated == 1 else f"{results.truncated:,} requests were"
         notes.append(f"{requests} longer than the context, and lost the start; --context reserves more")

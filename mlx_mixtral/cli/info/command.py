@@ -55,33 +55,35 @@ def info(given: InfoOptions) -> None:
 
 
 def _published(given: InfoOptions, chips: Sequence[Chip]) -> None:
-    from mlx_mixtral.cli.info.shape import print_shape, shape_report
+    from mlx_mixtral.cli.info.tables import print_plans, print_shape
+    from mlx_mixtral.info.shape import shape_report
 
     name = given.model.lower()
-    shape = shape_report(name, chips)
+    report = shape_report(name, chips)
     if given.memory is not None:
-        from mlx_mixtral.cli.info.memory import print_plans, shape_plans
+        from mlx_mixtral.info.plans import shape_plans
 
-        shape["memory"] = shape_plans(name, given.memory, given.context, chips, given.disk)
+        report["memory"] = shape_plans(name, given.memory, given.context, chips, given.disk)
     if given.as_json:
-        emit_json(shape)
+        emit_json(report)
     elif given.memory is not None:
-        print_plans(shape["memory"])
+        print_plans(report["memory"])
     else:
-        print_shape(shape)
+        print_shape(report)
 
 
 def _checkpoint(given: InfoOptions, chips: Sequence[Chip]) -> None:
-    from mlx_mixtral.cli.info.checkpoint import checkpoint_report, print_checkpoint
+    from mlx_mixtral.cli.info.tables import print_checkpoint, print_plans
     from mlx_mixtral.cli.progress import fetch
+    from mlx_mixtral.info.checkpoint import checkpoint_report
 
     folder = fetch(given.model, revision=given.revision, weights=given.memory is not None)
     downloaded = not as_path("model", given.model).is_dir()
     report = {"model": given.model, **checkpoint_report(folder, chips, downloaded=downloaded)}
     if given.memory is not None:
-        from mlx_mixtral.cli.info.memory import folder_plan, print_plans
+        from mlx_mixtral.info.plans import checkpoint_plan
 
-        report["memory"] = folder_plan(folder, given.memory, given.context, chips, given.disk, "auto")
+        report["memory"] = checkpoint_plan(folder, given.memory, given.context, chips, given.disk)
     if given.as_json:
         emit_json(report)
     elif given.memory is not None:

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import Mixtral, __version__
-from mlx_mixtral.cli.console import note, one_line, out_console
+from mlx_mixtral.cli.console import note, one_line, out_console, plural
 from mlx_mixtral.cli.evaluate.subject import Baseline, Subject, predicted, read_corpus
-from mlx_mixtral.cli.info.checkpoint import checkpoint_report
-from mlx_mixtral.cli.info.shape import PART_NAMES
 from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.cli.report.options import ReportOptions
 from mlx_mixtral.cli.routing.job import published_beside
@@ -30,8 +28,9 @@ from mlx_mixtral.evaluation.results import Evaluation
 from mlx_mixtral.evaluation.routing.analysis import RoutingAnalysis, analyse
 from mlx_mixtral.evaluation.routing.recording import record_texts
 from mlx_mixtral.files import check_folder, write_folder
-from mlx_mixtral.info.estimate import WORKING_BYTES
-from mlx_mixtral.info.macs import USABLE_NOTE
+from mlx_mixtral.info.checkpoint import checkpoint_report
+from mlx_mixtral.info.estimate import PART_NAMES
+from mlx_mixtral.info.shape import FITS_NOTE
 from mlx_mixtral.machine.device import DTYPE_NAMES, compute_dtype
 from mlx_mixtral.sizes import format_bytes
 
@@ -116,7 +115,7 @@ class ReportJob:
             passkeys,
             routing,
             self.left_out,
-            f"{USABLE_NOTE}, less {format_bytes(WORKING_BYTES)} to work in.",
+            FITS_NOTE,
         )
         self.files = report_files(self.contents, with_plots=not self.given.no_plots)
         write_folder(self.folder, self.files)
@@ -161,9 +160,7 @@ class ReportJob:
     def _text(self) -> str:
         """What the text is, in a sentence or two."""
         count, size = len(self.corpus.passages), format_bytes(sum(p.text.nbytes for p in self.corpus.passages))
-        amount = (
-            f"{count} text{'s' * (count != 1)}, {size}; of each at most the first {self.max_bytes:,} bytes were taken"
-        )
+        amount = f"{plural(count, 'text')}, {size}; of each at most the first {self.max_bytes:,} bytes were taken"
         if self.given.texts:
             return amount
         return (

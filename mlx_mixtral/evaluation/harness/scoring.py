@@ -85,14 +85,14 @@ def score_pairs(model: Mixtral, pairs: Sequence[Pair], rows: int, done: Callable
 
 def _can_share(model: Mixtral, columns: int) -> bool:
     """Whether nothing of a context is overwritten, and its KV cache may be held twice."""
-    planned = model.residency.planned
-    fits = planned.budget_bytes is None or planned.demands.kv_columns >= 2 * columns
+    planned = model.engine.plan
+    fits = planned.budget_bytes is None or planned.kv_columns >= 2 * columns
     return fits and model.module.kv.window(model.config) is None
 
 
 def _batches(model: Mixtral, items: Sequence[T], length: Callable[[T], int], rows: int) -> Iterator[list[T]]:
     """Items in their order, longest first, as many as a chunk of a prompt has tokens, about equally long."""
-    planned = model.residency.planned
+    planned = model.engine.plan
     batch: list[T] = []
     for item in items:
         longest = length(batch[0]) if batch else length(item)
@@ -146,16 +146,16 @@ def _score_shared(
 
 def _rows(model: Mixtral, context: int, groups: int, continuation: int, rows: int) -> int:
     """Continuations to read at once."""
-    planned = model.residency.planned
+    planned = model.engine.plan
     count = min(rows, planned.chunk_tokens // continuation)
     if planned.budget_bytes is not None:
-        count = min(count, planned.demands.kv_columns // (context + continuation) - groups)
+        count = min(count, planned.kv_columns // (context + continuation) - groups)
     return max(1, count)
 
 
 def _read(model: Mixtral, tokens: npt.NDArray[np.int32], cache: KVCache) -> mx.array:
     """Take ``tokens [G, L]`` into the cache; the last hidden state of each row, ``[G, 1, D]``."""
-    chunk = max(1, model.residency.planned.chunk_tokens // len(tokens))
+    chunk = max(1, model.engine.plan.chunk_tokens // len(tokens))
     length = tokens.shape[1]
     for start in range(0, length, chunk):
         part = mx.array(tokens[:, start : start + chunk])

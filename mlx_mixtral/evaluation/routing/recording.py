@@ -134,7 +134,7 @@ def record_texts(
 
 
 def _read(model: Mixtral, part: Stretch, observer: RoutingObserver) -> Iterator[Routed]:
-    module, chunk = model.module, model.residency.planned.chunk_tokens
+    module, chunk = model.module, model.engine.plan.chunk_tokens
     ids, skip = np.array([[*part.before, *part.ids.tolist()]], np.int32), len(part.before)
     cache = module.make_cache(max_tokens=ids.shape[1])
     for start in range(0, ids.shape[1], chunk):

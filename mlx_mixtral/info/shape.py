@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mlx_mixtral.cli.console import figures, out_console, print_table
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.info.estimate import (
     BUILT_IN,
-    PARTS,
     WIDTHS,
     WORKING_BYTES,
     bytes_by_part,
@@ -22,26 +20,9 @@ from mlx_mixtral.info.estimate import (
 from mlx_mixtral.info.macs import MAC_MEMORY_GIB, MEASURED_8X7B, USABLE_NOTE, Chip, usable_bytes
 from mlx_mixtral.sizes import format_bytes
 
-__all__ = [
-    "facts_of",
-    "kv_cache",
-    "memory_table_markdown",
-    "print_kv_cache",
-    "print_limits",
-    "print_shape",
-    "shape_report",
-    "tokens_short",
-]
+__all__ = ["FITS_NOTE", "facts_of", "kv_cache", "limits", "memory_table_markdown", "shape_report"]
 
-PART_NAMES = {
-    "embedding": "embedding",
-    "attention": "attention",
-    "router": "router",
-    "expert": "experts",
-    "head": "head",
-    "norms": "norms",
-    "norm": "norms",
-}
+FITS_NOTE = f"{USABLE_NOTE}, less {format_bytes(WORKING_BYTES)} to work in."
 
 
 def shape_report(name: str, chips: Sequence[Chip]) -> dict[str, Any]:
@@ -122,83 +103,6 @@ def limits(
             for chip in chips
         ],
     }
-
-
-def print_shape(report: Mapping[str, Any]) -> None:
-    """The report as tables of at most 80 columns."""
-    console, widths = out_console(), report["widths"]
-    console.print(f"Mixtral {report['model']}", style="bold")
-    console.print(
-        f"{report['parameters']:,} parameters, {report['active_parameters']:,} of them active per token\n"
-        f"{report['layers']} layers, {report['experts']} experts, {report['experts_per_token']} per token, hidden "
-        f"{report['hidden_size']}, context {report['context']:,} tokens\n"
-    )
-    names = [f"{width['bits']}-bit" for width in widths]
-    rows = [[PART_NAMES[part], *[format_bytes(width["parts"][part]) for width in widths]] for part in PARTS]
-    rows.append(["all", *[format_bytes(width["bytes"]) for width in widths]])
-    rows.append(["one expert", *[format_bytes(width["expert_bytes"]) for width in widths]])
-    rows.append(["read/token", *[format_bytes(width["bytes_per_token"]) for width in widths]])
-    print_table("Weights in groups of 64, with scales and biases; router and norms in 16 bits", ["", *names], rows)
-    print_kv_cache(report["kv_cache"])
-    print_limits(report, names)
-    if report["measured"]:
-        print_table(
-            "Measured by others (decode tok/s)",
-            ["machine", "runtime", "source", "tok/s"],
-            [[m["machine"], m["runtime"], m["source"], f"{m['decode_tok_s']:.1f}"] for m in report["measured"]],
-            left=3,
-        )
-    console.print(
-        f"Next: mlx-mixtral convert mistralai/Mixtral-{report['model']}-Instruct-v0.1 mixtral-4bit --bits 4".replace(
-            "8x7b", "8x7B"
-        ).replace("8x22b", "8x22B"),
-        soft_wrap=True,
-    )
-
-
-def print_kv_cache(cache: Mapping[str, Any]) -> None:
-    contexts = cache["bytes_by_context"]
-    each = cache["bytes_per_token"] / 1024
-    print_table(
-        f"KV cache in 16 bits: {each:g} KiB a token",
-        ["context", *[tokens_short(int(count)) for count in contexts]],
-        [["bytes", *[format_bytes(count) for count in contexts.values()]]],
-    )
-
-
-def print_limits(report: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Which Macs it fits and the bound their bandwidth sets."""
-    print_table(
-        "Longest context that fits a Mac, in tokens (- : the weights do not fit)",
-        ["memory", "for the GPU", *names],
-        [
-            [
-                f"{row['memory_gib']} GB",
-                format_bytes(row["usable_bytes"]),
-                *[tokens_short(count) if count else "-" for count in row["context"].values()],
-            ]
-            for row in report["fits"]
-        ],
-    )
-    out_console().print(
-        f"{USABLE_NOTE}, less {format_bytes(WORKING_BYTES)} to work in. --memory sets a budget of your own.\n",
-        style="dim",
-    )
-    print_table(
-        "Upper bound of decode speed, tok/s: bandwidth over bytes read per token",
-        ["chip", "GB/s", *names],
-        [
-            [row["chip"], f"{row['bandwidth_gb_s']:g}", *[figures(bound) for bound in row["tok_s"].values()]]
-            for row in report["speed_bounds"]
-        ],
-    )
-
-
-def tokens_short(count: int) -> str:
-    """``32k`` for 32768, ``1.5k`` for 1536; rounded down."""
-    if count < 1024:
-        return str(count)
-    return f"{count // 1024}k" if count >= 10240 or count % 1024 == 0 else f"{count // 102.4 / 10:g}k"
 
 
 def memory_table_markdown() -> str:

@@ -7,21 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.cli.console import one_line, out_console, print_table
-from mlx_mixtral.cli.info.shape import PART_NAMES, facts_of, kv_cache, limits, print_kv_cache, print_limits
 from mlx_mixtral.config.layout import FIELDS, locate, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig, read_json
 from mlx_mixtral.errors import CheckpointError, MissingDependencyError, MixtralError, TokenizerError
 from mlx_mixtral.info.estimate import PARTS, bytes_per_token
 from mlx_mixtral.info.macs import Chip
+from mlx_mixtral.info.shape import facts_of, kv_cache, limits
+from mlx_mixtral.machine.device import DTYPE_NAMES
 from mlx_mixtral.model.build import Builder
-from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral.weights.checkpoint import Checkpoint
 
-__all__ = ["checkpoint_report", "print_checkpoint", "print_parts"]
+__all__ = ["checkpoint_report"]
 
-DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 KINDS = {"SentencePieceTokenizer": "SentencePiece", "JsonTokenizer": "tokenizer.json"}
 
 
@@ -48,7 +46,7 @@ def checkpoint_report(folder: Path, chips: Sequence[Chip], *, downloaded: bool =
     try:
         return report | _weights(config, Checkpoint(folder), chips)
     except MixtralError as error:
-        return report | {"problem": one_line(error)}
+        return report | {"problem": str(error)}
 
 
 def _weights(config: MixtralConfig, checkpoint: Checkpoint, chips: Sequence[Chip]) -> dict[str, Any]:
@@ -130,82 +128,10 @@ def _tokenizer(folder: Path, config: MixtralConfig) -> dict[str, Any]:
     try:
         found = load_tokenizer(folder, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
     except (TokenizerError, MissingDependencyError, CheckpointError) as error:
-        return {"kind": None, "problem": one_line(error)}
+        return {"kind": None, "problem": str(error)}
     return {
         "kind": KINDS.get(type(found).__name__, type(found).__name__),
         "vocab_size": found.vocab_size,
         "chat_format": found.chat_format,
         "eos_token_ids": sorted(found.eos_token_ids),
     }
-
-
-def print_checkpoint(report: Mapping[str, Any], *, with_speed: bool) -> None:
-    """The report as tables of at most 80 columns."""
-    console = out_console()
-    console.print(one_line(report["model"]), style="bold", soft_wrap=True)
-    console.print("\n".join(_headlines(report)), soft_wrap=True)
-    console.print()
-    if report["problem"]:
-        console.print(f"Does not load as it is: {report['problem']}", soft_wrap=True)
-        return
-    print_parts(report)
-    print_kv_cache(report["kv_cache"])
-    if with_speed or report["bytes"] > 1_000_000_000:
-        print_limits(report, ["this model"])
-    for what, names in (("tensor", report["unused_tensors"]), ("file", report["unused_files"])):
-        if names:
-            shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-            console.print(f"Not used: {len(names)} {what}{'s' * (len(names) > 1)} ({one_line(shown)})", soft_wrap=True)
-
-
-def print_parts(report: Mapping[str, Any]) -> None:
-    """Parameters, bytes and formats of each part."""
-    print_table(
-        "Weights",
-        ["part", "format", "parameters", "bits per weight", "bytes"],
-        [
-            [
-                PART_NAMES[part["part"]],
-                ", ".join(part["formats"]),
-                f"{part['parameters']:,}",
-                f"{part['bits_per_weight']:.2f}",
-                format_bytes(part["bytes"]),
-            ]
-            for part in report["parts"]
-        ]
-        + [
-            [
-                "all",
-                _files(report["files"]),
-                f"{report['parameters']:,}",
-                f"{report['bits_per_weight']:.2f}",
-                format_bytes(report["bytes"]),
-            ]
-        ],
-        left=2,
-    )
-
-
-def _files(count: int) -> str:
-    return f"{count} file{'s' * (count != 1)}" if count else "not here: by config"
-
-
-def _headlines(report: Mapping[str, Any]) -> list[str]:
-    tokenizer = report["tokenizer"]
-    kind = "dense" if report["architecture"] != "mixtral" else f"{report['experts']} experts"
-    per_token = "" if report["architecture"] != "mixtral" else f", {report['experts_per_token']} per token"
-    window = f", sliding window {report['sliding_window']:,}" if report["sliding_window"] else ""
-    lines = [
-        f"{report['architecture']}, {report['parameters']:,} parameters, {report['active_parameters']:,} active per token",
-        f"{report['layers']} layers, {kind}{per_token}, hidden {report['hidden_size']}, vocabulary "
-        f"{report['vocab_size']:,}, context {report['context']:,} tokens{window}",
-    ]
-    if tokenizer["kind"] is None:
-        lines.append(f"tokenizer: none ({tokenizer['problem']})")
-    else:
-        lines.append(f"tokenizer: {tokenizer['kind']}, chat format {tokenizer['chat_format']}")
-    if report["conversion"] is not None:
-        source = report["conversion"].get("source")
-        name = source.get("name") or source.get("path") if isinstance(source, Mapping) else source
-        lines.append(f"converted by mlx-mixtral from {one_line(name)}" if name else "converted by mlx-mixtral")
-    return lines

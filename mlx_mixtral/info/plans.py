@@ -1,0 +1,130 @@
+"""What would stay in memory under a budget, and how fast that should be, before anything is loaded: as ``load`` plans it.
+
+Plans are JSON documents, as ``info --memory SIZE --json`` prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_mixtral.budget.plan import MemoryPlan
+from mlx_mixtral.budget.planner import Planner
+from mlx_mixtral.budget.slots import ModelSizes, ResidencyPlan, Speeds
+from mlx_mixtral.cache.options import KVOptions
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.errors import InvalidRequestError, MemoryBudgetError
+from mlx_mixtral.experts.trace import hit_rates, published_trace
+from mlx_mixtral.info.estimate import BUILT_IN, WIDTHS, Width, bytes_by_part, expert_bytes
+from mlx_mixtral.info.macs import Chip
+from mlx_mixtral.machine.device import compute_dtype, current_device
+from mlx_mixtral.model.build import Builder
+from mlx_mixtral.model.planning import make_planner
+from mlx_mixtral.sizes import parse_size
+from mlx_mixtral.weights.checkpoint import Checkpoint
+
+__all__ = ["checkpoint_plan", "shape_plans"]
+
+# A guess for shapes without a machine: one synchronisation takes tenths of a millisecond on Apple GPUs.
+READBACK_S = 200e-6
+DEFAULT_DISK = "3GB"
+
+
+def checkpoint_plan(
+    folder: Path, memory: str, context: int | None, chips: Sequence[Chip], disk: str | None
+) -> dict[str, Any]:
+    """The plan for a checkpoint on this machine; what is given of chip and disk replaces what is measured.
+
+    Raises:
+        MemoryBudgetError: the budget is below the least; CheckpointError, ConfigError: the folder cannot be loaded.
+    """
+    device = current_device()
+    builder = Builder(MixtralConfig.from_folder(folder), Checkpoint(folder), compute_dtype("auto", device))
+    planner = make_planner(builder, device)
+    if builder.config.is_dense:
+        return _report("this model", planner.plan(memory, context), planner.sizes, None)
+    speeds = planner.speeds
+    if len(chips) == 1:
+        speeds = replace(speeds, memory_bytes_per_s=chips[0].bandwidth_gb_s * 1e9)
+    if disk is not None:
+        speeds = replace(speeds, disk_bytes_per_s=float(parse_size(disk)))
+    plan = make_planner(builder, device, speeds=speeds).plan(memory, context)
+    return _report("this model", plan, planner.sizes, speeds)
+
+
+def shape_plans(
+    name: str, memory: str, context: int | None, chips: Sequence[Chip], disk: str | None
+) -> list[dict[str, Any]]:
+    """Plans for a published size at every bit width, on a chip by its published bandwidth.
+
+    Raises:
+        InvalidRequestError: no single chip is named, or a size is none.
+    """
+    if len(chips) != 1:
+        raise InvalidRequestError("--memory with a published size needs one --chip, whose bandwidth is published")
+    config = BUILT_IN[name]
+    speeds = Speeds(float(parse_size(disk or DEFAULT_DISK)), chips[0].bandwidth_gb_s * 1e9, READBACK_S)
+    trace = published_trace(config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok)
+    curves = hit_rates(trace)
+    found = []
+    for width in WIDTHS:
+        planner = Planner(
+            config,
+            _sizes(config, width),
+            item_bytes=2,
+            reading_bytes=0,
+            keeps_scores=False,
+            kv=KVOptions(),
+            available_bytes=lambda: None,
+            speeds=lambda: speeds,
+            hit_rates=lambda: curves,
+        )
+        try:
+            found.append(_report(width.name, planner.plan(memory, context), planner.sizes, speeds))
+        except MemoryBudgetError as error:
+            found.append({"model": width.name, "problem": str(error), "min_bytes": planner.needs(context).min_bytes})
+    return found
+
+
+def _sizes(config: MixtralConfig, width: Width) -> ModelSizes:
+    parts, layers = bytes_by_part(config, width), config.num_hidden_layers
+    experts = (expert_bytes(config, width),) * layers
+    trunk = sum(parts.values()) - parts["expert"]
+    return ModelSizes(trunk, experts, experts, (0,) * layers, config.num_local_experts, config.num_experts_per_tok)
+
+
+def _report(name: str, plan: MemoryPlan, sizes: ModelSizes, speeds: Speeds | None) -> dict[str, Any]:
+    residency = plan.residency
+    slots = [sizes.num_experts] * len(sizes.expert_bytes) if residency is None else list(residency.slots)
+    experts = sizes.all_expert_bytes if residency is None else residency.expert_bytes
+    return {
+        "model": name,
+        "budget_bytes": plan.budget_bytes,
+        "resident_bytes": sizes.trunk_bytes + experts,
+        "kv_bytes": plan.kv_bytes,
+        "context": plan.context_tokens,
+        "working_bytes": plan.working_bytes,
+        "chunk_tokens": plan.chunk_tokens,
+        "min_bytes": plan.min_bytes,
+        "slots": slots,
+        "num_experts": sizes.num_experts,
+        "streamed_layers": sum(count < sizes.num_experts for count in slots),
+        **_predictions(sizes, residency, speeds),
+        "speeds": None if speeds is None else vars(speeds),
+    }
+
+
+def _predictions(sizes: ModelSizes, plan: ResidencyPlan | None, speeds: Speeds | None) -> dict[str, Any]:
+    if plan is None:
+        chosen = sizes.num_experts_per_tok * sum(sizes.expert_bytes)
+        tok_s = None if speeds is None else speeds.memory_bytes_per_s / (sizes.trunk_bytes + chosen)
+        return {"predicted_tok_s": tok_s, "bytes_read_per_token": 0, "hit_rate": 1.0, "readbacks_per_token": 0}
+    needed = sizes.num_experts_per_tok * plan.readbacks_per_token
+    return {
+        "predicted_tok_s": plan.tok_s,
+        "bytes_read_per_token": plan.bytes_per_token,
+        "hit_rate": 1 - plan.misses_per_token / needed if needed else 1.0,
+        "readbacks_per_token": plan.readbacks_per_token,
+    }
