@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,7 +16,13 @@ from mlx_mixtral.cli.options import device_option, json_flag, option, takes
 from mlx_mixtral.errors import DestinationError
 from mlx_mixtral.sizes import format_bytes
 
+if TYPE_CHECKING:
+    from mlx_mixtral import Mixtral
+
 __all__ = ["demo"]
+
+# With the margin, and room for the mark of what goes on.
+TEXT_WIDTH = 75
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,9 @@ def demo(given: DemoOptions) -> None:
     show.line("A real Mixtral, only small: 8.4 million parameters, 6 layers, 8 experts, 2 per")
     show.line("token. It ships with the package and was trained on the Bible in five languages,")
     show.line("Python code and sums. A real model takes the same three steps.\n")
-    with _folder(given.keep) as folder, conversion_progress() as progress:
+    with _folder(given.keep) as folder:
         show.step(1, f"convert to 4 bits{f' in {folder}' if given.keep else ''}")
-        with _explained(given.keep):
+        with _explained(given.keep), conversion_progress() as progress:
             report = run(source, folder, recipe=Recipe(bits=4), progress=progress).to_dict()
         show.line(
             f"   {format_bytes(report['source_bytes'])} in bfloat16 -> {format_bytes(report['output_bytes'])} "
@@ -108,18 +114,20 @@ class _Narrator:
     """Says what happens, unless only the JSON at the end is wanted."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
         self._console = out_console()
+        self._console.quiet = quiet
 
     def line(self, text: str, style: str = "") -> None:
-        if not self.quiet:
-            self._console.print(text, style=style or None, soft_wrap=True)
+        self._console.print(text, style=style or None, soft_wrap=True)
 
     def step(self, number: int, what: str) -> None:
         self.line(f"{number}. {what}", "bold")
 
-    def completion(self, model: Any, sample: Sample) -> dict[str, Any]:
-        """Stream one completion behind its prompt, wrapped to the width of the terminal."""
+    def completion(self, model: Mixtral, sample: Sample) -> dict[str, Any]:
+        """Stream one completion behind its prompt, indented and wrapped."""
+        from rich.live import Live
+        from rich.text import Text
+
         from mlx_mixtral import SamplingParams
         from mlx_mixtral.cli.streaming import completion
 
@@ -128,63 +136,24 @@ class _Narrator:
             sampling = SamplingParams(temperature=0.8, top_p=0.9, seed=sample.seed)
         stream = model.stream(sample.prompt, max_tokens=sample.max_tokens, sampling=sampling, stop=sample.stop)
         self.line(f"   {sample.title}", "dim")
-        writer = _Indented(self._console, self.quiet)
-        writer.add(sample.prompt, "bold")
-        chunks = []
-        with stream:
+        text, chunks = Text.assemble((sample.prompt, "bold")), []
+
+        def shown() -> Text:
+            lines = text.wrap(self._console, TEXT_WIDTH)
+            for line in lines:
+                line.rstrip()
+            return Text("\n").join(Text("   ") + line for line in lines)
+
+        # Drawn anew with every word, and once more to stay.
+        with stream, Live(console=self._console, auto_refresh=False, transient=True) as live:
             for chunk in stream:
-                writer.add(chunk.text)
                 chunks.append(chunk)
-        writer.end(" …" if chunks[-1].finish_reason == "length" else "")
+                text.append(terminal_safe(chunk.text))
+                live.update(shown(), refresh=True)
+        if chunks[-1].finish_reason == "length":
+            text.append(" …", "dim")
+        self._console.print(shown(), "", sep="\n", soft_wrap=True)
         return {"prompt": sample.prompt, **completion(chunks), "stats": stream.stats.to_dict()}
-
-
-class _Indented:
-    """Streams words indented, breaking lines at 80 columns."""
-
-    MARGIN, WIDTH = "   ", 78
-
-    def __init__(self, console: Any, quiet: bool) -> None:
-        self._console, self._quiet = console, quiet
-        self._column, self._word, self._style = 0, "", ""
-
-    def add(self, text: str, style: str = "") -> None:
-        if style != self._style:
-            self._flush()
-            self._style = style
-        for character in terminal_safe(text):
-            if character in " \n":
-                self._flush()
-            self._word += character
-        if style:
-            self._flush()
-
-    def end(self, mark: str = "") -> None:
-        self.add(mark, "dim")
-        self._flush()
-        self._write("\n\n")
-
-    def _flush(self) -> None:
-        word, self._word = self._word, ""
-        if not word:
-            return
-        if word.startswith("\n"):
-            self._write("\n")
-            self._column, word = 0, word[1:]
-        if self._column and self._column + len(word) > self.WIDTH:
-            self._write("\n")
-            self._column, word = 0, word.lstrip(" ")
-        if not word:
-            return
-        if not self._column:
-            word = self.MARGIN + word
-        self._write(word)
-        self._column += len(word)
-
-    def _write(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(text, end="", style=self._style or None, soft_wrap=True)
-            self._console.file.flush()
 
 
 @contextlib.contextmanager
@@ -212,6 +181,6 @@ def _explained(keep: Path | None) -> Iterator[None]:
         raise
 
 
-def _device(model: Any) -> str:
+def _device(model: Mixtral) -> str:
     device = model.device
     return f"{device.name} (CPU backend)" if device.kind == "cpu" else str(device.name)
