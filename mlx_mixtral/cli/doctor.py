@@ -1,23 +1,26 @@
-"""`mlx-mixtral doctor`: the checks of this machine as a table."""
+"""`mlx-mixtral doctor`: the checks of this machine, each as it ends."""
 
 from __future__ import annotations
 
 import sys
+import textwrap
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import click
 
-from mlx_mixtral.cli.console import emit_json, err_console, out_console
+from mlx_mixtral.cli.console import emit_json, note, out_console
 from mlx_mixtral.cli.options import device_option, json_flag, takes
 from mlx_mixtral.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from mlx_mixtral.doctor import Diagnosis
+    from mlx_mixtral.doctor import CheckResult, Diagnosis
 
 __all__ = ["doctor"]
+
+# Columns of a check's name, and of how it went.
+NAME, VERDICT = 27, 8
 
 
 @dataclass(frozen=True)
@@ -34,41 +37,57 @@ def doctor(given: DoctorOptions) -> None:
     Exit status 1 when a check fails. The output is what a bug report should hold.
     """
     from mlx_mixtral.doctor import run_doctor
+    from mlx_mixtral.machine.device import current_device
 
-    notes = err_console()
-    if given.as_json or not notes.is_terminal:
-        diagnosis = run_doctor()
-    else:
-        with notes.status("checking") as status:
-            diagnosis = run_doctor(lambda name: status.update(f"checking {name}"))
+    if current_device().kind != "cpu":
+        note("the first call of a kernel compiles it, for seconds each; what follows takes longer the first time")
     if given.as_json:
+        diagnosis = run_doctor()
         emit_json(diagnosis.to_dict())
     else:
-        _draw(diagnosis, out_console())
+        _print_machine()
+        diagnosis = run_doctor(_print_name, _print_result)
+        _print_summary(diagnosis)
     if not diagnosis.passed:
         sys.exit(1)
 
 
-def _draw(diagnosis: Diagnosis, console: Console) -> None:
-    from rich.table import Table
-    from rich.text import Text
+def _print_machine() -> None:
+    from mlx_mixtral.machine.device import compute_dtype, current_device
 
-    device = diagnosis.device
-    console.print(
-        f"MLX {diagnosis.mlx_version} on {device.name} ({device.kind}), computing in {diagnosis.compute_dtype}"
-    )
+    console, device = out_console(), current_device()
+    dtype = compute_dtype("auto", device)
+    console.print(f"MLX {version('mlx')} on {device.name} ({device.kind}), computing in {dtype}", soft_wrap=True)
     if device.memory_bytes:
-        recommended = format_bytes(device.recommended_bytes) if device.recommended_bytes else "not told"
+        recommended = format_bytes(device.recommended_bytes) if device.recommended_bytes else "unknown"
         console.print(f"memory {format_bytes(device.memory_bytes)}, recommended working set {recommended}")
-    table = Table(box=None, pad_edge=False)
-    for heading in ("check", "", "measured"):
-        table.add_column(heading)
-    for result in diagnosis.results:
-        verdict = Text("ok", "green") if result.passed else Text("FAILED", "red")
-        table.add_row(result.name, verdict, result.measured)
-        if not result.passed:
-            table.add_row("", "", Text(result.failure_means, "red"))
-    console.print(table)
+    console.print(f"{'check':<{NAME + VERDICT}}measured", style="bold")
+
+
+def _print_name(name: str) -> None:
+    """The check that runs now: its line goes on when it ends."""
+    if name != "bandwidths":
+        console = out_console()
+        console.print(f"{name:<{NAME}}", end="")
+        console.file.flush()
+
+
+def _print_result(result: CheckResult) -> None:
+    console = out_console()
+    verdict, style = ("ok", "green") if result.passed else ("FAILED", "red")
+    console.print(f"{verdict:<{VERDICT}}", style=style, end="")
+    margin = " " * (NAME + VERDICT)
+    width = max(console.width - len(margin), 20)
+    lines: list[tuple[str, str | None]] = [(line, None) for line in textwrap.wrap(result.measured, width)]
+    if not result.passed:
+        lines += [(line, "red") for line in textwrap.wrap(result.failure_means, width)]
+    for index, (line, colour) in enumerate(lines):
+        console.print(f"{margin * (index > 0)}{line}", style=colour, soft_wrap=True)
+    console.file.flush()
+
+
+def _print_summary(diagnosis: Diagnosis) -> None:
+    console = out_console()
     console.print(
         f"memory copies at {format_bytes(diagnosis.memory_bytes_per_s)}/s, "
         f"disk reads at {format_bytes(diagnosis.disk_bytes_per_s)}/s"

@@ -1,7 +1,7 @@
-"""What this project believes about the machine it runs on, checked there in under a minute.
+"""What this project assumes about the machine it runs on, checked there in under a minute.
 
-Everything is developed on MLX's CPU backend; what is believed of Metal follows its documentation. Each belief is a check here
-that runs the same code the model runs, on the user's device, against an independent computation.
+Everything is developed on MLX's CPU backend; what is assumed about Metal follows its documentation. Each assumption is a check
+here that runs the code the model runs, on the user's device, against an independent computation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from mlx_mixtral.doctor.checks import CHECKS, CheckFailedError
+from mlx_mixtral.doctor.checks import CHECKS, Check, CheckFailedError
 from mlx_mixtral.machine.bandwidth import disk_bandwidth, memory_bandwidth
 from mlx_mixtral.machine.device import Device, compute_dtype, current_device
 
@@ -57,22 +57,35 @@ class Diagnosis:
         }
 
 
-def run_doctor(progress: Callable[[str], None] | None = None) -> Diagnosis:
-    """Run every check; one that breaks down counts as failed. ``progress`` is told the name of each before it runs."""
+def run_doctor(
+    progress: Callable[[str], None] | None = None, finished: Callable[[CheckResult], None] | None = None
+) -> Diagnosis:
+    """Run every check; one that breaks down counts as failed.
+
+    Args:
+        progress: told the name of each before it runs.
+        finished: told the result of each.
+    """
     device = current_device()
     dtype = compute_dtype("auto", device)
     results = []
     for check in CHECKS:
         if progress is not None:
             progress(check.name)
-        started = time.perf_counter()
-        try:
-            passed, measured = True, check.run(dtype)
-        except CheckFailedError as failure:
-            passed, measured = False, str(failure)
-        except Exception as error:  # whatever breaks down, the other checks still tell something
-            passed, measured = False, f"{type(error).__name__}: {error}"
-        results.append(CheckResult(check.name, passed, measured, check.failure_means, time.perf_counter() - started))
+        results.append(_run(check, dtype))
+        if finished is not None:
+            finished(results[-1])
     if progress is not None:
         progress("bandwidths")
     return Diagnosis(version("mlx"), device, dtype, tuple(results), memory_bandwidth(), disk_bandwidth())
+
+
+def _run(check: Check, dtype: str) -> CheckResult:
+    started = time.perf_counter()
+    try:
+        passed, measured = True, check.run(dtype)
+    except CheckFailedError as failure:
+        passed, measured = False, str(failure)
+    except Exception as error:  # whatever breaks down, the other checks still say something
+        passed, measured = False, f"{type(error).__name__}: {error}"
+    return CheckResult(check.name, passed, measured, check.failure_means, time.perf_counter() - started)
