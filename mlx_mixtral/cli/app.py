@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def _drop_output(*, keep_errors: bool = False) -> None:
-    """Nobody reads any more: let what is still buffered go nowhere when the interpreter flushes at exit.
+    """The reader has gone: discard what is still buffered, which the interpreter would fail to flush at exit.
 
     https://docs.python.org/3/library/signal.html#note-on-sigpipe
     """

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from mlx_mixtral.cli.console import emit_json, note, one_line, out_console, print_table, seconds
-from mlx_mixtral.cli.options import argument, device_option, json_flag, option, revision_option, takes
+from mlx_mixtral.cli.fields import argument, option, takes
+from mlx_mixtral.cli.options import device_option, json_flag, revision_option
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["calibrate"]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_mixtral.cli.console import emit_json, out_console, rate, seconds, terminal_safe
-from mlx_mixtral.cli.options import device_option, json_flag, option, takes
+from mlx_mixtral.cli.fields import option, takes
+from mlx_mixtral.cli.options import device_option, json_flag
 from mlx_mixtral.errors import DestinationError
 from mlx_mixtral.sizes import format_bytes
 

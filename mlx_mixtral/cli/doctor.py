@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_mixtral.cli.console import emit_json, note, out_console
-from mlx_mixtral.cli.options import device_option, json_flag, takes
+from mlx_mixtral.cli.fields import takes
+from mlx_mixtral.cli.options import device_option, json_flag
 from mlx_mixtral.sizes import format_bytes
 
 if TYPE_CHECKING:

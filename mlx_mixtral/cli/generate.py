@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_mixtral.cli.console import emit_json, note
+from mlx_mixtral.cli.fields import argument, group, option, takes
 from mlx_mixtral.cli.options import (
     LoadOptions,
     SamplingOptions,
     SpeculationOptions,
-    argument,
     check_max_tokens,
-    group,
     json_flag,
     number_list,
-    option,
-    takes,
 )
 from mlx_mixtral.errors import InvalidRequestError, TokenizerError
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from mlx_mixtral.cli.console import emit_json, one_line, out_console, plural, print_table, seconds
-from mlx_mixtral.cli.options import argument, json_flag, takes
+from mlx_mixtral.cli.fields import argument, takes
+from mlx_mixtral.cli.options import json_flag
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["verify"]

@@ -250,12 +250,12 @@ CHECKS: tuple[Check, ...] = (
         "gathered products", "experts compute wrongly in a format: text from such a model is wrong", _gathered_products
     ),
     Check(
-        "sorted gathering", "long prompts compute otherwise than single tokens: prompts are misread", _sorted_gathering
+        "sorted gathering", "long prompts give other results than single tokens: prompts are misread", _sorted_gathering
     ),
     Check("slots from disk", "an expert's answer depends on where in memory it lies", _slots_from_disk),
     Check(
         "resident against streamed",
-        "a model that does not fit memory answers otherwise than one that does: do not use --memory below its size",
+        "a model that does not fit in memory answers differently: do not use --memory below its size",
         _streamed,
     ),
     Check(
@@ -266,7 +266,7 @@ CHECKS: tuple[Check, ...] = (
     Check("routing", "tokens go to the wrong experts", _routing),
     Check(
         "decode step",
-        "tokens after the first are computed otherwise than a prompt, or the cache is copied at each: slow or wrong text",
+        "tokens after the first are not computed as a prompt is, or each copies the cache: slow or wrong text",
         _decode_step,
     ),
     Check("recorded logits", "the whole model differs from the reference implementation", _recorded_logits),

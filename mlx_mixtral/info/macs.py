@@ -23,7 +23,7 @@ __all__ = [
     "Measurement",
     "chips_of",
     "find_chips",
-    "measured_on_such",
+    "measured_on_similar",
     "published_for",
     "usable_bytes",
 ]
@@ -113,7 +113,7 @@ def published_for(device: Device, config: MixtralConfig) -> dict[str, Any]:
     is_8x7b = all(getattr(config, axis) == getattr(BUILT_IN["8x7b"], axis) for axis in axes)
     return {
         "bandwidths": [asdict(chip) | {"source": BANDWIDTH_SOURCE} for chip in chips_of(device)],
-        "decode_8x7b": [asdict(entry) for entry in measured_on_such(device)] if is_8x7b else [],
+        "decode_8x7b": [asdict(entry) for entry in measured_on_similar(device)] if is_8x7b else [],
     }
 
 
@@ -125,22 +125,22 @@ def chips_of(device: Device) -> tuple[Chip, ...]:
         return ()
 
 
-def measured_on_such(device: Device) -> tuple[Measurement, ...]:
+def measured_on_similar(device: Device) -> tuple[Measurement, ...]:
     """What was published of machines of the same class: by bandwidth of the chip or memory of a Mac, by name otherwise."""
     here, found = chips_of(device), []
     for entry in MEASURED_8X7B:
         name = entry.machine.partition(",")[0]
         memory = re.fullmatch(r"(\d+) GB Mac", name)
         if memory is not None:
-            is_such = device.kind == "metal" and device.memory_bytes == int(memory[1]) * 2**30
+            is_similar = device.kind == "metal" and device.memory_bytes == int(memory[1]) * 2**30
         elif device.kind == "metal":
             there = [chip for chip in CHIPS if name in (chip.name, _family(chip))]
-            is_such = any(
+            is_similar = any(
                 abs(a.bandwidth_gb_s - b.bandwidth_gb_s) <= SAME_CLASS * b.bandwidth_gb_s for a in here for b in there
             )
         else:
-            is_such = device.kind == "cuda" and device.name.endswith(name)
-        if is_such:
+            is_similar = device.kind == "cuda" and device.name.endswith(name)
+        if is_similar:
             found.append(entry)
     return tuple(found)
 

@@ -14,7 +14,7 @@ from mlx_mixtral.bench.backend import Ours
 from mlx_mixtral.cli.bench.tables import print_bench
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.info.estimate import BUILT_IN
-from mlx_mixtral.info.macs import measured_on_such, published_for
+from mlx_mixtral.info.macs import measured_on_similar, published_for
 from mlx_mixtral.machine.device import Device
 
 from .conftest import Invoke, assert_one_error
@@ -242,7 +242,7 @@ def _mac(name: str, gib: int = 64) -> Device:
 
 def test_published_figures_are_of_the_same_class_of_machine() -> None:
     def machines(device: Device) -> set[str]:
-        return {entry.machine for entry in measured_on_such(device)}
+        return {entry.machine for entry in measured_on_similar(device)}
 
     assert machines(_mac("Apple M2 Max")) == {"M2 Max, 38-core GPU", "M1 Max, 24-core GPU"}
     assert machines(_mac("Apple M4 Max")) == {"M2 Max, 38-core GPU", "M1 Max, 24-core GPU"}  # the 410 GB/s kind

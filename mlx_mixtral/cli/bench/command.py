@@ -8,7 +8,7 @@ import click
 
 from mlx_mixtral.cli.bench.options import BenchOptions
 from mlx_mixtral.cli.console import emit_json
-from mlx_mixtral.cli.options import takes
+from mlx_mixtral.cli.fields import takes
 
 __all__ = ["bench"]
 

@@ -71,11 +71,8 @@ class BenchJob:
         """Measure; an interrupt leaves what was found in ``report``."""
         in_turn = len(self._openers) == 1 or self._fit_together()
         vocab_size, console = self.config.vocab_size, err_console()
-        if console.is_terminal:
-            with console.status("measuring") as status:
-                run_bench(self._openers, self.cases, vocab_size, self.report, in_turn=in_turn, note=status.update)
-        else:
-            run_bench(self._openers, self.cases, vocab_size, self.report, in_turn=in_turn)
+        with console.status("measuring") as status:
+            run_bench(self._openers, self.cases, vocab_size, self.report, in_turn=in_turn, note=status.update)
         self._is_complete = True
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import click
 
-from mlx_mixtral.cli.options import LoadOptions, argument, group, json_flag, number_list, option
+from mlx_mixtral.cli.fields import argument, group, option
+from mlx_mixtral.cli.options import LoadOptions, json_flag, number_list
 
 __all__ = ["BenchOptions"]
 

@@ -7,16 +7,8 @@ from dataclasses import dataclass
 import click
 
 from mlx_mixtral.cli.console import note, one_line
-from mlx_mixtral.cli.options import (
-    LoadOptions,
-    SamplingOptions,
-    SpeculationOptions,
-    argument,
-    check_max_tokens,
-    group,
-    option,
-    takes,
-)
+from mlx_mixtral.cli.fields import argument, group, option, takes
+from mlx_mixtral.cli.options import LoadOptions, SamplingOptions, SpeculationOptions, check_max_tokens
 
 __all__ = ["chat"]
 

@@ -8,7 +8,7 @@ import click
 
 from mlx_mixtral.cli.console import emit_json, note, one_line
 from mlx_mixtral.cli.convert.options import ConvertOptions, check_options
-from mlx_mixtral.cli.options import takes
+from mlx_mixtral.cli.fields import takes
 
 __all__ = ["convert"]
 

@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_mixtral.cli.options import (
-    argument,
-    device_option,
-    flag,
-    flag_name,
-    is_given,
-    json_flag,
-    option,
-    revision_option,
-)
+from mlx_mixtral.cli.fields import argument, flag, flag_name, is_given, option
+from mlx_mixtral.cli.options import device_option, json_flag, revision_option
 from mlx_mixtral.config.quantization import AFFINE_BITS, MODES
 
 if TYPE_CHECKING:
@@ -148,11 +140,11 @@ def check_options(ctx: click.Context, given: ConvertOptions) -> None:
         raise click.UsageError("--context is for --fit mac")
     if given.bits == "none":
         # Matrices that an override packs take group size and rounding.
-        idle = {"--mode": given.mode != "affine"}
+        unused = {"--mode": given.mode != "affine"}
         if not any(given.override.values()):
-            idle |= {
+            unused |= {
                 "--group-size": given.group_size is not None,
                 "--rounding": given.rounding not in (None, "plain"),
             }
-        if idle_flag := next((name for name, is_idle in idle.items() if is_idle), None):
-            raise click.UsageError(f"--bits none packs nothing, {idle_flag} says how; give one of the two")
+        if name := next((name for name, is_unused in unused.items() if is_unused), ""):
+            raise click.UsageError(f"--bits none packs nothing, {name} says how; give one of the two")

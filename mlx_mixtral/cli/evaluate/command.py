@@ -8,7 +8,7 @@ import click
 
 from mlx_mixtral.cli.console import emit_json
 from mlx_mixtral.cli.evaluate.options import EvaluateOptions
-from mlx_mixtral.cli.options import flag_name, takes
+from mlx_mixtral.cli.fields import flag_name, takes
 
 __all__ = ["evaluate"]
 

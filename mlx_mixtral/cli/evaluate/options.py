@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_mixtral.cli.options import LoadOptions, RecordOptions, argument, flag, group, json_flag, number_list, option
+from mlx_mixtral.cli.fields import argument, flag, group, option
+from mlx_mixtral.cli.options import LoadOptions, RecordOptions, json_flag, number_list
 
 __all__ = ["DEPTHS", "LENGTHS", "EvaluateOptions"]
 

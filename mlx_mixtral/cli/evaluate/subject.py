@@ -81,7 +81,7 @@ class Subject:
         )  # fmt: skip
 
     def find(self, place: Path, header: ReferenceHeader) -> Reference | None:
-        """A finished file of an earlier run that is just what would be made now."""
+        """A finished file of an earlier run, if it is what would be made now."""
         try:
             found = Reference(place)
         except CheckpointError:

@@ -11,7 +11,7 @@ from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS, with_error
 
 __all__ = ["print_evaluation", "print_lengths", "print_passkeys"]
 
-MOST_FILES = 40
+MAX_FILES = 40
 SHOWN_BEFORE = 60
 
 
@@ -21,7 +21,7 @@ def print_evaluation(name: str, reference: str | None, found: Evaluation) -> Non
     rows = {**found.domains, "all": found.overall}
     _scores(terminal_safe(f"{name} against {reference}" if reference else name), "domain", rows)
     if len(found.files) > len(found.domains):
-        shown = dict(list(found.files.items())[:MOST_FILES])
+        shown = dict(list(found.files.items())[:MAX_FILES])
         _scores("By file", "file", shown)
         if left := len(found.files) - len(shown):
             console.print(f"and {left} files more: --json or --output has them\n")

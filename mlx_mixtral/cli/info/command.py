@@ -10,7 +10,8 @@ import click
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cli.console import emit_json
-from mlx_mixtral.cli.options import argument, json_flag, option, revision_option, takes
+from mlx_mixtral.cli.fields import argument, option, takes
+from mlx_mixtral.cli.options import json_flag, revision_option
 
 if TYPE_CHECKING:
     from mlx_mixtral.info.macs import Chip

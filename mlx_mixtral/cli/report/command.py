@@ -7,7 +7,7 @@ import shlex
 import click
 
 from mlx_mixtral.cli.console import emit_json
-from mlx_mixtral.cli.options import takes
+from mlx_mixtral.cli.fields import takes
 from mlx_mixtral.cli.report.options import ReportOptions
 
 __all__ = ["report"]

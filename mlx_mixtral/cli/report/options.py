@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_mixtral.cli.evaluate.options import DEPTHS, LENGTHS
-from mlx_mixtral.cli.options import LoadOptions, RecordOptions, argument, flag, group, json_flag, option
+from mlx_mixtral.cli.fields import argument, flag, group, option
+from mlx_mixtral.cli.options import LoadOptions, RecordOptions, json_flag
 
 __all__ = ["ReportOptions"]
 

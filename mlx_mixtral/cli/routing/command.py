@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from mlx_mixtral.cli.console import emit_json
-from mlx_mixtral.cli.options import flag_name, takes
+from mlx_mixtral.cli.fields import flag_name, takes
 from mlx_mixtral.cli.routing.options import RoutingOptions
 
 __all__ = ["routing"]

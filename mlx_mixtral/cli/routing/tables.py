@@ -16,8 +16,8 @@ from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS
 __all__ = ["print_excerpts", "print_routing"]
 
 BARS = "▁▂▃▄▅▆▇█"
-MOST_PAIRS = 3
-MOST_EXPERTS = 16
+MAX_PAIRS = 3
+MAX_EXPERTS = 16
 WIDE = 104
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -47,7 +47,7 @@ def _repeats(found: RoutingAnalysis, layers: Sequence[int]) -> None:
 def _shares(found: RoutingAnalysis, layers: Sequence[int]) -> None:
     """Figure 7."""
     console = out_console()
-    if found.num_experts > MOST_EXPERTS:
+    if found.num_experts > MAX_EXPERTS:
         console.print(f"Shares of {found.num_experts} experts: --json, --plot and --html show them\n", style="dim")
         return
     even = 1 / found.num_experts
@@ -69,8 +69,8 @@ def _curves(found: RoutingAnalysis) -> None:
         _curve("A common expert with the token before, by layer (figure 10)", found, either)
     entropies = {name: domain.entropy for name, domain in found.rows.items() if domain.entropy is not None}
     if entropies:
-        most = float(np.log2(found.num_experts))
-        _curve(f"Entropy of the gate by layer, bits of {most:.2f}", found, entropies, bits=True)
+        highest = float(np.log2(found.num_experts))
+        _curve(f"Entropy of the gate by layer, bits of {highest:.2f}", found, entropies, bits=True)
 
 
 def _curve(title: str, found: RoutingAnalysis, curves: dict[str, Estimate], *, bits: bool = False) -> None:
@@ -82,15 +82,15 @@ def _curve(title: str, found: RoutingAnalysis, curves: dict[str, Estimate], *, b
         values = curve.value
         if not np.isfinite(values).all():
             continue
-        least, most = int(values.argmin()), int(values.argmax())
+        lowest, highest = int(values.argmin()), int(values.argmax())
         show = "{:.2f}".format if bits else "{:.1%}".format
         rows.append(
             [
                 name,
                 _sparkline(values, low, high),
                 show(values.mean()),
-                f"{show(values[least])} ({least})",
-                f"{show(values[most])} ({most})",
+                f"{show(values[lowest])} ({lowest})",
+                f"{show(values[highest])} ({highest})",
             ]
         )
     print_table(
@@ -113,7 +113,7 @@ def _pairs(found: RoutingAnalysis, layers: Sequence[int]) -> None:
         pairs = found.overall.clear_pairs(layer)
         shown = [
             ", ".join(f"{a}+{b} {lift[a, b]:.2f}x ({shares[a, b]:.1%})" for a, b in some)
-            for some in (pairs[:MOST_PAIRS], pairs[::-1][: MOST_PAIRS - 1])
+            for some in (pairs[:MAX_PAIRS], pairs[::-1][: MAX_PAIRS - 1])
         ]
         rows.append([str(layer), *shown])
     title = "Pairs of experts that meet more and less than their shares would give (share of tokens)"
@@ -131,7 +131,7 @@ def print_excerpts(excerpts: Sequence[Excerpt], layers: Sequence[int], num_exper
     has_colours = console.is_terminal and not console.no_color
     console.print("Text coloured by first choice (figure 8)", style="bold")
     legend = Text("  expert ")
-    for expert in range(min(num_experts, MOST_EXPERTS)):
+    for expert in range(min(num_experts, MAX_EXPERTS)):
         legend.append(f" {expert} ", Style(color="black", bgcolor=expert_colour(expert, num_experts)))
     if has_colours:
         console.print(legend)

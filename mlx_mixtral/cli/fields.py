@@ -1,0 +1,101 @@
+"""Options of a command as one frozen dataclass: each is declared beside the field it fills, and nowhere else.
+
+@dataclass(frozen=True)
+class Options:
+    model: str = argument()
+    window: int | None = option("--window N", "Tokens read at once.")
+    loading: LoadOptions = group(LoadOptions)
+
+@click.command()
+@takes(Options)
+def command(given: Options) -> None: ...
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import field, fields
+from typing import Any, get_type_hints
+
+import click
+from click.core import ParameterSource
+
+__all__ = ["argument", "flag", "flag_name", "group", "is_given", "option", "takes"]
+
+
+def argument(**attributes: Any) -> Any:
+    """A field that an argument of its name fills; ``attributes`` as ``click.argument`` takes them."""
+    metadata = {"click": (click.argument, (), attributes)}
+    return field(metadata=metadata) if attributes.get("required", True) else field(default=None, metadata=metadata)
+
+
+def option(spec: str, help: str, **attributes: Any) -> Any:
+    """A field that an option fills, written as in ``--help``: its flags and what stands for its value.
+
+    Numbers get their type from the field's, and a default is shown; other ``attributes`` as ``click.option`` takes them.
+    """
+    names, _, metavar = spec.replace(", ", ",").partition(" ")
+    given = {"help": help, "metavar": metavar or None, "show_default": "default" in attributes, **attributes}
+    default = attributes.get("default", () if attributes.get("multiple") else None)
+    return field(default=default, metadata={"click": (click.option, names.split(","), given)})
+
+
+def flag(spec: str, help: str) -> Any:
+    """A field that is True where its option is given."""
+    return option(spec, help, is_flag=True, default=False, show_default=False)
+
+
+def group(kind: type, **defaults: Any) -> Any:
+    """A field of options of their own, some of them with other ``defaults``."""
+    return field(default_factory=functools.partial(kind, **defaults), metadata={"group": defaults})
+
+
+def takes(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the options ``kind`` declares; it is called with one of them."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def run(*arguments: Any, **values: Any) -> Any:
+            return command(*arguments, _filled(kind, values))
+
+        for declare in reversed(list(_declarations(kind, {}))):
+            declare(run)
+        return run
+
+    return decorate
+
+
+def _declarations(kind: type, defaults: Mapping[str, Any]) -> Iterator[Callable[..., Any]]:
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        hint = hints[item.name]
+        if "group" in item.metadata:
+            yield from _declarations(hint, item.metadata["group"])
+            continue
+        declare, flags, attributes = item.metadata["click"]
+        number = next((kind for kind in (int, float) if hint in (kind, kind | None)), None)
+        given = {"type": number} | attributes if number else dict(attributes)
+        if item.name in defaults:
+            given["default"] = defaults[item.name]
+        yield declare(*flags, item.name, **given)
+
+
+def _filled(kind: type, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    return kind(
+        **{
+            item.name: _filled(hints[item.name], values) if "group" in item.metadata else values[item.name]
+            for item in fields(kind)
+        }
+    )
+
+
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Whether the option of a field was typed, be it with its default."""
+    return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
+
+
+def flag_name(ctx: click.Context, name: str) -> str:
+    """How the option of a field is typed: ``--text`` for ``texts``."""
+    return next(parameter.opts[0] for parameter in ctx.command.params if parameter.name == name)
