@@ -40,7 +40,7 @@ class CalibrateOptions:
     as_json: bool = json_flag()
 
 
-@click.command(short_help="Measure a checkpoint on a text, for better conversions.")
+@click.command()
 @takes(CalibrateOptions)
 def calibrate(given: CalibrateOptions) -> None:
     """Pass a text through SOURCE and save to FILE what `convert --calibration FILE` uses.

@@ -56,7 +56,7 @@ class DemoOptions:
     as_json: bool = json_flag()
 
 
-@click.command(short_help="See it work: convert and run a small bundled Mixtral.")
+@click.command()
 @takes(DemoOptions)
 def demo(given: DemoOptions) -> None:
     """Convert the bundled checkpoint to 4 bits, load it and let it write: some seconds, nothing is downloaded.

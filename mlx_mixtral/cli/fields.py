@@ -1,14 +1,16 @@
 """Options of a command as one frozen dataclass: each is declared beside the field it fills, and nowhere else.
 
-@dataclass(frozen=True)
-class Options:
-    model: str = argument()
-    window: int | None = option("--window N", "Tokens read at once.")
-    loading: LoadOptions = group(LoadOptions)
+    @dataclass(frozen=True)
+    class Options:
+        model: str = argument()
+        window: int | None = option("--window N", "Tokens read at once.")
+        loading: LoadOptions = group(LoadOptions)
 
-@click.command()
-@takes(Options)
-def command(given: Options) -> None: ...
+    @click.command()
+    @takes(Options)
+    def command(given: Options) -> None: ...
+
+``--help`` has them in the order of the fields, those of a group where the group is.
 """
 
 from __future__ import annotations

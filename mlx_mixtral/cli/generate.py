@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.console import emit_json, note
 from mlx_mixtral.cli.fields import argument, group, option, takes
 from mlx_mixtral.cli.options import (
     LoadOptions,
     SamplingOptions,
     SpeculationOptions,
-    check_max_tokens,
     json_flag,
     number_list,
 )
@@ -51,7 +51,7 @@ class GenerateOptions:
     as_json: bool = json_flag()
 
 
-@click.command(short_help="Continue a prompt.")
+@click.command()
 @takes(GenerateOptions)
 def generate(given: GenerateOptions) -> None:
     """Continue a prompt with MODEL, a folder or a hub repository.
@@ -72,7 +72,7 @@ def generate(given: GenerateOptions) -> None:
 
     # Everything that can be refused without the model is refused before it is loaded.
     sampling = given.sampling.params(given.logprobs)
-    check_max_tokens(given.max_tokens)
+    check_integer("max_tokens", given.max_tokens, 1)
     StopStrings(given.stop)
     prompt: str | Sequence[int] = read_prompt(given.prompt) if given.prompt is not None else given.token_ids or ()
     if not prompt:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mlx_mixtral import LoadProgress, Mixtral, load
+from mlx_mixtral import Mixtral, load
 from mlx_mixtral.cli.options import LoadOptions, SpeculationOptions
 from mlx_mixtral.cli.progress import byte_progress, fetch
 from mlx_mixtral.errors import MemoryBudgetError
@@ -33,11 +33,7 @@ def load_model(source: str | Path, options: LoadOptions | None = None) -> Loaded
     folder = fetch(str(source), revision=options.revision)
     started = time.perf_counter()
     with byte_progress("loading") as show:
-
-        def progress(at: LoadProgress) -> None:
-            show(at.done_bytes, at.total_bytes)
-
-        model = load(folder, progress=progress, **options.arguments())
+        model = load(folder, progress=lambda at: show(at.done_bytes, at.total_bytes), **options.arguments())
     return LoadedModel(model, time.perf_counter() - started)
 
 

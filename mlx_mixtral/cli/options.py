@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.fields import flag, option
 from mlx_mixtral.errors import InvalidRequestError
 
@@ -20,7 +19,6 @@ __all__ = [
     "RecordOptions",
     "SamplingOptions",
     "SpeculationOptions",
-    "check_max_tokens",
     "device_option",
     "json_flag",
     "number_list",
@@ -179,8 +177,3 @@ class RecordOptions:
 
     text_field: str = option("--text-field KEY", "Key of the text in JSONL.", default="text")
     domain_field: str = option("--domain-field KEY", "Key of its domain.", default="domain")
-
-
-def check_max_tokens(max_tokens: int) -> None:
-    """As ``generate`` of the library does, before the model is loaded."""
-    check_integer("max_tokens", max_tokens, 1)

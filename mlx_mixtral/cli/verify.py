@@ -21,7 +21,7 @@ class VerifyOptions:
     as_json: bool = json_flag()
 
 
-@click.command(short_help="Check a converted folder: hashes, shapes, finiteness.")
+@click.command()
 @click.pass_context
 @takes(VerifyOptions)
 def verify(ctx: click.Context, given: VerifyOptions) -> None:

@@ -13,7 +13,7 @@ from mlx_mixtral.cli.fields import takes
 __all__ = ["bench"]
 
 
-@click.command(short_help="Measure speed here, and beside mlx-lm.")
+@click.command()
 @takes(BenchOptions)
 def bench(given: BenchOptions) -> None:
     """Measure how fast MODEL, a folder or a hub repository, is on this machine.

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import click
 
+from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.fields import argument, group, option, takes
-from mlx_mixtral.cli.options import LoadOptions, SamplingOptions, SpeculationOptions, check_max_tokens
+from mlx_mixtral.cli.options import LoadOptions, SamplingOptions, SpeculationOptions
 
 __all__ = ["chat"]
 
@@ -23,7 +24,7 @@ class ChatOptions:
     speculation: SpeculationOptions = group(SpeculationOptions)
 
 
-@click.command(short_help="Talk with an instruct model.")
+@click.command()
 @takes(ChatOptions)
 def chat(given: ChatOptions) -> None:
     """Talk with MODEL, a folder or a hub repository, in its own chat format.
@@ -36,7 +37,7 @@ def chat(given: ChatOptions) -> None:
     from mlx_mixtral.sizes import format_bytes
 
     sampling = given.sampling.params()
-    check_max_tokens(given.max_tokens)
+    check_integer("max_tokens", given.max_tokens, 1)
     loaded, speculation = load_with_speculation(given.model, given.loading, given.speculation)
     session = Session(loaded.model, sampling, given.max_tokens, given.system, speculation)
     session.check()

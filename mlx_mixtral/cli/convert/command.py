@@ -15,7 +15,7 @@ __all__ = ["convert"]
 _HF_TYPES = {"auto": None, "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 
-@click.command(short_help="Convert a checkpoint to MLX, quantised.")
+@click.command()
 @click.pass_context
 @takes(ConvertOptions)
 def convert(ctx: click.Context, given: ConvertOptions) -> None:

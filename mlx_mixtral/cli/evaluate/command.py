@@ -20,7 +20,7 @@ NEEDS = {
 }
 
 
-@click.command(short_help="Perplexity, distance to a reference, long context, tasks.")
+@click.command()
 @click.pass_context
 @takes(EvaluateOptions)
 def evaluate(ctx: click.Context, given: EvaluateOptions) -> None:

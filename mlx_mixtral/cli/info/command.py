@@ -32,7 +32,7 @@ class InfoOptions:
     as_json: bool = json_flag()
 
 
-@click.command(short_help="Show what a model is, weighs and needs.")
+@click.command()
 @takes(InfoOptions)
 def info(given: InfoOptions) -> None:
     """Show what MODEL is, weighs and needs: a folder, a hub repository, or the published sizes 8x7b and 8x22b.

@@ -23,7 +23,7 @@ class _Remembered(click.Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(cls=_Remembered, short_help="Measure a model for its model card: Markdown and plots.")
+@click.command(cls=_Remembered)
 @click.pass_context
 @takes(ReportOptions)
 def report(ctx: click.Context, given: ReportOptions) -> None:

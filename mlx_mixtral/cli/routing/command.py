@@ -11,7 +11,7 @@ from mlx_mixtral.cli.routing.options import RoutingOptions
 __all__ = ["routing"]
 
 
-@click.command(short_help="What a model's experts do, by domain.")
+@click.command()
 @click.pass_context
 @takes(RoutingOptions)
 def routing(ctx: click.Context, given: RoutingOptions) -> None:
