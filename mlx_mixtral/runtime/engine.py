@@ -69,7 +69,7 @@ class Engine:
         # MLX streams belong to the thread that made them, except for this kind: it lets a model be loaded on one thread and
         # used on another, and a generation be resumed from several. The lock below keeps it to one user at a time.
         self.stream = mx.new_thread_unsafe_stream(device.mlx)
-        self.planner, self._allocate, self._prefetch = planner, allocate, prefetch
+        self.planner, self.prefetch, self._allocate = planner, prefetch, allocate
         self._busy = threading.Lock()
         self._step: DecodeStep | None = None
         self._module: MixtralModel | None = module
@@ -273,7 +273,7 @@ class Engine:
 
     def _begin(self, module: MixtralModel) -> None:
         """Look at the banks there are now: the step's graph holds them, and layers that prefetch look at the next one's."""
-        self._prefetch.connect(module.layers)
+        self.prefetch.connect(module.layers)
         self._step = DecodeStep(module, compiled=self.device.kind != "cpu")
 
     def _generated(self, context: DecodeContext, decoder: Decoder, request: Request) -> Generator[Token, None, None]:
