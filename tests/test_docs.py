@@ -21,6 +21,7 @@ from mlx_mixtral.experts.trace import chance_of_repeat
 from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral_convert import NAMED
 from mlx_mixtral_convert.sources import KINDS
+from tests.benchmarks.residency import policy_rows
 from tests.markdown import anchors, blocks_of_code, code_spans, links, tables_as_written
 from tests.test_rooms import ROOMS
 
@@ -275,6 +276,11 @@ def test_quality_in_short_is_quality_in_full() -> None:
         for name, figure in zip(rows, figures, strict=True):
             half_a_digit = 0.5 * 10.0 ** -len(figure.partition(".")[2])
             assert float(figure) == pytest.approx(measured[model][name], abs=1.001 * half_a_digit), (model, bits, name)
+
+
+def test_hit_rates_on_a_synthetic_trace_are_what_its_benchmark_prints() -> None:
+    (table,) = [table for table in tables_as_written(TEXTS["docs/experts.md"]) if table[0][0] == "policy"]
+    assert [tuple(row) for row in table] == list(policy_rows())
 
 
 def test_every_benchmark_is_described() -> None:
