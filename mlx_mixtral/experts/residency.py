@@ -134,7 +134,7 @@ class Residency:
         self.store.close()
 
     def release(self) -> None:
-        """Let go of all expert memory; the model is not used any more."""
+        """Free all expert memory; the model is not used any more."""
         self.layers, self.overflow = (), {}
 
     def change(self, plan: MemoryPlan, allocate: AllocateBank) -> None:
@@ -146,7 +146,7 @@ class Residency:
             CheckpointError: an expert of a layer that becomes resident cannot be read.
         """
         for pool in self._pools():
-            pool.finish_ahead()
+            pool.finish_prefetched()
             pool.wait()
         before, shared = self.slots, plan.overflow_slots
         after = (self.sizes.num_experts,) * len(before) if plan.slots is None else plan.slots

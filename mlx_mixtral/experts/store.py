@@ -65,10 +65,10 @@ class Counters:
     wait_s: float = 0.0
     """Time this thread waited for reads; the device may have computed meanwhile."""
     predicted: int = 0
-    """Experts that look-ahead read, and of these the ones that were needed."""
+    """Experts that were prefetched, and of these the ones that were needed."""
     predicted_right: int = 0
     predicted_needed: int = 0
-    """Experts that were missing when look-ahead had its say."""
+    """Experts that were missing when the guess was made."""
 
     @property
     def hit_rate(self) -> float:

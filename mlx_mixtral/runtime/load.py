@@ -35,7 +35,11 @@ __all__ = ["LoadProgress", "load", "load_module", "refuse_cpu_gather"]
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How far loading is, in bytes read from disk."""
+    """How far loading is, in bytes read from disk.
+
+    Example:
+        >>> load("mixtral-4bit", progress=lambda at: print(f"{at.done_bytes / at.total_bytes:.0%}"))
+    """
 
     done_bytes: int
     total_bytes: int
