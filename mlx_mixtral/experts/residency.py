@@ -181,11 +181,11 @@ class Residency:
         if slots < experts:
             return
         missing = [expert for expert in range(experts) if (layer, expert) not in pool]
-        fills = [item for expert in missing for item in self.store.fills(layer, expert, pool.bank.arrays, expert)]
-        files = {item.info.file for item in fills}
+        ranges = [item for expert in missing for item in self.store.ranges(layer, expert, pool.bank.arrays, expert)]
+        files = {item.info.file for item in ranges}
         for file in files:
             self.store.reader.check_unchanged(file)
-        fill(self.store.reader, fills)
+        fill(self.store.reader, ranges)
         for file in files:
             self.store.reader.check_unchanged(file)
         gathered.make_resident(pool.bank)
