@@ -1,4 +1,4 @@
-"""The engine: token ids in, tokens out. Text is somebody else's business, and so is what a server or a program makes of it."""
+"""The engine: token ids in, tokens out. It knows nothing of text; applications, programs and servers are built on it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Engine:
         # MLX streams belong to the thread that made them, except for this kind: it lets a model be loaded on one thread and
         # used on another, and a generation be resumed from several. The lock below keeps it to one user at a time.
         self.stream = mx.new_thread_unsafe_stream(device.mlx)
-        self.planner, self._allocate, self._prefetch = planner, allocate, prefetch
+        self.planner, self.prefetch, self._allocate = planner, prefetch, allocate
         self._busy = threading.Lock()
         self._step: DecodeStep | None = None
         self._module: MixtralModel | None = module
@@ -130,7 +130,7 @@ class Engine:
         Raises:
             InvalidRequestError: something else, or out of the vocabulary; ``what`` names them.
         """
-        # Bytes are a sequence of small integers to Python, and text that was not decoded to whoever passes them.
+        # Bytes are a sequence of small integers to Python, and undecoded text to the caller.
         if isinstance(ids, bytes | bytearray) or not isinstance(ids, Iterable):
             raise InvalidRequestError(f"{what} is {type(ids).__name__}, not text or a list of token ids")
         tokens = []
@@ -273,7 +273,7 @@ class Engine:
 
     def _begin(self, module: MixtralModel) -> None:
         """Look at the banks there are now: the step's graph holds them, and layers that prefetch look at the next one's."""
-        self._prefetch.connect(module.layers)
+        self.prefetch.connect(module.layers)
         self._step = DecodeStep(module, compiled=self.device.kind != "cpu")
 
     def _generated(self, context: DecodeContext, decoder: Decoder, request: Request) -> Generator[Token, None, None]:

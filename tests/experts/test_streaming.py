@@ -376,7 +376,7 @@ def test_a_failing_read_ends_one_generation_only(folder: Path, whole: Mixtral, m
 
 
 @pytest.mark.parametrize("mode", ["on", "auto"])
-def test_looking_ahead_changes_nothing_and_reports_itself(folder: Path, whole: Mixtral, mode: str) -> None:
+def test_prefetching_changes_nothing_and_reports_itself(folder: Path, whole: Mixtral, mode: str) -> None:
     tokens = ids(whole)
     wanted = whole.generate(tokens, max_tokens=80).token_ids
     with streamed(folder, 0.5, prefetch=mode) as model:
@@ -384,7 +384,7 @@ def test_looking_ahead_changes_nothing_and_reports_itself(folder: Path, whole: M
         counters = model.residency.counters
         assert 0 < counters.predicted_right <= counters.predicted
         assert counters.predicted_right <= counters.predicted_needed
-        assert model._prefetch.is_decided
+        assert model.engine.prefetch.is_decided
         model.set_memory(budget(whole, 0.3))
         assert model.generate(tokens, max_tokens=80).token_ids == wanted
 
