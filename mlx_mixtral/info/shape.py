@@ -20,7 +20,7 @@ from mlx_mixtral.info.estimate import (
 from mlx_mixtral.info.macs import MAC_MEMORY_GIB, MEASURED_8X7B, USABLE_NOTE, Chip, usable_bytes
 from mlx_mixtral.sizes import format_bytes
 
-__all__ = ["FITS_NOTE", "facts_of", "kv_cache", "limits", "memory_table_markdown", "shape_report"]
+__all__ = ["FITS_NOTE", "facts_of", "kv_cache", "limits", "shape_report"]
 
 FITS_NOTE = f"{USABLE_NOTE}, less {format_bytes(WORKING_BYTES)} to work in."
 
@@ -103,12 +103,3 @@ def limits(
             for chip in chips
         ],
     }
-
-
-def memory_table_markdown() -> str:
-    """Sizes of both models by bits, as the README shows them."""
-    lines = [f"| | {' | '.join(width.name for width in WIDTHS)} |", f"|---|{'---:|' * len(WIDTHS)}"]
-    for name, config in BUILT_IN.items():
-        sizes = [format_bytes(sum(bytes_by_part(config, width).values())) for width in WIDTHS]
-        lines.append(f"| Mixtral {name.replace('b', 'B')} | {' | '.join(sizes)} |")
-    return "\n".join(lines)

@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 
 from mlx_mixtral.cli.info.tables import tokens_short
 from mlx_mixtral.info.macs import CHIPS, usable_bytes
-from mlx_mixtral.info.shape import memory_table_markdown
 
 from .conftest import Invoke, assert_one_error
 
@@ -88,13 +87,6 @@ def test_tables_fit_80_columns(invoke: Invoke, model: str) -> None:
     for words in ("Weights", "KV cache", "fits a Mac", "Upper bound", "2/3 of a Mac's memory"):
         assert words in result.stdout
     assert ("llama.cpp #4406" in result.stdout) == (model == "8x7b")
-
-
-def test_the_readme_table_has_both_models() -> None:
-    lines = memory_table_markdown().splitlines()
-    assert lines[0].count("|") == lines[2].count("|") == 9
-    assert "26.3 GB" in lines[2]
-    assert "79.1 GB" in lines[3]
 
 
 def test_a_converted_folder_shows_its_packing(invoke: Invoke, quantised: Path) -> None:
