@@ -151,7 +151,7 @@ def test_bad_input_is_one_line_before_anything_is_loaded(
     arguments: tuple[object, ...],
     parts: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr("mlx_mixtral.cli.bench.job.load_model", None)
+    monkeypatch.setattr("mlx_mixtral.cli.subject.load_model", None)
     assert_one_error(invoke("bench", small_context, *arguments), *parts)
 
 
@@ -176,7 +176,7 @@ def test_without_mlx_lm_there_is_nothing_to_compare(
 def test_a_folder_mlx_lm_cannot_load_is_told_before_measuring(
     invoke: Invoke, small_context: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_mixtral.cli.bench.job.load_model", None)
+    monkeypatch.setattr("mlx_mixtral.cli.subject.load_model", None)
     _rename_a_tensor(next(path for path in small_context.glob("*.safetensors") if NORM in path.read_bytes()))
     assert_one_error(
         invoke("bench", small_context, "--compare", "mlx-lm"), "mlx-lm cannot load", "leave out the comparison"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_mixtral import Mixtral
-from mlx_mixtral.cli.evaluate import subject as evaluation_subject
+from mlx_mixtral.cli import subject as evaluation_subject
 from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.texts import read_texts
 

@@ -253,7 +253,7 @@ def test_ctrl_c_while_weights_are_read_leaves_nothing(
 def test_bad_input_is_refused_before_weights_are_read(
     invoke: Invoke, tiny: Path, checkpoint_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_mixtral.cli.evaluate.subject.Subject.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("mlx_mixtral.cli.subject.Subject.load", lambda *_: pytest.fail("weights were read"))
     output = ("--output", tmp_path / "out")
     before = sorted(path.name for path in tmp_path.iterdir())
     assert_one_error(invoke("report", tiny, *output, "--text", tmp_path / "none.txt"), "none.txt is not there")

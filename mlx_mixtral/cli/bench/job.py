@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from mlx_mixtral import MixtralConfig, __version__
+from mlx_mixtral import __version__
 from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.bench.backend import Ours
 from mlx_mixtral.bench.cases import Cases, plan_cases
@@ -18,8 +17,7 @@ from mlx_mixtral.bench.run import Opener, run_bench
 from mlx_mixtral.cli.bench.options import BenchOptions
 from mlx_mixtral.cli.bench.tables import print_bench
 from mlx_mixtral.cli.console import err_console
-from mlx_mixtral.cli.load import load_model
-from mlx_mixtral.cli.progress import fetch
+from mlx_mixtral.cli.subject import Subject
 from mlx_mixtral.errors import ContextLengthError
 from mlx_mixtral.evaluation.plots import check_plotting
 from mlx_mixtral.files import check_destination
@@ -57,20 +55,18 @@ class BenchJob:
             mlx_lm_version()
         if loading.memory is not None:
             parse_size(loading.memory)
-        self.folder = fetch(given.model, revision=loading.revision)
-        self.name = self.folder.resolve().name if Path(given.model).exists() else given.model
-        self.config = MixtralConfig.from_folder(self.folder)
+        self.subject = Subject(given.model, loading.revision)
         self.cases = self._plan(loading.context, wanted)
         if given.compare is not None:
-            check_mlx_lm(self.folder)
+            check_mlx_lm(self.subject.folder)
         self.dtype = DTYPE_NAMES[compute_dtype(loading.dtype, self.device)]
-        self._loading = replace(loading, revision=None, context=loading.context or self.cases.context)
+        self._loading = replace(loading, context=loading.context or self.cases.context)
         self._openers = self._sides(given.compare)
 
     def run(self) -> None:
         """Measure; an interrupt leaves what was found in ``report``."""
         in_turn = len(self._openers) == 1 or self._fit_together()
-        vocab_size, console = self.config.vocab_size, err_console()
+        vocab_size, console = self.subject.config.vocab_size, err_console()
         with console.status("measuring") as status:
             run_bench(self._openers, self.cases, vocab_size, self.report, in_turn=in_turn, note=status.update)
         self._is_complete = True
@@ -81,7 +77,7 @@ class BenchJob:
         if MLX_LM in self._openers:
             versions[MLX_LM] = mlx_lm_version()
         return {
-            "model": self.name,
+            "model": self.subject.name,
             "device": {"kind": self.device.kind, "name": self.device.name, "memory_bytes": self.device.memory_bytes},
             "compute_dtype": self.dtype,
             "versions": versions,
@@ -89,7 +85,7 @@ class BenchJob:
             "repeats": self.cases.repeats,
             "complete": self._is_complete,
             **self.report.to_dict(),
-            "published": published_for(self.device, self.config),
+            "published": published_for(self.device, self.subject.config),
         }
 
     def print(self) -> None:
@@ -103,10 +99,10 @@ class BenchJob:
             DestinationError, DiskSpaceError: it cannot be written.
         """
         if self._place is not None:
-            plot_bench(self._place, f"{self.name} on {self.device.name}, {self.dtype}", self.report)
+            plot_bench(self._place, f"{self.subject.name} on {self.device.name}, {self.dtype}", self.report)
 
     def _plan(self, context: int | None, wanted: dict[str, Any]) -> Cases:
-        own = self.config.max_position_embeddings
+        own = self.subject.config.max_position_embeddings
         if context is not None:
             check_integer("context", context, 1, wanted="a number of tokens, at least 1")
         if context is not None and context > own:
@@ -114,19 +110,19 @@ class BenchJob:
         return plan_cases(own if context is None else context, **wanted)
 
     def _sides(self, compare: str | None) -> dict[str, Opener]:
-        openers: dict[str, Opener] = {OURS: lambda: Ours(load_model(self.folder, self._loading).model)}
+        openers: dict[str, Opener] = {OURS: lambda: Ours(self.subject.load(self._loading))}
         if compare is not None:
-            openers[MLX_LM] = lambda: MlxLm(self.folder)
+            openers[MLX_LM] = lambda: MlxLm(self.subject.folder)
             if self.device.kind == "cpu":
-                openers[MLX_LM_F32] = lambda: MlxLm(self.folder, in_float32=True)
+                openers[MLX_LM_F32] = lambda: MlxLm(self.subject.folder, in_float32=True)
         return openers
 
     def _fit_together(self) -> bool:
         usable = usable_bytes(self.device, read_system_memory())
-        weights = Checkpoint(self.folder).nbytes
+        weights = Checkpoint(self.subject.folder).nbytes
         memory = self._loading.memory
         ours = weights if memory is None else min(weights, parse_size(memory))
         # In float32 what is not packed takes twice as much, ours and theirs.
-        growth = 2 if self.device.kind == "cpu" and self.config.quantization is None else 1
+        growth = 2 if self.device.kind == "cpu" and self.subject.config.quantization is None else 1
         total = growth * ours + (len(self._openers) - 1) * growth * weights
         return usable is None or SPARE * total <= usable

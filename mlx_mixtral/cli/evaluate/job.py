@@ -14,9 +14,9 @@ from mlx_mixtral import __version__
 from mlx_mixtral.cli.console import json_text
 from mlx_mixtral.cli.destinations import check_destinations, journal_path
 from mlx_mixtral.cli.evaluate.options import EvaluateOptions
-from mlx_mixtral.cli.evaluate.subject import Baseline, Subject, predicted, read_corpus
 from mlx_mixtral.cli.evaluate.tables import print_evaluation, print_lengths, print_passkeys
 from mlx_mixtral.cli.progress import count_progress
+from mlx_mixtral.cli.subject import Baseline, Subject, predicted, read_corpus
 from mlx_mixtral.evaluation.corpus import Corpus
 from mlx_mixtral.evaluation.journal import Journal
 from mlx_mixtral.evaluation.passkey import DEFAULT_DEPTHS, PasskeyResult, check_passkey, default_lengths, passkey

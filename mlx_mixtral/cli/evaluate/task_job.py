@@ -11,9 +11,9 @@ from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.console import json_text
 from mlx_mixtral.cli.destinations import check_destinations, journal_path
 from mlx_mixtral.cli.evaluate.options import EvaluateOptions
-from mlx_mixtral.cli.evaluate.subject import Subject
 from mlx_mixtral.cli.evaluate.task_tables import print_tasks
 from mlx_mixtral.cli.progress import count_progress
+from mlx_mixtral.cli.subject import Subject
 from mlx_mixtral.evaluation.harness.published import published_for
 from mlx_mixtral.evaluation.harness.tasks import TaskResults, TaskScore, check_harness, load_tasks, run_tasks
 from mlx_mixtral.evaluation.journal import Journal

@@ -13,10 +13,10 @@ from typing import Any
 
 from mlx_mixtral import Mixtral, __version__
 from mlx_mixtral.cli.console import note, one_line, out_console, plural
-from mlx_mixtral.cli.evaluate.subject import Baseline, Subject, predicted, read_corpus
 from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.cli.report.options import ReportOptions
 from mlx_mixtral.cli.routing.job import published_beside
+from mlx_mixtral.cli.subject import Baseline, Subject, predicted, read_corpus
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, MissingDependencyError
 from mlx_mixtral.evaluation.passkey import DEFAULT_DEPTHS, PasskeyResult, check_passkey, passkey
 from mlx_mixtral.evaluation.perplexity import evaluate

@@ -7,10 +7,10 @@ from typing import Any
 
 from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.destinations import check_destinations
-from mlx_mixtral.cli.evaluate.subject import Subject, read_corpus
 from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.cli.routing.options import RoutingOptions
 from mlx_mixtral.cli.routing.tables import print_excerpts, print_routing
+from mlx_mixtral.cli.subject import Subject, read_corpus
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window
 from mlx_mixtral.evaluation.plots import check_plotting

@@ -133,7 +133,7 @@ def refused(*arguments: object) -> str:
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights may be read: the error comes before the work."""
-    monkeypatch.setattr("mlx_mixtral.cli.evaluate.subject.load_model", None)
+    monkeypatch.setattr("mlx_mixtral.cli.subject.load_model", None)
 
 
 @pytest.mark.usefixtures("unloaded")

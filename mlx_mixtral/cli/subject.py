@@ -1,4 +1,4 @@
-"""What ``evaluate`` works on: texts, and models of which the files are known before the weights are read."""
+"""What commands measure: models of which the files are known before the weights are read, and texts."""
 
 from __future__ import annotations
 
@@ -157,5 +157,5 @@ def _is_file(name: str) -> bool:
 
 
 def predicted(show: Callable[[int, int], None]) -> Callable[[EvaluationProgress], None]:
-    """A bar of counts told how far an evaluation is."""
+    """Shows how far an evaluation is."""
     return lambda at: show(at.done_tokens, at.total_tokens)
