@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.bench.measurements import BenchReport, Row
+from mlx_mixtral.evaluation.figures import new_figure, png
 from mlx_mixtral.files import replace_file
 
 __all__ = ["plot_bench"]
@@ -22,20 +22,16 @@ def plot_bench(place: Path, title: str, report: BenchReport) -> None:
     """Write a PNG, whole or not at all: tok/s of every side by length of prompt, depth of context and rows.
 
     Raises:
+        MissingDependencyError: no matplotlib.
         DestinationError, DiskSpaceError: it cannot be written.
     """
-    from matplotlib.figure import Figure
-
     panels = [(name, label, rows) for kind, name, label in PANELS if (rows := report.of(kind))]
-    figure = Figure(figsize=(1 + 4.2 * len(panels), 4), layout="constrained")
+    figure = new_figure(1 + 4.2 * len(panels), 4)
     for axes, (name, label, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw(axes, report.sides, rows)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(label)
-    figure.suptitle(title, parse_math=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    replace_file(place, image.getvalue())
+    replace_file(place, png(figure, title))
 
 
 def _draw(axes: Any, sides: list[str], rows: list[Row]) -> None:

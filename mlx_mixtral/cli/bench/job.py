@@ -19,7 +19,7 @@ from mlx_mixtral.cli.bench.tables import print_bench
 from mlx_mixtral.cli.console import err_console
 from mlx_mixtral.cli.progress import fetch, load_model
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
-from mlx_mixtral.evaluation.plots import check_plotting
+from mlx_mixtral.evaluation.figures import check_plotting
 from mlx_mixtral.files import check_destination
 from mlx_mixtral.info.estimate import BUILT_IN
 from mlx_mixtral.info.macs import BANDWIDTH_SOURCE, chips_of, measured_on_such

@@ -9,7 +9,7 @@ from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.cli.routing.tables import print_excerpts, print_routing
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window
-from mlx_mixtral.evaluation.plots import check_plotting
+from mlx_mixtral.evaluation.figures import check_plotting
 from mlx_mixtral.evaluation.routing.analysis import RoutingAnalysis, analyse
 from mlx_mixtral.evaluation.routing.excerpt import excerpts
 from mlx_mixtral.evaluation.routing.page import routing_page
@@ -54,7 +54,7 @@ class RoutingJob:
         if len(set(found.values())) < len(found):
             raise InvalidRequestError(f"{', '.join(found)} name one file; give each its own")
         self.plot, self.html, self.save_trace = (found.get(name) for name in places)
-        if self.plot is not None:
+        if self.plot is not None or self.html is not None:
             check_plotting()
         self.record: RoutingRecord | None = None
         self.corpus: Corpus | None = None

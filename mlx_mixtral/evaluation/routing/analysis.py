@@ -148,6 +148,23 @@ class RoutingAnalysis:
         """The domains, and all of them where there are several."""
         return self.domains if len(self.domains) == 1 else {**self.domains, ALL: self.overall}
 
+    @property
+    def repeats_first(self) -> dict[str, Estimate]:
+        """By domain."""
+        return {name: domain.repeats_first for name, domain in self.domains.items()}
+
+    @property
+    def repeats_either(self) -> dict[str, Estimate]:
+        """By domain."""
+        return {name: domain.repeats_either for name, domain in self.domains.items()}
+
+    @property
+    def entropies(self) -> dict[str, Estimate]:
+        """By domain; none where they were not recorded, or there is no choice."""
+        if self.num_experts == 1:
+            return {}
+        return {name: domain.entropy for name, domain in self.domains.items() if domain.entropy is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: arrays are nested lists with the layer first, but for ``choice_shares``: choice, layer, expert."""
         return {
