@@ -1,4 +1,4 @@
-"""What lm_eval asks of a model, answered by a ``Mixtral``; nothing of lm_eval is needed here."""
+"""What lm_eval asks of a model, answered by a ``Mixtral``; of lm_eval only its rolling windows are needed here."""
 
 from __future__ import annotations
 
