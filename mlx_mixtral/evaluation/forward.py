@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.runtime.mixtral import Mixtral
 
-__all__ = ["Kept", "Scored", "context_limit", "predict", "score"]
+__all__ = ["Scored", "TopTokens", "context_limit", "predict", "score"]
 
 # Numbers of logits computed at once: 16 MiB in float32.
 LOGITS = 2**22
@@ -25,7 +25,7 @@ Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 
-class Kept(NamedTuple):
+class TopTokens(NamedTuple):
     """Of each distribution K tokens' ids ``[n, K]``, their log-probabilities ``[n, K]``, and that of all others ``[n]``."""
 
     ids: Ids
@@ -38,7 +38,7 @@ class Scored(NamedTuple):
 
     logprobs: Floats
     best: Ids
-    kept: Kept | None
+    kept: TopTokens | None
 
 
 def context_limit(model: Mixtral) -> int:
@@ -137,7 +137,7 @@ def _scored(logits: mx.array, targets: mx.array, top_k: int | None, ids: mx.arra
             arrays[index] = (arrays[index] - shift).astype(np.float32)
     found = []
     for row in range(logits.shape[0]):
-        kept_row = Kept(*(array[row] for array in arrays[2:])) if len(arrays) > 2 else None
+        kept_row = TopTokens(*(array[row] for array in arrays[2:])) if len(arrays) > 2 else None
         found.append(Scored(arrays[0][row], arrays[1][row].astype(np.int32), kept_row))
     return found
 
@@ -160,4 +160,4 @@ def _joined(parts: Sequence[Scored]) -> Scored:
     kept = [part.kept for part in parts if part.kept is not None]
     if not kept:
         return Scored(logprobs, best, None)
-    return Scored(logprobs, best, Kept(*(np.concatenate(arrays) for arrays in zip(*kept, strict=True))))
+    return Scored(logprobs, best, TopTokens(*(np.concatenate(arrays) for arrays in zip(*kept, strict=True))))

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from mlx_mixtral.arguments import check_callbacks, check_type
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
-from mlx_mixtral.evaluation.corpus import Corpus, Window, check_window, encode_texts
-from mlx_mixtral.evaluation.forward import Kept, Scored, context_limit, score
+from mlx_mixtral.evaluation.corpus import Corpus, TextWindow, check_window, encode_texts
+from mlx_mixtral.evaluation.forward import Scored, TopTokens, context_limit, score
 from mlx_mixtral.evaluation.journal import Journal, pack, unpack
 from mlx_mixtral.evaluation.reference import (
     DEFAULT_TOP_K,
@@ -139,7 +139,7 @@ class _Run:
         self,
         model: Mixtral,
         corpus: Corpus,
-        windows: list[Window],
+        windows: list[TextWindow],
         reference: Reference | None,
         writer: ReferenceWriter | None,
         journal: Journal,
@@ -189,7 +189,7 @@ class _Run:
         ids = [self.corpus.passages[window.passage].ids for window in windows]
         rows = np.stack([own[window.start : window.stop] for own, window in zip(ids, windows, strict=True)])
         targets = np.stack([own[window.first : window.stop + 1] for own, window in zip(ids, windows, strict=True)])
-        theirs: list[Kept] = []
+        theirs: list[TopTokens] = []
         if self.reference is not None:
             theirs = [self.reference.kept(*self._places(window)) for window in windows]
         found = score(
@@ -206,7 +206,7 @@ class _Run:
             self.writer.flush()
         self.journal.add(self._part, [(index, self._entry(self.windows[index])) for index in batch])
 
-    def _keep(self, window: Window, scored: Scored, theirs: Kept | None) -> None:
+    def _keep(self, window: TextWindow, scored: Scored, theirs: TopTokens | None) -> None:
         places = slice(*self._places(window))
         self.logprobs[places], self.best[places] = scored.logprobs, scored.best
         if self.writer is not None:
@@ -217,7 +217,7 @@ class _Run:
             assert theirs is not None
             self.kl[places] = kl_divergence(theirs.logprobs, theirs.rest, scored.kept.logprobs, scored.kept.rest)
 
-    def _entry(self, window: Window) -> dict[str, str]:
+    def _entry(self, window: TextWindow) -> dict[str, str]:
         places = slice(*self._places(window))
         entry = {"logprobs": pack(self.logprobs[places]), "best": pack(self.best[places])}
         return entry if self.kl is None else entry | {"kl": pack(self.kl[places])}
@@ -233,7 +233,7 @@ class _Run:
             self.kl[places] = unpack(entry.get("kl"), "<f8", window.tokens)
         return True
 
-    def _places(self, window: Window) -> tuple[int, int]:
+    def _places(self, window: TextWindow) -> tuple[int, int]:
         offset = self._offsets[window.passage]
         return offset + window.first - 1, offset + window.stop
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 __all__ = ["BLOCK_TOKENS", "Mean", "kl_divergence", "mean_of", "with_error"]
 
 BLOCK_TOKENS = 64
-LEAST_BLOCKS = 32
+MIN_BLOCKS = 32
 
 Floats = npt.NDArray[np.floating]
 
@@ -37,7 +37,7 @@ def mean_of(values: Floats, blocks: npt.NDArray[np.int64]) -> Mean:
     value = float(x.mean())
     deviations, count = x - value, len(x)
     starts = np.flatnonzero(np.concatenate([[True], blocks[1:] != blocks[:-1]]))
-    if len(starts) >= LEAST_BLOCKS:
+    if len(starts) >= MIN_BLOCKS:
         deviations = np.add.reduceat(deviations, starts)
     groups = len(deviations)
     if groups < 2:

@@ -84,7 +84,7 @@ class Encoder:
         return Pair(tuple(before) or (self.prefix_id,), tuple(after))
 
     def windows(self, text: str, size: int) -> list[Pair]:
-        """A text cut by lm_eval so that every token is predicted once, the first from BOS, none from more than ``size`` tokens."""
+        """A text cut so that every token is predicted once, the first from BOS, none from more than ``size`` tokens."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         rolling = get_rolling_token_windows(self.text(text), self.prefix_id, size, context_len=1)

@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from mlx_mixtral.arguments import check_type
 from mlx_mixtral.evaluation.routing.record import RoutingRecord
-from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS, LEAST_BLOCKS
+from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS, MIN_BLOCKS
 from mlx_mixtral.experts.trace import chance_of_repeat
 
 __all__ = ["ALL", "DomainRouting", "Estimate", "RoutingAnalysis", "analyse", "expected_pairs"]
 
 ALL = "all"
-LEAST_EXPECTED = 20
+MIN_EXPECTED = 20
 FITTING_ROUNDS = 2000
 
 Floats = npt.NDArray[np.float64]
@@ -85,7 +85,7 @@ class DomainRouting:
     @cached_property
     def clear_lift(self) -> Floats:
         """``pair_lift``, NaN too for pairs that chance would give fewer than 20 tokens: their lift is mostly noise."""
-        return np.where(self._expected * self.tokens >= LEAST_EXPECTED, self.pair_lift, np.nan)
+        return np.where(self._expected * self.tokens >= MIN_EXPECTED, self.pair_lift, np.nan)
 
     def clear_pairs(self, layer: int) -> list[tuple[int, int]]:
         """Pairs of experts by ``clear_lift``, largest first."""
@@ -249,7 +249,7 @@ class _Blocks:
         keys = np.stack([stretch, within // BLOCK_TOKENS])
         is_new = np.ones(len(stretch), bool)
         is_new[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
-        if is_new.sum() < LEAST_BLOCKS:
+        if is_new.sum() < MIN_BLOCKS:
             is_new[:] = True
         self._block = np.cumsum(is_new) - 1
         self.blocks = int(is_new.sum())

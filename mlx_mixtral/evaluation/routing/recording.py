@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.arguments import check_callbacks, check_type
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window, encode_texts
 from mlx_mixtral.evaluation.forward import context_limit
@@ -57,8 +57,8 @@ def stretches(corpus: Corpus, before: Sequence[int], window: int, max_tokens: in
     Raises:
         InvalidRequestError, ContextLengthError: a window that has no room, or a limit that is none.
     """
-    if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 2):
-        raise InvalidRequestError(f"max_tokens is {max_tokens!r}; it must be a number of tokens, at least 2")
+    if max_tokens is not None:
+        check_integer("max_tokens", max_tokens, 2, wanted="a number of tokens, at least 2")
     if (room := window - len(before)) < 2:
         raise InvalidRequestError(f"window is {window}; it must hold at least {2 + len(before)} tokens")
     found, taken = [], dict.fromkeys(corpus.domains, 0)

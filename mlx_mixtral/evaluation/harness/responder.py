@@ -10,16 +10,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mixtral.arguments import check_callbacks, check_type
-from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type
+from mlx_mixtral.errors import ContextLengthError
 from mlx_mixtral.evaluation.forward import context_limit
 from mlx_mixtral.evaluation.harness.encoding import Encoder, Pair
+from mlx_mixtral.evaluation.harness.generation_kwargs import GenerationSettings
 from mlx_mixtral.evaluation.harness.scoring import Answer, score_pairs, truncated
-from mlx_mixtral.evaluation.harness.settings import GenerationSettings
 from mlx_mixtral.machine.device import wired
 from mlx_mixtral.runtime.mixtral import Mixtral
 
-__all__ = ["DEFAULT_BATCH", "Backend"]
+__all__ = ["DEFAULT_BATCH", "Responder"]
 
 DEFAULT_BATCH = 16
 
@@ -33,7 +33,7 @@ def _ignore(index: int, answer: Any) -> None:
     """Nobody wants to know early."""
 
 
-class Backend:
+class Responder:
     """Log-probabilities and greedy or sampled texts, as lm_eval's Hugging Face backend computes them.
 
     A sequence longer than ``max_length`` loses tokens at its left; ``truncated`` counts such requests. Every method takes
@@ -51,8 +51,8 @@ class Backend:
     def __init__(self, model: Mixtral, *, batch_size: int = DEFAULT_BATCH, max_length: int | None = None) -> None:
         check_type("model", model, Mixtral, "a model that load() gave")
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise InvalidRequestError(f"{name} is {value!r}; it must be an integer of at least 1")
+            if value is not None:
+                check_integer(name, value, 1)
         limit = context_limit(model)
         if max_length is not None and max_length > limit:
             raise ContextLengthError(f"max_length is {max_length} tokens; the model's context holds {limit}")

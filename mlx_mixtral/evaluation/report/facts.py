@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mlx_mixtral.arguments import is_number
 from mlx_mixtral.evaluation.report.contents import Contents
 from mlx_mixtral.evaluation.report.markdown import escaped, table
 from mlx_mixtral.sizes import format_bytes
@@ -123,7 +124,7 @@ def _errors(conversion: Mapping[str, Any]) -> Iterator[str]:
     entries = []
     for path, entry in _mapping(conversion.get("errors")).items():
         error = _mapping(entry).get("relative_rms")
-        if isinstance(error, int | float) and not isinstance(error, bool):
+        if is_number(error):
             entries.append((float(error), str(path), str(entry.get("spec", ""))))
     if not entries:
         return
