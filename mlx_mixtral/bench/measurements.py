@@ -17,7 +17,7 @@ OURS = "mlx-mixtral"
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some measurements, the least and the most of them."""
+    """Median, minimum and maximum of some measurements."""
 
     median: float
     low: float
@@ -88,7 +88,7 @@ class BenchReport:
     in_turn: bool = True
     """Whether the backends took turns, measurement by measurement; else there was no memory for all of them at once."""
     peak_memory_bytes: int = 0
-    """Most that MLX held at once while only our backend was loaded; 0 when it never was alone."""
+    """Peak of MLX's memory while only our backend was loaded; 0 when it never was alone."""
 
     @property
     def copy_bytes_per_s(self) -> Spread | None:

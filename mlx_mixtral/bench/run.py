@@ -1,4 +1,4 @@
-"""The order of a benchmark: every case on all backends in turn, a first time that does not count, then the repeats."""
+"""The order of a benchmark: every case on all backends in turn, once to warm up, then the repeats."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def run_bench(
     in_turn: bool = True,
     note: Notes = lambda _: None,
 ) -> None:
-    """Measure ``cases`` and fill ``report`` in as it goes, so that what an interrupt leaves is there.
+    """Measure ``cases`` and fill in ``report`` as it goes, so that an interrupted run keeps what it has.
 
     Args:
         openers: load each backend, by name; ours first.
         in_turn: backends take turns, which drifting clocks and temperatures then meet alike; it needs memory for all of them.
             Without it each backend is loaded when the one before was closed.
-        note: told what comes next.
+        note: called with what comes next.
     """
     report.backends, report.in_turn = list(openers), in_turn
     groups = [list(openers)] if in_turn else [[name] for name in openers]

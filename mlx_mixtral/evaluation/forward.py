@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.runtime.mixtral import Mixtral
 
-__all__ = ["Scored", "TopTokens", "context_limit", "predict", "score"]
+__all__ = ["Scored", "TopTokens", "context_limit", "hidden_states", "predict", "score"]
 
 # Numbers of logits computed at once: 16 MiB in float32.
 LOGITS = 2**22
@@ -63,10 +63,10 @@ def score(
         ids: int32 ``[B, L - skip, K]``: keep these instead.
 
     Raises:
-        CheckpointError: the model gives no numbers.
+        CheckpointError: logits that are not finite.
     """
     parts: list[list[Scored]] = [[] for _ in rows]
-    for at, hidden in _hidden(model, rows, skip):
+    for at, hidden in hidden_states(model, rows, skip):
         places = slice(at - skip, at - skip + hidden.shape[1])
         found = predict(model, hidden, targets[:, places], top_k=top_k, ids=None if ids is None else ids[:, places])
         for part, piece in zip(parts, found, strict=True):
@@ -87,7 +87,7 @@ def predict(
     return [_joined(part) for part in parts]
 
 
-def _hidden(model: Mixtral, rows: Ids, skip: int) -> Iterator[tuple[int, mx.array]]:
+def hidden_states(model: Mixtral, rows: Ids, skip: int = 0) -> Iterator[tuple[int, mx.array]]:
     """Hidden states ``[B, n, D]`` from position ``skip`` on, a chunk of the prompt at a time, each with its position."""
     module, chunk, length = model.module, model.residency.planned.chunk_tokens, rows.shape[1]
     cache = module.make_cache(max_tokens=length)

@@ -138,7 +138,7 @@ def run_passkey(
     Args:
         limit: tokens of context.
         journal: where answers are kept, and found again.
-        progress: told prompts done and prompts in all.
+        progress: called with prompts done and prompts in all.
 
     Raises:
         InvalidRequestError, ContextLengthError: an argument out of range, before the first prompt.

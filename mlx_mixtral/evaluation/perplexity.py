@@ -76,13 +76,13 @@ def evaluate(
         worst: how many of the tokens with the largest KL are shown.
         name, identity: what the file says it is of: a name to show, and what tells checkpoints apart.
         journal: where finished windows are kept, and found again.
-        progress: told after every batch, from this thread.
+        progress: called after every batch, from this thread.
 
     Raises:
         InvalidRequestError, ContextLengthError: an argument out of range, a text of fewer than two tokens, a reference of
             another vocabulary, text or windows.
         TokenizerError: a checkpoint without a tokenizer.
-        CheckpointError: a file that is no reference; logits that are not finite.
+        CheckpointError: a file that is not a reference; logits that are not finite.
         DestinationError, DiskSpaceError: a file cannot be written.
     """
     check_type("model", model, Mixtral, "a model that load() gave")
@@ -154,7 +154,7 @@ class _Run:
         self._part = "reference" if writer is not None else "model"
 
     def go(self) -> int:
-        """Do what the journal has not; tokens read."""
+        """Run the windows that the journal does not have; how many tokens were read."""
         # What an earlier run wrote into the reference file may be gone, and its journal with it.
         known = self.writer is None or not self.writer.is_new
         left = [index for index in range(len(self.windows)) if not (known and self._recall(index))]

@@ -59,7 +59,7 @@ class ReferenceHeader:
         return sum(_nbytes(kind, shape) for kind, shape in self.arrays.values())
 
     def check_size(self) -> None:
-        """Raise InvalidRequestError for a K that is none, or makes a file beyond ``MAX_FILE_BYTES``."""
+        """Raise InvalidRequestError for a K out of range, or one that makes a file larger than ``MAX_FILE_BYTES``."""
         size = self.vocab_size
         check_integer("top_k", self.top_k, 1, size, wanted=f"1 to {size}, the size of the vocabulary")
         if self.nbytes > MAX_FILE_BYTES:

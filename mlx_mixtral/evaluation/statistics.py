@@ -1,4 +1,4 @@
-"""Means over tokens and how far they can be trusted; perplexity, bits per byte, KL divergence."""
+"""Means over tokens with their standard errors; perplexity, bits per byte, KL divergence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.floating]
 
 
 class Mean(NamedTuple):
-    """A mean and its standard error; NaN where one value cannot tell."""
+    """A mean and its standard error; NaN for a single value."""
 
     value: float
     stderr: float

@@ -139,7 +139,7 @@ def test_requests_that_lost_their_start_are_counted(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (("--task-path", "missing"), "missing is no folder"),
+        (("--task-path", "missing"), "missing is not a folder"),
         (("--shots", "-1"), "shots is -1"),
         (("--limit", "0"), "limit is 0"),
         (("--batch-size", "0"), "batch-size is 0"),

@@ -1,7 +1,7 @@
 """Requests of lm_eval as token ids, split where its Hugging Face backend splits them; BOS stands once, at the start.
 
-Contexts and continuations are plain text, in which nothing is a control token. A context that ``render_chat`` made is known
-again by its text, and stands for the ids of the chat format: lm_eval hands prompts around as text.
+Contexts and continuations are plain text, in which nothing is a control token. A context that ``render_chat`` made is
+recognised by its text, and stands for the ids of the chat format: lm_eval hands prompts around as text.
 """
 
 from __future__ import annotations

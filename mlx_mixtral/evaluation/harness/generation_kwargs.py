@@ -33,7 +33,7 @@ class GenerationSettings:
         """From ``generation_kwargs``.
 
         Raises:
-            InvalidRequestError: a setting that is not known, or of no use.
+            InvalidRequestError: a setting that is not known, or has no effect here.
         """
         left = {name: value for name, value in given.items() if value is not None}
         until = left.pop("until", [])

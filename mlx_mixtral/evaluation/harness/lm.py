@@ -28,7 +28,7 @@ class HarnessLM(LM):  # type: ignore[misc]  # lm_eval has no types
     Args:
         name: of the model, for caches of requests.
         journal: where answers are kept, and found again.
-        progress: told how many requests of a kind are done, of how many.
+        progress: called with how many requests of a kind are done, of how many.
     """
 
     def __init__(

@@ -24,13 +24,13 @@ __all__ = ["DEFAULT_BATCH", "Responder"]
 DEFAULT_BATCH = 16
 
 Done = Callable[[int, Any], None]
-"""Told the number of a request and its answer, in the order in which they are found."""
+"""Called with the number of a request and its answer, in the order they are found."""
 
 NONE: Mapping[int, Any] = {}
 
 
 def _ignore(index: int, answer: Any) -> None:
-    """Nobody wants to know early."""
+    """What ``done`` is when none is given."""
 
 
 class Responder:

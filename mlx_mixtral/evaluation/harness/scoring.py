@@ -54,7 +54,7 @@ def truncated(pair: Pair, size: int) -> Pair:
 
 
 def score_pairs(model: Mixtral, pairs: Sequence[Pair], rows: int, done: Callable[[int, Answer], None]) -> None:
-    """Tell ``done`` the answer to every pair, with its number, longest first; none is longer than the model's context.
+    """Call ``done`` with the number of every pair and its answer, longest first; none is longer than the model's context.
 
     Args:
         rows: most rows of a batch; fewer where a chunk of a prompt or the memory budget's KV cache holds no more.

@@ -100,7 +100,7 @@ def load_tasks(
     Args:
         shots: examples in front of each question; the task's own number when None. A task that is fixed to none stays so.
         path: folder of task files (YAML) that come before lm_eval's own of the same name.
-        progress: told how many tasks are loaded, of how many.
+        progress: called with how many tasks are loaded, of how many.
 
     Raises:
         MissingDependencyError: no lm_eval.
@@ -187,7 +187,7 @@ def run_tasks(
 def _task_folder(path: str | Path) -> Path:
     folder = as_path("the folder of tasks", path)
     if not folder.is_dir():
-        raise InvalidRequestError(f"{folder} is no folder; give one that holds task files (.yaml)")
+        raise InvalidRequestError(f"{folder} is not a folder; give one that holds task files (.yaml)")
     if next(folder.glob("**/*.yaml"), None) is None:
         raise InvalidRequestError(f"folder {folder} holds no tasks: there is no .yaml file in it")
     return folder

@@ -55,7 +55,7 @@ def memory_part(contents: Contents) -> Iterator[str]:
     rows = []
     for row in facts["fits"]:
         (longest,) = row["context"].values()
-        # Nothing more to say of larger ones.
+        # Larger Macs would repeat this row.
         is_all = longest >= facts["context"]
         memory = f"{row['memory_gib']} GB{' and more' * is_all}"
         rows.append([memory, format_bytes(row["usable_bytes"]), _context(longest)])
@@ -79,7 +79,7 @@ def _shape(facts: Mapping[str, Any]) -> str:
 
 
 def _provenance(conversion: Mapping[str, Any]) -> list[str]:
-    """What a ``conversion.json`` says; it may come from anybody, so nothing of it is taken for granted."""
+    """What a ``conversion.json`` says; it may come from anyone, so nothing in it is trusted."""
     lines = []
     source = _mapping(conversion.get("source"))
     if isinstance(name := source.get("name"), str) and name:

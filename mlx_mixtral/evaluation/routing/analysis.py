@@ -59,7 +59,7 @@ class DomainRouting:
             second choice"). Random: 1 - 6/8 * 5/7, about 46%, for 2 of 8.
         pairs: ``[L, E, E]``, share of tokens that chose both experts, symmetric; the diagonal is 0. Each token has
             K (K - 1) / 2 pairs.
-        entropy: ``[L]``, mean entropy in bits of the gate's softmax over all E experts; log2 E where the gate does not care.
+        entropy: ``[L]``, mean entropy in bits of the gate's softmax over all E experts; log2 E where the gate is indifferent.
     """
 
     tokens: int

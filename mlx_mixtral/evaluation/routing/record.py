@@ -160,7 +160,7 @@ def _pieces(text: npt.NDArray[Any], ends: npt.NDArray[Any]) -> tuple[str, ...]:
 
 
 def trace_file_bytes(tokens: int, layers: int, per_token: int, text_bytes: int, stretches: int = 1) -> int:
-    """Bytes of a file, at most: known before a model is run.
+    """An upper bound of a file's bytes, known before a model is run.
 
     Raises:
         InvalidRequestError: more than what is read.

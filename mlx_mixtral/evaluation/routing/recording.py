@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mlx_mixtral.arguments import check_callbacks, check_integer, check_type
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window, encode_texts
-from mlx_mixtral.evaluation.forward import context_limit
+from mlx_mixtral.evaluation.forward import context_limit, hidden_states
 from mlx_mixtral.evaluation.routing.record import RoutingRecord
 from mlx_mixtral.evaluation.texts import Text
 from mlx_mixtral.experts.trace import RoutingTrace
@@ -55,7 +55,7 @@ def stretches(corpus: Corpus, before: Sequence[int], window: int, max_tokens: in
         max_tokens: of each domain, from its beginning; all when None.
 
     Raises:
-        InvalidRequestError, ContextLengthError: a window that has no room, or a limit that is none.
+        InvalidRequestError, ContextLengthError: a window that has no room, or a limit out of range.
     """
     if max_tokens is not None:
         check_integer("max_tokens", max_tokens, 2, wanted="a number of tokens, at least 2")
@@ -95,12 +95,12 @@ def record_texts(
         max_tokens: of each domain, from its beginning; all when None.
         keep_text: keep each token's text, for coloured text; it is saved with the record.
         name: of the model, for reports.
-        progress: told after every window, from this thread.
+        progress: called after every window, from this thread.
 
     Raises:
         InvalidRequestError, ContextLengthError: an argument out of range, a text of fewer than two tokens, a dense model.
         TokenizerError: a checkpoint without a tokenizer.
-        CheckpointError: a router gives no numbers.
+        CheckpointError: gate logits that are not finite.
     """
     check_type("model", model, Mixtral, "a model that load() gave")
     check_callbacks(progress=progress)
@@ -134,14 +134,9 @@ def record_texts(
 
 
 def _read(model: Mixtral, part: Stretch, observer: RoutingObserver) -> Iterator[Routed]:
-    module, chunk = model.module, model.residency.planned.chunk_tokens
-    ids, skip = np.array([[*part.before, *part.ids.tolist()]], np.int32), len(part.before)
-    cache = module.make_cache(max_tokens=ids.shape[1])
-    for start in range(0, ids.shape[1], chunk):
-        tokens = mx.array(ids[:, start : start + chunk])
-        mx.eval(module.hidden(tokens, cache), cache.arrays)
-        routed = observer.take()
-        unwanted = max(0, skip - start)
+    ids = np.array([[*part.before, *part.ids.tolist()]], np.int32)
+    for start, _ in hidden_states(model, ids):
+        routed, unwanted = observer.take(), max(0, len(part.before) - start)
         yield Routed(routed.experts[unwanted:], routed.entropy[unwanted:])
 
 

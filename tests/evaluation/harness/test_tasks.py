@@ -131,7 +131,7 @@ def test_an_unknown_task_names_those_that_are_like_it(own_tasks_only: None) -> N
 
 
 def test_folders_without_tasks_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="is no folder"):
+    with pytest.raises(InvalidRequestError, match="is not a folder"):
         load_tasks(["x"], path=tmp_path / "missing")
     with pytest.raises(InvalidRequestError, match=r"holds no tasks: there is no .yaml file in it"):
         load_tasks(["x"], path=tmp_path)
