@@ -42,7 +42,7 @@ class TokenTraffic:
     """
 
     def __init__(self, model: Mixtral) -> None:
-        module, sizes = model.module, model.residency.planned.demands.sizes
+        module, sizes = model.module, model.residency.sizes
         trunk = sizes.trunk_bytes - (0 if module.lm_head is None else _nbytes(module.embed_tokens))
         self.weight_bytes = trunk + sum(sizes.expert_bytes) * sizes.num_experts_per_tok
         cache = module.make_cache()

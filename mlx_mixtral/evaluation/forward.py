@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.generation.prefill import prefill
 from mlx_mixtral.runtime.mixtral import Mixtral
 
 __all__ = ["Scored", "TopTokens", "context_limit", "hidden_states", "predict", "score"]
@@ -43,9 +44,7 @@ class Scored(NamedTuple):
 
 def context_limit(model: Mixtral) -> int:
     """Tokens a sequence may have: the model's own, or those a memory budget holds KV cache for."""
-    planned = model.residency.planned
-    own = model.config.max_position_embeddings
-    return own if planned.budget_bytes is None else min(own, planned.demands.context_capacity)
+    return model.engine.context_limit
 
 
 def score(
@@ -89,19 +88,11 @@ def predict(
 
 def hidden_states(model: Mixtral, rows: Ids, skip: int = 0) -> Iterator[tuple[int, mx.array]]:
     """Hidden states ``[B, n, D]`` from position ``skip`` on, a chunk of the prompt at a time, each with its position."""
-    module, chunk, length = model.module, model.residency.planned.chunk_tokens, rows.shape[1]
-    cache = module.make_cache(max_tokens=length)
-    for start in range(0, length, chunk):
-        tokens = mx.array(rows[:, start : start + chunk])
-        stop = start + tokens.shape[1]
-        if stop <= skip:
-            module.remember(tokens, cache)
-            mx.eval(cache.arrays)
-            continue
-        hidden = module.hidden(tokens, cache)
-        mx.eval(hidden, cache.arrays)
-        first = max(start, skip)
-        yield first, hidden[:, first - start :]
+    cache = model.module.make_cache(max_tokens=rows.shape[1])
+    for done, hidden in prefill(model.module, mx.array(rows), cache, model.engine.plan.chunk_tokens, first=skip):
+        if hidden is not None:
+            mx.eval(hidden, cache.arrays)
+            yield done - hidden.shape[1], hidden
 
 
 def _pieces(length: int, rows: int, vocab_size: int) -> Iterator[tuple[int, int]]:

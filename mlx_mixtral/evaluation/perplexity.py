@@ -180,7 +180,7 @@ class _Run:
             window = self.windows[index]
             shapes.setdefault((window.length, window.tokens), []).append(index)
         for (length, _), members in shapes.items():
-            rows = max(1, self.model.residency.planned.chunk_tokens // length)
+            rows = max(1, self.model.engine.plan.chunk_tokens // length)
             for start in range(0, len(members), rows):
                 yield members[start : start + rows]
 

@@ -191,9 +191,6 @@ class ExpertStore:
         self.counters.wait_s += time.perf_counter() - started
         return problem
 
-    def files_of(self, layer: int) -> set[Path]:
-        return {part.info.file for parts in self.parts[layer] for part in parts}
-
     def close(self) -> None:
         """Close the files; they open again when an expert is read."""
         for name in ("_pool", "_reader"):

@@ -19,9 +19,10 @@ from mlx_mixtral.experts.store import ExpertPart, ExpertStore
 from mlx_mixtral.layers.attention import Attention
 from mlx_mixtral.layers.expert_bank import ExpertBank, FeedForward
 from mlx_mixtral.layers.linear import Linear, StackedLinear
+from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.model.moe import SparseMoe
-from mlx_mixtral.model.transformer import DecoderLayer, MixtralModel, RMSNorm
+from mlx_mixtral.model.transformer import DecoderLayer, MixtralModel
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.direct import identities
 from mlx_mixtral.weights.dtypes import MLX_DTYPES

@@ -7,7 +7,7 @@ from typing import Any
 
 def budget_of(planner: Any, share: float, context: int | None = None) -> int:
     """Bytes with which ``share`` of a planner's experts stay in memory: 0 for the least possible, 1 for everything."""
-    demands = planner.demands(context)
+    needs = planner.needs(context)
     if share >= 1:
-        return int(demands.resident_bytes)
-    return int(demands.min_bytes + share * sum(demands.sizes.expert_bytes) * demands.sizes.num_experts)
+        return int(needs.resident_bytes)
+    return int(needs.min_bytes + share * sum(needs.sizes.expert_bytes) * needs.sizes.num_experts)

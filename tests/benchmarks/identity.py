@@ -51,7 +51,7 @@ def main() -> None:
     for folder in arguments.folders:
         with load(folder) as whole:
             wanted = outputs(whole, arguments.prompt, arguments.tokens)
-            budgets = [budget_of(whole._planner, share) for share in arguments.shares]
+            budgets = [budget_of(whole.engine.planner, share) for share in arguments.shares]
         for share, budget in zip(arguments.shares, budgets, strict=True):
             with load(folder, memory=budget) as model:
                 got = outputs(model, arguments.prompt, arguments.tokens)

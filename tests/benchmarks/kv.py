@@ -58,7 +58,7 @@ def prefill(folder: Path, bits: int | None, tokens: int, dtype: str) -> dict[str
         return {
             "weights": weights,
             "peak": mx.get_peak_memory(),
-            "chunk": model.residency.planned.chunk_tokens,
+            "chunk": model.residency.plan.chunk_tokens,
             "seconds": time.perf_counter() - started,
         }
 

@@ -56,7 +56,7 @@ def table(trace: RoutingTrace) -> dict[str, list[float]]:
 
 def looking_ahead(folder: Path, prompt: list[int]) -> None:
     with load(folder) as whole:
-        budget = budget_of(whole._planner, 0.5)
+        budget = budget_of(whole.engine.planner, 0.5)
     for mode in ("off", "on"):
         with load(folder, memory=budget, prefetch=mode) as model:
             before = model.residency.counters.copy()

@@ -32,12 +32,12 @@ from peers import PROCESS_BYTES, limited, llama_cpp, mlx_lm
 from processes import peak_bytes, run_json
 
 from mlx_mixtral import Mixtral, load
-from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.experts.pool import SlotPool
 from mlx_mixtral.experts.store import Loading
 from mlx_mixtral.machine.device import compute_dtype, current_device
 from mlx_mixtral.model.build import Builder
+from mlx_mixtral.model.planning import make_planner
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.fill import CHUNK_BYTES, READ_THREADS
 
@@ -70,7 +70,7 @@ def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, p
     result: dict[str, Any] = {
         "budget": budget,
         "slots": residency.slots,
-        "chunk_tokens": residency.planned.chunk_tokens,
+        "chunk_tokens": residency.plan.chunk_tokens,
         "load_s": load_s,
         "prefill_s": prefill_s,
         "prefill_tok_s": prompt_tokens / prefill_s,
@@ -78,9 +78,9 @@ def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, p
         "prefill_bytes": prefill_bytes,
         "prefill_missing_bytes": missing_bytes(model, calls),
         "prefill_reads_as_missing": all(call.reads_are_missing(prompt_reads) for call in calls),
-        "chunks": -(-prompt_tokens // residency.planned.chunk_tokens),
+        "chunks": -(-prompt_tokens // residency.plan.chunk_tokens),
         "decode_s": stats.decode_s / (tokens - 1),
-        "predicted_s": None if residency.plan is None else residency.plan.seconds_per_token,
+        "predicted_s": None if residency.plan.residency is None else residency.plan.residency.seconds_per_token,
         "peak_mlx": peak_mlx,
         "peak_rss": peak_bytes(),
         "base_rss": base,
@@ -243,7 +243,7 @@ def budgets(folder: Path, shares: list[float]) -> list[int]:
     """Bytes for each share, from headers alone; in a process of its own, as it opens MLX's device."""
     device = current_device()
     builder = Builder(MixtralConfig.from_folder(folder), Checkpoint(folder), compute_dtype("auto", device))
-    planner = Planner(builder, device)
+    planner = make_planner(builder, device)
     return [budget_of(planner, share, 1024) for share in shares]
 
 

@@ -124,7 +124,7 @@ def test_streamed_experts_and_short_chunks_give_the_same(tiny: Path, model: Mixt
         streamed.set_memory(streamed.min_memory_bytes, context=64)
         assert streamed.module.is_streamed
         # Some chunks are context alone, of which nothing is predicted.
-        streamed.residency.planned = replace(streamed.residency.planned, chunk_tokens=16)
+        streamed.residency.plan = replace(streamed.residency.plan, chunk_tokens=16)
         found = evaluate(streamed, TEXTS[:2], window=48, stride=8)
         assert streamed.residency.bytes_read > 0
     wanted = evaluate(model, TEXTS[:2], window=48, stride=8)
@@ -158,7 +158,7 @@ def test_an_interrupted_run_goes_on_from_its_journal(
             raise KeyboardInterrupt
 
     # A window at a time, where a chunk would take them all.
-    monkeypatch.setattr(model.residency, "planned", replace(model.residency.planned, chunk_tokens=20))
+    monkeypatch.setattr(model.residency, "plan", replace(model.residency.plan, chunk_tokens=20))
     interrupted = pytest.raises(KeyboardInterrupt)
     with interrupted as caught, Journal(place, identity) as journal:
         evaluate(model, TEXTS, window=20, **save, journal=journal, progress=interrupt)
