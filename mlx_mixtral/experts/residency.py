@@ -134,7 +134,7 @@ class Residency:
         self.store.close()
 
     def release(self) -> None:
-        """Let go of all expert memory; the model is not used any more."""
+        """Free all expert memory; the model is not used any more."""
         self.layers, self.overflow = (), {}
 
     def change(self, plan: MemoryPlan, allocate: AllocateBank) -> None:
@@ -146,7 +146,7 @@ class Residency:
             CheckpointError: an expert of a layer that becomes resident cannot be read.
         """
         for pool in self._pools():
-            pool.finish_ahead()
+            pool.finish_prefetched()
             pool.wait()
         before, shared = self.slots, plan.overflow_slots
         after = (self.sizes.num_experts,) * len(before) if plan.slots is None else plan.slots
@@ -181,11 +181,11 @@ class Residency:
         if slots < experts:
             return
         missing = [expert for expert in range(experts) if (layer, expert) not in pool]
-        fills = [item for expert in missing for item in self.store.fills(layer, expert, pool.bank.arrays, expert)]
-        files = {item.info.file for item in fills}
+        ranges = [item for expert in missing for item in self.store.ranges(layer, expert, pool.bank.arrays, expert)]
+        files = {item.info.file for item in ranges}
         for file in files:
             self.store.reader.check_unchanged(file)
-        fill(self.store.reader, fills)
+        fill(self.store.reader, ranges)
         for file in files:
             self.store.reader.check_unchanged(file)
         gathered.make_resident(pool.bank)

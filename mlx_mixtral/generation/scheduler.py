@@ -150,7 +150,7 @@ class Scheduler:
         return self._model.kv.columns(self._model.config, tokens)
 
     def _keep(self, places: Sequence[int]) -> None:
-        """Let go of all rows but these."""
+        """Drop all rows but these."""
         if len(places) == len(self._rows):
             return
         self._rows = [self._rows[place] for place in places]

@@ -51,7 +51,12 @@ class SpeculationStats:
 
 @dataclass
 class GenerationStats:
-    """What a generation cost so far. Seconds are wall-clock; rates are 0 before there is anything to divide."""
+    """What a generation cost so far. Seconds are wall-clock; rates are 0 before there is anything to divide.
+
+    Example:
+        >>> stats = model.generate("Mixtral is").stats
+        >>> f"{stats.prompt_tok_s:.1f} tok/s of prompt, {stats.decode_tok_s:.1f} tok/s after it"
+    """
 
     prompt_tokens: int = 0
     reused_tokens: int = 0

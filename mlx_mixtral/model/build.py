@@ -62,7 +62,7 @@ class Builder:
         self.config, self.checkpoint, self.dtype, self.fuse = config, checkpoint, dtype, fuse
         self.page_cache, self.policy = page_cache, policy
         self.identities = identities(checkpoint)
-        self.fills: list[ReadRange] = []
+        self.ranges: list[ReadRange] = []
         self.overflow: dict[int, SlotPool] = {}
         self.matrices = {matrix.path: matrix for matrix in matrices(config)}
         self.norms = {norm.path: norm for norm in norms(config)}
@@ -109,7 +109,7 @@ class Builder:
     def build(
         self, slots: Sequence[int] | None = None, overflow_slots: Mapping[int, int] | None = None
     ) -> MixtralModel:
-        """The model, allocated; it is complete once ``fills`` are carried out.
+        """The model, allocated; it is complete once ``ranges`` are read.
 
         Args:
             slots: expert slots of each layer; all experts are resident when None. A layer with fewer than there are experts
@@ -168,7 +168,7 @@ class Builder:
             return gathered
         bank = self.bank(layer, slots)
         for expert in range(slots):
-            self.fills += self.store.fills(layer, expert, bank.arrays, expert)
+            self.ranges += self.store.ranges(layer, expert, bank.arrays, expert)
         if slots == self.config.num_local_experts:
             gathered.make_resident(bank)
         else:
@@ -232,7 +232,7 @@ class Builder:
             above = 0
             for part in parts:
                 (found,) = self._locations(part, field)
-                self.fills.append(ReadRange(array, above, dtype, self.checkpoint[found.name], found.start, found.stop))
+                self.ranges.append(ReadRange(array, above, dtype, self.checkpoint[found.name], found.start, found.stop))
                 above += part.out_features
         return Linear(arrays, spec)
 
@@ -291,5 +291,5 @@ class Builder:
     def _norm(self, path: str) -> RMSNorm:
         array = allocate((self.norms[path].size,), self.dtype)
         info = self.checkpoint[f"{path}.weight"]
-        self.fills.append(ReadRange(array, 0, self.dtype, info, 0, 1))
+        self.ranges.append(ReadRange(array, 0, self.dtype, info, 0, 1))
         return RMSNorm(array, self.config.rms_norm_eps)

@@ -1,4 +1,4 @@
-"""The engine: token ids in, tokens out. Text is somebody else's business, and so is what a server or a program makes of it."""
+"""The engine: token ids in, tokens out. It knows nothing of text; applications, programs and servers are built on it."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Engine:
         Raises:
             InvalidRequestError: something else, or out of the vocabulary; ``what`` names them.
         """
-        # Bytes are a sequence of small integers to Python, and text that was not decoded to whoever passes them.
+        # Bytes are a sequence of small integers to Python, and undecoded text to the caller.
         if isinstance(ids, bytes | bytearray) or not isinstance(ids, Iterable):
             raise InvalidRequestError(f"{what} is {type(ids).__name__}, not text or a list of token ids")
         tokens = []

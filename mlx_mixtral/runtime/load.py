@@ -35,7 +35,11 @@ __all__ = ["LoadProgress", "load", "load_module", "refuse_cpu_gather"]
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How far loading is, in bytes read from disk."""
+    """How far loading is, in bytes read from disk.
+
+    Example:
+        >>> load("mixtral-4bit", progress=lambda at: print(f"{at.done_bytes / at.total_bytes:.0%}"))
+    """
 
     done_bytes: int
     total_bytes: int
@@ -151,15 +155,15 @@ def load_module(
         CheckpointError: weights that cannot be read or held.
     """
     module = builder.build(plan.slots, plan.overflow_slots)
-    total = sum(item.nbytes for item in builder.fills)
+    total = sum(item.nbytes for item in builder.ranges)
 
     def report(done_bytes: int) -> None:
         if progress is not None:
             progress(LoadProgress(done_bytes, total))
 
     with CheckpointReader(builder.checkpoint) as reader:
-        fill(reader, builder.fills, report)
-    builder.fills.clear()
+        fill(reader, builder.ranges, report)
+    builder.ranges.clear()
     residency = Residency(builder.store, builder.sizes(), module.gathered, builder.overflow, plan, builder.policy)
     builder.overflow = {}
     return module, residency

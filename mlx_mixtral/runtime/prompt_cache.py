@@ -188,7 +188,7 @@ def _compare(place: Path, key: str, found: str | None, expected: str) -> None:
 
 
 def _read_about(place: Path) -> tuple[dict[str, str], list[str]]:
-    """The metadata of a safetensors file, and the names of its tensors; sizes are checked before anything is believed."""
+    """The metadata of a safetensors file, and the names of its tensors; sizes are checked before anything is used."""
     try:
         names = list(read_header(place))
         with place.open("rb") as file:

@@ -22,7 +22,12 @@ DEFAULT_MAX_TOKENS = 256
 
 
 class GenerationOptions(TypedDict, total=False):
-    """What ``generate``, ``stream``, ``chat`` and ``stream_chat`` take beside the prompt. All may be left out."""
+    """What ``generate``, ``stream``, ``chat`` and ``stream_chat`` take beside the prompt. All may be left out.
+
+    Example:
+        >>> options: GenerationOptions = {"max_tokens": 64, "stop": ["\\n\\n"]}
+        >>> model.generate("Mixtral is", **options).text
+    """
 
     max_tokens: int
     """Most tokens to generate (256); the context ends it earlier when it is full."""

@@ -24,6 +24,9 @@ class Chunk:
 
     ``logprob`` and ``top_logprobs`` (pairs of token id and log-probability) are there when ``SamplingParams.logprobs`` asks
     for them. ``finish_reason`` is set on the last chunk only.
+
+    Example:
+        >>> [chunk.text for chunk in model.stream("Mixtral is", max_tokens=3)]
     """
 
     text: str
@@ -35,7 +38,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished generation. ``token_ids`` holds every token produced, a stop token included; ``text`` leaves it out."""
+    """A finished generation. ``token_ids`` holds every token produced, a stop token included; ``text`` leaves it out.
+
+    Example:
+        >>> out = model.generate("Mixtral is", max_tokens=64)
+        >>> out.text, out.finish_reason, out.stats.decode_tok_s
+    """
 
     text: str
     token_ids: tuple[int, ...]

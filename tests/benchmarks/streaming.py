@@ -148,7 +148,7 @@ def replay(model: Mixtral, experts: list[tuple[int, int]]) -> dict[str, float]:
     ours = theirs = nbytes = 0.0
     half = [experts[i : i + 2] for i in range(0, len(experts), 2)]
     for number, pair in enumerate(half):
-        fills = [item for layer, expert in pair for item in store.fills(layer, expert, pool.bank.arrays, 0)]
+        fills = [item for layer, expert in pair for item in store.ranges(layer, expert, pool.bank.arrays, 0)]
         sides = [lambda pair=pair: _ours(store, pool, pair), lambda fills=fills: _plain(fills)]
         times = {}
         # In turn, so that neither always meets what the other left in the drive's own cache.

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mixtral import Mixtral, load
-from mlx_mixtral.cache.prefixes import LITTLE_LOST, PrefixStore, common_prefix
+from mlx_mixtral.cache.prefixes import MAX_LOST_TOKENS, PrefixStore, common_prefix
 from mlx_mixtral.errors import DestinationError, InvalidRequestError, PromptCacheError
 
 
@@ -146,8 +146,8 @@ def test_a_copy_is_made_only_where_much_would_be_lost(model: Mixtral) -> None:
     tokens = _ids(model, 100)
     model.module.remember(mx.array([tokens]), cache)
     store.put(tokens, cache)
-    assert store.take([*tokens[: 99 - LITTLE_LOST], 4, 5]) is not cache
-    assert store.take([*tokens[: 100 - LITTLE_LOST], 4, 5]) is cache
+    assert store.take([*tokens[: 99 - MAX_LOST_TOKENS], 4, 5]) is not cache
+    assert store.take([*tokens[: 100 - MAX_LOST_TOKENS], 4, 5]) is cache
     assert len(store) == 0
 
 

@@ -40,7 +40,7 @@ class Acceptance:
     """Probability that a proposed token is right: the mean of what was seen, of which each new trial makes the rest fade.
 
     Args:
-        expected: taken for granted at first, with the weight of two trials.
+        expected: the prior, with the weight of two trials.
     """
 
     def __init__(self, expected: float) -> None:
