@@ -1,15 +1,13 @@
-"""A benchmark as a PNG file; needs matplotlib, the extra ``plots``."""
+"""A benchmark as a PNG; needs matplotlib, the extra ``plots``."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.bench.measurements import BenchReport, Row
 from mlx_mixtral.evaluation.figures import new_figure, png
-from mlx_mixtral.files import replace_file
 
-__all__ = ["plot_bench"]
+__all__ = ["draw_bench"]
 
 PANELS = (
     ("prefill", "prefill", "tokens of the prompt"),
@@ -18,12 +16,11 @@ PANELS = (
 )
 
 
-def plot_bench(place: Path, title: str, report: BenchReport) -> None:
-    """Write a PNG, whole or not at all: tok/s of every backend by length of prompt, depth of context and rows.
+def draw_bench(title: str, report: BenchReport) -> bytes:
+    """A PNG of tok/s of every backend by length of prompt, depth of context and rows.
 
     Raises:
         MissingDependencyError: no matplotlib.
-        DestinationError, DiskSpaceError: it cannot be written.
     """
     panels = [(name, label, rows) for kind, name, label in PANELS if (rows := report.of(kind))]
     figure = new_figure(1 + 4.2 * len(panels), 4)
@@ -31,7 +28,7 @@ def plot_bench(place: Path, title: str, report: BenchReport) -> None:
         _draw(axes, report.backends, rows)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(label)
-    replace_file(place, png(figure, title))
+    return png(figure, title)
 
 
 def _draw(axes: Any, backends: list[str], rows: list[Row]) -> None:

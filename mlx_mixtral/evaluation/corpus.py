@@ -15,7 +15,16 @@ from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 from mlx_mixtral.evaluation.texts import Text
 from mlx_mixtral.tokenizer import Tokenizer
 
-__all__ = ["DEFAULT_WINDOW", "Corpus", "Passage", "TextWindow", "check_window", "encode_texts", "vocabulary_sha256"]
+__all__ = [
+    "DEFAULT_WINDOW",
+    "Corpus",
+    "Passage",
+    "TextWindow",
+    "TokenProgress",
+    "check_window",
+    "encode_texts",
+    "vocabulary_sha256",
+]
 
 DEFAULT_WINDOW = 2048
 MIN_TOKENS = 2
@@ -63,6 +72,14 @@ class TextWindow:
     def tokens(self) -> int:
         """Tokens predicted."""
         return self.stop - self.first + 1
+
+
+@dataclass(frozen=True)
+class TokenProgress:
+    """How far a run over texts is, in tokens."""
+
+    done_tokens: int
+    total_tokens: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +13,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.arguments import check_callbacks, check_type
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
-from mlx_mixtral.evaluation.corpus import Corpus, TextWindow, check_window, encode_texts
+from mlx_mixtral.evaluation.corpus import Corpus, TextWindow, TokenProgress, check_window, encode_texts
 from mlx_mixtral.evaluation.forward import Scored, TopTokens, context_limit, score
 from mlx_mixtral.evaluation.journal import Journal, pack, unpack
 from mlx_mixtral.evaluation.reference import (
@@ -31,18 +30,10 @@ from mlx_mixtral.files import check_destination
 from mlx_mixtral.machine.device import wired
 from mlx_mixtral.runtime.mixtral import Mixtral
 
-__all__ = ["EvaluationProgress", "evaluate"]
+__all__ = ["evaluate"]
 
 WORST_TOKENS = 10
 CONTEXT_SHOWN = 24
-
-
-@dataclass(frozen=True)
-class EvaluationProgress:
-    """How far an evaluation is, in predicted tokens."""
-
-    done_tokens: int
-    total_tokens: int
 
 
 def evaluate(
@@ -58,7 +49,7 @@ def evaluate(
     name: str = "",
     identity: str = "",
     journal: Journal | None = None,
-    progress: Callable[[EvaluationProgress], None] | None = None,
+    progress: Callable[[TokenProgress], None] | None = None,
 ) -> Evaluation:
     """Perplexity, bits per byte and, with a reference, KL divergence: overall, by domain and by file.
 
@@ -143,7 +134,7 @@ class _Run:
         reference: Reference | None,
         writer: ReferenceWriter | None,
         journal: Journal,
-        progress: Callable[[EvaluationProgress], None] | None,
+        progress: Callable[[TokenProgress], None] | None,
     ) -> None:
         self.model, self.corpus, self.windows = model, corpus, windows
         self.reference, self.writer, self.journal, self.progress = reference, writer, journal, progress
@@ -171,7 +162,7 @@ class _Run:
 
     def _show(self, done: int) -> None:
         if self.progress is not None:
-            self.progress(EvaluationProgress(done, len(self.logprobs)))
+            self.progress(TokenProgress(done, len(self.logprobs)))
 
     def _batches(self, left: list[int]) -> Iterator[list[int]]:
         """Windows of one length and one stretch of context, as many as a chunk of a prompt has tokens."""

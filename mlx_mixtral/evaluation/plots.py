@@ -1,33 +1,21 @@
-"""Plots of an evaluation as PNG files; needs matplotlib, the extra ``plots``."""
+"""Plots of an evaluation as PNG; needs matplotlib, the extra ``plots``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.evaluation.figures import new_figure, png
 from mlx_mixtral.evaluation.passkey import PasskeyResult
 from mlx_mixtral.evaluation.results import Evaluation, LengthBucket
-from mlx_mixtral.files import replace_file
 
-__all__ = ["draw_domains", "draw_long_context", "plot_long_context"]
+__all__ = ["draw_domains", "draw_long_context"]
 
 OWN, THEIRS = "#4477AA", "#BBBBBB"
 
 
-def plot_long_context(place: Path, title: str, passkeys: PasskeyResult | None, buckets: list[LengthBucket]) -> None:
-    """Write a PNG: the passkey heat map and perplexity by length of context, whichever there are, as in Mixtral's figure 4.
-
-    Raises:
-        MissingDependencyError: no matplotlib.
-        DestinationError, DiskSpaceError: it cannot be written.
-    """
-    replace_file(place, draw_long_context(title, passkeys, buckets))
-
-
 def draw_long_context(title: str, passkeys: PasskeyResult | None, buckets: Sequence[LengthBucket]) -> bytes:
-    """The PNG that ``plot_long_context`` writes.
+    """A PNG of the passkey heat map and perplexity by length of context, whichever there are, as in Mixtral's figure 4.
 
     Raises:
         MissingDependencyError: no matplotlib.

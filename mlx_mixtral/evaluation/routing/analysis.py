@@ -204,13 +204,15 @@ def _domain(record: RoutingRecord, stretches: Ints) -> DomainRouting:
     before, after = places[~is_last], places[~is_last] + 1
     _, layers, per_token = record.trace.experts.shape
     size = record.trace.num_experts
-    shares, choices, pairs, first, either, entropy = [], [], [], [], [], []
+    shares, pairs, first, either, entropy = [], [], [], [], []
+    choices: list[list[Estimate]] = [[] for _ in range(per_token)]
     for layer in range(layers):
         experts = record.trace.experts[:, layer].astype(np.int64)  # [all T, K]
         own = experts[places]
         by_choice = [tokens.count(own[:, choice], size) for choice in range(per_token)]  # [G, E] each
         shares.append(tokens.mean(sum(by_choice[1:], by_choice[0]) / per_token))
-        choices.append([tokens.mean(counts) for counts in by_choice])
+        for found, counts in zip(choices, by_choice, strict=True):
+            found.append(tokens.mean(counts))
         together = np.zeros((tokens.blocks, size * size))
         for a in range(per_token):
             for b in range(a + 1, per_token):
@@ -222,15 +224,11 @@ def _domain(record: RoutingRecord, stretches: Ints) -> DomainRouting:
         either.append(follows.mean(follows.add(shared)))
         if record.entropy is not None:
             entropy.append(tokens.mean(tokens.add(record.entropy[places, layer].astype(np.float64))))
-    swapped = [[layer[choice] for layer in choices] for choice in range(per_token)]
     return DomainRouting(
         len(places),
         len(before),
         _stacked(shares),
-        Estimate(
-            np.stack([_stacked(choice).value for choice in swapped]),
-            np.stack([_stacked(choice).stderr for choice in swapped]),
-        ),
+        _stacked([_stacked(choice) for choice in choices]),
         _stacked(first),
         _stacked(either),
         _stacked(pairs),

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from mlx_mixtral.evaluation.figures import new_figure, png, style
 from mlx_mixtral.evaluation.routing.analysis import Estimate, RoutingAnalysis
 from mlx_mixtral.evaluation.routing.charts import draw_curves, draw_pairs, draw_shares
-from mlx_mixtral.files import replace_file
 
-__all__ = ["draw_routing", "plot_routing"]
+__all__ = ["draw_routing"]
 
 MAX_LEGEND_COLUMNS = 9
 
 
-def plot_routing(place: Path, found: RoutingAnalysis, layers: Sequence[int] | None = None) -> None:
-    """Write a PNG: shares of experts and pairs for ``layers`` (first, middle, last when None), curves over all layers.
-
-    Raises:
-        MissingDependencyError: no matplotlib.
-        DestinationError, DiskSpaceError: it cannot be written.
-    """
-    replace_file(place, draw_routing(found, layers))
-
-
 def draw_routing(found: RoutingAnalysis, layers: Sequence[int] | None = None) -> bytes:
-    """The PNG that ``plot_routing`` writes.
+    """A PNG of shares and pairs for ``layers`` (first, middle, last when None), and curves over all layers.
 
     Raises:
         MissingDependencyError: no matplotlib.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.arguments import check_callbacks, check_integer, check_type
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.evaluation.corpus import Corpus, check_window, encode_texts
+from mlx_mixtral.evaluation.corpus import Corpus, TokenProgress, check_window, encode_texts
 from mlx_mixtral.evaluation.forward import context_limit, hidden_states
 from mlx_mixtral.evaluation.routing.record import RoutingRecord
 from mlx_mixtral.evaluation.texts import Text
@@ -21,17 +21,9 @@ from mlx_mixtral.model.routing import Routed, RoutingObserver
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.tokenizer import Tokenizer
 
-__all__ = ["RoutingProgress", "Stretch", "record_texts", "stretches"]
+__all__ = ["Stretch", "record_texts", "stretches"]
 
 Ids = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class RoutingProgress:
-    """How far a recording is, in tokens."""
-
-    done_tokens: int
-    total_tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +74,7 @@ def record_texts(
     max_tokens: int | None = None,
     keep_text: bool = True,
     name: str = "",
-    progress: Callable[[RoutingProgress], None] | None = None,
+    progress: Callable[[TokenProgress], None] | None = None,
 ) -> RoutingRecord:
     """What the routers choose for texts, by domain, with the gate's entropy. Streamed experts give the same.
 
@@ -120,7 +112,7 @@ def record_texts(
                 entropy.append(routed.entropy.astype(np.float16))
             done += len(part.ids)
             if progress is not None:
-                progress(RoutingProgress(done, total))
+                progress(TokenProgress(done, total))
     starts = np.cumsum([0, *(len(part.ids) for part in parts)])[:-1]
     domains = tuple(corpus.domains)
     return RoutingRecord(
