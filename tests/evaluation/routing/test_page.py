@@ -138,9 +138,17 @@ def test_every_figure_says_and_shows_what_was_found() -> None:
     # Heights are those values on one scale.
     heights = [float(shapes[title]["y"] or "") for title in shown]
     assert np.corrcoef(heights, list(shown.values()))[0, 1] == pytest.approx(-1, abs=1e-6)
+    bars = {
+        f"{name}, expert {e}: {share:.1%}": share
+        for name, d in found.domains.items()
+        for e, share in enumerate(d.shares.value[3])
+    }
+    heights = [min(map(float, re.findall(r"[ML] \S+ (\S+)", shapes[title]["d"] or ""))) for title in bars]
+    assert np.corrcoef(heights, list(bars.values()))[0, 1] == pytest.approx(-1, abs=1e-6)
     lift, pairs = found.overall.clear_lift[3], found.overall.pairs.value[3]
     for a, b in np.argwhere(np.isfinite(lift)):
-        assert f"{a} and {b}: {pairs[a, b]:.2%} of tokens, {lift[a, b]:.2f} of chance" in shapes
+        cell = shapes[f"{a} and {b}: {pairs[a, b]:.2%} of tokens, {lift[a, b]:.2f} of chance"]
+        assert f"fill: var(--{'hi' if lift[a, b] >= 1 else 'lo'})" in (cell["style"] or "")
 
 
 def test_the_same_record_gives_the_same_bytes() -> None:
@@ -154,6 +162,7 @@ def test_figures_follow_light_and_dark_and_the_width() -> None:
     for figure in figures:
         assert re.match(r'<svg class="chart" viewBox="0 0 \d+ \d+" role="img" aria-label="[^"]+">', figure)
         assert "var(--soft)" in figure
+        assert "<style" not in figure  # it would hold for the whole page
         assert not {"#000000", "#ffffff", "data:"} & set(re.findall(r"#\w{6}|data:", figure))
 
 
