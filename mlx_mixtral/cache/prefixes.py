@@ -16,7 +16,7 @@ MAX_LOST_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptPrefix:
     """A sequence and its cache, which holds just its tokens."""
 
     tokens: list[int]
@@ -37,7 +37,7 @@ class PrefixStore:
 
     def __init__(self, limit_bytes: int, *, has_memory: bool = True) -> None:
         self.limit_bytes, self.has_memory = limit_bytes, has_memory
-        self._kept: list[Kept] = []
+        self._kept: list[KeptPrefix] = []
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -61,7 +61,7 @@ class PrefixStore:
             self.clear()
         # What the new one begins with, it replaces.
         self._kept = [kept for kept in self._kept if common_prefix(kept.tokens, tokens) < len(kept.tokens)]
-        self._kept.append(Kept(list(tokens), cache))
+        self._kept.append(KeptPrefix(list(tokens), cache))
         while self._kept and self.nbytes > self.limit_bytes:
             self._kept.pop(0)
 

@@ -26,12 +26,11 @@ from mlx_mixtral.runtime.requests import GenerationOptions, Requests, TextReques
 from mlx_mixtral.runtime.stream import Chunk, Generation, TextStream
 from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral.tokenizer import Tokenizer
+from mlx_mixtral.tokenizer.base import Message
 
 __all__ = ["CHAT_SAMPLING", "Mixtral"]
 
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
-
-Message = Mapping[str, Any]
 
 
 class Mixtral:
