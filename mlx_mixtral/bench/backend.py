@@ -47,7 +47,7 @@ class Backend(Protocol):
         ...
 
     def go_to(self, prompt: Sequence[int]) -> None:
-        """Fill a cache with all of ``prompt`` but the last token, for ``decode``; an empty one lets go of it."""
+        """Fill a cache with all of ``prompt`` but the last token, for ``decode``; an empty prompt frees it."""
         ...
 
     def decode(self, tokens: int) -> Timing:
@@ -59,7 +59,7 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Free the weights."""
         ...
 
 

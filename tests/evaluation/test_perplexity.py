@@ -19,9 +19,9 @@ from mlx_mixtral.errors import (
     TokenizerError,
 )
 from mlx_mixtral.evaluation import perplexity
-from mlx_mixtral.evaluation.corpus import encode_texts
+from mlx_mixtral.evaluation.corpus import TokenProgress, encode_texts
 from mlx_mixtral.evaluation.journal import Journal
-from mlx_mixtral.evaluation.perplexity import EvaluationProgress, evaluate
+from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.reference import Reference
 from mlx_mixtral.evaluation.texts import Text
 
@@ -153,7 +153,7 @@ def test_an_interrupted_run_goes_on_from_its_journal(
     place = tmp_path / "run.journal"
     stop_at = 50
 
-    def interrupt(at: EvaluationProgress) -> None:
+    def interrupt(at: TokenProgress) -> None:
         if at.done_tokens > stop_at:
             raise KeyboardInterrupt
 
@@ -188,7 +188,7 @@ def test_an_interrupted_run_goes_on_from_its_journal(
 def test_windows_are_done_again_when_the_file_they_went_into_is_gone(model: Mixtral, tmp_path: Path) -> None:
     place = tmp_path / "run.journal"
 
-    def interrupt(at: EvaluationProgress) -> None:
+    def interrupt(at: TokenProgress) -> None:
         if at.done_tokens:
             raise KeyboardInterrupt
 

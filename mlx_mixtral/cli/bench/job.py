@@ -12,15 +12,15 @@ from mlx_mixtral.bench.backend import Ours
 from mlx_mixtral.bench.cases import Cases, plan_cases
 from mlx_mixtral.bench.measurements import OURS, BenchReport
 from mlx_mixtral.bench.mlx_lm_backend import MlxLm, check_mlx_lm, mlx_lm_version
-from mlx_mixtral.bench.plots import plot_bench
+from mlx_mixtral.bench.plots import draw_bench
 from mlx_mixtral.bench.run import Opener, run_bench
 from mlx_mixtral.cli.bench.options import BenchOptions
 from mlx_mixtral.cli.bench.tables import print_bench
 from mlx_mixtral.cli.console import err_console
 from mlx_mixtral.cli.subject import Subject
 from mlx_mixtral.errors import ContextLengthError
-from mlx_mixtral.evaluation.plots import check_plotting
-from mlx_mixtral.files import check_destination
+from mlx_mixtral.evaluation.figures import check_plotting
+from mlx_mixtral.files import check_destination, replace_file
 from mlx_mixtral.info.macs import published_for
 from mlx_mixtral.machine.device import DTYPE_NAMES, compute_dtype, current_device
 from mlx_mixtral.machine.memory import read_system_memory, usable_bytes
@@ -99,7 +99,8 @@ class BenchJob:
             DestinationError, DiskSpaceError: it cannot be written.
         """
         if self._place is not None:
-            plot_bench(self._place, f"{self.subject.name} on {self.device.name}, {self.dtype}", self.report)
+            title = f"{self.subject.name} on {self.device.name}, {self.dtype}"
+            replace_file(self._place, draw_bench(title, self.report))
 
     def _plan(self, context: int | None, wanted: dict[str, Any]) -> Cases:
         own = self.subject.config.max_position_embeddings

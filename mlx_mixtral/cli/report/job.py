@@ -18,9 +18,9 @@ from mlx_mixtral.cli.report.options import ReportOptions
 from mlx_mixtral.cli.routing.job import published_beside
 from mlx_mixtral.cli.subject import Baseline, Subject, predicted, read_corpus
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, MissingDependencyError
+from mlx_mixtral.evaluation.figures import check_plotting
 from mlx_mixtral.evaluation.passkey import DEFAULT_DEPTHS, PasskeyResult, check_passkey, passkey
 from mlx_mixtral.evaluation.perplexity import evaluate
-from mlx_mixtral.evaluation.plots import check_plotting
 from mlx_mixtral.evaluation.reference import DEFAULT_TOP_K, Reference, ReferenceHeader
 from mlx_mixtral.evaluation.report import SECTION_FILE, Contents, Run, report_files
 from mlx_mixtral.evaluation.report.contents import fills_window
@@ -141,7 +141,7 @@ class ReportJob:
             with count_progress("routing") as show:
                 record = record_texts(
                     model, self.corpus, window=self.window, keep_text=False, name=self.subject.name,
-                    progress=lambda at: show(at.done_tokens, at.total_tokens),
+                    progress=predicted(show),
                 )  # fmt: skip
             routing = analyse(record)
         return evaluation, passkeys, routing

@@ -10,14 +10,14 @@ from mlx_mixtral.cli.destinations import check_destinations
 from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.cli.routing.options import RoutingOptions
 from mlx_mixtral.cli.routing.tables import print_excerpts, print_routing
-from mlx_mixtral.cli.subject import Subject, read_corpus
+from mlx_mixtral.cli.subject import Subject, predicted, read_corpus
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window
-from mlx_mixtral.evaluation.plots import check_plotting
+from mlx_mixtral.evaluation.figures import check_plotting
 from mlx_mixtral.evaluation.routing.analysis import RoutingAnalysis, analyse
 from mlx_mixtral.evaluation.routing.excerpt import Excerpt, excerpts
 from mlx_mixtral.evaluation.routing.page import routing_page
-from mlx_mixtral.evaluation.routing.plots import plot_routing
+from mlx_mixtral.evaluation.routing.plots import draw_routing
 from mlx_mixtral.evaluation.routing.published import PUBLISHED_LAYERS, mean_published, published_for
 from mlx_mixtral.evaluation.routing.record import RoutingRecord, trace_file_bytes
 from mlx_mixtral.evaluation.routing.recording import record_texts, stretches
@@ -36,7 +36,7 @@ class RoutingJob:
         if given.sample is not None:
             check_integer("sample", given.sample, 0, wanted="a number of tokens, 0 for none")
         self.places = check_destinations({"--plot": given.plot, "--html": given.html, "--save-trace": given.save_trace})
-        if given.plot is not None:
+        if given.plot is not None or given.html is not None:
             check_plotting()
         self.record: RoutingRecord | None = None
         self.corpus: Corpus | None = None
@@ -101,13 +101,13 @@ class RoutingJob:
                     max_tokens=self.given.max_tokens,
                     keep_text=not self.given.no_text,
                     name=self.subject.name,
-                    progress=lambda at: show(at.done_tokens, at.total_tokens),
+                    progress=predicted(show),
                 )
         if (trace := self.places.get("--save-trace")) is not None:
             self.record.save(trace)
         self.analysis = found = analyse(self.record)
         if (plot := self.places.get("--plot")) is not None:
-            plot_routing(plot, found, self.layers)
+            replace_file(plot, draw_routing(found, self.layers))
         if (html := self.places.get("--html")) is not None:
             replace_file(html, routing_page(found, self._excerpts(PAGE_SAMPLE), self.layers).encode())
         return found.to_dict() | {"published": published_beside(found)}

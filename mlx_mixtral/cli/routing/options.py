@@ -29,7 +29,7 @@ class RoutingOptions:
         "--save-trace FILE",
         "Keep what was recorded; as MODEL/routing.trace, memory budgets of MODEL are planned with it.",
     )
-    plot: str | None = option("--plot FILE", "PNG of all figures.")
-    html: str | None = option("--html FILE", "One self-contained page with everything.")
+    plot: str | None = option("--plot FILE", "PNG of all figures; needs matplotlib.")
+    html: str | None = option("--html FILE", "One self-contained page with everything; needs matplotlib.")
     loading: LoadOptions = group(LoadOptions)
     as_json: bool = json_flag()

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from mlx_mixtral import Mixtral, load
 from mlx_mixtral.errors import CheckpointError, ContextLengthError, DestinationError, InvalidRequestError, MixtralError
-from mlx_mixtral.evaluation.routing import RoutingProgress, RoutingRecord, record_texts
+from mlx_mixtral.evaluation.corpus import TokenProgress
+from mlx_mixtral.evaluation.routing import RoutingRecord, record_texts
 from mlx_mixtral.evaluation.routing.record import trace_file_bytes
 from mlx_mixtral.evaluation.texts import Text
 from mlx_mixtral.experts import trace as trace_module
@@ -83,9 +84,9 @@ def test_streamed_experts_and_short_chunks_give_the_same(tiny: Path, model: Mixt
 
 
 def test_progress_counts_tokens(model: Mixtral) -> None:
-    seen: list[RoutingProgress] = []
+    seen: list[TokenProgress] = []
     record_texts(model, beginnings(60)[:2], max_tokens=10, progress=seen.append)
-    assert seen == [RoutingProgress(10, 20), RoutingProgress(20, 20)]
+    assert seen == [TokenProgress(10, 20), TokenProgress(20, 20)]
 
 
 def test_a_record_comes_back_and_is_a_trace_too(made: RoutingRecord, tmp_path: Path) -> None:
