@@ -41,7 +41,9 @@ def doctor(given: DoctorOptions) -> None:
     from mlx_mixtral.machine.device import current_device
 
     if current_device().kind != "cpu":
-        note("the first call of a kernel compiles it, for seconds each; what follows takes longer the first time")
+        note(
+            "MLX compiles a kernel when it is first called, for some seconds each: the checks take longer the first time"
+        )
     if given.as_json:
         diagnosis = run_doctor()
         emit_json(diagnosis.to_dict())
