@@ -17,9 +17,9 @@ from mlx_mixtral.config.layout import Matrix, Norm, matrices, norms
 from mlx_mixtral.layers.attention import Attention
 from mlx_mixtral.layers.expert_bank import swiglu
 from mlx_mixtral.layers.linear import Linear
+from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.model.moe import route
-from mlx_mixtral.model.transformer import RMSNorm
 from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.sources.base import TensorSource, Values, tensor_place
 
