@@ -140,7 +140,7 @@ def convert(
         check_vocabulary(small, tensors.config.vocab_size)
         check_stop_ids(small, tensors.config)
         notes = tokenizer_notes(small)
-        small["config.json"] = model_config_text(tensors.entries, plan, recipe)
+        small["config.json"] = model_config_text(tensors.entries, plan, recipe.default)
         small[INDEX_FILE] = plan.index()
         needed = plan.output_bytes + sum(map(len, small.values())) + SPARE_BYTES
         free = destination.free_bytes()
@@ -253,7 +253,7 @@ def _finish(
         files[shard.file] = {"bytes": shard.nbytes, "sha256": written.hashes[shard.file]}
     for name, data in small.items():
         files[name] = {"bytes": len(data), "sha256": write_file(partial / name, data)}
-    write_file(partial / MANIFEST, conversion_text(origin, plan, recipe, written, files))
+    write_file(partial / MANIFEST, conversion_text(origin, plan, recipe, written.errors, files))
 
 
 def _origin(source: str | Path, revision: str | None, folder: Path, tensors: TensorSource) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.output.journal import CancelledError, Journal
 from mlx_mixtral_convert.output.plan import Plan, ShardPlan
 from mlx_mixtral_convert.output.write import ShardWriter
-from mlx_mixtral_convert.packing.measure import ErrorSum
+from mlx_mixtral_convert.packing.measure import ErrorSum, MatrixError
 from mlx_mixtral_convert.packing.quantize import cast, quantize
-from mlx_mixtral_convert.report import MatrixError
+from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.rounding import Rounder
-from mlx_mixtral_convert.sources import PackedSource, TensorSource, Values, tensor_place
+from mlx_mixtral_convert.sources import PackedSource, TensorSource, tensor_place
 
 __all__ = ["Piece", "Written", "pack_piece", "packed_arrays", "read_piece", "write_weights"]
 
@@ -220,11 +220,5 @@ def _finish(out: ShardWriter, journal: Journal, plan: Plan, errors: dict[str, Er
 
 def _summary(plan: Plan, shard: ShardPlan, errors: dict[str, ErrorSum]) -> Iterator[MatrixError]:
     for matrix in shard.matrices:
-        if (total := errors.get(matrix.path)) is not None:
-            spec = str(plan.specs[matrix.path])
-            yield MatrixError(matrix.path, spec, _digits(total.relative_rms), _digits(total.worst))
-
-
-def _digits(value: float) -> float:
-    """Six significant digits: what is worth reading, and the same on every machine."""
-    return float(f"{value:.6g}")
+        if (spec := plan.specs[matrix.path]) is not None:
+            yield errors[matrix.path].summary(matrix.path, spec)

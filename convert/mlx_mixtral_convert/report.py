@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mlx_mixtral_convert.output.plan import Plan
+from mlx_mixtral_convert.packing.measure import MatrixError
 
-__all__ = ["ConversionReport", "MatrixError", "PackedAs", "PartSize", "Progress", "part_sizes", "peak_memory_bytes"]
+__all__ = ["ConversionReport", "PackedAs", "PartSize", "Progress", "part_sizes", "peak_memory_bytes"]
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,6 @@ class Progress:
     layer: int | None
     layers: int
     what: str
-
-
-@dataclass(frozen=True)
-class MatrixError:
-    """How far a packed matrix (all experts together) is from its source: ``‖w-ŵ‖/‖w‖`` and the largest ``|w-ŵ|``."""
-
-    path: str
-    spec: str
-    relative_rms: float
-    worst: float
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import QuantizationSpec
 
-__all__ = ["FIELDS", "Matrix", "Norm", "Rows", "layer_of", "layer_path", "locate", "matrices", "module_tensor", "norms"]
+__all__ = [
+    "FIELDS",
+    "Matrix",
+    "Norm",
+    "Rows",
+    "fields_of",
+    "layer_of",
+    "layer_path",
+    "locate",
+    "matrices",
+    "module_tensor",
+    "norms",
+]
 
 Part = Literal["embedding", "attention", "router", "expert", "head"]
 Field = Literal["weight", "scales", "biases"]
@@ -72,6 +85,13 @@ class Rows:
     stop: int
     of: int
     experts: int | None = None
+
+
+def fields_of(spec: QuantizationSpec | None) -> tuple[Field, ...]:
+    """The tensors a matrix is stored as: packed when there is a ``spec``."""
+    if spec is None:
+        return ("weight",)
+    return FIELDS if spec.has_biases else ("weight", "scales")
 
 
 def layer_path(layer: int) -> str:

@@ -36,7 +36,8 @@ from mlx_mixtral_convert.output.file_destination import FileDestination
 from mlx_mixtral_convert.output.write import explain
 from mlx_mixtral_convert.packing.measure import decode
 from mlx_mixtral_convert.packing.quantize import cast
-from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, Values, tensor_place
+from mlx_mixtral_convert.packing.values import Values
+from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, tensor_place
 
 __all__ = ["GGUF_TYPES", "GgufTensor", "write_gguf"]
 

@@ -23,7 +23,7 @@ from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import DtypeRangeError, NonFiniteWeightsError
 from mlx_mixtral.weights.dtypes import convert, is_finite
 from mlx_mixtral_convert.packing.measure import decode, row_blocks
-from mlx_mixtral_convert.sources import Values
+from mlx_mixtral_convert.packing.values import Values
 
 __all__ = ["BLOCK", "ROW_BYTES", "encode", "interleave_halves", "repack", "repackable"]
 

@@ -15,8 +15,9 @@ from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.errors import ConversionError
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.output.manifest import copied_files, read_file
+from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.report import Progress
-from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, Values
+from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource
 
 __all__ = ["Job", "Result"]
 

@@ -26,7 +26,7 @@ from mlx_mixtral.errors import CheckpointError, ConfigError, ConversionError, De
 from mlx_mixtral.weights.manifest import file_sha256
 from mlx_mixtral_convert.output.plan import ShardPlan
 from mlx_mixtral_convert.output.write import explain, sync_folder
-from mlx_mixtral_convert.report import MatrixError
+from mlx_mixtral_convert.packing.measure import MatrixError
 
 __all__ = ["JOURNAL", "CancelledError", "Finished", "Journal"]
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import __version__
+from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral_convert.output.plan import Plan
-from mlx_mixtral_convert.pipeline import Written
-from mlx_mixtral_convert.recipes import Recipe
+from mlx_mixtral_convert.packing.measure import MatrixError
 
 __all__ = ["DTYPE_NAMES", "Origin", "conversion_text", "copied_files", "model_config_text", "read_file"]
 
@@ -45,14 +45,14 @@ def read_file(path: Path) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def model_config_text(entries: Mapping[str, Any], plan: Plan, recipe: Recipe) -> bytes:
-    """The output's config.json: the source's entries with this packing and float type."""
+def model_config_text(entries: Mapping[str, Any], plan: Plan, default: QuantizationSpec | None) -> bytes:
+    """The output's config.json: the source's entries with this float type, and the packing by ``default`` and what differs."""
     config = {key: value for key, value in entries.items() if key not in _DROPPED}
     spelled = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
     config |= dict.fromkeys(spelled, DTYPE_NAMES[plan.dtype])
     # mlx-lm's Mixtral reads only the older spelling and assumes 1e6 without it.
     config.setdefault("rope_theta", plan.config.rope.theta)
-    if (quantization := plan.quantization(recipe.default)) is not None:
+    if (quantization := plan.quantization(default)) is not None:
         # Twice, as mlx-lm writes it: the hub's pages read the second.
         config |= dict.fromkeys(("quantization", "quantization_config"), quantization.to_dict())
     return _json(config)
@@ -62,7 +62,7 @@ def conversion_text(
     origin: Origin,
     plan: Plan,
     recipe: Mapping[str, Any],
-    written: Written,
+    errors: Iterable[MatrixError],
     files: Mapping[str, Mapping[str, Any]],
 ) -> bytes:
     """The output's conversion.json: where it came from, how, and what it is. No times: two runs give the same bytes."""
@@ -78,7 +78,7 @@ def conversion_text(
             "errors": {
                 error.path: {"spec": error.spec, "relative_rms": error.relative_rms, "worst": error.worst}
                 | _kept(plan, error.path)
-                for error in written.errors
+                for error in errors
             },
         }
     )

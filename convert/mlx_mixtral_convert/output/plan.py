@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from mlx_mixtral.config.layout import FIELDS, Field, Matrix, Norm, matrices, module_tensor, norms
+from mlx_mixtral.config.layout import Matrix, Norm, fields_of, matrices, module_tensor, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationConfig, QuantizationSpec
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral_convert.sources.base import NativePacking
+from mlx_mixtral_convert.packing.values import NativePacking
 
-__all__ = ["INDEX_FILE", "Plan", "ShardPlan", "TensorPlan", "fields_of", "make_plan"]
+__all__ = ["INDEX_FILE", "Plan", "ShardPlan", "TensorPlan", "make_plan"]
 
 INDEX_FILE = "model.safetensors.index.json"
 # Apple's page size: a tensor that starts on a page can be read, or mapped, without touching its neighbour.
@@ -121,13 +121,6 @@ class Plan:
         base = default if default in weights else max(weights, key=lambda spec: weights[spec])
         assert base is not None
         return QuantizationConfig(base, {path: spec for path, spec in self.specs.items() if spec != base})
-
-
-def fields_of(spec: QuantizationSpec | None) -> tuple[Field, ...]:
-    """The tensors a matrix is stored as."""
-    if spec is None:
-        return ("weight",)
-    return FIELDS if spec.has_biases else ("weight", "scales")
 
 
 def make_plan(

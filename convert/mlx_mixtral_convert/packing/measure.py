@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.weights.dtypes import convert
-from mlx_mixtral_convert.sources.base import Values
+from mlx_mixtral_convert.packing.values import Values
 
-__all__ = ["ErrorSum", "decode", "row_blocks", "unpack"]
+__all__ = ["ErrorSum", "MatrixError", "decode", "row_blocks", "unpack"]
 
 Floats = npt.NDArray[np.float32]
 # Blocks that fit in a core's cache: five passes over them cost one over memory.
@@ -44,6 +44,16 @@ _E4M3 = _small_float(4, 3, 7)
 _E8M0 = np.append(2.0 ** (np.arange(255) - 127.0), np.nan).astype(np.float32)
 _CODES = {"mxfp4": _E2M1, "nvfp4": _E2M1, "mxfp8": _E4M3}
 _SCALES = {"mxfp4": _E8M0, "nvfp4": _E4M3, "mxfp8": _E8M0}
+
+
+@dataclass(frozen=True)
+class MatrixError:
+    """How far a packed matrix (all experts together) is from its source: ``‖w-ŵ‖/‖w‖`` and the largest ``|w-ŵ|``."""
+
+    path: str
+    spec: str
+    relative_rms: float
+    worst: float
 
 
 @dataclass
@@ -75,6 +85,10 @@ class ErrorSum:
     def relative_rms(self) -> float:
         """``‖w-ŵ‖/‖w‖``; 0 for weights that are all zero."""
         return float((self.error / self.weight) ** 0.5) if self.weight else 0.0
+
+    def summary(self, path: str, spec: QuantizationSpec) -> MatrixError:
+        """For the record: six digits, which are worth reading and the same on every machine."""
+        return MatrixError(path, str(spec), float(f"{self.relative_rms:.6g}"), float(f"{self.worst:.6g}"))
 
 
 def decode(packed: Mapping[str, npt.NDArray[Any]], spec: QuantizationSpec) -> Floats:

@@ -11,17 +11,15 @@ from typing import cast
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral_convert.sources.base import (
     GeneratedFiles,
-    NativePacking,
     PackedSource,
     SourceFiles,
     TensorSource,
-    Values,
     tensor_place,
 )
 from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
 
 __all__ = [
-    "KINDS", "GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "Storage", "TensorSource", "Values",
+    "KINDS", "GeneratedFiles", "PackedSource", "SourceFiles", "Storage", "TensorSource",
     "detect", "open_source", "tensor_place",
 ]  # fmt: skip
 

@@ -7,7 +7,6 @@ values. A new layout is one module with one class of this shape, and a line in `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -17,23 +16,11 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, Norm
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import ConversionError
+from mlx_mixtral_convert.packing.values import NativePacking, Values
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "TensorSource", "Values", "tensor_place"]
-
-
-@dataclass(frozen=True)
-class Values:
-    """Float values ``[rows, columns]`` as read: ``dtype`` is the safetensors name, BF16 is carried as uint16."""
-
-    array: npt.NDArray[Any]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return self.array.nbytes
+__all__ = ["GeneratedFiles", "PackedSource", "SourceFiles", "TensorSource", "tensor_place"]
 
 
 class TensorSource(Protocol):
@@ -97,24 +84,6 @@ class TensorSource(Protocol):
 def tensor_place(source: TensorSource, item: Matrix | Norm, expert: int = 0) -> str:
     """How a message about the values of a tensor begins: with its file and its name there."""
     return f"{source.file(item, expert)}: tensor {source.name(item, expert)!r}"
-
-
-@dataclass(frozen=True)
-class NativePacking:
-    """What a matrix becomes when its source's packing is kept.
-
-    Args:
-        spec: the MLX packing that holds it.
-        exact: whether the source's integers fit that packing as they are. False: the nearest packing, into which the
-            dequantised values have to be rounded.
-        type_name: the source's name for its type, as in ``Q4_K``, for messages and the report.
-        lossless: with ``exact``, whether scales and biases fit float16 too, so that not one value changes.
-    """
-
-    spec: QuantizationSpec
-    exact: bool
-    type_name: str
-    lossless: bool = False
 
 
 @runtime_checkable

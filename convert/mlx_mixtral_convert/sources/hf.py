@@ -17,7 +17,8 @@ from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
-from mlx_mixtral_convert.sources.base import SourceFiles, Values
+from mlx_mixtral_convert.packing.values import Values
+from mlx_mixtral_convert.sources.base import SourceFiles
 from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint, StoredReader
 from mlx_mixtral_convert.sources.storage.local import Storage
 

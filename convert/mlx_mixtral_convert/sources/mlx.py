@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config.layout import Field, Matrix, Rows, locate, matrices
+from mlx_mixtral.config.layout import Field, Matrix, Rows, fields_of, locate, matrices
 from mlx_mixtral.config.mixtral import MixtralConfig, read_json
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert, is_finite
 from mlx_mixtral.weights.packing import packing_of
-from mlx_mixtral_convert.output.plan import fields_of
 from mlx_mixtral_convert.packing.measure import decode, row_blocks
-from mlx_mixtral_convert.sources.base import NativePacking, Values, tensor_place
+from mlx_mixtral_convert.packing.values import NativePacking, Values
+from mlx_mixtral_convert.sources.base import tensor_place
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource
 from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint
 from mlx_mixtral_convert.sources.storage.local import Storage

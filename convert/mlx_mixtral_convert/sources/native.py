@@ -21,7 +21,7 @@ from mlx_mixtral.config.mixtral import MixtralConfig, read_json
 from mlx_mixtral.errors import CheckpointError, ConfigError
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.safetensors import TensorInfo
-from mlx_mixtral_convert.sources.base import Values
+from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.row_order import part_halves
 from mlx_mixtral_convert.sources.storage.file import read_header
 from mlx_mixtral_convert.sources.storage.local import Storage

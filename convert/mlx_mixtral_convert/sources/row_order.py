@@ -7,7 +7,7 @@ import numpy as np
 from mlx_mixtral.weights.checkpoint import CheckpointReader
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import ITEM_BYTES, TensorInfo
-from mlx_mixtral_convert.sources.base import Values
+from mlx_mixtral_convert.packing.values import Values
 
 __all__ = ["part_halves", "read_transposed"]
 

@@ -20,7 +20,8 @@ from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConfigError
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral_convert.packing.transcode import AFFINE, transcode
-from mlx_mixtral_convert.sources.base import NativePacking, SourceFiles, Values, tensor_place
+from mlx_mixtral_convert.packing.values import NativePacking, Values
+from mlx_mixtral_convert.sources.base import SourceFiles, tensor_place
 from mlx_mixtral_convert.sources.gguf.config import hf_entries
 from mlx_mixtral_convert.sources.gguf.files import check_split, gguf_files, model_files
 from mlx_mixtral_convert.sources.gguf.header import GgufTensor, is_gguf, read_header

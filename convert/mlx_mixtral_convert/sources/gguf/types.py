@@ -10,7 +10,7 @@ import numpy.typing as npt
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral_convert.packing.measure import row_blocks
 from mlx_mixtral_convert.packing.transcode import AFFINE, dequantize_affine
-from mlx_mixtral_convert.sources.base import NativePacking
+from mlx_mixtral_convert.packing.values import NativePacking
 
 __all__ = ["FLOAT_TYPES", "TYPES", "GgufType", "dequantize", "native_packing"]
 

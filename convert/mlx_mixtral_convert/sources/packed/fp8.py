@@ -15,7 +15,7 @@ from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.packing.measure import row_blocks
-from mlx_mixtral_convert.sources.base import NativePacking
+from mlx_mixtral_convert.packing.values import NativePacking
 from mlx_mixtral_convert.sources.packed.modules import Floats, PackedModules, packing_entry
 from mlx_mixtral_convert.sources.storage.local import Storage
 

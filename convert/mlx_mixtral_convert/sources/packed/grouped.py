@@ -13,7 +13,8 @@ from mlx_mixtral.config.quantization import AFFINE_GROUP_SIZES, QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.packing.measure import row_blocks, unpack
-from mlx_mixtral_convert.sources.base import NativePacking, tensor_place
+from mlx_mixtral_convert.packing.values import NativePacking
+from mlx_mixtral_convert.sources.base import tensor_place
 from mlx_mixtral_convert.sources.packed.modules import Floats, PackedModules, packing_entry
 from mlx_mixtral_convert.sources.storage.local import Storage
 

@@ -14,7 +14,7 @@ from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
-from mlx_mixtral_convert.sources.base import NativePacking, Values
+from mlx_mixtral_convert.packing.values import NativePacking, Values
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource, check_float
 from mlx_mixtral_convert.sources.storage.local import Storage
 

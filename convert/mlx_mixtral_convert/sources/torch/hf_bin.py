@@ -7,7 +7,7 @@ from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.safetensors import TensorInfo
-from mlx_mixtral_convert.sources.base import Values
+from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource
 from mlx_mixtral_convert.sources.row_order import read_transposed
 from mlx_mixtral_convert.sources.storage.local import Storage
