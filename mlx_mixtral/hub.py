@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.arguments import as_path, check_type
-from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError, MissingDependencyError, MixtralError
+from mlx_mixtral.files import read_json
 
 __all__ = ["download", "explained", "is_unreachable", "named_file", "parse_repository", "resolve", "wanted_files"]
 

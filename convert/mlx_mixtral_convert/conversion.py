@@ -13,6 +13,7 @@ from mlx_mixtral import __version__
 from mlx_mixtral.arguments import as_path, check_callbacks, check_type
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.files import replace_file
 from mlx_mixtral.hub import named_file, parse_repository, resolve
 from mlx_mixtral.machine.device import current_device
 from mlx_mixtral.sizes import parse_size
@@ -21,12 +22,18 @@ from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.calibration.file import Calibration
 from mlx_mixtral_convert.estimate import estimate_conversion
 from mlx_mixtral_convert.exact import exact_recipe, exact_specs, packed_as
-from mlx_mixtral_convert.output.destination import Destination, check_names
+from mlx_mixtral_convert.output.destination import FolderDestination, check_names
 from mlx_mixtral_convert.output.journal import Journal
-from mlx_mixtral_convert.output.manifest import DTYPE_NAMES, conversion_text, copied_files, model_config_text, read_file
+from mlx_mixtral_convert.output.manifest import (
+    DTYPE_NAMES,
+    conversion_text,
+    copied_files,
+    model_config_text,
+    read_file,
+    write_small_files,
+)
 from mlx_mixtral_convert.output.plan import INDEX_FILE, Plan, make_plan
 from mlx_mixtral_convert.output.vocabulary import check_stop_ids, check_vocabulary, tokenizer_notes
-from mlx_mixtral_convert.output.write import write_file
 from mlx_mixtral_convert.pipeline import Written, write_weights
 from mlx_mixtral_convert.recipes import Recipe
 from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
@@ -116,7 +123,7 @@ def convert(
     with ExitStack() as opened:
         remote = opened.enter_context(closing(_open_remote(source, revision))) if stream else None
         folder = _resolve(source, revision, progress) if remote is None else remote.folder
-        destination = Destination(Path(dest), folder, overwrite=overwrite)
+        destination = FolderDestination(Path(dest), folder, overwrite=overwrite)
         tensors = opened.enter_context(open_source(folder if remote is None else remote, kind))
 
         def again() -> TensorSource:
@@ -248,12 +255,9 @@ def _finish(
     written: Written,
     small: Mapping[str, bytes],
 ) -> None:
-    files: dict[str, dict[str, Any]] = {}
-    for shard in plan.shards:
-        files[shard.file] = {"bytes": shard.nbytes, "sha256": written.hashes[shard.file]}
-    for name, data in small.items():
-        files[name] = {"bytes": len(data), "sha256": write_file(partial / name, data)}
-    write_file(partial / MANIFEST, conversion_text(origin, plan, recipe, written.errors, files))
+    files = {shard.file: {"bytes": shard.nbytes, "sha256": written.hashes[shard.file]} for shard in plan.shards}
+    files |= write_small_files(partial, small)
+    replace_file(partial / MANIFEST, conversion_text(origin, plan, recipe, written.errors, files))
 
 
 def _origin(source: str | Path, revision: str | None, folder: Path, tensors: TensorSource) -> dict[str, Any]:

@@ -7,7 +7,6 @@ runs and answers wrongly is worse than one that refuses.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,9 @@ from mlx_mixtral.config.quantization import QuantizationConfig
 from mlx_mixtral.config.rope import RopeConfig
 from mlx_mixtral.config.supported import refuse_contradiction, refuse_unsupported, shown
 from mlx_mixtral.errors import CheckpointError, ConfigError
+from mlx_mixtral.files import read_json
 
-__all__ = ["MixtralConfig", "parse_json", "read_json", "stop_ids"]
+__all__ = ["MixtralConfig", "stop_ids"]
 
 # model_type -> what transformers assumes for absent keys (configuration_{mixtral,mistral,llama}.py, transformers 5.23).
 # A Mixtral without rope_theta means 1e6, never 1e4.
@@ -257,36 +257,6 @@ class _Reader:
         if value is not None and not isinstance(value, bool):
             raise ConfigError(f"{self.where}: {key} is {value!r}, not true or false")
         return bool(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a small JSON object of a checkpoint folder.
-
-    Raises:
-        CheckpointError: unreadable, not UTF-8, not JSON, or not an object.
-    """
-    try:
-        if path.stat().st_size > 256 * 2**20:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no configuration is that large")
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return parse_json(path, data)
-
-
-def parse_json(where: Path | str, data: bytes) -> dict[str, Any]:
-    """A JSON object; ``where`` names it in errors.
-
-    Raises:
-        CheckpointError: not UTF-8, not JSON, or not an object.
-    """
-    try:
-        parsed = json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(parsed).__name__}, not an object")
-    return parsed
 
 
 def _sliding_window(entries: Mapping[str, Any], get: _Reader, default: int | None) -> int | None:

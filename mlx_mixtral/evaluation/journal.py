@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError, DestinationError
-from mlx_mixtral.files import explained, replace_file
+from mlx_mixtral.files import disk_errors, replace_file
 
 __all__ = ["Journal", "pack", "unpack"]
 
@@ -86,7 +86,7 @@ class Journal:
         if self.path is None:
             return
         lines = [{"part": part, "index": index, **entry} for index, entry in entries]
-        with explained(self.path), self.path.open("a") as file:
+        with disk_errors(self.path), self.path.open("a") as file:
             file.write("".join(f"{json.dumps(line)}\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())

@@ -18,7 +18,7 @@ from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.prefixes import PrefixStore
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, PromptCacheError
 from mlx_mixtral.experts.residency import Residency
-from mlx_mixtral.files import check_destination, explained, partial_path
+from mlx_mixtral.files import atomic_write, check_destination
 from mlx_mixtral.generation.loop import prefill
 from mlx_mixtral.generation.stats import GenerationStats, Token
 from mlx_mixtral.model.transformer import MixtralModel
@@ -109,17 +109,8 @@ class PromptCache:
             for index, array in enumerate(held)
         }
         arrays["tokens"] = mx.array(list(tokens), mx.int32)
-        partial = partial_path(place).with_suffix(".safetensors")
-        try:
-            with explained(place):
-                mx.save_safetensors(str(partial), arrays, self._about(cache))
-                partial.replace(place)
-        except RuntimeError as error:
-            with explained(place):
-                raise OSError(str(error)) from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        with atomic_write(place) as file:
+            mx.save_safetensors(file, arrays, self._about(cache))
         self.kept.put(tokens, cache)
 
     def load(self, path: str | Path, module: MixtralModel) -> list[int]:

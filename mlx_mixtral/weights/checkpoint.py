@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Rows
-from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
 __all__ = ["Checkpoint", "CheckpointReader"]

@@ -255,13 +255,13 @@ def test_a_source_that_went_away_is_an_interruption(tmp_path: Path, source: Path
     assert hashes(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fsync", "write", "append"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "replace", "append"])
 def test_a_disk_that_fills_up_anywhere_is_one_line_and_resumable(
     tmp_path: Path, source: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """Every few calls later than before, until one conversion gets through."""
     failures = kept = 0
-    for allowed in range(0, 2000, {"pwrite": 37, "fsync": 2, "write": 1, "append": 1}[call]):
+    for allowed in range(0, 2000, {"pwrite": 37, "fsync": 2, "replace": 1, "append": 1}[call]):
         with monkeypatch.context() as patch:
             _fill_disk(patch, call, allowed)
             try:
@@ -282,13 +282,15 @@ def test_a_disk_that_fills_up_anywhere_is_one_line_and_resumable(
 
 
 def _fill_disk(patch: pytest.MonkeyPatch, call: str, allowed: int) -> None:
+    owner: Any
     if call == "append":
         from mlx_mixtral_convert.output.journal import Journal
 
         genuine, name = Journal._append, "_append"
-        owner: Any = Journal
+        owner = Journal
     else:
-        genuine, name, owner = getattr(os, call), call, os
+        owner, name = (Path if call == "replace" else os), call
+        genuine = getattr(owner, name)
     done = 0
 
     def full(*arguments: Any, **options: Any) -> Any:

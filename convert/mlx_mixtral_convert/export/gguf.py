@@ -27,13 +27,13 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import Matrix, Norm, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import ConversionError, InvalidRequestError, MissingDependencyError
+from mlx_mixtral.files import disk_error, disk_errors
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.export.gguf_blocks import ROW_BYTES, encode, interleave_halves, repack, repackable
 from mlx_mixtral_convert.export.gguf_header import rope_factors, write_header
 from mlx_mixtral_convert.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from mlx_mixtral_convert.export.job import Job, Result
 from mlx_mixtral_convert.output.file_destination import FileDestination
-from mlx_mixtral_convert.output.write import explain
 from mlx_mixtral_convert.packing.measure import decode
 from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.packing.values import Values
@@ -206,17 +206,15 @@ class _Out:
             try:
                 done += os.write(self._descriptor, data[done:])
             except OSError as error:
-                raise explain(error, self._path, self._written + done, self._expected) from error
+                raise disk_error(error, self._path, self._written + done, self._expected) from error
         self._written += done
 
     def pad(self) -> None:
         self.write(np.zeros(_padded(self._written) - self._written, np.uint8))
 
     def finish(self) -> None:
-        try:
+        with disk_errors(self._path):
             os.fsync(self._descriptor)
-        except OSError as error:
-            raise explain(error, self._path, self._written, self._expected) from error
 
 
 def _padded(nbytes: int) -> int:

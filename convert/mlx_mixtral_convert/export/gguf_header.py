@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy.typing as npt
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.rope import RopeConfig
 from mlx_mixtral.errors import ConfigError
+from mlx_mixtral.files import disk_errors
 from mlx_mixtral_convert.export.gguf_vocabulary import Vocabulary
-from mlx_mixtral_convert.output.write import explain
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -44,8 +45,7 @@ def write_header(
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path, "llama")
-    try:
+    with disk_errors(path), contextlib.closing(gguf.GGUFWriter(path, "llama")) as writer:
         writer.add_type("model")
         writer.add_name(name)
         _add_model(writer, config)
@@ -59,10 +59,6 @@ def write_header(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-    except OSError as error:
-        raise explain(error, path, 0, 0) from error
-    finally:
-        writer.close()
 
 
 def rope_factors(config: MixtralConfig) -> npt.NDArray[np.float32] | None:

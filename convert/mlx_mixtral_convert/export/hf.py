@@ -19,13 +19,14 @@ from mlx_mixtral import __version__
 from mlx_mixtral.config.layout import Matrix, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import DestinationError
+from mlx_mixtral.files import replace_file
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.export.job import Job, Result
-from mlx_mixtral_convert.output.destination import MANIFEST, Destination
+from mlx_mixtral_convert.output.destination import MANIFEST, FolderDestination
 from mlx_mixtral_convert.output.journal import JOURNAL
-from mlx_mixtral_convert.output.manifest import DTYPE_NAMES
+from mlx_mixtral_convert.output.manifest import DTYPE_NAMES, write_small_files
 from mlx_mixtral_convert.output.plan import INDEX_FILE, Plan, ShardPlan, TensorPlan
-from mlx_mixtral_convert.output.write import ShardWriter, write_file
+from mlx_mixtral_convert.output.write import ShardWriter
 from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.sources import tensor_place
 
@@ -48,7 +49,7 @@ def write_hf(job: Job, kind: str | None) -> Result:
     """
     config = job.source.config
     own = job.own_type() if kind is None else kind
-    destination = Destination(job.dest, job.folder, overwrite=job.overwrite)
+    destination = FolderDestination(job.dest, job.folder, overwrite=job.overwrite)
     shards = tuple(_shards(config, own))
     plan = Plan(config, own, {}, shards)
     small = job.small_files()
@@ -60,9 +61,8 @@ def write_hf(job: Job, kind: str | None) -> Result:
             _clear(partial, destination.path)
             hashes = _write(job, partial, shards, own)
             files = {shard.file: {"bytes": shard.nbytes, "sha256": hashes[shard.file]} for shard in shards}
-            for name, data in small.items():
-                files[name] = {"bytes": len(data), "sha256": write_file(partial / name, data)}
-            write_file(partial / MANIFEST, _manifest_text(job, own, plan, files))
+            files |= write_small_files(partial, small)
+            replace_file(partial / MANIFEST, _manifest_text(job, own, plan, files))
             job.finish(plan.data_bytes)
             destination.commit()
     return Result(destination.path, own, plan.output_bytes, plan.data_bytes, needed, free)

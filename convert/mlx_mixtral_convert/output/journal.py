@@ -23,9 +23,9 @@ from types import TracebackType
 from typing import Any
 
 from mlx_mixtral.errors import CheckpointError, ConfigError, ConversionError, DestinationError, DiskSpaceError
+from mlx_mixtral.files import disk_errors, replace_file, sync_folder
 from mlx_mixtral.weights.manifest import file_sha256
 from mlx_mixtral_convert.output.plan import ShardPlan
-from mlx_mixtral_convert.output.write import explain, sync_folder
 from mlx_mixtral_convert.packing.measure import MatrixError
 
 __all__ = ["JOURNAL", "CancelledError", "Finished", "Journal"]
@@ -80,10 +80,8 @@ class Journal:
             if (found := self._prove(entry)) is not None:
                 self.finished[found.file] = found
         self.kept = tuple(self.finished)
-        try:
+        with disk_errors(self.path):
             self._start(identity)
-        except OSError as error:
-            raise explain(error, self.path, 0, 0) from error
 
     def __enter__(self) -> Journal:
         return self
@@ -119,11 +117,9 @@ class Journal:
             DestinationError: any other failure to write.
         """
         done = Finished(file, nbytes, sha256, tuple(errors))
-        try:
+        with disk_errors(self.path):
             sync_folder(self.folder)
             self._append(_line(done))
-        except OSError as error:
-            raise explain(error, self.path, 0, 0) from error
         self.finished[file] = done
 
     def _start(self, identity: Mapping[str, Any]) -> None:
@@ -131,13 +127,7 @@ class Journal:
         _clear(self.folder, {JOURNAL, *self.finished})
         text = json.dumps({"journal": VERSION, "identity": identity}) + "\n"
         text += "".join(_line(done) for done in self.finished.values())
-        fresh = self.folder / f"{JOURNAL}.new"
-        with fresh.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self.path)
-        sync_folder(self.folder)
+        replace_file(self.path, text.encode())
 
     def _append(self, line: str) -> None:
         # A full disk may take part of it, which counts as torn: nothing is appended after a failure.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,10 +11,19 @@ from typing import Any
 from mlx_mixtral import __version__
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import replace_file
 from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.measure import MatrixError
 
-__all__ = ["DTYPE_NAMES", "Origin", "conversion_text", "copied_files", "model_config_text", "read_file"]
+__all__ = [
+    "DTYPE_NAMES",
+    "Origin",
+    "conversion_text",
+    "copied_files",
+    "model_config_text",
+    "read_file",
+    "write_small_files",
+]
 
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -43,6 +53,13 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def write_small_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """Write files by name; what ``conversion.json`` says of each."""
+    for name, data in files.items():
+        replace_file(folder / name, data)
+    return {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
 
 
 def model_config_text(entries: Mapping[str, Any], plan: Plan, default: QuantizationSpec | None) -> bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from mlx_mixtral.config.mixtral import MixtralConfig, parse_json, stop_ids
+from mlx_mixtral.config.mixtral import MixtralConfig, stop_ids
 from mlx_mixtral.errors import MissingDependencyError, TokenizerError
+from mlx_mixtral.files import parse_json
 from mlx_mixtral.tokenizer.sentencepiece import SentencePieceModel
 
 __all__ = ["check_stop_ids", "check_vocabulary", "tokenizer_notes"]

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.config.layout import Matrix, matrices
-from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import ConfigError
+from mlx_mixtral.files import read_json
 
 __all__ = ["ROUNDINGS", "Override", "Recipe"]
 

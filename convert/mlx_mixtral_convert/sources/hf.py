@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, Norm, Rows, locate, matrices, norms
-from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConversionError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo

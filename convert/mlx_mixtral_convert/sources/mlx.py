@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, Rows, fields_of, locate, matrices
-from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert, is_finite
 from mlx_mixtral.weights.packing import packing_of

@@ -10,8 +10,9 @@ from typing import Any
 from mlx_mixtral.cli.console import one_line, out_console, print_table
 from mlx_mixtral.cli.info.shape import PART_NAMES, facts_of, kv_cache, limits, print_kv_cache, print_limits
 from mlx_mixtral.config.layout import FIELDS, locate, matrices, norms
-from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, MissingDependencyError, MixtralError, TokenizerError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.info.estimate import PARTS, bytes_per_token
 from mlx_mixtral.info.macs import Chip
 from mlx_mixtral.model.build import Builder

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, Norm, Rows, locate
-from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import NativePacking, Values

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mlx_mixtral.config.layout import Matrix
-from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import Values
