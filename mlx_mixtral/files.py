@@ -17,11 +17,12 @@ from mlx_mixtral.errors import CheckpointError, DestinationError, DiskSpaceError
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = [
-    "atomic_write", "check_destination", "check_folder", "disk_error", "disk_errors", "parse_json", "partial_path",
+    "Journal", "atomic_write", "check_destination", "check_folder", "disk_error", "disk_errors", "parse_json", "partial_path",
     "read_json", "replace_file", "swap_folder", "sync_folder", "write_folder",
 ]  # fmt: skip
 
 MAX_JSON_BYTES = 256 * 2**20
+JOURNAL_VERSION = 1
 
 
 def check_destination(name: str, path: str | Path) -> Path:
@@ -151,6 +152,60 @@ def swap_folder(new: Path, place: Path, old: Path) -> None:
         if replaces:
             old.rename(place)
         raise
+
+
+class Journal:
+    """What an unfinished job has done: a file of JSON lines that is only appended to. The first says which job it is:
+
+        {"journal": 1, "identity": {…}}
+
+    A line is on the disk before the next one is begun. A line that was cut off ends the journal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> tuple[Any, list[dict[str, Any]]] | None:
+        """The identity and the lines of an earlier run, None for a file that is absent or no journal. Raises OSError."""
+        entries: list[dict[str, Any]] = []
+        try:
+            raw = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        for line in raw.splitlines(keepends=True):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            if not line.endswith(b"\n") or not isinstance(entry, dict):
+                break
+            entries.append(entry)
+        if not entries or entries[0].get("journal") != JOURNAL_VERSION:
+            return None
+        return entries[0].get("identity"), entries[1:]
+
+    def start(self, identity: Any, lines: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Write it anew, in place of what was there.
+
+        Raises:
+            DiskSpaceError, DestinationError: it cannot be written.
+        """
+        replace_file(self.path, _json_lines({"journal": JOURNAL_VERSION, "identity": identity}, *lines))
+
+    def append(self, *lines: Mapping[str, Any]) -> None:
+        """Add lines, and wait until they are on the disk. After a failure, which may tear one, nothing must be added.
+
+        Raises:
+            DiskSpaceError, DestinationError: it cannot be written.
+        """
+        with disk_errors(self.path), self.path.open("ab") as file:
+            file.write(_json_lines(*lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _json_lines(*entries: Mapping[str, Any]) -> bytes:
+    return "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from mlx_mixtral_convert.calibration.file import Calibration
 from mlx_mixtral_convert.estimate import estimate_conversion
 from mlx_mixtral_convert.exact import exact_recipe, exact_specs, packed_as
 from mlx_mixtral_convert.output.destination import FolderDestination, check_names
-from mlx_mixtral_convert.output.journal import Journal
+from mlx_mixtral_convert.output.journal import ConversionJournal
 from mlx_mixtral_convert.output.manifest import (
     DTYPE_NAMES,
     conversion_text,
@@ -157,7 +157,7 @@ def convert(
         if not dry_run:
             origin = _origin(source, revision, folder, tensors)
             identity = _identity(origin, plan, recorded, small)
-            with destination as partial, Journal(partial, identity, plan.shards, restart=restart) as journal:
+            with destination as partial, ConversionJournal(partial, identity, plan.shards, restart=restart) as journal:
                 destination.check_space(needed - journal.kept_bytes)
                 resumed_layers = journal.kept_layers
                 step = _step_progress(tensors, plan, progress, journal.kept)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import Field, Matrix, module_tensor
 from mlx_mixtral.weights.dtypes import MLX_DTYPES, NUMPY_DTYPES, bytes_of
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral_convert.output.journal import CancelledError, Journal
+from mlx_mixtral_convert.output.journal import CancelledError, ConversionJournal
 from mlx_mixtral_convert.output.plan import Plan, ShardPlan
 from mlx_mixtral_convert.output.write import ShardWriter
 from mlx_mixtral_convert.packing.measure import ErrorSum, MatrixError
@@ -49,7 +49,7 @@ def write_weights(
     plan: Plan,
     folder: Path,
     *,
-    journal: Journal,
+    journal: ConversionJournal,
     step: Step,
     cancelled: Callable[[], bool] | None = None,
     rounder: Rounder | None = None,
@@ -213,7 +213,7 @@ def _store_norms(out: ShardWriter, source: TensorSource, shard: ShardPlan, dtype
         out.append(f"{norm.path}.weight", cast(source.read_norm(norm), dtype, tensor_place(source, norm)).array)
 
 
-def _finish(out: ShardWriter, journal: Journal, plan: Plan, errors: dict[str, ErrorSum]) -> None:
+def _finish(out: ShardWriter, journal: ConversionJournal, plan: Plan, errors: dict[str, ErrorSum]) -> None:
     shard, sha256 = out.shard, out.finish()
     journal.record(shard.file, shard.nbytes, sha256, _summary(plan, shard, errors))
 

@@ -282,20 +282,12 @@ def test_a_disk_that_fills_up_anywhere_is_one_line_and_resumable(
 
 
 def _fill_disk(patch: pytest.MonkeyPatch, call: str, allowed: int) -> None:
-    owner: Any
-    if call == "append":
-        from mlx_mixtral_convert.output.journal import Journal
-
-        genuine, name = Journal._append, "_append"
-        owner = Journal
-    else:
-        owner, name = (Path if call == "replace" else os), call
-        genuine = getattr(owner, name)
-    done = 0
+    owner, name = {"append": (Path, "open"), "replace": (Path, "replace")}.get(call, (os, call))
+    genuine, done = getattr(owner, name), 0
 
     def full(*arguments: Any, **options: Any) -> Any:
         nonlocal done
-        done += 1
+        done += call != "append" or "ab" in arguments
         if done > allowed:
             raise OSError(errno.ENOSPC, "No space left on device")
         return genuine(*arguments, **options)

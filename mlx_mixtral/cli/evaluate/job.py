@@ -16,7 +16,7 @@ from mlx_mixtral.cli.evaluate.tables import print_evaluation, print_lengths, pri
 from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window
-from mlx_mixtral.evaluation.journal import Journal
+from mlx_mixtral.evaluation.journal import EvaluationJournal
 from mlx_mixtral.evaluation.passkey import DEFAULT_DEPTHS, PasskeyResult, check_passkey, default_lengths, passkey
 from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.plots import check_plotting, plot_long_context
@@ -109,7 +109,7 @@ class EvaluationJob:
         with ExitStack() as stack:
             # Left last: what is made for the run alone goes once the journal has.
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-mixtral-evaluate-")))
-            journal = stack.enter_context(Journal(self.journal_path, self._identity(), restart=self.restart))
+            journal = stack.enter_context(EvaluationJournal(self.journal_path, self._identity(), restart=self.restart))
             reference = self._reference(journal, scratch)
             self._evaluate(journal, reference)
             if self.plot is not None:
@@ -151,7 +151,7 @@ class EvaluationJob:
             identity |= {"lengths": self.lengths, "depths": self.depths, "trials": self.trials, "seed": self.seed}
         return identity
 
-    def _reference(self, journal: Journal, scratch: Path) -> Reference | None:
+    def _reference(self, journal: EvaluationJournal, scratch: Path) -> Reference | None:
         """The file, made by running the other model where one was named."""
         if self.other is None or self.corpus is None:
             return self.file
@@ -161,7 +161,7 @@ class EvaluationJob:
             made = self.other.make_reference(place, header, self.corpus, self.loading, journal)
         return made
 
-    def _evaluate(self, journal: Journal, reference: Reference | None) -> None:
+    def _evaluate(self, journal: EvaluationJournal, reference: Reference | None) -> None:
         with self.subject.load(self.loading) as model:
             if self.corpus is not None:
                 with count_progress("evaluating") as show:

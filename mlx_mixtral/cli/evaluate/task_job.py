@@ -14,7 +14,7 @@ from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.harness.published import published_for
 from mlx_mixtral.evaluation.harness.tasks import TaskResults, TaskScore, check_harness, load_tasks, run_tasks
-from mlx_mixtral.evaluation.journal import Journal
+from mlx_mixtral.evaluation.journal import EvaluationJournal
 from mlx_mixtral.files import check_destination, replace_file
 
 __all__ = ["TaskJob"]
@@ -74,7 +74,7 @@ class TaskJob:
         from mlx_mixtral.evaluation.harness.backend import DEFAULT_BATCH
         from mlx_mixtral.evaluation.harness.lm import HarnessLM
 
-        with Journal(self.journal_path, self._identity, restart=self.restart) as journal:
+        with EvaluationJournal(self.journal_path, self._identity, restart=self.restart) as journal:
             with self.subject.load(self.loading) as model, count_progress("asking") as show:
                 harness = HarnessLM(
                     model,
