@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import __version__
-from mlx_mixtral.arguments import as_path, check_callbacks, check_type
+from mlx_mixtral.arguments import check_callbacks, check_type
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.files import replace_file
-from mlx_mixtral.hub import named_file, parse_repository, resolve
+from mlx_mixtral.hub import Source
 from mlx_mixtral.machine.device import current_device
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.manifest import MANIFEST
@@ -22,7 +22,7 @@ from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.calibration.file import Calibration
 from mlx_mixtral_convert.estimate import estimate_conversion
 from mlx_mixtral_convert.exact import exact_recipe, exact_specs, packed_as
-from mlx_mixtral_convert.output.destination import FolderDestination, check_names
+from mlx_mixtral_convert.output.destination import FolderDestination, as_destination
 from mlx_mixtral_convert.output.journal import ConversionJournal
 from mlx_mixtral_convert.output.manifest import (
     DTYPE_NAMES,
@@ -39,10 +39,10 @@ from mlx_mixtral_convert.recipes import Recipe
 from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
 from mlx_mixtral_convert.recipes.fit import predicted_kl
 from mlx_mixtral_convert.recipes.machine import room_for_weights
-from mlx_mixtral_convert.report import ConversionReport, Progress, part_sizes, peak_memory_bytes
+from mlx_mixtral_convert.report import ConversionReport, Progress, downloading, part_sizes, peak_memory_bytes
 from mlx_mixtral_convert.rounding import Gptq, make_rounder
 from mlx_mixtral_convert.sources import GeneratedFiles, TensorSource, open_source
-from mlx_mixtral_convert.sources.storage.remote import RemoteStorage, open_remote
+from mlx_mixtral_convert.sources.storage.remote import open_remote
 
 __all__ = ["DTYPES", "convert"]
 
@@ -113,7 +113,7 @@ def convert(
         TokenizerError: the tokenizer has more pieces than the model has embeddings.
     """
     started = time.perf_counter()
-    check_names(source, dest)
+    named, place = Source.parse(source, revision), as_destination(dest)
     check_type("recipe", recipe, (Recipe, type(None)), "a Recipe, or None")
     check_type("calibration", calibration, (Calibration, str, Path, type(None)), "a Calibration, its file, or None")
     check_callbacks(progress=progress, cancelled=cancelled)
@@ -121,9 +121,11 @@ def convert(
     if dtype not in ("auto", *DTYPES):
         raise InvalidRequestError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     with ExitStack() as opened:
-        remote = opened.enter_context(closing(_open_remote(source, revision))) if stream else None
-        folder = _resolve(source, revision, progress) if remote is None else remote.folder
-        destination = FolderDestination(Path(dest), folder, overwrite=overwrite)
+        remote = opened.enter_context(closing(open_remote(named))) if stream else None
+        folder = (
+            remote.folder if remote is not None else named.resolve(convertible=True, progress=downloading(progress))
+        )
+        destination = FolderDestination(place, folder, overwrite=overwrite)
         tensors = opened.enter_context(open_source(folder if remote is None else remote, kind))
 
         def again() -> TensorSource:
@@ -155,7 +157,8 @@ def convert(
         resumed_layers = 0
         needs = estimate_conversion(tensors, plan, rounder) if dry_run else None
         if not dry_run:
-            origin = _origin(source, revision, folder, tensors)
+            name, commit = named.origin(folder)
+            origin = {"name": name, "revision": commit, "files": tensors.files.describe()}
             identity = _identity(origin, plan, recorded, small)
             with destination as partial, ConversionJournal(partial, identity, plan.shards, restart=restart) as journal:
                 destination.check_space(needed - journal.kept_bytes)
@@ -210,23 +213,6 @@ def _fit(tensors: TensorSource, budget: int, calibration: Calibration | None, ro
         overhead = max(overhead + 1, plan.output_bytes - plan.data_bytes)
 
 
-def _open_remote(source: str | Path, revision: str | None) -> RemoteStorage:
-    named = None if as_path("source", source).exists() else parse_repository(source, revision)
-    if named is None:
-        raise InvalidRequestError(f"{source} is not a hub repository; stream applies to those only")
-    return open_remote(*named, named_file(source))
-
-
-def _resolve(source: str | Path, revision: str | None, progress: Callable[[Progress], None] | None) -> Path:
-    """The folder, or the one file, to open."""
-    path = as_path("source", source)
-    if not path.is_file():
-        return resolve(source, revision=revision, convertible=True, progress=_download_progress(progress))
-    if revision is not None:
-        raise InvalidRequestError(f"{source} is a file; revision {revision!r} applies to hub repositories only")
-    return path
-
-
 def _small_files(tensors: TensorSource) -> dict[str, bytes]:
     if isinstance(tensors, GeneratedFiles):
         return tensors.small_files()
@@ -258,16 +244,6 @@ def _finish(
     files = {shard.file: {"bytes": shard.nbytes, "sha256": written.hashes[shard.file]} for shard in plan.shards}
     files |= write_small_files(partial, small)
     replace_file(partial / MANIFEST, conversion_text(origin, plan, recipe, written.errors, files))
-
-
-def _origin(source: str | Path, revision: str | None, folder: Path, tensors: TensorSource) -> dict[str, Any]:
-    """Repository and commit, or the folder's name: never a path of this machine."""
-    files = tensors.files.describe()
-    named = None if as_path("source", source).exists() else parse_repository(source, revision)
-    if named is None:
-        return {"name": folder.resolve().name, "revision": None, "files": files}
-    # The hub's cache names a snapshot's folder by its commit.
-    return {"name": named[0], "revision": (folder.parent if folder.is_file() else folder).name, "files": files}
 
 
 def _identity(
@@ -311,9 +287,3 @@ def _tell_finish(tensors: TensorSource, plan: Plan, progress: Callable[[Progress
     if progress is not None:
         total = _total_bytes(tensors)
         progress(Progress("finish", total, total, None, plan.config.num_hidden_layers, MANIFEST))
-
-
-def _download_progress(progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(Progress("download", done, total, None, 0, "weights"))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.measure import MatrixError
 
-__all__ = ["ConversionReport", "PackedAs", "PartSize", "Progress", "part_sizes", "peak_memory_bytes"]
+__all__ = ["ConversionReport", "PackedAs", "PartSize", "Progress", "downloading", "part_sizes", "peak_memory_bytes"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,13 @@ class Progress:
     layer: int | None
     layers: int
     what: str
+
+
+def downloading(progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:
+    """Tells of a download in these terms."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(Progress("download", done, total, None, 0, "weights"))
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,13 @@ from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 
 __all__ = [
+    "EXPERT_NAMES",
     "FIELDS",
     "Matrix",
     "Norm",
     "Rows",
     "fields_of",
+    "hf_name",
     "layer_of",
     "layer_path",
     "locate",
@@ -39,7 +41,8 @@ Part = Literal["embedding", "attention", "router", "expert", "head"]
 Field = Literal["weight", "scales", "biases"]
 FIELDS: tuple[Field, ...] = ("weight", "scales", "biases")
 
-_HF_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""What Mistral and Hugging Face call the matrices of one expert."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,14 @@ def module_tensor(matrix: Matrix, field: Field) -> str:
     return f"{matrix.path}.{field}"
 
 
+def hf_name(matrix: Matrix, expert: int = 0) -> str:
+    """The hub's name for one expert of a matrix (expert 0 of what has none)."""
+    block, _, projection = matrix.path.rpartition(".")
+    if block.endswith(".switch_mlp"):
+        return f"{block.removesuffix('.switch_mlp')}.experts.{expert}.{EXPERT_NAMES[projection]}.weight"
+    return f"{matrix.path}.weight"
+
+
 def locate(matrix: Matrix, field: Field, names: Container[str]) -> list[Rows] | None:
     """Where a field of a matrix lies among the tensor ``names`` of a checkpoint, one ``Rows`` an expert, in order.
 
@@ -164,7 +175,7 @@ def locate(matrix: Matrix, field: Field, names: Container[str]) -> list[Rows] | 
         name = f"{matrix.path}.{field}"
         return [Rows(name, e * rows, (e + 1) * rows, matrix.num_experts * rows, stacked) for e in experts]
     prefix, projection = _block(matrix), matrix.path.rsplit(".", 1)[1]
-    per_expert = [f"{prefix}.block_sparse_moe.experts.{e}.{_HF_EXPERT[projection]}.{field}" for e in experts]
+    per_expert = [f"{prefix}.block_sparse_moe.experts.{e}.{EXPERT_NAMES[projection]}.{field}" for e in experts]
     if any(name in names for name in per_expert):
         return [Rows(name, 0, rows, rows) for name in per_expert]
     if field != "weight":

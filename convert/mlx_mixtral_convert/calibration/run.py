@@ -12,7 +12,7 @@ from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.experts.trace import RoutingTrace
-from mlx_mixtral.hub import resolve
+from mlx_mixtral.hub import Source
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral_convert.calibration.file import Calibration, Losses, identity
 from mlx_mixtral_convert.calibration.layer import Layer, read_matrix, read_norm
@@ -66,8 +66,7 @@ def calibrate(
         CheckpointError: a file that is no routing trace.
         CheckpointError, ConfigError, HubError, TokenizerError: as ``convert`` and loading a tokenizer.
     """
-    if source == "":
-        raise InvalidRequestError("the source is an empty name; give a folder or a hub repository")
+    named = Source.parse(source, revision)
     check_type("tokens", tokens, int, "a number of tokens")
     check_type("texts", texts, (list, tuple), "a list of text files")
     check_callbacks(progress=progress)
@@ -80,7 +79,7 @@ def calibrate(
     if trace is not None and not sensitivities:
         raise InvalidRequestError("a trace weighs sensitivities; leave it out, or measure them")
     recorded = RoutingTrace.load(as_path("trace", trace)) if isinstance(trace, (str, Path)) else trace
-    folder = resolve(source, revision=revision)
+    folder = named.resolve()
     written = read_texts([Path(path) for path in texts]) if texts else default_texts()
     with open_source(folder) as tensors:
         config = tensors.config

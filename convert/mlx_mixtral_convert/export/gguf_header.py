@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from mlx_mixtral.config.rope import RopeConfig
 from mlx_mixtral.errors import ConfigError
 from mlx_mixtral.files import disk_errors
 from mlx_mixtral_convert.export.gguf_vocabulary import Vocabulary
+from mlx_mixtral_convert.sources.gguf.types import GgufTensor
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -23,19 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["rope_factors", "write_header"]
 
 
-class _Tensor(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
 def write_header(
-    path: Path, name: str, config: MixtralConfig, vocabulary: Vocabulary, kind: str, tensors: Sequence[_Tensor]
+    path: Path, name: str, config: MixtralConfig, vocabulary: Vocabulary, kind: str, tensors: Sequence[GgufTensor]
 ) -> None:
     """Write everything before the first tensor's data.
 
@@ -54,7 +44,7 @@ def write_header(
         _add_vocabulary(writer, vocabulary)
         for tensor in tensors:
             # Any numpy type but uint8, which stands for a shape in bytes.
-            raw = gguf.GGMLQuantizationType[tensor.kind]
+            raw = gguf.GGMLQuantizationType[tensor.kind.name]
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

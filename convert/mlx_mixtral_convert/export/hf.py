@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import __version__
-from mlx_mixtral.config.layout import Matrix, matrices, norms
+from mlx_mixtral.config.layout import hf_name, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.supported import ARCHITECTURES
 from mlx_mixtral.errors import DestinationError
 from mlx_mixtral.files import replace_file
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
@@ -30,13 +31,11 @@ from mlx_mixtral_convert.output.write import ShardWriter
 from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.sources import tensor_place
 
-__all__ = ["HF_TYPES", "hf_name", "write_hf"]
+__all__ = ["HF_TYPES", "write_hf"]
 
 HF_TYPES = ("BF16", "F16", "F32")
 # conversion.json, the file system's own blocks.
 SPARE_BYTES = 2**20
-_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-_CLASSES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 # What described the source's packing, or the machine it lay on.
 _DROPPED = ("quantization", "quantization_config", "compression_config", "_name_or_path")
 
@@ -66,14 +65,6 @@ def write_hf(job: Job, kind: str | None) -> Result:
             job.finish(plan.data_bytes)
             destination.commit()
     return Result(destination.path, own, plan.output_bytes, plan.data_bytes, needed, free)
-
-
-def hf_name(matrix: Matrix, expert: int) -> str:
-    """The hub's name for one expert of a matrix (expert 0 where it has none)."""
-    block, _, projection = matrix.path.rpartition(".")
-    if block.endswith(".switch_mlp"):
-        return f"{block.removesuffix('.switch_mlp')}.experts.{expert}.{_EXPERT[projection]}.weight"
-    return f"{matrix.path}.weight"
 
 
 def _shards(config: MixtralConfig, kind: str) -> Iterator[ShardPlan]:
@@ -132,7 +123,7 @@ def _clear(partial: Path, dest: Path) -> None:
 
 def _config_text(entries: Mapping[str, Any], config: MixtralConfig, kind: str) -> bytes:
     written = {key: value for key, value in entries.items() if key not in _DROPPED}
-    written |= {"architectures": [_CLASSES[config.architecture]], "model_type": config.architecture}
+    written |= {"architectures": [ARCHITECTURES[config.architecture]], "model_type": config.architecture}
     spelled = [key for key in ("torch_dtype", "dtype") if key in written] or ["torch_dtype"]
     written |= dict.fromkeys(spelled, DTYPE_NAMES[kind])
     # Older releases of transformers read this spelling only.

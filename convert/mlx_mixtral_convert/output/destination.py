@@ -23,17 +23,16 @@ from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral.weights.manifest import MANIFEST
 from mlx_mixtral_convert.output.journal import JOURNAL
 
-__all__ = ["MANIFEST", "Destination", "FolderDestination", "check_names"]
+__all__ = ["MANIFEST", "Destination", "FolderDestination", "as_destination"]
 
 _IGNORED = (".DS_Store",)
 
 
-def check_names(source: str | Path, dest: str | Path) -> None:
-    """Raise InvalidRequestError for what is no path, and for an empty name, which would be the current folder."""
-    for name, what in ((source, "source"), (dest, "destination")):
-        if name == "":
-            raise InvalidRequestError(f"the {what} is an empty name; write . for the current folder")
-        as_path("source" if what == "source" else "dest", name)
+def as_destination(dest: str | Path) -> Path:
+    """The path of a destination. Raises InvalidRequestError for an empty name, which would be the current folder."""
+    if dest == "":
+        raise InvalidRequestError("the destination is an empty name; write . for the current folder")
+    return as_path("dest", dest)
 
 
 class Destination(ABC):

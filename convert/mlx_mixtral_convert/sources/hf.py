@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config.layout import Matrix, Norm, Rows, locate, matrices, norms
+from mlx_mixtral.config.layout import Matrix, Norm, Rows, hf_name, locate, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.files import read_json
@@ -27,7 +27,6 @@ __all__ = ["HuggingFaceSource", "check_float", "detect", "open_storage"]
 
 # Old checkpoints store the rotary frequencies, which follow from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_HF_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def detect(storage: Storage) -> bool:
@@ -140,7 +139,7 @@ class HuggingFaceSource:
 
     def _missing(self, matrix: Matrix) -> str:
         """What this layout would call a matrix that is not there."""
-        return _hf_name(matrix)
+        return hf_name(matrix)
 
     def _find_norm(self, norm: Norm) -> TensorInfo:
         info = self.checkpoint[f"{norm.path}.weight"]
@@ -189,11 +188,3 @@ def check_float(info: TensorInfo) -> None:
         raise CheckpointError(
             f"{info.file}: tensor {info.name!r} has dtype {info.dtype}; {', '.join(FLOATS)} can be converted"
         )
-
-
-def _hf_name(matrix: Matrix) -> str:
-    """The hub's name for a matrix, of expert 0 where it has experts."""
-    block, _, projection = matrix.path.rpartition(".")
-    if block.endswith(".switch_mlp"):
-        return f"{block.removesuffix('.switch_mlp')}.experts.0.{_HF_EXPERT[projection]}.weight"
-    return f"{matrix.path}.weight"

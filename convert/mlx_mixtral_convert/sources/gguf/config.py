@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_mixtral.config.supported import ARCHITECTURES
 from mlx_mixtral.errors import ConfigError
 from mlx_mixtral_convert.sources.gguf.header import GgufHeader
 
@@ -56,7 +57,7 @@ def hf_entries(header: GgufHeader, vocab_size: int, *, tied: bool) -> dict[str, 
     window = get.integer("attention.sliding_window", 0)
     dense = "mistral" if window else "llama"
     entries: dict[str, Any] = {
-        "architectures": [{"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}[dense]],
+        "architectures": [ARCHITECTURES[dense]],
         "model_type": dense,
         "hidden_size": hidden,
         "intermediate_size": width,
@@ -75,7 +76,7 @@ def hf_entries(header: GgufHeader, vocab_size: int, *, tied: bool) -> dict[str, 
     }
     if experts:
         entries |= {
-            "architectures": ["MixtralForCausalLM"],
+            "architectures": [ARCHITECTURES["mixtral"]],
             "model_type": "mixtral",
             "intermediate_size": get.integer("expert_feed_forward_length", 0) or width,
             "num_local_experts": experts,

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral_convert.sources.gguf.types import TYPES, GgufType
+from mlx_mixtral_convert.sources.gguf.types import TYPES, GgufTensor, GgufType
 from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
 
-__all__ = ["MAGIC", "GgufHeader", "GgufTensor", "is_gguf", "read_header"]
+__all__ = ["MAGIC", "GgufHeader", "LocatedTensor", "is_gguf", "read_header"]
 
 MAGIC = b"GGUF"
 # The largest known, with 256 thousand tokens and their merges, has 20 MB.
@@ -31,26 +31,11 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 
 @dataclass(frozen=True)
-class GgufTensor:
-    """``shape`` is row-major (the file lists the fastest axis first); ``offset`` counts from the start of ``file``."""
+class LocatedTensor(GgufTensor):
+    """One whose bytes lie in ``file`` from ``offset`` on, counted from its start."""
 
-    name: str
-    kind: GgufType
-    shape: tuple[int, ...]
     file: Path
     offset: int
-
-    @property
-    def row_bytes(self) -> int:
-        return self.shape[-1] // self.kind.weights * self.kind.nbytes
-
-    @property
-    def rows(self) -> int:
-        return prod(self.shape[:-1])
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,7 @@ class GgufHeader:
 
     path: Path
     keys: dict[str, Any]
-    tensors: dict[str, GgufTensor]
+    tensors: dict[str, LocatedTensor]
 
 
 def is_gguf(storage: Storage, path: Path) -> bool:
@@ -115,11 +100,11 @@ class _Head:
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
             raise self.error(f"has general.alignment {alignment!r}; it must be a power of two")
         start = -(-self.at // alignment) * alignment
-        tensors: dict[str, GgufTensor] = {}
+        tensors: dict[str, LocatedTensor] = {}
         for name, kind, shape, offset in described:
             if name in tensors:
                 raise self.error(f"has the tensor {name!r} twice")
-            tensor = GgufTensor(name, kind, shape, self.path, start + offset)
+            tensor = LocatedTensor(name, kind, shape, self.path, start + offset)
             if tensor.offset + tensor.nbytes > self.size:
                 raise self.error(
                     f"is truncated: tensor {name!r} ends at byte {tensor.offset + tensor.nbytes} of {self.size}; "

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_mixtral import __version__
 from mlx_mixtral.errors import HubError
-from mlx_mixtral.hub import explained, is_unreachable
+from mlx_mixtral.hub import hub_errors, is_unreachable
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["Listing", "RangeReader", "RemoteFile", "list_files"]
@@ -50,7 +50,7 @@ def list_files(repository: str, revision: str | None) -> Listing:
     Raises:
         HubError: the repository is gated, absent, has no such revision, or cannot be reached.
     """
-    with explained(repository, revision):
+    with hub_errors(repository, revision):
         import huggingface_hub as hub
 
         info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
@@ -172,7 +172,7 @@ class RangeReader:
             raise HubError(f"{repository}: the hub does not serve byte ranges of {file}; convert without --stream")
         if status != 206:
             hub: Any = importlib.import_module("huggingface_hub.utils")
-            with explained(repository, commit):
+            with hub_errors(repository, commit):
                 hub.hf_raise_for_status(response)
             raise HubError(f"{repository}: the hub answered with status {status} for {file}")
         size = self.listing.files[file].nbytes
