@@ -15,21 +15,17 @@ from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.files import replace_file
 from mlx_mixtral.hub import Source
-from mlx_mixtral.machine.device import current_device
+from mlx_mixtral.machine.device import DTYPE_NAMES, DTYPES, current_device
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.manifest import MANIFEST
-from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.calibration.file import Calibration
 from mlx_mixtral_convert.estimate import estimate_conversion
 from mlx_mixtral_convert.exact import exact_recipe, exact_specs, packed_as
 from mlx_mixtral_convert.output.destination import FolderDestination, as_destination
 from mlx_mixtral_convert.output.journal import ConversionJournal
 from mlx_mixtral_convert.output.manifest import (
-    DTYPE_NAMES,
     conversion_text,
-    copied_files,
     model_config_text,
-    read_file,
     write_small_files,
 )
 from mlx_mixtral_convert.output.plan import INDEX_FILE, Plan, make_plan
@@ -41,12 +37,11 @@ from mlx_mixtral_convert.recipes.fit import predicted_kl
 from mlx_mixtral_convert.recipes.machine import room_for_weights
 from mlx_mixtral_convert.report import ConversionReport, Progress, downloading, part_sizes, peak_memory_bytes
 from mlx_mixtral_convert.rounding import Gptq, make_rounder
-from mlx_mixtral_convert.sources import GeneratedFiles, TensorSource, open_source
+from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, open_source, small_files
 from mlx_mixtral_convert.sources.storage.remote import open_remote
 
-__all__ = ["DTYPES", "convert"]
+__all__ = ["convert"]
 
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 # conversion.json, the file system's own blocks.
 SPARE_BYTES = 2**20
 WORST_LISTED = 10
@@ -145,7 +140,7 @@ def convert(
         recorded = recipe.to_dict() | ({"exact": True} if exact else {})
         recorded |= {"calibration": calibrated.digest} if calibrated is not None else {}
         plan = _plan(tensors, recipe, dtype, exact=exact)
-        small = _small_files(tensors)
+        small = small_files(tensors)
         check_vocabulary(small, tensors.config.vocab_size)
         check_stop_ids(small, tensors.config)
         notes = tokenizer_notes(small)
@@ -213,24 +208,12 @@ def _fit(tensors: TensorSource, budget: int, calibration: Calibration | None, ro
         overhead = max(overhead + 1, plan.output_bytes - plan.data_bytes)
 
 
-def _small_files(tensors: TensorSource) -> dict[str, bytes]:
-    if isinstance(tensors, GeneratedFiles):
-        return tensors.small_files()
-    return {path.name: read_file(path) for path in copied_files(tensors.folder)}
-
-
 def _plan(tensors: TensorSource, recipe: Recipe, dtype: str, *, exact: bool = False) -> Plan:
     specs, native = exact_specs(tensors, recipe) if exact else (recipe.assign(tensors.config), {})
     if dtype != "auto" or native:
         return make_plan(tensors.config, specs, "F16" if dtype == "auto" else DTYPES[dtype], native)
-    # A mixture has the type of most of its weights.
-    weights: dict[str, int] = {}
-    for matrix in matrices(tensors.config):
-        kind = tensors.dtype(matrix)
-        weights[kind] = weights.get(kind, 0) + matrix.parameters
-    own = max(weights, key=lambda kind: weights[kind])
-    quantised = any(spec is not None for spec in specs.values())
-    return make_plan(tensors.config, specs, "BF16" if own == "F32" and quantised else own)
+    own, packs = main_dtype(tensors), any(spec is not None for spec in specs.values())
+    return make_plan(tensors.config, specs, "BF16" if own == "F32" and packs else own)
 
 
 def _finish(
@@ -260,7 +243,7 @@ def _identity(
 
 
 def _total_bytes(tensors: TensorSource) -> int:
-    return sum(matrix.parameters * ITEM_BYTES[tensors.dtype(matrix)] for matrix in matrices(tensors.config))
+    return sum(matrix_bytes(tensors, matrix) * (matrix.num_experts or 1) for matrix in matrices(tensors.config))
 
 
 def _step_progress(
@@ -268,7 +251,7 @@ def _step_progress(
 ) -> Callable[[Matrix, int], None]:
     total, layers = _total_bytes(tensors), plan.config.num_hidden_layers
     done = sum(
-        matrix.parameters * ITEM_BYTES[tensors.dtype(matrix)]
+        matrix_bytes(tensors, matrix) * (matrix.num_experts or 1)
         for shard in plan.shards
         for matrix in shard.matrices
         if shard.file in kept

@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, module_tensor
 from mlx_mixtral.weights.dtypes import MLX_DTYPES, NUMPY_DTYPES, bytes_of
-from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.output.journal import CancelledError, ConversionJournal
 from mlx_mixtral_convert.output.plan import Plan, ShardPlan
 from mlx_mixtral_convert.output.write import ShardWriter
@@ -27,7 +26,7 @@ from mlx_mixtral_convert.packing.measure import ErrorSum, MatrixError
 from mlx_mixtral_convert.packing.quantize import cast, quantize
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.rounding import Rounder
-from mlx_mixtral_convert.sources import PackedSource, TensorSource, tensor_place
+from mlx_mixtral_convert.sources import PackedSource, TensorSource, matrix_bytes, tensor_place
 
 __all__ = ["Piece", "Written", "pack_piece", "packed_arrays", "read_piece", "write_weights"]
 
@@ -125,11 +124,7 @@ class Piece:
 
 def _scratch(source: TensorSource, shards: list[ShardPlan]) -> list[mx.array]:
     """Memory for three matrices: one being read, one packed, one written. Used again and again, it is paged in once."""
-    sizes = [
-        matrix.out_features * matrix.in_features * ITEM_BYTES[source.dtype(matrix)]
-        for shard in shards
-        for matrix in shard.matrices
-    ]
+    sizes = [matrix_bytes(source, matrix) for shard in shards for matrix in shard.matrices]
     buffers = [mx.zeros(max(sizes, default=0), mx.uint8) for _ in range(3)]
     mx.eval(buffers)
     return buffers

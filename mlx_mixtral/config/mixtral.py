@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_mixtral.arguments import is_integer, is_number
 from mlx_mixtral.config.quantization import QuantizationConfig
 from mlx_mixtral.config.rope import RopeConfig
 from mlx_mixtral.config.supported import refuse_contradiction, refuse_unsupported, shown
@@ -74,7 +75,7 @@ class MixtralConfig:
             "head_dim", "vocab_size", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
         ):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ConfigError(f"config: {name} is {value!r}; it must be a positive integer")
             if value > _MOST.get(name, _MOST_OF_ANYTHING):
                 limit = _MOST.get(name, _MOST_OF_ANYTHING)
@@ -242,13 +243,13 @@ class _Reader:
         value = self.entries.get(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        if value is not None and not is_integer(value):
             raise ConfigError(f"{self.where}: {key} is {value!r}, not an integer")
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self.entries.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        if not is_number(value) or not 0 < value <= sys.float_info.max:
             raise ConfigError(f"{self.where}: {key} is {value!r}, not a positive number")
         return float(value)
 
@@ -289,7 +290,7 @@ def stop_ids(entries: Mapping[str, Any], where: str, vocab_size: int) -> tuple[i
 def _token_ids(value: Any, where: str) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     for token in values:
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+        if not is_integer(token) or token < 0:
             raise ConfigError(f"{where}: eos_token_id holds {shown(token)}, not a token id")
     return tuple(dict.fromkeys(values))
 

@@ -13,11 +13,12 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import CheckpointError
 
-__all__ = ["ITEM_BYTES", "TensorInfo", "header_bytes", "parse_header", "read_header", "read_into"]
+__all__ = ["ITEM_BYTES", "TensorInfo", "header_bytes", "is_count", "parse_header", "read_header", "read_into"]
 
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -129,9 +130,9 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int)
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise bad(f"has dtype {dtype!r}, which is not known")
-    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(_is_count(n) for n in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(is_count(n) for n in shape):
         raise bad(f"has shape {repr(shape)[:200]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(n) for n in offsets):
         raise bad(f"has data offsets {offsets!r}")
     begin, end = offsets
     nbytes = prod(shape) * ITEM_BYTES[dtype]
@@ -142,8 +143,9 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int)
     return TensorInfo(name, path, dtype, tuple(shape), data_start + begin, nbytes)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value of a header is a size or an offset that a file can have."""
+    return is_integer(value) and 0 <= value < 2**63
 
 
 def _refuse_gaps(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:

@@ -35,7 +35,7 @@ from mlx_mixtral_convert.output.file_destination import FileDestination
 from mlx_mixtral_convert.packing.measure import decode
 from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.packing.values import Values
-from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, tensor_place
+from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, small_files, tensor_place
 from mlx_mixtral_convert.sources.gguf.names import gguf_name
 from mlx_mixtral_convert.sources.gguf.types import TYPES_BY_NAME, GgufTensor
 from mlx_mixtral_convert.sources.row_order import join_halves, rotary_heads
@@ -107,7 +107,7 @@ def _vocabulary(job: Job) -> Vocabulary:
     if not isinstance(job.source, GeneratedFiles):
         return read_vocabulary(job.source.folder, job.source.config)
     with tempfile.TemporaryDirectory() as held:
-        for name, data in job.small_files().items():
+        for name, data in small_files(job.source).items():
             (Path(held) / name).write_bytes(data)
         return read_vocabulary(Path(held), job.source.config)
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
@@ -138,7 +139,7 @@ class Recipe:
             raise ConfigError(f"{where}: mode is {mode!r}, not a name")
         for key in ("bits", "group_size"):
             value = entries.get(key)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            if value is not None and not is_integer(value):
                 raise ConfigError(f"{where}: {key} is {value!r}, not an integer or null")
         rounding = entries.get("rounding", "plain")
         if not isinstance(rounding, str):

@@ -14,13 +14,16 @@ from mlx_mixtral_convert.sources.base import (
     PackedSource,
     SourceFiles,
     TensorSource,
+    main_dtype,
+    matrix_bytes,
+    small_files,
     tensor_place,
 )
 from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
 
 __all__ = [
     "KINDS", "GeneratedFiles", "PackedSource", "SourceFiles", "Storage", "TensorSource",
-    "detect", "open_source", "tensor_place",
+    "detect", "main_dtype", "matrix_bytes", "open_source", "small_files", "tensor_place",
 ]  # fmt: skip
 
 # Kind -> the module that reads it, asked in this order. A module has ``detect(storage) -> bool``, which looks at content

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_mixtral.arguments import is_integer, is_number
 from mlx_mixtral.config.supported import ARCHITECTURES
 from mlx_mixtral.errors import ConfigError
 from mlx_mixtral_convert.sources.gguf.header import GgufHeader
@@ -116,13 +117,13 @@ class _Keys:
         # One value a layer, all alike.
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not is_integer(value):
             raise ConfigError(f"{self._header.path}: {_PREFIX}{name} is {_short(value)}, not one integer")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not is_number(value):
             raise ConfigError(f"{self._header.path}: {_PREFIX}{name} is {_short(value)}, not a number")
         return float(value)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.config.layout import Field, Matrix
 from mlx_mixtral.config.quantization import AFFINE_GROUP_SIZES, QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError
@@ -158,7 +159,7 @@ class GroupedSource(PackedModules):
 
     def _number(self, storage: Storage, entry: Any, *names: str) -> int:
         value = next((entry[name] for name in names if name in entry), None)
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not is_integer(value):
             raise ConversionError(
                 f"{storage.path}: {self.method} with {names[0]} = {value!r} is not supported; it must be an integer"
             )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_mixtral.weights.safetensors import MAX_AXES
+from mlx_mixtral.weights.safetensors import MAX_AXES, is_count
 
 __all__ = ["PickleError", "Storage", "TensorDescription", "describe"]
 
@@ -163,7 +163,7 @@ def _global(name: str) -> _Global:
 def _storage(value: Any) -> Storage:
     word, kind, key, _, numel = value
     dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if isinstance(kind, _Global) else None
-    if word != "storage" or dtype is None or not isinstance(key, str) or not _is_count(numel):
+    if word != "storage" or dtype is None or not isinstance(key, str) or not is_count(numel):
         raise PickleError("the pickle describes a storage that is not one")
     return Storage(dtype, key, numel)
 
@@ -178,10 +178,6 @@ def _build(called: Any, arguments: Any) -> Any:
     if called.name == _TENSOR:
         storage, offset, shape, strides, *_ = arguments
         counts = (offset, *shape, *strides)
-        if isinstance(storage, Storage) and len(shape) == len(strides) <= MAX_AXES and all(map(_is_count, counts)):
+        if isinstance(storage, Storage) and len(shape) == len(strides) <= MAX_AXES and all(map(is_count, counts)):
             return TensorDescription(storage, offset, tuple(shape), tuple(strides))
     raise PickleError(f"the pickle calls {called.name} with arguments that describe nothing")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
