@@ -185,7 +185,7 @@ class Journal:
         return entries[0].get("identity"), entries[1:]
 
     def start(self, identity: Any, lines: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Write it anew, in place of what was there.
+        """Write it again, in place of what was there.
 
         Raises:
             DiskSpaceError, DestinationError: it cannot be written.

@@ -11,7 +11,6 @@ from typing import Any
 
 from mlx_mixtral import __version__
 from mlx_mixtral.arguments import check_callbacks, check_type
-from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.files import replace_file
 from mlx_mixtral.hub import Source
@@ -35,7 +34,7 @@ from mlx_mixtral_convert.recipes import Recipe
 from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
 from mlx_mixtral_convert.recipes.fit import predicted_kl
 from mlx_mixtral_convert.recipes.machine import room_for_weights
-from mlx_mixtral_convert.report import ConversionReport, Progress, downloading, part_sizes, peak_memory_bytes
+from mlx_mixtral_convert.report import ConversionReport, Meter, Progress, downloading, part_sizes, peak_memory_bytes
 from mlx_mixtral_convert.rounding import Gptq, make_rounder
 from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, open_source, small_files
 from mlx_mixtral_convert.sources.storage.remote import open_remote
@@ -71,6 +70,10 @@ def convert(
     ``dest`` appears complete or not at all, and memory is bounded by a few experts' matrices whatever the model's size.
     The same source and recipe give the same bytes. A conversion that was interrupted (killed, cancelled, out of disk) left its
     finished layers beside ``dest``; the same call goes on from there.
+
+    Example:
+        report = convert("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-4bit", recipe=Recipe(bits=4))
+        print(report.output_bytes, report.worst[0])
 
     Args:
         source: a folder, a GGUF file, ``owner/name`` or ``owner/name@revision`` of the hub, with ``:file.gguf`` after it to
@@ -158,13 +161,13 @@ def convert(
             with destination as partial, ConversionJournal(partial, identity, plan.shards, restart=restart) as journal:
                 destination.check_space(needed - journal.kept_bytes)
                 resumed_layers = journal.kept_layers
-                step = _step_progress(tensors, plan, progress, journal.kept)
+                meter = _meter(tensors, plan, progress, journal.kept)
                 with closing(rounder) if isinstance(rounder, Gptq) else nullcontext():
                     written = write_weights(
-                        tensors, plan, partial, journal=journal, step=step, cancelled=cancelled, rounder=rounder
+                        tensors, plan, partial, journal=journal, step=meter.step, cancelled=cancelled, rounder=rounder
                     )
                 _finish(partial, origin, plan, recorded, written, small)
-                _tell_finish(tensors, plan, progress)
+                meter.finish(MANIFEST)
                 destination.commit()
         worst = sorted(written.errors, key=lambda error: -error.relative_rms)[:WORST_LISTED] if written else ()
         return ConversionReport(
@@ -242,31 +245,12 @@ def _identity(
     }
 
 
-def _total_bytes(tensors: TensorSource) -> int:
-    return sum(matrix_bytes(tensors, matrix) * (matrix.num_experts or 1) for matrix in matrices(tensors.config))
-
-
-def _step_progress(
+def _meter(
     tensors: TensorSource, plan: Plan, progress: Callable[[Progress], None] | None, kept: Collection[str]
-) -> Callable[[Matrix, int], None]:
-    total, layers = _total_bytes(tensors), plan.config.num_hidden_layers
-    done = sum(
-        matrix_bytes(tensors, matrix) * (matrix.num_experts or 1)
+) -> Meter:
+    sizes = {
+        shard.file: sum(matrix_bytes(tensors, matrix) * (matrix.num_experts or 1) for matrix in shard.matrices)
         for shard in plan.shards
-        for matrix in shard.matrices
-        if shard.file in kept
-    )
-
-    def step(matrix: Matrix, nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(Progress("convert", done, total, matrix.layer, layers, matrix.path))
-
-    return step
-
-
-def _tell_finish(tensors: TensorSource, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
-    if progress is not None:
-        total = _total_bytes(tensors)
-        progress(Progress("finish", total, total, None, plan.config.num_hidden_layers, MANIFEST))
+    }
+    done = sum(sizes[file] for file in kept)
+    return Meter(progress, sum(sizes.values()), plan.config.num_hidden_layers, done)

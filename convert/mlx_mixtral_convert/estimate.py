@@ -22,7 +22,7 @@ __all__ = ["Needs", "estimate_conversion"]
 
 # Trials of at least this long: a small model's first matrix measures the warming-up of kernels.
 TRIAL_SECONDS = 0.2
-MOST_TRIALS = 64
+MAX_TRIALS = 64
 # Blocks being converted, measured and hashed, threads' stacks, MLX's own buffers.
 WORKING_BYTES = 150_000_000
 
@@ -47,7 +47,7 @@ def _seconds(source: TensorSource, plan: Plan, rounder: Rounder | None) -> float
     mx.eval(scratch)
     pack_piece(plan, read_piece(source, plan, matrix, 0, scratch), rounder)
     done, trials, started, slowest = 0, 0, time.perf_counter(), 0.0
-    while trials < MOST_TRIALS and (not trials or time.perf_counter() - started < TRIAL_SECONDS):
+    while trials < MAX_TRIALS and (not trials or time.perf_counter() - started < TRIAL_SECONDS):
         slowest += _trial(source, plan, matrix, trials % (matrix.num_experts or 1), scratch, rounder)
         done += matrix.out_features * matrix.in_features
         trials += 1

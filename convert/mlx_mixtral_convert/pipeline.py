@@ -31,7 +31,7 @@ from mlx_mixtral_convert.sources import PackedSource, TensorSource, matrix_bytes
 __all__ = ["Piece", "Written", "pack_piece", "packed_arrays", "read_piece", "write_weights"]
 
 _NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
-Step = Callable[[Matrix, int], None]
+OnMatrix = Callable[[Matrix, int], None]
 Packed = Mapping[str, mx.array] | Mapping[str, Values] | Mapping[Field, Values]
 
 
@@ -49,7 +49,7 @@ def write_weights(
     folder: Path,
     *,
     journal: ConversionJournal,
-    step: Step,
+    step: OnMatrix,
     cancelled: Callable[[], bool] | None = None,
     rounder: Rounder | None = None,
 ) -> Written:

@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.measure import MatrixError
 
-__all__ = ["ConversionReport", "PackedAs", "PartSize", "Progress", "downloading", "part_sizes", "peak_memory_bytes"]
+__all__ = [
+    "ConversionReport", "Meter", "PackedAs", "PartSize", "Progress", "downloading", "part_sizes", "peak_memory_bytes",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,33 @@ class Progress:
     layer: int | None
     layers: int
     what: str
+
+
+class Meter:
+    """Counts the source bytes that are done, and tells ``progress`` of each step.
+
+    Args:
+        done_bytes: of ``total_bytes``, what an earlier run did.
+        layers: how many the model has.
+    """
+
+    def __init__(
+        self, progress: Callable[[Progress], None] | None, total_bytes: int, layers: int, done_bytes: int = 0
+    ) -> None:
+        self.total_bytes, self.done_bytes = total_bytes, done_bytes
+        self._progress, self._layers = progress, layers
+
+    def step(self, matrix: Matrix, nbytes: int) -> None:
+        """An expert of a matrix is done."""
+        self.done_bytes += nbytes
+        if self._progress is not None:
+            args = self.done_bytes, self.total_bytes, matrix.layer, self._layers, matrix.path
+            self._progress(Progress("convert", *args))
+
+    def finish(self, what: str) -> None:
+        """Everything is."""
+        if self._progress is not None:
+            self._progress(Progress("finish", self.total_bytes, self.total_bytes, None, self._layers, what))
 
 
 def downloading(progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:
@@ -97,12 +127,7 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""
-        return {
-            **asdict(self),
-            "worst": [asdict(entry) for entry in self.worst],
-            "packings": [asdict(entry) for entry in self.packings],
-            "notes": list(self.notes),
-        }
+        return asdict(self)
 
 
 def part_sizes(plan: Plan) -> dict[str, PartSize]:

@@ -29,7 +29,6 @@ __all__ = [
     "Rows",
     "fields_of",
     "hf_name",
-    "layer_of",
     "layer_path",
     "locate",
     "matrices",
@@ -99,13 +98,6 @@ def fields_of(spec: QuantizationSpec | None) -> tuple[Field, ...]:
 
 def layer_path(layer: int) -> str:
     return f"model.layers.{layer}"
-
-
-def layer_of(path: str) -> int | None:
-    """The decoder layer a module path belongs to, None outside the layers."""
-    head, _, rest = path.partition("model.layers.")
-    number = rest.split(".", 1)[0]
-    return int(number) if not head and number.isdecimal() else None
 
 
 def matrices(config: MixtralConfig) -> Iterator[Matrix]:

@@ -36,8 +36,8 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 1e4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
 }
 # Counts from a stranger's file are bounded before anything is enumerated by them; real models are far below.
-_MOST = {"num_hidden_layers": 1024, "num_local_experts": 1024, "num_experts_per_tok": 1024}
-_MOST_OF_ANYTHING = 2**24
+_MAX = {"num_hidden_layers": 1024, "num_local_experts": 1024, "num_experts_per_tok": 1024}
+_MAX_OTHER = 2**24
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class MixtralConfig:
             value = getattr(self, name)
             if not is_integer(value) or value < 1:
                 raise ConfigError(f"config: {name} is {value!r}; it must be a positive integer")
-            if value > _MOST.get(name, _MOST_OF_ANYTHING):
-                limit = _MOST.get(name, _MOST_OF_ANYTHING)
-                raise ConfigError(f"config: {name} is {value}; more than {limit} is not believed of any model")
+            if value > _MAX.get(name, _MAX_OTHER):
+                limit = _MAX.get(name, _MAX_OTHER)
+                raise ConfigError(f"config: {name} is {value}; the limit is {limit}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config: {self.num_attention_heads} attention heads do not divide over "
@@ -280,7 +280,7 @@ def stop_ids(entries: Mapping[str, Any], where: str, vocab_size: int) -> tuple[i
     """``eos_token_id`` of ``generation_config.json``: one id, several or none.
 
     Raises:
-        ConfigError: what is no token id of this vocabulary.
+        ConfigError: an id that is not in the vocabulary.
     """
     found = _token_ids(entries.get("eos_token_id"), where)
     _check_ids(f"{where}: eos_token_id", found, vocab_size)

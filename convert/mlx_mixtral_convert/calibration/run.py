@@ -49,6 +49,11 @@ def calibrate(
     Memory: one layer's attention and one expert in float32, the hidden states, and for the sensitivities their copies; a
     model of 93 GB is calibrated on a machine with 16 GB.
 
+    Example:
+        calibration = calibrate("mixtral", ["wiki.txt"])
+        calibration.save("mixtral.calibration")
+        convert("mixtral", "mixtral-20gb", calibration=calibration, fit="20GB")
+
     Args:
         source: a folder or hub repository, as for ``convert``.
         texts: UTF-8 text files; a bundled text in several languages and code when empty.

@@ -53,7 +53,7 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""
-        return {**asdict(self), "notes": list(self.notes)}
+        return asdict(self)
 
 
 def export(

@@ -21,7 +21,7 @@ class FileDestination(Destination):
 
     def _check(self, source: Path) -> None:
         if self.path.suffix.lower() != ".gguf":
-            raise DestinationError(f"{self.path} is no name for a GGUF file; give one that ends in .gguf")
+            raise DestinationError(f"{self.path} is not a name for a GGUF file; give one that ends in .gguf")
         self._check_parent()
         if not os.path.lexists(self.path):
             return

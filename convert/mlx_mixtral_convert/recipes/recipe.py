@@ -27,6 +27,9 @@ ROUNDINGS = ("plain", "search", "gptq")
 class Recipe:
     """How a model is packed.
 
+    Example:
+        Recipe(bits=3, overrides={"*.self_attn.*": {"bits": 6}, "lm_head": None})
+
     Args:
         bits: bits a weight; None leaves everything unquantised that no override names.
         group_size: weights that share a scale, along the input; the mode's default (affine: 64) when None.
@@ -37,7 +40,7 @@ class Recipe:
         rounding: how affine matrices find their codes at the same format: ``plain`` (``mx.quantize``), ``search`` (scale and
             bias of least squared error) or ``gptq`` (error compensation, which needs a calibration).
 
-    The router stays unquantised unless an override gives it 8 bits; fewer are refused, for it decides everything.
+    The router stays unquantised unless an override gives it 8 bits; fewer are refused: everything depends on its choices.
 
     Raises:
         ConfigError: a combination MLX has no kernel for.

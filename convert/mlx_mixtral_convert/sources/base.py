@@ -95,7 +95,7 @@ def tensor_place(source: TensorSource, item: Matrix | Norm, expert: int = 0) -> 
 class PackedSource(TensorSource, Protocol):
     """A source whose weights are packed already, and that can hand its integers over as MLX stores them.
 
-    ``read`` still gives the dequantised values: what an ``exact`` conversion measures against, and what a plain one packs anew.
+    ``read`` still gives the dequantised values: what an ``exact`` conversion measures against, and a plain one packs again.
     """
 
     def native(self, matrix: Matrix) -> NativePacking | None:

@@ -23,7 +23,7 @@ from mlx_mixtral_convert.sources.base import SourceFiles
 from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint, StoredReader
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["HuggingFaceSource", "check_float", "detect", "open_storage"]
+__all__ = ["HuggingFaceSource", "check_float", "detect"]
 
 # Old checkpoints store the rotary frequencies, which follow from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -32,10 +32,6 @@ _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 def detect(storage: Storage) -> bool:
     """Whether there is a Hugging Face configuration."""
     return (storage.folder / "config.json").is_file()
-
-
-def open_storage(storage: Storage) -> HuggingFaceSource:
-    return HuggingFaceSource(storage)
 
 
 class HuggingFaceSource:

@@ -26,17 +26,13 @@ from mlx_mixtral_convert.sources.hf import HuggingFaceSource
 from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["MlxSource", "detect", "open_storage"]
+__all__ = ["MlxSource", "detect"]
 
 
 def detect(storage: Storage) -> bool:
     """Whether the configuration has MLX's ``quantization`` entry."""
     config = storage.folder / "config.json"
     return config.is_file() and isinstance(read_json(config).get("quantization"), Mapping)
-
-
-def open_storage(storage: Storage) -> MlxSource:
-    return MlxSource(storage)
 
 
 class MlxSource(HuggingFaceSource):

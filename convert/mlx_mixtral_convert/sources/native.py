@@ -30,7 +30,7 @@ from mlx_mixtral_convert.sources.storage.local import Storage
 from mlx_mixtral_convert.sources.torch.files import StoredTensor, read_torch
 from mlx_mixtral_convert.sources.torch.hf_bin import TorchSource
 
-__all__ = ["NativeSource", "detect", "hugging_face_entries", "open_storage"]
+__all__ = ["NativeSource", "detect", "hugging_face_entries"]
 
 _OUTSIDE = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -59,10 +59,6 @@ def detect(storage: Storage) -> bool:
     files = _weight_files(storage)
     # Another model's only file may have any name.
     return bool(files) and (files[0].suffix != ".safetensors" or "tok_embeddings.weight" in _union(files, storage))
-
-
-def open_storage(storage: Storage) -> NativeSource:
-    return NativeSource(storage)
 
 
 def hugging_face_entries(config: MixtralConfig) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from mlx_mixtral_convert.sources.gguf.vocabulary import tokenizer_files
 from mlx_mixtral_convert.sources.row_order import part_halves, rotary_heads
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["GgufSource", "detect", "open_storage"]
+__all__ = ["GgufSource", "detect"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -45,13 +45,8 @@ def detect(storage: Storage) -> bool:
     return bool(gguf_files(storage)) and not any(file.suffix in _OTHER_WEIGHTS for file in storage.glob("*"))
 
 
-def open_storage(storage: Storage) -> GgufSource:
-    """Open the file named, with the others of a split set, or the one model there is."""
-    return GgufSource(storage)
-
-
 @dataclass(frozen=True)
-class _Part:
+class _ExpertRows:
     """One expert of a matrix: rows of a tensor."""
 
     tensor: LocatedTensor
@@ -166,7 +161,7 @@ class GgufSource:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
         return tensor
 
-    def _find(self, matrix: Matrix) -> list[_Part]:
+    def _find(self, matrix: Matrix) -> list[_ExpertRows]:
         names = _names(matrix, self.config.is_dense, self._tensors)
         merged = names[0].endswith("_exps.weight")
         found = [self._tensor(name) for name in names]
@@ -187,8 +182,8 @@ class GgufSource:
         self._used.update(names)
         if merged:
             rows, name = matrix.out_features, found[0].name
-            return [_Part(found[0], e * rows, f"{name}[{e}]") for e in range(matrix.num_experts or 1)]
-        return [_Part(tensor, 0, tensor.name) for tensor in found]
+            return [_ExpertRows(found[0], e * rows, f"{name}[{e}]") for e in range(matrix.num_experts or 1)]
+        return [_ExpertRows(tensor, 0, tensor.name) for tensor in found]
 
     def _find_norm(self, norm: Norm) -> LocatedTensor:
         name = f"{gguf_name(norm)}.weight"

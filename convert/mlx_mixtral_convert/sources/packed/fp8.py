@@ -19,7 +19,7 @@ from mlx_mixtral_convert.packing.values import NativePacking
 from mlx_mixtral_convert.sources.packed.modules import Floats, PackedModules, packing_entry
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["Fp8Source", "detect", "open_storage"]
+__all__ = ["Fp8Source", "detect"]
 
 _METHODS = ("compressed-tensors", "fp8", "fbgemm_fp8")
 _CACHE_SCALE = re.compile(r"model\.layers\.\d+\.self_attn\.(kv_scale|[kv]_scale|[qkv]_proj\.output_scale)")
@@ -28,10 +28,6 @@ _CACHE_SCALE = re.compile(r"model\.layers\.\d+\.self_attn\.(kv_scale|[kv]_scale|
 def detect(storage: Storage) -> bool:
     """Whether the configuration says FP8, or anything of compressed-tensors."""
     return packing_entry(storage).get("quant_method") in _METHODS
-
-
-def open_storage(storage: Storage) -> Fp8Source:
-    return Fp8Source(storage)
 
 
 class Fp8Source(PackedModules):

@@ -32,7 +32,6 @@ class RemoteFile:
 
     nbytes: int
     sha256: str | None
-    blob: str | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def list_files(repository: str, revision: str | None) -> Listing:
 
         info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
     files = {
-        item.rfilename: RemoteFile(item.size or 0, item.lfs.sha256 if item.lfs else None, item.blob_id)
+        item.rfilename: RemoteFile(item.size or 0, item.lfs.sha256 if item.lfs else None)
         for item in info.siblings or ()
     }
     return Listing(repository, str(info.sha), files)

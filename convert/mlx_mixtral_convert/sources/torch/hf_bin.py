@@ -13,7 +13,7 @@ from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint
 from mlx_mixtral_convert.sources.storage.local import Storage
 from mlx_mixtral_convert.sources.torch.files import StoredTensor, read_torch
 
-__all__ = ["INDEX", "SINGLE", "TorchCheckpoint", "TorchSource", "detect", "open_storage"]
+__all__ = ["INDEX", "SINGLE", "TorchCheckpoint", "TorchSource", "detect"]
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
@@ -24,10 +24,6 @@ def detect(storage: Storage) -> bool:
     if not (storage.folder / "config.json").is_file() or storage.glob("*.safetensors"):
         return False
     return (storage.folder / INDEX).is_file() or storage.has(SINGLE)
-
-
-def open_storage(storage: Storage) -> TorchSource:
-    return TorchSource(storage, TorchCheckpoint(storage))
 
 
 class TorchCheckpoint(StoredCheckpoint):

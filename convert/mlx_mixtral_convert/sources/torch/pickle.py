@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_mixtral.weights.safetensors import MAX_AXES, is_count
 
-__all__ = ["PickleError", "Storage", "TensorDescription", "describe"]
+__all__ = ["PickleError", "TensorDescription", "TorchStorage", "describe"]
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
@@ -35,7 +35,7 @@ class _Global:
 
 
 @dataclass(frozen=True)
-class Storage:
+class TorchStorage:
     """``numel`` values of a safetensors dtype under the name ``key``."""
 
     dtype: str
@@ -47,14 +47,14 @@ class Storage:
 class TensorDescription:
     """A view of a storage; ``offset`` and ``strides`` count values."""
 
-    storage: Storage
+    storage: TorchStorage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 class PickleError(Exception):
-    """Why a pickle is not believed, in words that follow the file's name."""
+    """Why a pickle is refused, in words that follow the file's name."""
 
 
 _MARK = object()
@@ -160,12 +160,12 @@ def _global(name: str) -> _Global:
     return _Global(name)
 
 
-def _storage(value: Any) -> Storage:
+def _storage(value: Any) -> TorchStorage:
     word, kind, key, _, numel = value
     dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if isinstance(kind, _Global) else None
     if word != "storage" or dtype is None or not isinstance(key, str) or not is_count(numel):
         raise PickleError("the pickle describes a storage that is not one")
-    return Storage(dtype, key, numel)
+    return TorchStorage(dtype, key, numel)
 
 
 def _build(called: Any, arguments: Any) -> Any:
@@ -178,6 +178,6 @@ def _build(called: Any, arguments: Any) -> Any:
     if called.name == _TENSOR:
         storage, offset, shape, strides, *_ = arguments
         counts = (offset, *shape, *strides)
-        if isinstance(storage, Storage) and len(shape) == len(strides) <= MAX_AXES and all(map(is_count, counts)):
+        if isinstance(storage, TorchStorage) and len(shape) == len(strides) <= MAX_AXES and all(map(is_count, counts)):
             return TensorDescription(storage, offset, tuple(shape), tuple(strides))
     raise PickleError(f"the pickle calls {called.name} with arguments that describe nothing")
