@@ -1,8 +1,11 @@
 """Reading safetensors by byte range: headers checked before they are trusted, tensors never mapped.
 
 The format is 8 bytes of header length (little endian), a JSON header, then the data; ``data_offsets`` count from the end of
-the header (https://github.com/huggingface/safetensors#format). The ``safetensors`` package opens files by mapping them,
-which faults page by page where experts are streamed, and hides the offsets that a read straight into place needs.
+the header (https://github.com/huggingface/safetensors#format).
+
+The ``safetensors`` package (0.8) bounds headers and offsets as well, and its ``backend="pread"`` maps nothing. But it hides the
+offsets, allocates what it returns, reads a whole tensor for a slice of it, and its numpy side knows neither bfloat16 nor
+float8: an expert streamed straight into its slot needs a byte range and a buffer of ours.
 """
 
 from __future__ import annotations
