@@ -37,10 +37,7 @@ def check_destination(name: str, path: str | Path) -> Path:
     with disk_errors(place):
         if place.is_dir():
             raise DestinationError(f"{place} is a folder; give a file")
-        if not place.parent.is_dir():
-            raise DestinationError(f"{place} cannot be written: there is no folder {place.parent}; make it first")
-        if not os.access(place.parent, os.W_OK):
-            raise DestinationError(f"{place} cannot be written: folder {place.parent} is not writable")
+        _check_parent(place, f"{place} cannot be written")
     return place
 
 
@@ -111,11 +108,15 @@ def check_folder(name: str, path: str | Path, *, overwrite: bool, holds: Iterabl
             others = sorted({entry.name for entry in place.iterdir()} - {*holds, ".DS_Store"})
             if others:
                 raise DestinationError(f"{given} holds {others[0]}, which is not ours to replace; give another folder")
-        if not place.parent.is_dir():
-            raise DestinationError(f"{given} cannot be made: there is no folder {place.parent}; make it first")
-        if not os.access(place.parent, os.W_OK):
-            raise DestinationError(f"{given} cannot be made: folder {place.parent} is not writable")
+        _check_parent(place, f"{given} cannot be made")
     return place
+
+
+def _check_parent(place: Path, problem: str) -> None:
+    if not place.parent.is_dir():
+        raise DestinationError(f"{problem}: there is no folder {place.parent}; make it first")
+    if not os.access(place.parent, os.W_OK):
+        raise DestinationError(f"{problem}: folder {place.parent} is not writable")
 
 
 def write_folder(place: Path, files: Mapping[str, bytes]) -> None:

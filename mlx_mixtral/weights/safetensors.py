@@ -10,7 +10,6 @@ float8: an expert streamed straight into its slot needs a byte range and a buffe
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, TypeGuard
 
 from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import parse_json
 
 __all__ = ["ITEM_BYTES", "TensorInfo", "header_bytes", "is_count", "parse_header", "read_header", "read_into"]
 
@@ -91,12 +91,7 @@ def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: as for ``read_header``.
     """
-    try:
-        header = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the safetensors header is not a JSON object")
+    header = parse_json(f"{path}: the safetensors header", raw)
     data_start, data_bytes = 8 + len(raw), size - 8 - len(raw)
     tensors = {
         name: _tensor(path, name, entry, data_start, data_bytes)

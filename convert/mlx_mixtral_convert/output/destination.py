@@ -13,7 +13,6 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar
 
 from mlx_mixtral.arguments import as_path
@@ -96,9 +95,7 @@ class Destination(ABC):
             raise
         return self.partial
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._remove()
 
     def commit(self) -> None:

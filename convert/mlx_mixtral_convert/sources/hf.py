@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -97,9 +96,7 @@ class HuggingFaceSource:
     def __enter__(self) -> HuggingFaceSource:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _fill(self, matrix: Matrix, info: TensorInfo, skip_bytes: int, into: Values) -> None:
