@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mlx_mixtral.hub import Source
 from mlx_mixtral.machine.device import DTYPE_NAMES, DTYPES, current_device
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.manifest import MANIFEST
-from mlx_mixtral_convert.calibration.file import Calibration
+from mlx_mixtral_convert.calibration.file import Calibration, Losses
 from mlx_mixtral_convert.estimate import estimate_conversion
 from mlx_mixtral_convert.exact import exact_recipe, exact_specs, packed_as
 from mlx_mixtral_convert.output.destination import FolderDestination, as_destination
@@ -35,7 +36,7 @@ from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
 from mlx_mixtral_convert.recipes.fit import predicted_kl
 from mlx_mixtral_convert.recipes.machine import room_for_weights
 from mlx_mixtral_convert.report import ConversionReport, Meter, Progress, downloading, part_sizes, peak_memory_bytes
-from mlx_mixtral_convert.rounding import Gptq, make_rounder
+from mlx_mixtral_convert.rounding import Gptq, Search, make_rounder
 from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, open_source, small_files
 from mlx_mixtral_convert.sources.storage.remote import open_remote
 
@@ -120,53 +121,39 @@ def convert(
         raise InvalidRequestError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     with ExitStack() as opened:
         remote = opened.enter_context(closing(open_remote(named))) if stream else None
-        folder = (
-            remote.folder if remote is not None else named.resolve(convertible=True, progress=downloading(progress))
-        )
+        download = downloading(progress)
+        folder = named.resolve(convertible=True, progress=download) if remote is None else remote.folder
         destination = FolderDestination(place, folder, overwrite=overwrite)
         tensors = opened.enter_context(open_source(folder if remote is None else remote, kind))
 
         def again() -> TensorSource:
             return open_source(folder if remote is None else remote.again(), kind)
 
-        calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
-        if calibrated is not None:
-            calibrated.check_fits(tensors)
-        if fit is not None:
-            budget = room_for_weights(tensors.config, current_device(), context) if fit == "mac" else parse_size(fit)
-            recipe = _fit(tensors, budget, calibrated, recipe.rounding, dtype)
-        rounder = make_rounder(recipe.rounding, calibrated, again)
-        if exact and fit is not None:
-            raise InvalidRequestError("exact keeps the source's bits and fit chooses others; give one of them")
-        if exact:
-            recipe = exact_recipe(recipe)
-        recorded = recipe.to_dict() | ({"exact": True} if exact else {})
-        recorded |= {"calibration": calibrated.digest} if calibrated is not None else {}
-        plan = _plan(tensors, recipe, dtype, exact=exact)
-        small = small_files(tensors)
+        chosen = _choose(tensors, recipe, calibration, again, exact=exact, fit=fit, dtype=dtype, context=context)
+        plan, small = chosen.plan, small_files(tensors)
         check_vocabulary(small, tensors.config.vocab_size)
         check_stop_ids(small, tensors.config)
         notes = tokenizer_notes(small)
-        small["config.json"] = model_config_text(tensors.entries, plan, recipe.default)
+        small["config.json"] = model_config_text(tensors.entries, plan, chosen.recipe.default)
         small[INDEX_FILE] = plan.index()
         needed = plan.output_bytes + sum(map(len, small.values())) + SPARE_BYTES
         free = destination.free_bytes()
         written: Written | None = None
         resumed_layers = 0
-        needs = estimate_conversion(tensors, plan, rounder) if dry_run else None
+        needs = estimate_conversion(tensors, plan, chosen.rounder) if dry_run else None
         if not dry_run:
             name, commit = named.origin(folder)
             origin = {"name": name, "revision": commit, "files": tensors.files.describe()}
-            identity = _identity(origin, plan, recorded, small)
+            identity = _identity(origin, plan, chosen.recorded, small)
             with destination as partial, ConversionJournal(partial, identity, plan.shards, restart=restart) as journal:
                 destination.check_space(needed - journal.kept_bytes)
                 resumed_layers = journal.kept_layers
                 meter = _meter(tensors, plan, progress, journal.kept)
-                with closing(rounder) if isinstance(rounder, Gptq) else nullcontext():
-                    written = write_weights(
-                        tensors, plan, partial, journal=journal, step=meter.step, cancelled=cancelled, rounder=rounder
-                    )
-                _finish(partial, origin, plan, recorded, written, small)
+                written = _write(tensors, chosen, partial, journal, meter, cancelled)
+                files = {s.file: {"bytes": s.nbytes, "sha256": written.hashes[s.file]} for s in plan.shards}
+                files |= write_small_files(partial, small)
+                told = conversion_text(origin, plan, chosen.recorded, written.errors, files)
+                replace_file(partial / MANIFEST, told)
                 meter.finish(MANIFEST)
                 destination.commit()
         worst = sorted(written.errors, key=lambda error: -error.relative_rms)[:WORST_LISTED] if written else ()
@@ -190,15 +177,67 @@ def convert(
             packings=tuple(packed_as(plan, written)),
             expected_seconds=needs.seconds if needs else None,
             expected_memory_bytes=needs.memory_bytes if needs else None,
-            predicted_kl=predicted_kl(tensors.config, plan.specs, calibrated.losses if calibrated else None),
+            predicted_kl=predicted_kl(tensors.config, plan.specs, chosen.losses),
             notes=notes,
         )
 
 
-def _fit(tensors: TensorSource, budget: int, calibration: Calibration | None, rounding: str, dtype: str) -> Recipe:
+@dataclass(frozen=True)
+class _Chosen:
+    """What becomes of every matrix: packings and files, how codes are found, and what ``conversion.json`` says of it."""
+
+    recipe: Recipe
+    recorded: dict[str, Any]
+    plan: Plan
+    rounder: Search | Gptq | None
+    losses: Losses | None
+
+
+def _choose(
+    tensors: TensorSource,
+    recipe: Recipe,
+    calibration: Calibration | str | Path | None,
+    again: Callable[[], TensorSource],
+    *,
+    exact: bool,
+    fit: str | int | None,
+    dtype: str,
+    context: int | None,
+) -> _Chosen:
+    if exact and fit is not None:
+        raise InvalidRequestError("exact keeps the source's bits and fit chooses others; give one of them")
+    calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
+    if calibrated is not None:
+        calibrated.check_fits(tensors)
+    losses = None if calibrated is None else calibrated.losses
+    if fit is not None:
+        budget = room_for_weights(tensors.config, current_device(), context) if fit == "mac" else parse_size(fit)
+        recipe = _fit(tensors, budget, losses, recipe.rounding, dtype)
+    rounder = make_rounder(recipe.rounding, calibrated, again)
+    recipe = exact_recipe(recipe) if exact else recipe
+    recorded = recipe.to_dict() | ({"exact": True} if exact else {})
+    recorded |= {"calibration": calibrated.digest} if calibrated is not None else {}
+    return _Chosen(recipe, recorded, _plan(tensors, recipe, dtype, exact=exact), rounder, losses)
+
+
+def _write(
+    tensors: TensorSource,
+    chosen: _Chosen,
+    partial: Path,
+    journal: ConversionJournal,
+    meter: Meter,
+    cancelled: Callable[[], bool] | None,
+) -> Written:
+    rounder = chosen.rounder
+    with closing(rounder) if isinstance(rounder, Gptq) else nullcontext():
+        return write_weights(
+            tensors, chosen.plan, partial, journal=journal, step=meter.step, cancelled=cancelled, rounder=rounder
+        )
+
+
+def _fit(tensors: TensorSource, budget: int, losses: Losses | None, rounding: str, dtype: str) -> Recipe:
     """Fit the files, headers included, and not the tensors alone."""
     scale_bytes = 4 if dtype == "float32" else 2
-    losses = calibration.losses if calibration is not None else None
     unpacked = _plan(tensors, Recipe(bits=None), dtype)
     overhead = unpacked.output_bytes - unpacked.data_bytes
     while True:
@@ -217,19 +256,6 @@ def _plan(tensors: TensorSource, recipe: Recipe, dtype: str, *, exact: bool = Fa
         return make_plan(tensors.config, specs, "F16" if dtype == "auto" else DTYPES[dtype], native)
     own, packs = main_dtype(tensors), any(spec is not None for spec in specs.values())
     return make_plan(tensors.config, specs, "BF16" if own == "F32" and packs else own)
-
-
-def _finish(
-    partial: Path,
-    origin: dict[str, Any],
-    plan: Plan,
-    recipe: Mapping[str, Any],
-    written: Written,
-    small: Mapping[str, bytes],
-) -> None:
-    files = {shard.file: {"bytes": shard.nbytes, "sha256": written.hashes[shard.file]} for shard in plan.shards}
-    files |= write_small_files(partial, small)
-    replace_file(partial / MANIFEST, conversion_text(origin, plan, recipe, written.errors, files))
 
 
 def _identity(

@@ -6,14 +6,17 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.measure import MatrixError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 __all__ = [
-    "ConversionReport", "Meter", "PackedAs", "PartSize", "Progress", "downloading", "part_sizes", "peak_memory_bytes",
+    "ConversionReport", "Meter", "PackedAs", "PartSize", "Progress", "downloading", "json_object", "part_sizes", "peak_memory_bytes",
 ]  # fmt: skip
 
 
@@ -127,7 +130,12 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""
-        return asdict(self)
+        return json_object(self)
+
+
+def json_object(report: DataclassInstance) -> dict[str, Any]:
+    """A report's fields, tuples as lists."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(report).items()}
 
 
 def part_sizes(plan: Plan) -> dict[str, PartSize]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, is_finite
 from mlx_mixtral.weights.manifest import MANIFEST, file_problem, read_manifest
 from mlx_mixtral.weights.safetensors import TensorInfo
+from mlx_mixtral_convert.report import json_object
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 
@@ -53,7 +54,7 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""
-        return {"ok": self.ok, **asdict(self)}
+        return {"ok": self.ok, **json_object(self)}
 
 
 def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:

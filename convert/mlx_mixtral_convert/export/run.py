@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mlx_mixtral_convert.export.gguf import GGUF_TYPES, write_gguf
 from mlx_mixtral_convert.export.hf import HF_TYPES, write_hf
 from mlx_mixtral_convert.export.job import Job
 from mlx_mixtral_convert.output.destination import as_destination
-from mlx_mixtral_convert.report import Progress, downloading, peak_memory_bytes
+from mlx_mixtral_convert.report import Progress, downloading, json_object, peak_memory_bytes
 from mlx_mixtral_convert.sources import open_source
 
 __all__ = ["FORMATS", "TYPES", "ExportReport", "export"]
@@ -53,7 +53,7 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""
-        return asdict(self)
+        return json_object(self)
 
 
 def export(
