@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = [
-    "ConversionReport", "Meter", "PackedAs", "PartSize", "Progress", "downloading", "json_object", "part_sizes", "peak_memory_bytes",
+    "ConversionReport", "Meter", "PackedAs", "PartSize", "Progress", "downloading", "json_object", "part_sizes",
+    "peak_memory_bytes",
 ]  # fmt: skip
 
 

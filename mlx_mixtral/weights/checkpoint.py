@@ -117,9 +117,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 )
             if file not in headers:
                 if not self._has(file):
-                    raise CheckpointError(
-                        f"{index} names {file!r}, which is not in {self.folder}; the download or upload was not complete"
-                    )
+                    raise CheckpointError(f"{index} names {file!r}, which is not in {self.folder}; download it again")
                 headers[file] = self._header(file)
             if name not in headers[file]:
                 raise CheckpointError(f"{index} places tensor {name!r} in {file!r}, which does not have it")

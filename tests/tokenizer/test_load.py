@@ -118,7 +118,7 @@ def test_broken_json_names_its_file(make_folder: FolderMaker) -> None:
     folder = make_folder("tiny")
     for text in ("{", "[" * 100_000, "\ufffe"):
         (folder / "tokenizer_config.json").write_text(text, "utf-8")
-        with pytest.raises(TokenizerError, match=r"tokenizer_config\.json cannot be read"):
+        with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not valid JSON: .*download it again"):
             load_tokenizer(folder)
 
 
