@@ -35,7 +35,14 @@ from mlx_mixtral_convert.recipes import Recipe
 from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
 from mlx_mixtral_convert.recipes.fit import predicted_kl
 from mlx_mixtral_convert.recipes.machine import room_for_weights
-from mlx_mixtral_convert.report import ConversionReport, Meter, Progress, downloading, part_sizes, peak_memory_bytes
+from mlx_mixtral_convert.report import (
+    ConversionReport,
+    Progress,
+    ProgressCounter,
+    downloading,
+    part_sizes,
+    peak_memory_bytes,
+)
 from mlx_mixtral_convert.rounding import Gptq, Search, make_rounder
 from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, open_source, small_files
 from mlx_mixtral_convert.sources.storage.remote import open_remote
@@ -148,13 +155,13 @@ def convert(
             with destination as partial, ConversionJournal(partial, identity, plan.shards, restart=restart) as journal:
                 destination.check_space(needed - journal.kept_bytes)
                 resumed_layers = journal.kept_layers
-                meter = _meter(tensors, plan, progress, journal.kept)
-                written = _write(tensors, chosen, partial, journal, meter, cancelled)
+                counter = _counter(tensors, plan, progress, journal.kept)
+                written = _write(tensors, chosen, partial, journal, counter, cancelled)
                 files = {s.file: {"bytes": s.nbytes, "sha256": written.hashes[s.file]} for s in plan.shards}
                 files |= write_small_files(partial, small)
                 told = conversion_text(origin, plan, chosen.recorded, written.errors, files)
                 replace_file(partial / MANIFEST, told)
-                meter.finish(MANIFEST)
+                counter.finish(MANIFEST)
                 destination.commit()
         worst = sorted(written.errors, key=lambda error: -error.relative_rms)[:WORST_LISTED] if written else ()
         return ConversionReport(
@@ -225,13 +232,13 @@ def _write(
     chosen: _Chosen,
     partial: Path,
     journal: ConversionJournal,
-    meter: Meter,
+    counter: ProgressCounter,
     cancelled: Callable[[], bool] | None,
 ) -> Written:
     rounder = chosen.rounder
     with closing(rounder) if isinstance(rounder, Gptq) else nullcontext():
         return write_weights(
-            tensors, chosen.plan, partial, journal=journal, step=meter.step, cancelled=cancelled, rounder=rounder
+            tensors, chosen.plan, partial, journal=journal, step=counter.step, cancelled=cancelled, rounder=rounder
         )
 
 
@@ -271,12 +278,12 @@ def _identity(
     }
 
 
-def _meter(
+def _counter(
     tensors: TensorSource, plan: Plan, progress: Callable[[Progress], None] | None, kept: Collection[str]
-) -> Meter:
+) -> ProgressCounter:
     sizes = {
         shard.file: sum(matrix_bytes(tensors, matrix) * (matrix.num_experts or 1) for matrix in shard.matrices)
         for shard in plan.shards
     }
     done = sum(sizes[file] for file in kept)
-    return Meter(progress, sum(sizes.values()), plan.config.num_hidden_layers, done)
+    return ProgressCounter(progress, sum(sizes.values()), plan.config.num_hidden_layers, done)

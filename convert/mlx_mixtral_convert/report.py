@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = [
-    "ConversionReport", "Meter", "PackedAs", "PartSize", "Progress", "downloading", "json_object", "part_sizes",
+    "ConversionReport",
+    "PackedAs",
+    "PartSize",
+    "Progress",
+    "ProgressCounter",
+    "downloading",
+    "json_object",
+    "part_sizes",
     "peak_memory_bytes",
 ]  # fmt: skip
 
@@ -36,7 +43,7 @@ class Progress:
     what: str
 
 
-class Meter:
+class ProgressCounter:
     """Counts the source bytes that are done, and tells ``progress`` of each step.
 
     Args:

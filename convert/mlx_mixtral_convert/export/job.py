@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.errors import ConversionError
 from mlx_mixtral_convert.packing.values import Values
-from mlx_mixtral_convert.report import Meter, Progress
+from mlx_mixtral_convert.report import Progress, ProgressCounter
 from mlx_mixtral_convert.sources import PackedSource, TensorSource, main_dtype, matrix_bytes
 
 __all__ = ["Job", "Result"]
@@ -83,7 +83,7 @@ class Job:
         sizes = [matrix_bytes(self.source, matrix) for matrix in wanted]
         buffers = [np.empty(max(sizes, default=0), np.uint8) for _ in range(2)]
         total = sum(size * (matrix.num_experts or 1) for size, matrix in zip(sizes, wanted, strict=True))
-        meter = Meter(self.progress, total, self.source.config.num_hidden_layers)
+        counter = ProgressCounter(self.progress, total, self.source.config.num_hidden_layers)
         with ThreadPoolExecutor(1, thread_name_prefix="mlx-mixtral-read") as reader:
             ahead = reader.submit(read, *pieces[0], buffers[0])
             for number, (matrix, expert) in enumerate(pieces):
@@ -93,7 +93,7 @@ class Job:
                 if number + 1 < len(pieces):
                     ahead = reader.submit(read, *pieces[number + 1], buffers[(number + 1) % 2])
                 yield matrix, expert, value
-                meter.step(matrix, matrix_bytes(self.source, matrix))
+                counter.step(matrix, matrix_bytes(self.source, matrix))
 
     def values(self, wanted: Sequence[Matrix]) -> Generator[tuple[Matrix, int, Values]]:
         """The floats of every expert of ``wanted``."""
@@ -102,4 +102,4 @@ class Job:
     def finish(self, total_bytes: int) -> None:
         """Everything has been read: check that it was one and the same source, and tell the caller."""
         self.source.files.check_unchanged()
-        Meter(self.progress, total_bytes, self.source.config.num_hidden_layers).finish(self.dest.name)
+        ProgressCounter(self.progress, total_bytes, self.source.config.num_hidden_layers).finish(self.dest.name)

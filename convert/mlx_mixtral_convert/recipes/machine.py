@@ -36,7 +36,7 @@ def room_for_weights(config: MixtralConfig, device: Device, context: int | None 
     room = device.recommended_bytes - cache - WORKING_BYTES
     if room <= 0:
         raise MemoryBudgetError(
-            f"{format_bytes(device.recommended_bytes)} hold no model beside the KV cache of {tokens} tokens, "
+            f"{format_bytes(device.recommended_bytes)} leave no room for a model beside the KV cache of {tokens} tokens, "
             f"{format_bytes(cache)}; use a smaller --context"
         )
     return room

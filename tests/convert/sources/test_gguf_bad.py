@@ -91,8 +91,8 @@ def edited_shape(path: Path, name: bytes, shape: list[int]) -> Path:
 
 
 @pytest.mark.parametrize(("shape", "match"), [
-    ([2**40, 2**40], "which no tensor has"), ([100, 64], "not whole Q8_0 blocks"), ([2**30, 64], "is truncated"),
-    ([0, 64], "which no tensor has"),
+    ([2**40, 2**40], "which is not possible"), ([100, 64], "not whole Q8_0 blocks"), ([2**30, 64], "is truncated"),
+    ([0, 64], "which is not possible"),
 ])  # fmt: skip
 def test_absurd_shapes(tmp_path: Path, shape: list[int], match: str) -> None:
     refused(edited_shape(made(tmp_path / "m.gguf"), b"token_embd.weight", shape), CheckpointError, match)

@@ -258,7 +258,7 @@ def test_variants_that_are_not_read_are_named(tmp_path: Path, entry: dict[str, A
 def test_a_kind_that_a_plain_folder_is_not_is_refused_as_that(tmp_path: Path, kind: str) -> None:
     source = make_checkpoint(tmp_path / "source")
     with pytest.raises(
-        ConversionError, match=f"is no {kind.upper()} folder: its config.json has no quantization_config"
+        ConversionError, match=f"is not a {kind.upper()} folder: its config.json has no quantization_config"
     ):
         convert(source, tmp_path / "out", kind=kind)
 

@@ -131,20 +131,20 @@ BAD_PICKLES = {
     "no end": (b"\x80\x02" + EMPTY, "damaged"),
     "nothing": (b"", "damaged"),
     "noise": (bytes(range(256)), "damaged"),
-    "takes too much": (b"\x80\x02s.", "damaged|takes more"),
+    "takes too much": (b"\x80\x02s.", "damaged|pops more"),
     "a memo that is not there": (b"\x80\x02h\x07.", "damaged"),
-    "nested as a key": (NESTED + b"h\0s.", "damaged|dictionary by name"),
+    "nested as a key": (NESTED + b"h\0s.", "damaged|not a dictionary"),
     "nested as a value": (NESTED + b".", "holds a tuple"),
-    "a name that cannot be hashed": (b"\x80\x02}]" + STORED + b"s.", "not a dictionary by name"),
+    "a name that cannot be hashed": (b"\x80\x02}]" + STORED + b"s.", "sets named items of something that is not a dictionary"),
     "longer than is there": (b"\x80\x02X\xff\xff\xff\xffabc.", "damaged"),
     "a negative shape": (
-        dictionary(tensor_operations(View(ONE["weight"], (-2, 3), (3, 1)), "0", "F32")), "describe nothing",
+        dictionary(tensor_operations(View(ONE["weight"], (-2, 3), (3, 1)), "0", "F32")), "are not a tensor's",
     ),
     "a negative offset": (
-        dictionary(tensor_operations(View(ONE["weight"], offset=-1), "0", "F32")), "describe nothing",
+        dictionary(tensor_operations(View(ONE["weight"], offset=-1), "0", "F32")), "are not a tensor's",
     ),
     "more axes than any tensor": (
-        dictionary(tensor_operations(View(ONE["weight"], (1,) * 40, (1,) * 40), "0", "F32")), "describe nothing",
+        dictionary(tensor_operations(View(ONE["weight"], (1,) * 40, (1,) * 40), "0", "F32")), "are not a tensor's",
     ),
     "beyond its storage": (
         dictionary(tensor_operations(View(ONE["weight"], (3, 3)), "0", "F32")), "needs 9 values of its storage, which has 6",

@@ -68,4 +68,4 @@ def check_split(headers: list[GgufHeader]) -> None:
             )
     expected, found = headers[0].keys.get("split.tensors.count"), sum(len(header.tensors) for header in headers)
     if expected is not None and expected != found:
-        raise CheckpointError(f"{headers[0].path} speaks of {expected} tensors in all files; there are {found}")
+        raise CheckpointError(f"{headers[0].path} says its files have {expected} tensors; there are {found}")

@@ -119,7 +119,7 @@ class _Head:
             raise self.error(f"says that tensor {name!r} has {axes} axes; 1 to {MAX_AXES} are possible")
         shape = tuple(reversed([self.number("<Q") for _ in range(axes)]))
         if not 0 < prod(shape) < 2**40:
-            raise self.error(f"says that tensor {name!r} has shape {list(shape)}, which no tensor has")
+            raise self.error(f"says that tensor {name!r} has shape {list(shape)}, which is not possible")
         number, offset = self.number("<I"), self.number("<Q")
         if (kind := TYPES.get(number)) is None:
             raise self.error(f"holds tensor {name!r} in type {number}, which is not one of the types that can be read")

@@ -80,7 +80,7 @@ def _sentencepiece(header: GgufHeader, tokens: Sequence[str], types: Sequence[in
         )
     # Written as float32. NaN compares false.
     if not all(isinstance(score, int | float) and -_MAX_SCORE <= score <= _MAX_SCORE for score in scores):
-        raise TokenizerError(f"{header.path}: {_PREFIX}scores holds a value that is not a number of float32")
+        raise TokenizerError(f"{header.path}: {_PREFIX}scores holds a value that is not a finite float32")
     special = {name: header.keys.get(f"{_PREFIX}{key}_token_id", -1) for name, key in
                (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}  # fmt: skip
     model = bytearray()
@@ -111,7 +111,7 @@ def _byte_level(header: GgufHeader, tokens: Sequence[str], types: Sequence[int])
     name = header.keys.get(f"{_PREFIX}pre", "default")
     if not isinstance(name, str) or (pattern := _PRE.get(name)) is None:
         raise TokenizerError(
-            f"{header.path}: its tokenizer cuts text into words by {name!r} ({_PREFIX}pre), which is not known here; "
+            f"{header.path}: its tokenizer splits text into words by {name!r} ({_PREFIX}pre), which is not supported; "
             f"known are {', '.join(_PRE)}: convert the original checkpoint"
         )
     merges = [merge.split(" ") for merge in _texts(header, "merges")]

@@ -49,7 +49,7 @@ class GroupedSource(PackedModules):
         entry = packing_entry(storage)
         if not entry:
             raise ConversionError(
-                f"{storage.path} is no {self.method} folder: its config.json has no quantization_config; leave out the "
+                f"{storage.path} is not a {self.method} folder: its config.json has no quantization_config; leave out the "
                 "source kind to have it found"
             )
         self.bits, self.group_size = (

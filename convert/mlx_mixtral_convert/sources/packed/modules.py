@@ -113,7 +113,7 @@ class PackedModules(HuggingFaceSource):
             if f"{module}." in packed:
                 if rows.of != matrix.out_features:
                     raise CheckpointError(
-                        f"{self.path}: module {module!r} has all experts in one, which is not known here"
+                        f"{self.path}: module {module!r} has all experts in one, which is not supported"
                     )
                 self._modules[module] = None
                 self._check(module, matrix)

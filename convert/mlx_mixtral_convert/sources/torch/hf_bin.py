@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mlx_mixtral.config.layout import Matrix
+from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource
@@ -40,6 +42,11 @@ class TorchCheckpoint(StoredCheckpoint):
 
 class TorchSource(HuggingFaceSource):
     """A folder whose tensors may lie column by column, as transposed views were saved."""
+
+    def __init__(
+        self, storage: Storage, checkpoint: Checkpoint | None = None, entries: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(storage, TorchCheckpoint(storage) if checkpoint is None else checkpoint, entries)
 
     def _fill(self, matrix: Matrix, info: TensorInfo, skip_bytes: int, into: Values) -> None:
         if isinstance(info, StoredTensor) and info.transposed:

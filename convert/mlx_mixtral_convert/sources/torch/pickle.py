@@ -134,7 +134,7 @@ def _interpret(data: bytes) -> Any:
 
 def _pop(stack: list[Any], count: int) -> list[Any]:
     if count > len(stack):
-        raise PickleError("the pickle takes more than it put down")
+        raise PickleError("the pickle pops more than it pushed")
     taken = stack[len(stack) - count :]
     del stack[len(stack) - count :]
     return taken
@@ -149,7 +149,7 @@ def _pop_to_mark(stack: list[Any]) -> list[Any]:
 
 def _set_items(into: Any, items: list[Any]) -> None:
     if not isinstance(into, dict) or len(items) % 2 or not all(isinstance(key, str) for key in items[::2]):
-        raise PickleError("the pickle fills something that is not a dictionary by name")
+        raise PickleError("the pickle sets named items of something that is not a dictionary")
     into.update(zip(items[::2], items[1::2], strict=True))
 
 
@@ -164,7 +164,7 @@ def _storage(value: Any) -> TorchStorage:
     word, kind, key, _, numel = value
     dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if isinstance(kind, _Global) else None
     if word != "storage" or dtype is None or not isinstance(key, str) or not is_count(numel):
-        raise PickleError("the pickle describes a storage that is not one")
+        raise PickleError("the pickle describes a malformed storage")
     return TorchStorage(dtype, key, numel)
 
 
@@ -180,4 +180,4 @@ def _build(called: Any, arguments: Any) -> Any:
         counts = (offset, *shape, *strides)
         if isinstance(storage, TorchStorage) and len(shape) == len(strides) <= MAX_AXES and all(map(is_count, counts)):
             return TensorDescription(storage, offset, tuple(shape), tuple(strides))
-    raise PickleError(f"the pickle calls {called.name} with arguments that describe nothing")
+    raise PickleError(f"the pickle calls {called.name} with arguments that are not a tensor's")
