@@ -12,15 +12,16 @@ import functools
 import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.arguments import as_path, check_type
-from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError, MissingDependencyError, MixtralError
+from mlx_mixtral.files import read_json
 
-__all__ = ["download", "explained", "is_unreachable", "named_file", "parse_repository", "resolve", "wanted_files"]
+__all__ = ["Source", "download", "hub_errors", "is_unreachable", "resolve", "wanted_files"]
 
 Progress = Callable[[int, int], None]
 
@@ -40,6 +41,85 @@ _CONVERTIBLE = (
 )
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a user names as a model: a ``path`` of this machine, or a ``repository`` of the hub, never both.
+
+    ``name`` is the text as it was given, for messages; ``revision`` a repository's branch, tag or commit; ``file`` the one
+    GGUF that a repository's name ends in.
+    """
+
+    name: str
+    path: Path | None = None
+    repository: str | None = None
+    revision: str | None = None
+    file: str | None = None
+
+    @classmethod
+    def parse(cls, source: str | Path, revision: str | None = None) -> Source:
+        """Read a folder, a file, ``owner/name``, ``owner/name@revision`` or either with ``:file.gguf`` after it.
+
+        What exists on this machine wins over a repository of the same name, and a ``Path`` is never a repository.
+
+        Raises:
+            InvalidRequestError: an empty name, a wrong type, a revision for what is here, or two different revisions.
+        """
+        if source == "":
+            raise InvalidRequestError("the source is an empty name; write . for the current folder")
+        path = as_path("source", source)
+        check_type("revision", revision, (str, type(None)), "a branch, tag or commit, or None")
+        if path.exists():
+            if revision is not None:
+                kind = "folder" if path.is_dir() else "file"
+                raise InvalidRequestError(
+                    f"{source} is a {kind}; revision {revision!r} applies to hub repositories only"
+                )
+            return cls(str(source), path)
+        match = _REPOSITORY.fullmatch(source) if isinstance(source, str) else None
+        if match is None:
+            return cls(str(source), path)
+        if revision is not None and match[2] is not None and match[2] != revision:
+            raise InvalidRequestError(
+                f"{source} names revision {match[2]!r}, the argument {revision!r}; give one of them"
+            )
+        return cls(str(source), repository=match[1], revision=match[2] or revision, file=match[3])
+
+    def resolve(self, *, weights: bool = True, convertible: bool = False, progress: Progress | None = None) -> Path:
+        """The folder it lies in, downloaded to the Hub's cache first if it is a repository; the file, if it names one.
+
+        Args:
+            weights: False leaves the weights out and brings the configuration and the tokenizer only.
+            convertible: take a file, and weights that only the converter reads where there are no others.
+            progress: told (done bytes, total bytes) while downloading, from the downloading threads.
+
+        Raises:
+            CheckpointError: there is no such folder, or it is a file.
+            HubError: the repository is gated, private or absent, has no such revision, cannot be reached, or the disk is full.
+        """
+        path = self.path
+        if path is not None and (path.is_dir() or (convertible and path.is_file())):
+            return path
+        is_file = path is not None and path.exists()
+        if not convertible and (self.file is not None or (path is not None and is_file and path.suffix == ".gguf")):
+            raise CheckpointError(
+                f"{self.name} is a GGUF file, which has to be converted first: mlx-mixtral convert {self.name} DEST"
+            )
+        if is_file:
+            raise CheckpointError(f"{self.name} is a file, not a checkpoint folder; give the folder it lies in")
+        if self.repository is None:
+            raise CheckpointError(f"{self.name}: no such folder")
+        wanted = functools.partial(wanted_files, weights=weights, convertible=convertible, file=self.file)
+        downloaded = download(self.repository, self.revision, wanted, progress)
+        return downloaded if self.file is None else downloaded / self.file
+
+    def origin(self, resolved: Path) -> tuple[str, str | None]:
+        """Repository and commit, or the name of the folder or file: never a path of this machine."""
+        if self.repository is None:
+            return resolved.resolve().name, None
+        # The hub's cache names a snapshot's folder by its commit.
+        return self.repository, (resolved.parent if resolved.is_file() else resolved).name
+
+
 def resolve(
     source: str | Path,
     *,
@@ -48,65 +128,8 @@ def resolve(
     convertible: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """The folder a source lies in, downloaded to the Hub's cache first if it is a repository; the file, if it names one.
-
-    Args:
-        source: a folder, ``owner/name`` or ``owner/name@revision``, either with ``:file.gguf`` after it. A folder of that
-            name wins over a repository.
-        revision: branch, tag or commit of a repository.
-        weights: False leaves the weights out and brings the configuration and the tokenizer only.
-        convertible: also take weights that only the converter reads, where there are no others.
-        progress: told (done bytes, total bytes) while downloading, from the downloading threads.
-
-    Raises:
-        CheckpointError: a path that is not a folder.
-        HubError: the repository is gated, private or absent, has no such revision, cannot be reached, or the disk is full.
-        InvalidRequestError: a revision for a folder, or two different ones; an argument of a wrong type.
-    """
-    folder = as_path("source", source)
-    check_type("revision", revision, (str, type(None)), "a branch, tag or commit, or None")
-    if folder.is_dir():
-        if revision is not None:
-            raise InvalidRequestError(f"{source} is a folder; revision {revision!r} applies to hub repositories only")
-        return folder
-    named = parse_repository(source, revision)
-    if folder.suffix == ".gguf" and folder.exists() and not convertible:
-        raise CheckpointError(
-            f"{source} is a GGUF file, which has to be converted first: mlx-mixtral convert {source} DEST"
-        )
-    if folder.exists():
-        raise CheckpointError(f"{source} is a file, not a checkpoint folder; give the folder it lies in")
-    if named is None:
-        raise CheckpointError(f"{source}: no such folder")
-    repository, revision = named
-    file = named_file(source)
-    if file is not None and not convertible:
-        raise CheckpointError(
-            f"{source} is a GGUF file, which has to be converted first: mlx-mixtral convert {source} DEST"
-        )
-    wanted = functools.partial(wanted_files, weights=weights, convertible=convertible, file=file)
-    downloaded = download(repository, revision, wanted, progress)
-    return downloaded if file is None else downloaded / file
-
-
-def parse_repository(source: str | Path, revision: str | None = None) -> tuple[str, str | None] | None:
-    """Repository and revision of ``owner/name[@revision][:file.gguf]``, None for anything that looks like a path.
-
-    Raises:
-        InvalidRequestError: ``source`` and ``revision`` name different revisions.
-    """
-    match = _REPOSITORY.fullmatch(source) if isinstance(source, str) else None
-    if match is None:
-        return None
-    if revision is not None and match[2] is not None and match[2] != revision:
-        raise InvalidRequestError(f"{source} names revision {match[2]!r}, the argument {revision!r}; give one of them")
-    return match[1], match[2] if revision is None else revision
-
-
-def named_file(source: str | Path) -> str | None:
-    """The file of ``owner/name[@revision]:file.gguf``."""
-    match = _REPOSITORY.fullmatch(str(source))
-    return None if match is None else match[3]
+    """``Source.parse`` and ``Source.resolve`` in one."""
+    return Source.parse(source, revision).resolve(weights=weights, convertible=convertible, progress=progress)
 
 
 def wanted_files(
@@ -181,7 +204,7 @@ def download(
     Raises:
         HubError: as for ``resolve``.
     """
-    with explained(repository, revision):
+    with hub_errors(repository, revision):
         import huggingface_hub as hub
 
         try:
@@ -207,7 +230,7 @@ def download(
 
 
 @contextlib.contextmanager
-def explained(repository: str, revision: str | None) -> Iterator[None]:
+def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Failures of the Hub's client inside become one line that names the repository.
 
     Raises:
@@ -215,7 +238,7 @@ def explained(repository: str, revision: str | None) -> Iterator[None]:
         MissingDependencyError: the client is not installed.
     """
     try:
-        from huggingface_hub import errors as hub_errors
+        from huggingface_hub import errors as kinds
     except ImportError as error:
         raise MissingDependencyError(
             f"{repository} is a hub repository and huggingface-hub is not installed: pip install huggingface-hub"
@@ -227,7 +250,7 @@ def explained(repository: str, revision: str | None) -> Iterator[None]:
     except MixtralError:
         raise
     except Exception as error:
-        message = _explain(error, hub_errors, repository, revision)
+        message = _explain(error, kinds, repository, revision)
         if message is None:
             raise
         raise HubError(message) from error

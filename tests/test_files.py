@@ -1,4 +1,4 @@
-"""Folders written whole or not at all, and refused before the work that fills them."""
+"""Files and folders written whole or not at all, and refused before the work that fills them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mlx_mixtral import files
 from mlx_mixtral.errors import DestinationError, DiskSpaceError, InvalidRequestError
-from mlx_mixtral.files import check_folder, write_folder
+from mlx_mixtral.files import atomic_write, check_folder, write_folder
 
 FILES = {"page.md": b"page", "plots/one.png": b"1", "plots/two.png": b"2"}
 
@@ -97,3 +97,57 @@ def test_a_folder_is_refused_before_the_work(tmp_path: Path) -> None:
         check(tmp_path / "no" / "folder")
     with pytest.raises(InvalidRequestError, match="empty name"):
         check("")
+
+
+@pytest.mark.parametrize("name", ["file", "n" * 255, "é" * 127])
+def test_a_file_appears_when_its_block_ends(tmp_path: Path, name: str) -> None:
+    for data in (b"first", b"second"):
+        with atomic_write(tmp_path / name) as file:
+            file.write(data)
+            assert (tmp_path / name).exists() == (data == b"second")
+        assert contents(tmp_path) == {name: data}
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (OSError(errno.ENOSPC, "full"), DiskSpaceError),
+        (OSError(errno.EDQUOT, "full"), DiskSpaceError),
+        (OSError(errno.EIO, "bad"), DestinationError),
+        (ValueError("not the disk"), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_block_that_fails_leaves_the_file_that_was_there(
+    tmp_path: Path, error: BaseException, wanted: type[BaseException]
+) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+
+    def fail(path: Path) -> None:
+        with atomic_write(path) as file:
+            file.write(b"half")
+            raise error
+
+    for name in ("file", "new"):
+        with pytest.raises(wanted) as caught:
+            fail(tmp_path / name)
+        assert not isinstance(error, OSError) or (name in str(caught.value) and "partial" not in str(caught.value))
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "file")
+    with atomic_write(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "far") == {"file": b"new"}
+
+
+def test_a_folder_that_is_not_there_is_an_error_of_ours(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DestinationError, match=r"no/file cannot be written: No such file"),
+        atomic_write(tmp_path / "no" / "file"),
+    ):
+        pytest.fail("there is nothing to write to")

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError
-from mlx_mixtral.hub import parse_repository, resolve, wanted_files
+from mlx_mixtral.hub import Source, resolve, wanted_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROOT = Path(__file__).parents[1]
@@ -304,13 +304,20 @@ def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_repositories_and_revisions_are_told_apart() -> None:
-    assert parse_repository("owner/model") == ("owner/model", None)
-    assert parse_repository("owner/model-v0.1@refs/pr/4") == ("owner/model-v0.1", "refs/pr/4")
-    assert parse_repository("owner/model", "v1") == ("owner/model", "v1")
-    assert parse_repository("owner/model@v1", "v1") == ("owner/model", "v1")
-    assert parse_repository(Path("owner/model")) is None
+    def parse(source: str, revision: str | None = None) -> tuple[str | None, str | None]:
+        found = Source.parse(source, revision)
+        assert (found.name, found.path, found.file) == (source, None, None)
+        return found.repository, found.revision
+
+    assert parse("owner/model") == ("owner/model", None)
+    assert parse("owner/model-v0.1@refs/pr/4") == ("owner/model-v0.1", "refs/pr/4")
+    assert parse("owner/model", "v1") == ("owner/model", "v1")
+    assert parse("owner/model@v1", "v1") == ("owner/model", "v1")
+    assert Source.parse(Path("owner/model")) == Source("owner/model", Path("owner/model"))
     with pytest.raises(InvalidRequestError, match="names revision 'v1', the argument 'v2'"):
-        parse_repository("owner/model@v1", "v2")
+        parse("owner/model@v1", "v2")
+    with pytest.raises(InvalidRequestError, match="the source is an empty name"):
+        parse("")
 
 
 def test_single_files_and_other_names_are_chosen_too() -> None:
@@ -363,10 +370,12 @@ def test_one_gguf_of_several_has_to_be_named() -> None:
 
 
 def test_a_file_of_a_repository_is_told_apart() -> None:
-    assert parse_repository("owner/model:a.Q4_0.gguf") == ("owner/model", None)
-    assert parse_repository("owner/model@refs/pr/4:a.gguf") == ("owner/model", "refs/pr/4")
-    assert parse_repository("owner/model:../a.gguf") is None
-    assert parse_repository("owner/model:a.bin") is None
+    text = "owner/model:a.Q4_0.gguf"
+    assert Source.parse(text) == Source(text, None, "owner/model", None, "a.Q4_0.gguf")
+    text = "owner/model@refs/pr/4:a.gguf"
+    assert Source.parse(text) == Source(text, None, "owner/model", "refs/pr/4", "a.gguf")
+    for text in ("owner/model:../a.gguf", "owner/model:a.bin"):
+        assert Source.parse(text) == Source(text, Path(text))
 
 
 @pytest.mark.parametrize("source", ["owner/model:a.gguf", "owner/model@main:a.gguf"])

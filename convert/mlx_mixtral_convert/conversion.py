@@ -6,40 +6,49 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import __version__
-from mlx_mixtral.arguments import as_path, check_callbacks, check_type
-from mlx_mixtral.config.layout import Matrix, matrices
+from mlx_mixtral.arguments import check_callbacks, check_type
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.hub import named_file, parse_repository, resolve
-from mlx_mixtral.machine.device import current_device
+from mlx_mixtral.files import replace_file
+from mlx_mixtral.hub import Source
+from mlx_mixtral.machine.device import DTYPE_NAMES, DTYPES, current_device
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.manifest import MANIFEST
-from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral_convert.calibration.file import Calibration
+from mlx_mixtral_convert.calibration.file import Calibration, Losses
 from mlx_mixtral_convert.estimate import estimate_conversion
 from mlx_mixtral_convert.exact import exact_recipe, exact_specs, packed_as
-from mlx_mixtral_convert.output.destination import Destination, check_names
-from mlx_mixtral_convert.output.journal import Journal
-from mlx_mixtral_convert.output.manifest import DTYPE_NAMES, conversion_text, copied_files, model_config_text, read_file
+from mlx_mixtral_convert.output.destination import FolderDestination, as_destination
+from mlx_mixtral_convert.output.journal import ConversionJournal
+from mlx_mixtral_convert.output.manifest import (
+    conversion_text,
+    model_config_text,
+    write_small_files,
+)
 from mlx_mixtral_convert.output.plan import INDEX_FILE, Plan, make_plan
 from mlx_mixtral_convert.output.vocabulary import check_stop_ids, check_vocabulary, tokenizer_notes
-from mlx_mixtral_convert.output.write import write_file
 from mlx_mixtral_convert.pipeline import Written, write_weights
 from mlx_mixtral_convert.recipes import Recipe
 from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
 from mlx_mixtral_convert.recipes.fit import predicted_kl
 from mlx_mixtral_convert.recipes.machine import room_for_weights
-from mlx_mixtral_convert.report import ConversionReport, Progress, part_sizes, peak_memory_bytes
-from mlx_mixtral_convert.rounding import Gptq, make_rounder
-from mlx_mixtral_convert.sources import GeneratedFiles, TensorSource, open_source
-from mlx_mixtral_convert.sources.storage.remote import RemoteStorage, open_remote
+from mlx_mixtral_convert.report import (
+    ConversionReport,
+    Progress,
+    ProgressCounter,
+    downloading,
+    part_sizes,
+    peak_memory_bytes,
+)
+from mlx_mixtral_convert.rounding import Gptq, Search, make_rounder
+from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, open_source, small_files
+from mlx_mixtral_convert.sources.storage.remote import open_remote
 
-__all__ = ["DTYPES", "convert"]
+__all__ = ["convert"]
 
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 # conversion.json, the file system's own blocks.
 SPARE_BYTES = 2**20
 WORST_LISTED = 10
@@ -69,6 +78,10 @@ def convert(
     ``dest`` appears complete or not at all, and memory is bounded by a few experts' matrices whatever the model's size.
     The same source and recipe give the same bytes. A conversion that was interrupted (killed, cancelled, out of disk) left its
     finished layers beside ``dest``; the same call goes on from there.
+
+    Example:
+        report = convert("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-4bit", recipe=Recipe(bits=4))
+        print(report.output_bytes, report.worst[0])
 
     Args:
         source: a folder, a GGUF file, ``owner/name`` or ``owner/name@revision`` of the hub, with ``:file.gguf`` after it to
@@ -106,7 +119,7 @@ def convert(
         TokenizerError: the tokenizer has more pieces than the model has embeddings.
     """
     started = time.perf_counter()
-    check_names(source, dest)
+    named, place = Source.parse(source, revision), as_destination(dest)
     check_type("recipe", recipe, (Recipe, type(None)), "a Recipe, or None")
     check_type("calibration", calibration, (Calibration, str, Path, type(None)), "a Calibration, its file, or None")
     check_callbacks(progress=progress, cancelled=cancelled)
@@ -114,52 +127,41 @@ def convert(
     if dtype not in ("auto", *DTYPES):
         raise InvalidRequestError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     with ExitStack() as opened:
-        remote = opened.enter_context(closing(_open_remote(source, revision))) if stream else None
-        folder = _resolve(source, revision, progress) if remote is None else remote.folder
-        destination = Destination(Path(dest), folder, overwrite=overwrite)
+        remote = opened.enter_context(closing(open_remote(named))) if stream else None
+        download = downloading(progress)
+        folder = named.resolve(convertible=True, progress=download) if remote is None else remote.folder
+        destination = FolderDestination(place, folder, overwrite=overwrite)
         tensors = opened.enter_context(open_source(folder if remote is None else remote, kind))
 
         def again() -> TensorSource:
             return open_source(folder if remote is None else remote.again(), kind)
 
-        calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
-        if calibrated is not None:
-            calibrated.check_fits(tensors)
-        if fit is not None:
-            budget = room_for_weights(tensors.config, current_device(), context) if fit == "mac" else parse_size(fit)
-            recipe = _fit(tensors, budget, calibrated, recipe.rounding, dtype)
-        rounder = make_rounder(recipe.rounding, calibrated, again)
-        if exact and fit is not None:
-            raise InvalidRequestError("exact keeps the source's bits and fit chooses others; give one of them")
-        if exact:
-            recipe = exact_recipe(recipe)
-        recorded = recipe.to_dict() | ({"exact": True} if exact else {})
-        recorded |= {"calibration": calibrated.digest} if calibrated is not None else {}
-        plan = _plan(tensors, recipe, dtype, exact=exact)
-        small = _small_files(tensors)
+        chosen = _choose(tensors, recipe, calibration, again, exact=exact, fit=fit, dtype=dtype, context=context)
+        plan, small = chosen.plan, small_files(tensors)
         check_vocabulary(small, tensors.config.vocab_size)
         check_stop_ids(small, tensors.config)
         notes = tokenizer_notes(small)
-        small["config.json"] = model_config_text(tensors.entries, plan, recipe)
+        small["config.json"] = model_config_text(tensors.entries, plan, chosen.recipe.default)
         small[INDEX_FILE] = plan.index()
         needed = plan.output_bytes + sum(map(len, small.values())) + SPARE_BYTES
         free = destination.free_bytes()
         written: Written | None = None
         resumed_layers = 0
-        needs = estimate_conversion(tensors, plan, rounder) if dry_run else None
+        needs = estimate_conversion(tensors, plan, chosen.rounder) if dry_run else None
         if not dry_run:
-            origin = _origin(source, revision, folder, tensors)
-            identity = _identity(origin, plan, recorded, small)
-            with destination as partial, Journal(partial, identity, plan.shards, restart=restart) as journal:
+            name, commit = named.origin(folder)
+            origin = {"name": name, "revision": commit, "files": tensors.files.describe()}
+            identity = _identity(origin, plan, chosen.recorded, small)
+            with destination as partial, ConversionJournal(partial, identity, plan.shards, restart=restart) as journal:
                 destination.check_space(needed - journal.kept_bytes)
                 resumed_layers = journal.kept_layers
-                step = _step_progress(tensors, plan, progress, journal.kept)
-                with closing(rounder) if isinstance(rounder, Gptq) else nullcontext():
-                    written = write_weights(
-                        tensors, plan, partial, journal=journal, step=step, cancelled=cancelled, rounder=rounder
-                    )
-                _finish(partial, origin, plan, recorded, written, small)
-                _tell_finish(tensors, plan, progress)
+                counter = _counter(tensors, plan, progress, journal.kept)
+                written = _write(tensors, chosen, partial, journal, counter, cancelled)
+                files = {s.file: {"bytes": s.nbytes, "sha256": written.hashes[s.file]} for s in plan.shards}
+                files |= write_small_files(partial, small)
+                told = conversion_text(origin, plan, chosen.recorded, written.errors, files)
+                replace_file(partial / MANIFEST, told)
+                counter.finish(MANIFEST)
                 destination.commit()
         worst = sorted(written.errors, key=lambda error: -error.relative_rms)[:WORST_LISTED] if written else ()
         return ConversionReport(
@@ -182,15 +184,67 @@ def convert(
             packings=tuple(packed_as(plan, written)),
             expected_seconds=needs.seconds if needs else None,
             expected_memory_bytes=needs.memory_bytes if needs else None,
-            predicted_kl=predicted_kl(tensors.config, plan.specs, calibrated.losses if calibrated else None),
+            predicted_kl=predicted_kl(tensors.config, plan.specs, chosen.losses),
             notes=notes,
         )
 
 
-def _fit(tensors: TensorSource, budget: int, calibration: Calibration | None, rounding: str, dtype: str) -> Recipe:
+@dataclass(frozen=True)
+class _Chosen:
+    """What becomes of every matrix: packings and files, how codes are found, and what ``conversion.json`` says of it."""
+
+    recipe: Recipe
+    recorded: dict[str, Any]
+    plan: Plan
+    rounder: Search | Gptq | None
+    losses: Losses | None
+
+
+def _choose(
+    tensors: TensorSource,
+    recipe: Recipe,
+    calibration: Calibration | str | Path | None,
+    again: Callable[[], TensorSource],
+    *,
+    exact: bool,
+    fit: str | int | None,
+    dtype: str,
+    context: int | None,
+) -> _Chosen:
+    if exact and fit is not None:
+        raise InvalidRequestError("exact keeps the source's bits and fit chooses others; give one of them")
+    calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
+    if calibrated is not None:
+        calibrated.check_fits(tensors)
+    losses = None if calibrated is None else calibrated.losses
+    if fit is not None:
+        budget = room_for_weights(tensors.config, current_device(), context) if fit == "mac" else parse_size(fit)
+        recipe = _fit(tensors, budget, losses, recipe.rounding, dtype)
+    rounder = make_rounder(recipe.rounding, calibrated, again)
+    recipe = exact_recipe(recipe) if exact else recipe
+    recorded = recipe.to_dict() | ({"exact": True} if exact else {})
+    recorded |= {"calibration": calibrated.digest} if calibrated is not None else {}
+    return _Chosen(recipe, recorded, _plan(tensors, recipe, dtype, exact=exact), rounder, losses)
+
+
+def _write(
+    tensors: TensorSource,
+    chosen: _Chosen,
+    partial: Path,
+    journal: ConversionJournal,
+    counter: ProgressCounter,
+    cancelled: Callable[[], bool] | None,
+) -> Written:
+    rounder = chosen.rounder
+    with closing(rounder) if isinstance(rounder, Gptq) else nullcontext():
+        return write_weights(
+            tensors, chosen.plan, partial, journal=journal, step=counter.step, cancelled=cancelled, rounder=rounder
+        )
+
+
+def _fit(tensors: TensorSource, budget: int, losses: Losses | None, rounding: str, dtype: str) -> Recipe:
     """Fit the files, headers included, and not the tensors alone."""
     scale_bytes = 4 if dtype == "float32" else 2
-    losses = calibration.losses if calibration is not None else None
     unpacked = _plan(tensors, Recipe(bits=None), dtype)
     overhead = unpacked.output_bytes - unpacked.data_bytes
     while True:
@@ -203,67 +257,12 @@ def _fit(tensors: TensorSource, budget: int, calibration: Calibration | None, ro
         overhead = max(overhead + 1, plan.output_bytes - plan.data_bytes)
 
 
-def _open_remote(source: str | Path, revision: str | None) -> RemoteStorage:
-    named = None if as_path("source", source).exists() else parse_repository(source, revision)
-    if named is None:
-        raise InvalidRequestError(f"{source} is not a hub repository; stream applies to those only")
-    return open_remote(*named, named_file(source))
-
-
-def _resolve(source: str | Path, revision: str | None, progress: Callable[[Progress], None] | None) -> Path:
-    """The folder, or the one file, to open."""
-    path = as_path("source", source)
-    if not path.is_file():
-        return resolve(source, revision=revision, convertible=True, progress=_download_progress(progress))
-    if revision is not None:
-        raise InvalidRequestError(f"{source} is a file; revision {revision!r} applies to hub repositories only")
-    return path
-
-
-def _small_files(tensors: TensorSource) -> dict[str, bytes]:
-    if isinstance(tensors, GeneratedFiles):
-        return tensors.small_files()
-    return {path.name: read_file(path) for path in copied_files(tensors.folder)}
-
-
 def _plan(tensors: TensorSource, recipe: Recipe, dtype: str, *, exact: bool = False) -> Plan:
     specs, native = exact_specs(tensors, recipe) if exact else (recipe.assign(tensors.config), {})
     if dtype != "auto" or native:
         return make_plan(tensors.config, specs, "F16" if dtype == "auto" else DTYPES[dtype], native)
-    # A mixture has the type of most of its weights.
-    weights: dict[str, int] = {}
-    for matrix in matrices(tensors.config):
-        kind = tensors.dtype(matrix)
-        weights[kind] = weights.get(kind, 0) + matrix.parameters
-    own = max(weights, key=lambda kind: weights[kind])
-    quantised = any(spec is not None for spec in specs.values())
-    return make_plan(tensors.config, specs, "BF16" if own == "F32" and quantised else own)
-
-
-def _finish(
-    partial: Path,
-    origin: dict[str, Any],
-    plan: Plan,
-    recipe: Mapping[str, Any],
-    written: Written,
-    small: Mapping[str, bytes],
-) -> None:
-    files: dict[str, dict[str, Any]] = {}
-    for shard in plan.shards:
-        files[shard.file] = {"bytes": shard.nbytes, "sha256": written.hashes[shard.file]}
-    for name, data in small.items():
-        files[name] = {"bytes": len(data), "sha256": write_file(partial / name, data)}
-    write_file(partial / MANIFEST, conversion_text(origin, plan, recipe, written, files))
-
-
-def _origin(source: str | Path, revision: str | None, folder: Path, tensors: TensorSource) -> dict[str, Any]:
-    """Repository and commit, or the folder's name: never a path of this machine."""
-    files = tensors.files.describe()
-    named = None if as_path("source", source).exists() else parse_repository(source, revision)
-    if named is None:
-        return {"name": folder.resolve().name, "revision": None, "files": files}
-    # The hub's cache names a snapshot's folder by its commit.
-    return {"name": named[0], "revision": (folder.parent if folder.is_file() else folder).name, "files": files}
+    own, packs = main_dtype(tensors), any(spec is not None for spec in specs.values())
+    return make_plan(tensors.config, specs, "BF16" if own == "F32" and packs else own)
 
 
 def _identity(
@@ -279,37 +278,12 @@ def _identity(
     }
 
 
-def _total_bytes(tensors: TensorSource) -> int:
-    return sum(matrix.parameters * ITEM_BYTES[tensors.dtype(matrix)] for matrix in matrices(tensors.config))
-
-
-def _step_progress(
+def _counter(
     tensors: TensorSource, plan: Plan, progress: Callable[[Progress], None] | None, kept: Collection[str]
-) -> Callable[[Matrix, int], None]:
-    total, layers = _total_bytes(tensors), plan.config.num_hidden_layers
-    done = sum(
-        matrix.parameters * ITEM_BYTES[tensors.dtype(matrix)]
+) -> ProgressCounter:
+    sizes = {
+        shard.file: sum(matrix_bytes(tensors, matrix) * (matrix.num_experts or 1) for matrix in shard.matrices)
         for shard in plan.shards
-        for matrix in shard.matrices
-        if shard.file in kept
-    )
-
-    def step(matrix: Matrix, nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(Progress("convert", done, total, matrix.layer, layers, matrix.path))
-
-    return step
-
-
-def _tell_finish(tensors: TensorSource, plan: Plan, progress: Callable[[Progress], None] | None) -> None:
-    if progress is not None:
-        total = _total_bytes(tensors)
-        progress(Progress("finish", total, total, None, plan.config.num_hidden_layers, MANIFEST))
-
-
-def _download_progress(progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(Progress("download", done, total, None, 0, "weights"))
+    }
+    done = sum(sizes[file] for file in kept)
+    return ProgressCounter(progress, sum(sizes.values()), plan.config.num_hidden_layers, done)

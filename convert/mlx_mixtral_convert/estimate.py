@@ -16,13 +16,13 @@ from mlx_mixtral_convert.packing.measure import ErrorSum
 from mlx_mixtral_convert.pipeline import pack_piece, packed_arrays, read_piece
 from mlx_mixtral_convert.report import peak_memory_bytes
 from mlx_mixtral_convert.rounding import Gptq, Rounder
-from mlx_mixtral_convert.sources import TensorSource
+from mlx_mixtral_convert.sources import TensorSource, matrix_bytes
 
 __all__ = ["Needs", "estimate_conversion"]
 
 # Trials of at least this long: a small model's first matrix measures the warming-up of kernels.
 TRIAL_SECONDS = 0.2
-MOST_TRIALS = 64
+MAX_TRIALS = 64
 # Blocks being converted, measured and hashed, threads' stacks, MLX's own buffers.
 WORKING_BYTES = 150_000_000
 
@@ -43,11 +43,11 @@ def estimate_conversion(source: TensorSource, plan: Plan, rounder: Rounder | Non
 def _seconds(source: TensorSource, plan: Plan, rounder: Rounder | None) -> float:
     listed = list(matrices(plan.config))
     matrix = next((m for m in listed if m.part == "expert"), listed[0])
-    scratch = mx.zeros(_nbytes(source, matrix), mx.uint8)
+    scratch = mx.zeros(matrix_bytes(source, matrix), mx.uint8)
     mx.eval(scratch)
     pack_piece(plan, read_piece(source, plan, matrix, 0, scratch), rounder)
     done, trials, started, slowest = 0, 0, time.perf_counter(), 0.0
-    while trials < MOST_TRIALS and (not trials or time.perf_counter() - started < TRIAL_SECONDS):
+    while trials < MAX_TRIALS and (not trials or time.perf_counter() - started < TRIAL_SECONDS):
         slowest += _trial(source, plan, matrix, trials % (matrix.num_experts or 1), scratch, rounder)
         done += matrix.out_features * matrix.in_features
         trials += 1
@@ -73,7 +73,7 @@ def _trial(
 
 def _memory_bytes(source: TensorSource, plan: Plan) -> int:
     """What is held now, three matrices as read, and of the largest two the cast and the packed form."""
-    read = max(_nbytes(source, matrix) for matrix in matrices(plan.config))
+    read = max(matrix_bytes(source, matrix) for matrix in matrices(plan.config))
     cast = packed = 0
     for matrix in matrices(plan.config):
         spec, count = plan.specs[matrix.path], matrix.out_features * matrix.in_features
@@ -83,7 +83,3 @@ def _memory_bytes(source: TensorSource, plan: Plan) -> int:
         if spec is not None:
             packed = max(packed, spec.nbytes(matrix.out_features, matrix.in_features, typed))
     return peak_memory_bytes() + WORKING_BYTES + 3 * read + 3 * cast + 3 * packed
-
-
-def _nbytes(source: TensorSource, matrix: Matrix) -> int:
-    return matrix.out_features * matrix.in_features * ITEM_BYTES[source.dtype(matrix)]

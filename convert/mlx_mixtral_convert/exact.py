@@ -10,11 +10,12 @@ from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral_convert.output.plan import Plan
+from mlx_mixtral_convert.packing.values import NativePacking
 from mlx_mixtral_convert.pipeline import Written
 from mlx_mixtral_convert.recipes import Recipe
 from mlx_mixtral_convert.recipes.recipe import ROUTER_MIN_BITS
 from mlx_mixtral_convert.report import PackedAs
-from mlx_mixtral_convert.sources import NativePacking, PackedSource, TensorSource
+from mlx_mixtral_convert.sources import PackedSource, TensorSource
 
 __all__ = ["exact_recipe", "exact_specs", "packed_as"]
 

@@ -19,20 +19,19 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, module_tensor
 from mlx_mixtral.weights.dtypes import MLX_DTYPES, NUMPY_DTYPES, bytes_of
-from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral_convert.output.journal import CancelledError, Journal
+from mlx_mixtral_convert.output.journal import CancelledError, ConversionJournal
 from mlx_mixtral_convert.output.plan import Plan, ShardPlan
 from mlx_mixtral_convert.output.write import ShardWriter
-from mlx_mixtral_convert.packing.measure import ErrorSum
+from mlx_mixtral_convert.packing.measure import ErrorSum, MatrixError
 from mlx_mixtral_convert.packing.quantize import cast, quantize
-from mlx_mixtral_convert.report import MatrixError
+from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.rounding import Rounder
-from mlx_mixtral_convert.sources import PackedSource, TensorSource, Values, tensor_place
+from mlx_mixtral_convert.sources import PackedSource, TensorSource, matrix_bytes, tensor_place
 
 __all__ = ["Piece", "Written", "pack_piece", "packed_arrays", "read_piece", "write_weights"]
 
 _NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
-Step = Callable[[Matrix, int], None]
+OnMatrix = Callable[[Matrix, int], None]
 Packed = Mapping[str, mx.array] | Mapping[str, Values] | Mapping[Field, Values]
 
 
@@ -49,8 +48,8 @@ def write_weights(
     plan: Plan,
     folder: Path,
     *,
-    journal: Journal,
-    step: Step,
+    journal: ConversionJournal,
+    step: OnMatrix,
     cancelled: Callable[[], bool] | None = None,
     rounder: Rounder | None = None,
 ) -> Written:
@@ -125,11 +124,7 @@ class Piece:
 
 def _scratch(source: TensorSource, shards: list[ShardPlan]) -> list[mx.array]:
     """Memory for three matrices: one being read, one packed, one written. Used again and again, it is paged in once."""
-    sizes = [
-        matrix.out_features * matrix.in_features * ITEM_BYTES[source.dtype(matrix)]
-        for shard in shards
-        for matrix in shard.matrices
-    ]
+    sizes = [matrix_bytes(source, matrix) for shard in shards for matrix in shard.matrices]
     buffers = [mx.zeros(max(sizes, default=0), mx.uint8) for _ in range(3)]
     mx.eval(buffers)
     return buffers
@@ -213,18 +208,12 @@ def _store_norms(out: ShardWriter, source: TensorSource, shard: ShardPlan, dtype
         out.append(f"{norm.path}.weight", cast(source.read_norm(norm), dtype, tensor_place(source, norm)).array)
 
 
-def _finish(out: ShardWriter, journal: Journal, plan: Plan, errors: dict[str, ErrorSum]) -> None:
+def _finish(out: ShardWriter, journal: ConversionJournal, plan: Plan, errors: dict[str, ErrorSum]) -> None:
     shard, sha256 = out.shard, out.finish()
     journal.record(shard.file, shard.nbytes, sha256, _summary(plan, shard, errors))
 
 
 def _summary(plan: Plan, shard: ShardPlan, errors: dict[str, ErrorSum]) -> Iterator[MatrixError]:
     for matrix in shard.matrices:
-        if (total := errors.get(matrix.path)) is not None:
-            spec = str(plan.specs[matrix.path])
-            yield MatrixError(matrix.path, spec, _digits(total.relative_rms), _digits(total.worst))
-
-
-def _digits(value: float) -> float:
-    """Six significant digits: what is worth reading, and the same on every machine."""
-    return float(f"{value:.6g}")
+        if (spec := plan.specs[matrix.path]) is not None:
+            yield errors[matrix.path].summary(matrix.path, spec)

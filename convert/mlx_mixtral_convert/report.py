@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral_convert.output.plan import Plan
+from mlx_mixtral_convert.packing.measure import MatrixError
 
-__all__ = ["ConversionReport", "MatrixError", "PackedAs", "PartSize", "Progress", "part_sizes", "peak_memory_bytes"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = [
+    "ConversionReport",
+    "PackedAs",
+    "PartSize",
+    "Progress",
+    "ProgressCounter",
+    "downloading",
+    "json_object",
+    "part_sizes",
+    "peak_memory_bytes",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,14 +43,38 @@ class Progress:
     what: str
 
 
-@dataclass(frozen=True)
-class MatrixError:
-    """How far a packed matrix (all experts together) is from its source: ``‖w-ŵ‖/‖w‖`` and the largest ``|w-ŵ|``."""
+class ProgressCounter:
+    """Counts the source bytes that are done, and tells ``progress`` of each step.
 
-    path: str
-    spec: str
-    relative_rms: float
-    worst: float
+    Args:
+        done_bytes: of ``total_bytes``, what an earlier run did.
+        layers: how many the model has.
+    """
+
+    def __init__(
+        self, progress: Callable[[Progress], None] | None, total_bytes: int, layers: int, done_bytes: int = 0
+    ) -> None:
+        self.total_bytes, self.done_bytes = total_bytes, done_bytes
+        self._progress, self._layers = progress, layers
+
+    def step(self, matrix: Matrix, nbytes: int) -> None:
+        """An expert of a matrix is done."""
+        self.done_bytes += nbytes
+        if self._progress is not None:
+            args = self.done_bytes, self.total_bytes, matrix.layer, self._layers, matrix.path
+            self._progress(Progress("convert", *args))
+
+    def finish(self, what: str) -> None:
+        """Everything is."""
+        if self._progress is not None:
+            self._progress(Progress("finish", self.total_bytes, self.total_bytes, None, self._layers, what))
+
+
+def downloading(progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:
+    """Tells of a download in these terms."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(Progress("download", done, total, None, 0, "weights"))
 
 
 @dataclass(frozen=True)
@@ -99,12 +138,12 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""
-        return {
-            **asdict(self),
-            "worst": [asdict(entry) for entry in self.worst],
-            "packings": [asdict(entry) for entry in self.packings],
-            "notes": list(self.notes),
-        }
+        return json_object(self)
+
+
+def json_object(report: DataclassInstance) -> dict[str, Any]:
+    """A report's fields, tuples as lists."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(report).items()}
 
 
 def part_sizes(plan: Plan) -> dict[str, PartSize]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, is_finite
 from mlx_mixtral.weights.manifest import MANIFEST, file_problem, read_manifest
 from mlx_mixtral.weights.safetensors import TensorInfo
+from mlx_mixtral_convert.report import json_object
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 
@@ -53,7 +54,7 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""
-        return {"ok": self.ok, **asdict(self), "problems": [asdict(problem) for problem in self.problems]}
+        return {"ok": self.ok, **json_object(self)}
 
 
 def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
@@ -62,6 +63,10 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
 
     Problems are collected, not raised. A checkpoint of other origin has no hashes, which is a problem too; the rest is
     checked all the same.
+
+    Example:
+        report = verify("mixtral-4bit")
+        print("sound" if report.ok else report.problems)
 
     Args:
         progress: told (bytes hashed, bytes to hash).
@@ -74,26 +79,34 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
     folder = as_path("folder", folder)
     check_callbacks(progress=progress)
     if folder.is_file():
-        raise CheckpointError(
-            f"{folder} is a file, and a whole converted folder is verified; "
-            + (
-                f"convert it first: mlx-mixtral convert {folder} DEST"
-                if folder.suffix == ".gguf"
-                else "give the folder"
-            )
-        )
+        is_gguf = folder.suffix == ".gguf"
+        fix = f"convert it first: mlx-mixtral convert {folder} DEST" if is_gguf else "give the folder"
+        raise CheckpointError(f"{folder} is a file, and a whole converted folder is verified; {fix}")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    hashed = files = tensors = 0
     problems: list[Problem] = []
+    files, hashed = _check_files(folder, problems, progress)
+    tensors = 0
+    try:
+        for problem in _tensor_problems(folder):
+            tensors += 1
+            problems += [problem] if problem is not None else []
+    except MixtralError as error:
+        problems.append(Problem("model", str(error)))
+    return VerifyReport(str(folder), files, tensors, hashed, time.perf_counter() - started, tuple(problems))
+
+
+def _check_files(folder: Path, problems: list[Problem], progress: Callable[[int, int], None] | None) -> tuple[int, int]:
+    """Add what is wrong with files to ``problems``; how many files and bytes were hashed."""
     try:
         entries = read_manifest(folder)
-        if entries is None:
-            problems.append(Problem(MANIFEST, "missing; hashes cannot be checked"))
     except MixtralError as error:
-        entries = None
         problems.append(Problem(MANIFEST, str(error)))
-    total = sum(entry.nbytes for entry in (entries or {}).values())
+        return 0, 0
+    if entries is None:
+        problems.append(Problem(MANIFEST, "missing; hashes cannot be checked"))
+        return 0, 0
+    hashed, total = 0, sum(entry.nbytes for entry in entries.values())
 
     def read(count: int) -> None:
         nonlocal hashed
@@ -101,27 +114,24 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
         if progress is not None:
             progress(hashed, total)
 
-    for name, entry in (entries or {}).items():
-        files += 1
+    for name, entry in entries.items():
         if (problem := file_problem(folder, name, entry, read)) is not None:
             problems.append(Problem(name, problem))
-    if entries is not None:
-        present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        problems += [
-            Problem(name, f"{MANIFEST} does not list it") for name in sorted(present - set(entries) - {*_UNLISTED})
-        ]
-    try:
-        checkpoint = Checkpoint(folder)
-        builder = Builder(MixtralConfig.from_folder(folder), checkpoint, "F32")
-        nan_codes = dict(_nan_codes(builder))
-        with CheckpointReader(checkpoint) as reader:
-            for info in checkpoint.values():
-                tensors += 1
-                if not _is_sound(reader, info, nan_codes.get(info.name, ())):
-                    problems.append(Problem(info.name, f"holds NaN or infinity, in {info.file.name}"))
-    except MixtralError as error:
-        problems.append(Problem("model", str(error)))
-    return VerifyReport(str(folder), files, tensors, hashed, time.perf_counter() - started, tuple(problems))
+    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    unlisted = sorted(present - set(entries) - {*_UNLISTED})
+    problems += [Problem(name, f"{MANIFEST} does not list it") for name in unlisted]
+    return len(entries), hashed
+
+
+def _tensor_problems(folder: Path) -> Iterator[Problem | None]:
+    """For each tensor: what is wrong with it. Raises MixtralError for a model that cannot be run."""
+    checkpoint = Checkpoint(folder)
+    builder = Builder(MixtralConfig.from_folder(folder), checkpoint, "F32")
+    nan_codes = dict(_nan_codes(builder))
+    with CheckpointReader(checkpoint) as reader:
+        for info in checkpoint.values():
+            is_sound = _is_sound(reader, info, nan_codes.get(info.name, ()))
+            yield None if is_sound else Problem(info.name, f"holds NaN or infinity, in {info.file.name}")
 
 
 def _nan_codes(builder: Builder) -> Iterator[tuple[str, tuple[int, ...]]]:

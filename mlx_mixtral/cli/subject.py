@@ -14,7 +14,7 @@ from mlx_mixtral.cli.options import LoadOptions, RecordOptions
 from mlx_mixtral.cli.progress import count_progress, fetch
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, TokenProgress, check_window, encode_texts, vocabulary_sha256
-from mlx_mixtral.evaluation.journal import Journal
+from mlx_mixtral.evaluation.journal import EvaluationJournal
 from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.reference import Reference, ReferenceHeader
 from mlx_mixtral.evaluation.texts import Text, read_texts
@@ -98,7 +98,7 @@ class Subject:
         header: ReferenceHeader,
         corpus: Corpus,
         options: LoadOptions,
-        journal: Journal | None = None,
+        journal: EvaluationJournal | None = None,
     ) -> Reference:
         """Run this model over ``corpus`` and keep its distributions in ``place``; it is loaded for that alone."""
         with self.load(replace(options, verify=False)) as model, count_progress("reference") as show:

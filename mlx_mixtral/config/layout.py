@@ -19,14 +19,29 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import QuantizationSpec
 
-__all__ = ["FIELDS", "Matrix", "Norm", "Rows", "layer_of", "layer_path", "locate", "matrices", "module_tensor", "norms"]
+__all__ = [
+    "EXPERT_NAMES",
+    "FIELDS",
+    "Matrix",
+    "Norm",
+    "Rows",
+    "fields_of",
+    "hf_name",
+    "layer_path",
+    "locate",
+    "matrices",
+    "module_tensor",
+    "norms",
+]
 
 Part = Literal["embedding", "attention", "router", "expert", "head"]
 Field = Literal["weight", "scales", "biases"]
 FIELDS: tuple[Field, ...] = ("weight", "scales", "biases")
 
-_HF_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""What Mistral and Hugging Face call the matrices of one expert."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +89,15 @@ class Rows:
     experts: int | None = None
 
 
+def fields_of(spec: QuantizationSpec | None) -> tuple[Field, ...]:
+    """The tensors a matrix is stored as: packed when there is a ``spec``."""
+    if spec is None:
+        return ("weight",)
+    return FIELDS if spec.has_biases else ("weight", "scales")
+
+
 def layer_path(layer: int) -> str:
     return f"model.layers.{layer}"
-
-
-def layer_of(path: str) -> int | None:
-    """The decoder layer a module path belongs to, None outside the layers."""
-    head, _, rest = path.partition("model.layers.")
-    number = rest.split(".", 1)[0]
-    return int(number) if not head and number.isdecimal() else None
 
 
 def matrices(config: MixtralConfig) -> Iterator[Matrix]:
@@ -126,6 +141,14 @@ def module_tensor(matrix: Matrix, field: Field) -> str:
     return f"{matrix.path}.{field}"
 
 
+def hf_name(matrix: Matrix, expert: int = 0) -> str:
+    """The hub's name for one expert of a matrix (expert 0 of what has none)."""
+    block, _, projection = matrix.path.rpartition(".")
+    if block.endswith(".switch_mlp"):
+        return f"{block.removesuffix('.switch_mlp')}.experts.{expert}.{EXPERT_NAMES[projection]}.weight"
+    return f"{matrix.path}.weight"
+
+
 def locate(matrix: Matrix, field: Field, names: Container[str]) -> list[Rows] | None:
     """Where a field of a matrix lies among the tensor ``names`` of a checkpoint, one ``Rows`` an expert, in order.
 
@@ -144,7 +167,7 @@ def locate(matrix: Matrix, field: Field, names: Container[str]) -> list[Rows] | 
         name = f"{matrix.path}.{field}"
         return [Rows(name, e * rows, (e + 1) * rows, matrix.num_experts * rows, stacked) for e in experts]
     prefix, projection = _block(matrix), matrix.path.rsplit(".", 1)[1]
-    per_expert = [f"{prefix}.block_sparse_moe.experts.{e}.{_HF_EXPERT[projection]}.{field}" for e in experts]
+    per_expert = [f"{prefix}.block_sparse_moe.experts.{e}.{EXPERT_NAMES[projection]}.{field}" for e in experts]
     if any(name in names for name in per_expert):
         return [Rows(name, 0, rows, rows) for name in per_expert]
     if field != "weight":

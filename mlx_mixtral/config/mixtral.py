@@ -7,19 +7,20 @@ runs and answers wrongly is worse than one that refuses.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_mixtral.arguments import is_integer, is_number
 from mlx_mixtral.config.quantization import QuantizationConfig
 from mlx_mixtral.config.rope import RopeConfig
 from mlx_mixtral.config.supported import refuse_contradiction, refuse_unsupported, shown
 from mlx_mixtral.errors import CheckpointError, ConfigError
+from mlx_mixtral.files import read_json
 
-__all__ = ["MixtralConfig", "parse_json", "read_json", "stop_ids"]
+__all__ = ["MixtralConfig", "stop_ids"]
 
 # model_type -> what transformers assumes for absent keys (configuration_{mixtral,mistral,llama}.py, transformers 5.23).
 # A Mixtral without rope_theta means 1e6, never 1e4.
@@ -35,8 +36,8 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 1e4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
 }
 # Counts from a stranger's file are bounded before anything is enumerated by them; real models are far below.
-_MOST = {"num_hidden_layers": 1024, "num_local_experts": 1024, "num_experts_per_tok": 1024}
-_MOST_OF_ANYTHING = 2**24
+_MAX = {"num_hidden_layers": 1024, "num_local_experts": 1024, "num_experts_per_tok": 1024}
+_MAX_OTHER = 2**24
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class MixtralConfig:
             "head_dim", "vocab_size", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
         ):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ConfigError(f"config: {name} is {value!r}; it must be a positive integer")
-            if value > _MOST.get(name, _MOST_OF_ANYTHING):
-                limit = _MOST.get(name, _MOST_OF_ANYTHING)
+            if value > _MAX.get(name, _MAX_OTHER):
+                limit = _MAX.get(name, _MAX_OTHER)
                 raise ConfigError(f"config: {name} is {value}; no model has more than {limit}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
@@ -242,13 +243,13 @@ class _Reader:
         value = self.entries.get(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        if value is not None and not is_integer(value):
             raise ConfigError(f"{self.where}: {key} is {value!r}, not an integer")
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self.entries.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        if not is_number(value) or not 0 < value <= sys.float_info.max:
             raise ConfigError(f"{self.where}: {key} is {value!r}, not a positive number")
         return float(value)
 
@@ -257,36 +258,6 @@ class _Reader:
         if value is not None and not isinstance(value, bool):
             raise ConfigError(f"{self.where}: {key} is {value!r}, not true or false")
         return bool(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a small JSON object of a checkpoint folder.
-
-    Raises:
-        CheckpointError: unreadable, not UTF-8, not JSON, or not an object.
-    """
-    try:
-        if path.stat().st_size > 256 * 2**20:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no configuration is that large")
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return parse_json(path, data)
-
-
-def parse_json(where: Path | str, data: bytes) -> dict[str, Any]:
-    """A JSON object; ``where`` names it in errors.
-
-    Raises:
-        CheckpointError: not UTF-8, not JSON, or not an object.
-    """
-    try:
-        parsed = json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(parsed).__name__}, not an object")
-    return parsed
 
 
 def _sliding_window(entries: Mapping[str, Any], get: _Reader, default: int | None) -> int | None:
@@ -309,7 +280,7 @@ def stop_ids(entries: Mapping[str, Any], where: str, vocab_size: int) -> tuple[i
     """``eos_token_id`` of ``generation_config.json``: one id, several or none.
 
     Raises:
-        ConfigError: what is no token id of this vocabulary.
+        ConfigError: an id that is not in the vocabulary.
     """
     found = _token_ids(entries.get("eos_token_id"), where)
     _check_ids(f"{where}: eos_token_id", found, vocab_size)
@@ -319,7 +290,7 @@ def stop_ids(entries: Mapping[str, Any], where: str, vocab_size: int) -> tuple[i
 def _token_ids(value: Any, where: str) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     for token in values:
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+        if not is_integer(token) or token < 0:
             raise ConfigError(f"{where}: eos_token_id holds {shown(token)}, not a token id")
     return tuple(dict.fromkeys(values))
 

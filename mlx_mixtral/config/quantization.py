@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import ConfigError
 
 __all__ = ["AFFINE_BITS", "AFFINE_GROUP_SIZES", "MODES", "QuantizationConfig", "QuantizationSpec"]
@@ -74,7 +75,7 @@ class QuantizationSpec:
         if not isinstance(mode, str):
             raise ConfigError(f"{where}: mode is {mode!r}, not a name; use one of {', '.join(MODES)}")
         for key, value in (("bits", bits), ("group_size", group_size)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            if value is not None and not is_integer(value):
                 raise ConfigError(f"{where}: {key} is {value!r}, not an integer")
         return cls.make(bits, group_size, mode)
 

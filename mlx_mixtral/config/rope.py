@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlx_mixtral.arguments import is_number
 from mlx_mixtral.errors import ConfigError
 
 __all__ = ["RopeConfig"]
@@ -185,6 +186,6 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _number(key: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+    if not is_number(value) or not 0 < value <= sys.float_info.max:
         raise ConfigError(f"config.json: {key} is {value!r}, not a positive number")
     return float(value)

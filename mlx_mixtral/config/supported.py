@@ -8,8 +8,10 @@ from typing import Any
 
 from mlx_mixtral.errors import ConfigError
 
-__all__ = ["refuse_contradiction", "refuse_unsupported", "shown"]
+__all__ = ["ARCHITECTURES", "refuse_contradiction", "refuse_unsupported", "shown"]
 
+ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
+"""The class that ``architectures`` of config.json names, by ``model_type``."""
 # Keys that other models of this shape use to change the computation, with the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),

@@ -6,7 +6,7 @@ with its numbers:
     {"journal": 1, "identity": {"model": "…", "text": "…", "window": 2048, …}}
     {"part": "model", "index": 7, "logprobs": "…base64…", …}
 
-A line is on the disk before the next part begins, and one that was cut off ends the journal.
+A line is on the disk before the next part begins.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,16 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError, DestinationError
-from mlx_mixtral.files import explained, replace_file
+from mlx_mixtral.files import Journal
 
-__all__ = ["Journal", "pack", "unpack"]
-
-VERSION = 1
+__all__ = ["EvaluationJournal", "pack", "unpack"]
 
 Entry = Mapping[str, Any]
 
 
-class Journal:
+class EvaluationJournal:
     """The journal at ``path``; of None nothing is kept.
 
     Args:
@@ -49,16 +46,16 @@ class Journal:
         self._entries: dict[tuple[str, int], Entry] = {}
         if path is None:
             return
+        self._file = Journal(path)
         identity = json.loads(json.dumps(identity or {}))
-        known, lines = ({}, []) if restart else _read(path)
+        known, lines = ({}, []) if restart else _read(self._file)
         if lines and known != identity:
             raise DestinationError(_difference(path, known, identity, len(lines)))
         self._entries = {(str(line.get("part")), int(line.get("index", -1))): line for line in lines}
         # Written anew, without a torn line.
-        text = "".join(f"{json.dumps(line)}\n" for line in ({"journal": VERSION, "identity": identity}, *lines))
-        replace_file(path, text.encode())
+        self._file.start(identity, lines)
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> EvaluationJournal:
         return self
 
     def __exit__(
@@ -86,10 +83,7 @@ class Journal:
         if self.path is None:
             return
         lines = [{"part": part, "index": index, **entry} for index, entry in entries]
-        with explained(self.path), self.path.open("a") as file:
-            file.write("".join(f"{json.dumps(line)}\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.append(*lines)
         self._entries |= {(part, line["index"]): line for line in lines}
 
 
@@ -113,30 +107,18 @@ def unpack(text: object, kind: str, count: int) -> npt.NDArray[Any]:
     return values
 
 
-def _read(path: Path) -> tuple[Any, list[dict[str, Any]]]:
-    """The identity, and finished parts up to a line that was cut off.
+def _read(file: Journal) -> tuple[Any, list[dict[str, Any]]]:
+    """The identity, and finished parts.
 
     Raises:
         DestinationError: it is some other file, or cannot be read.
     """
     try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return {}, []
+        if (found := file.read()) is None and file.path.exists() and file.path.stat().st_size:
+            raise DestinationError(f"{file.path} exists and is not the journal of an evaluation; give another name")
     except OSError as error:
-        raise DestinationError(f"journal {path} cannot be read: {error.strerror or error}") from error
-    entries: list[dict[str, Any]] = []
-    for line in raw.splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not line.endswith(b"\n") or not isinstance(entry, dict):
-            break
-        entries.append(entry)
-    if raw and (not entries or entries[0].get("journal") != VERSION):
-        raise DestinationError(f"{path} exists and is not the journal of an evaluation; give another name")
-    return (entries[0].get("identity"), entries[1:]) if entries else ({}, [])
+        raise DestinationError(f"journal {file.path} cannot be read: {error.strerror or error}") from error
+    return found or ({}, [])
 
 
 def _difference(path: Path, known: Any, identity: Entry, done: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, is_number
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 from mlx_mixtral.evaluation.forward import context_limit
-from mlx_mixtral.evaluation.journal import Journal
+from mlx_mixtral.evaluation.journal import EvaluationJournal
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.tokenizer import Tokenizer
 
@@ -130,7 +130,7 @@ def run_passkey(
     limit: int,
     trials: int = 1,
     seed: int = 0,
-    journal: Journal | None = None,
+    journal: EvaluationJournal | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PasskeyResult:
     """Ask ``answer`` for the key of every prompt: ``trials`` for each length and depth, each with another key and filler.
@@ -145,7 +145,7 @@ def run_passkey(
     """
     check_passkey(tokenizer, lengths, depths, trials, seed, limit)
     prompts = [(length, depth, trial) for length in lengths for depth in depths for trial in range(trials)]
-    kept, hits = journal or Journal(), []
+    kept, hits = journal or EvaluationJournal(), []
     for index, (length, depth, trial) in enumerate(prompts):
         if progress is not None:
             progress(index, len(prompts))
@@ -169,7 +169,7 @@ def passkey(
     *,
     trials: int = 1,
     seed: int = 0,
-    journal: Journal | None = None,
+    journal: EvaluationJournal | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PasskeyResult:
     """Passkey retrieval of ``model``, answers chosen greedily.

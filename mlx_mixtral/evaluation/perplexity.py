@@ -15,7 +15,7 @@ from mlx_mixtral.arguments import check_callbacks, check_type
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, TextWindow, TokenProgress, check_window, encode_texts
 from mlx_mixtral.evaluation.forward import Scored, TopTokens, context_limit, score
-from mlx_mixtral.evaluation.journal import Journal, pack, unpack
+from mlx_mixtral.evaluation.journal import EvaluationJournal, pack, unpack
 from mlx_mixtral.evaluation.reference import (
     DEFAULT_TOP_K,
     Reference,
@@ -48,7 +48,7 @@ def evaluate(
     worst: int = WORST_TOKENS,
     name: str = "",
     identity: str = "",
-    journal: Journal | None = None,
+    journal: EvaluationJournal | None = None,
     progress: Callable[[TokenProgress], None] | None = None,
 ) -> Evaluation:
     """Perplexity, bits per byte and, with a reference, KL divergence: overall, by domain and by file.
@@ -97,7 +97,9 @@ def evaluate(
             place = check_destination("the reference file", save_reference)
             check_replaceable(place)
             writer = stack.enter_context(ReferenceWriter(place, header))
-        run = _Run(model, corpus, corpus.windows(size, step), reference, writer, journal or Journal(), progress)
+        run = _Run(
+            model, corpus, corpus.windows(size, step), reference, writer, journal or EvaluationJournal(), progress
+        )
         started = time.perf_counter()
         try:
             read = run.go()
@@ -133,7 +135,7 @@ class _Run:
         windows: list[TextWindow],
         reference: Reference | None,
         writer: ReferenceWriter | None,
-        journal: Journal,
+        journal: EvaluationJournal,
         progress: Callable[[TokenProgress], None] | None,
     ) -> None:
         self.model, self.corpus, self.windows = model, corpus, windows

@@ -21,7 +21,7 @@ from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.errors import CheckpointError, DestinationError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus
 from mlx_mixtral.evaluation.forward import TopTokens
-from mlx_mixtral.files import explained, partial_path
+from mlx_mixtral.files import disk_errors, partial_path
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["DEFAULT_TOP_K", "MAX_FILE_BYTES", "Reference", "ReferenceHeader", "ReferenceWriter", "check_replaceable"]
@@ -158,7 +158,7 @@ class ReferenceWriter:
         start = _file_header(header)
         total = len(start) + header.nbytes
         self._arrays: dict[str, np.memmap[Any, Any]] = {}
-        with explained(path):
+        with disk_errors(path):
             self.is_new = not _begins_with(self.partial, start, total)
             if self.is_new:
                 with self.partial.open("wb") as file:
@@ -187,7 +187,7 @@ class ReferenceWriter:
 
     def flush(self) -> None:
         """Wait until all that was written is on the disk."""
-        with explained(self.path):
+        with disk_errors(self.path):
             for array in self._arrays.values():
                 array.flush()
 
@@ -195,7 +195,7 @@ class ReferenceWriter:
         """Make the file appear, in place of one that was there."""
         self.flush()
         self._arrays.clear()
-        with explained(self.path):
+        with disk_errors(self.path):
             self.partial.replace(self.path)
 
     def discard(self) -> None:

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from mlx_mixtral.errors import CheckpointError, InvalidRequestError
+from mlx_mixtral.errors import CheckpointError, DestinationError, DiskSpaceError, InvalidRequestError
 from mlx_mixtral.experts.policy import Optimal, make_policy
+from mlx_mixtral.files import replace_file
 
 __all__ = [
     "PUBLISHED_REPEATS",
@@ -109,10 +110,9 @@ class RoutingTrace:
         }
         try:
             # One key: safetensors writes several in an order of its own, another one each time.
-            save_file(arrays, str(path), {FORMAT: json.dumps({"num_experts": self.num_experts})})
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InvalidRequestError(f"routing trace {path} cannot be written: {reason}") from error
+            replace_file(Path(path), save(arrays, {FORMAT: json.dumps({"num_experts": self.num_experts})}))
+        except (DestinationError, DiskSpaceError) as error:
+            raise InvalidRequestError(f"routing trace {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.config.layout import FIELDS, locate, matrices, norms
-from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, MissingDependencyError, MixtralError, TokenizerError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.info.estimate import PARTS, bytes_per_token
 from mlx_mixtral.info.macs import Chip
 from mlx_mixtral.info.shape import facts_of, kv_cache, limits

@@ -11,11 +11,20 @@ import mlx.core as mx
 
 from mlx_mixtral.errors import InvalidRequestError
 
-__all__ = ["DEVICES", "DTYPE_NAMES", "Device", "compute_dtype", "current_device", "set_default_device", "wired"]
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "DTYPE_NAMES",
+    "Device",
+    "compute_dtype",
+    "current_device",
+    "set_default_device",
+    "wired",
+]
 
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEVICES = ("gpu", "cpu")
-DTYPE_NAMES = {short: name for name, short in _DTYPES.items()}
+DTYPE_NAMES = {short: name for name, short in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -80,10 +89,10 @@ def compute_dtype(requested: str, device: Device) -> str:
     Raises:
         InvalidRequestError: not ``auto``, ``float32``, ``float16`` or ``bfloat16``.
     """
-    if requested in _DTYPES:
-        return _DTYPES[requested]
+    if requested in DTYPES:
+        return DTYPES[requested]
     if requested != "auto":
-        raise InvalidRequestError(f"dtype {requested!r} is unknown; use auto, {', '.join(_DTYPES)}")
+        raise InvalidRequestError(f"dtype {requested!r} is unknown; use auto, {', '.join(DTYPES)}")
     if device.kind == "cpu":
         return "F32"
     generation = device.apple_gpu_generation

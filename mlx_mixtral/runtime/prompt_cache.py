@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import struct
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.prefixes import PrefixStore
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, PromptCacheError
-from mlx_mixtral.files import check_destination, explained, partial_path
+from mlx_mixtral.files import atomic_write, check_destination
 from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.prefill import last_hidden
 from mlx_mixtral.model.transformer import MixtralModel
@@ -92,17 +91,8 @@ class PromptCache:
             for index, array in enumerate(held)
         }
         arrays["tokens"] = mx.array(list(tokens), mx.int32)
-        partial = partial_path(place).with_suffix(".safetensors")
-        try:
-            with explained(place):
-                mx.save_safetensors(str(partial), arrays, self._about(cache))
-                partial.replace(place)
-        except RuntimeError as error:
-            with explained(place):
-                raise OSError(str(error)) from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        with atomic_write(place) as file:
+            mx.save_safetensors(file, arrays, self._about(cache))
         self.kept.put(tokens, cache)
 
     def load(self, path: str | Path, module: MixtralModel) -> list[int]:

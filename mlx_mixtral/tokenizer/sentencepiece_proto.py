@@ -11,9 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-__all__ = ["MARKER_FORM", "retype_markers", "without_dummy_prefix"]
+__all__ = [
+    "BYTE", "CONTROL", "MARKER_FORM", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "retype_markers", "varint",
+    "without_dummy_prefix",
+]  # fmt: skip
 
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+# SentencePiece.Type, which GGUF has too.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 MARKER_FORM = re.compile(r"<[^\s<>]+>|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]")
 """A USER_DEFINED piece of this form is a marker; Mistral's `[REFERENCE_DOC_3]`, say, is part of the text.
@@ -54,7 +58,7 @@ def retype_markers(model: bytes, special: Collection[str]) -> tuple[bytes, dict[
             text = spelling.decode("utf-8")
             if (declared and kind in (NORMAL, USER_DEFINED)) or (kind == USER_DEFINED and MARKER_FORM.fullmatch(text)):
                 new = piece + b"\x18\x03"  # the last value of a scalar field wins
-                chunks += [model[copied:start], b"\x0a", _varint(len(new)), new]
+                chunks += [model[copied:start], b"\x0a", varint(len(new)), new]
                 copied = end
                 changed[token_id] = text
         token_id += 1
@@ -108,7 +112,8 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """A whole number as protocol buffers write it: seven bits a byte, the lowest first."""
     out = bytearray()
     while value >= 0x80:
         out.append(value & 0x7F | 0x80)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.errors import TokenizerError
+from mlx_mixtral.arguments import is_integer
+from mlx_mixtral.errors import CheckpointError, TokenizerError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.tokenizer.markers import AddedToken
 
-__all__ = ["Settings", "read_json", "read_settings"]
-
-MAX_FILE_BYTES = 256 * 1024 * 1024
+__all__ = ["Settings", "read_settings", "read_settings_file"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ def read_settings(folder: Path, eos_token_ids: Sequence[int] = ()) -> Settings:
     Raises:
         TokenizerError: A file is there and is not what it should be.
     """
-    config = read_json(folder / "tokenizer_config.json")
-    fast = read_json(folder / "tokenizer.json")
+    config = read_settings_file(folder / "tokenizer_config.json")
+    fast = read_settings_file(folder / "tokenizer.json")
     add_bos = config.get("add_bos_token")
     return Settings(
         added=_added_tokens(folder, config, fast),
@@ -58,7 +57,7 @@ def read_settings(folder: Path, eos_token_ids: Sequence[int] = ()) -> Settings:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_settings_file(path: Path) -> dict[str, Any]:
     """The object a JSON file holds, {} when there is no such file.
 
     Raises:
@@ -67,14 +66,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise TokenizerError(f"{path} is larger than {MAX_FILE_BYTES} bytes, which no tokenizer file is")
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} should hold a JSON object, not {type(value).__name__}")
-    return value
+        return read_json(path)
+    except CheckpointError as error:
+        raise TokenizerError(f"{error}; download it again") from error
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any], fast: Mapping[str, Any]) -> dict[int, AddedToken]:
@@ -82,7 +76,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any], fast: Mapping[str, An
     named = {_spelling(config.get(f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
     special = named | {_spelling(token) for token in (extra if isinstance(extra, list) else ())}
     added: dict[int, AddedToken] = {}
-    for content, token_id in read_json(folder / "added_tokens.json").items():
+    for content, token_id in read_settings_file(folder / "added_tokens.json").items():
         _declare(added, token_id, {"content": content, "special": content in special}, folder / "added_tokens.json")
     for token in _list(fast.get("added_tokens")):
         _declare(added, token.get("id"), token, folder / "tokenizer.json")
@@ -95,7 +89,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any], fast: Mapping[str, An
 
 def _declare(added: dict[int, AddedToken], token_id: Any, token: Any, source: Path) -> None:
     content = token.get("content") if isinstance(token, dict) else None
-    if not isinstance(content, str) or isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+    if not isinstance(content, str) or not is_integer(token_id) or token_id < 0:
         raise TokenizerError(
             f"{source}: added token {token_id!r}: {token!r} needs an id from 0 up and a string `content`"
         )
@@ -136,7 +130,7 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             return {"default": source.read_text("utf-8")}
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{source} cannot be read as UTF-8 text ({error})") from error
-    value = read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+    value = read_settings_file(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
     if value is None:
         return {}
     if isinstance(value, str):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Rows
-from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
 __all__ = ["Checkpoint", "CheckpointReader"]
@@ -32,14 +31,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
             places in a file that does not have it, or a damaged header.
     """
 
+    index_name, single_name = INDEX, SINGLE
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._tensors: dict[str, TensorInfo] = {}
-        index = folder / INDEX
-        if index.is_file():
-            self._read_index(index)
-        else:
-            self._tensors = self._header(self._single_file().name)
+        self._tensors = self._open(folder)
 
     def __getitem__(self, name: str) -> TensorInfo:
         try:
@@ -85,36 +81,37 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def _has(self, file: str) -> bool:
         return _is_file(self.folder / file)
 
-    def _header(self, file: str) -> dict[str, TensorInfo]:
+    def _header(self, file: str) -> Mapping[str, TensorInfo]:
         return read_header(self.folder / file)
 
-    def _single_file(self) -> Path:
-        single = self.folder / SINGLE
-        if single.is_file():
-            return single
-        found = sorted(self.folder.glob("*.safetensors"))
+    def _names(self) -> list[str]:
+        """Files that the weights may be in when neither the index nor the usual single one is there."""
+        return sorted(file.name for file in self.folder.glob("*.safetensors"))
+
+    def _open(self, folder: Path) -> dict[str, TensorInfo]:
+        index = folder / self.index_name
+        return dict(self._header(self._single_file())) if not index.is_file() else self._read_index(index)
+
+    def _single_file(self) -> str:
+        if self._has(self.single_name):
+            return self.single_name
+        found = self._names()
         if len(found) == 1:
             return found[0]
         if found:
             raise CheckpointError(
-                f"{self.folder} has {len(found)} safetensors files and no {INDEX} to say which tensor is where"
+                f"{self.folder} has {len(found)} safetensors files and no {self.index_name} to say which tensor is where"
             )
-        raise CheckpointError(f"{self.folder} has no weights: neither {INDEX} nor {SINGLE}")
+        raise CheckpointError(f"{self.folder} has no weights: neither {self.index_name} nor {self.single_name}")
 
-    def _read_index(self, index: Path) -> None:
+    def _read_index(self, index: Path) -> dict[str, TensorInfo]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: there is no weight_map")
-        headers: dict[str, dict[str, TensorInfo]] = {}
+        headers: dict[str, Mapping[str, TensorInfo]] = {}
+        tensors: dict[str, TensorInfo] = {}
         for name, file in weight_map.items():
-            if (
-                not isinstance(file, str)
-                or not file
-                or file in (".", "..")
-                or "/" in file
-                or "\\" in file
-                or "\0" in file
-            ):
+            if not isinstance(file, str) or file in ("", ".", "..") or any(char in file for char in "/\\\0"):
                 raise CheckpointError(
                     f"{index}: tensor {name!r} is placed in {file!r}, which is not a file of this folder"
                 )
@@ -124,7 +121,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 headers[file] = self._header(file)
             if name not in headers[file]:
                 raise CheckpointError(f"{index} places tensor {name!r} in {file!r}, which does not have it")
-            self._tensors[name] = headers[file][name]
+            tensors[name] = headers[file][name]
+        return tensors
 
 
 def _is_file(path: Path) -> bool:
@@ -150,9 +148,7 @@ class CheckpointReader:
     def __enter__(self) -> CheckpointReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import read_json
 
 __all__ = ["MANIFEST", "FileEntry", "check_files", "check_sizes", "file_problem", "file_sha256", "read_manifest"]
 

@@ -1,23 +1,27 @@
 """Reading safetensors by byte range: headers checked before they are used, tensors never mapped.
 
 The format is 8 bytes of header length (little endian), a JSON header, then the data; ``data_offsets`` count from the end of
-the header (https://github.com/huggingface/safetensors#format). The ``safetensors`` package opens files by mapping them,
-which faults page by page where experts are streamed, and hides the offsets that a read straight into place needs.
+the header (https://github.com/huggingface/safetensors#format).
+
+The ``safetensors`` package (0.8) bounds headers and offsets as well, and its ``backend="pread"`` maps nothing. But it hides the
+offsets, allocates what it returns, reads a whole tensor for a slice of it, and its numpy side knows neither bfloat16 nor
+float8: an expert streamed straight into its slot needs a byte range and a buffer of ours.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import parse_json
 
-__all__ = ["ITEM_BYTES", "TensorInfo", "header_bytes", "parse_header", "read_header", "read_into"]
+__all__ = ["ITEM_BYTES", "TensorInfo", "header_bytes", "is_count", "parse_header", "read_header", "read_into"]
 
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -87,12 +91,7 @@ def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: as for ``read_header``.
     """
-    try:
-        header = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the safetensors header is not a JSON object")
+    header = parse_json(f"{path}: the safetensors header", raw)
     data_start, data_bytes = 8 + len(raw), size - 8 - len(raw)
     tensors = {
         name: _tensor(path, name, entry, data_start, data_bytes)
@@ -129,9 +128,9 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int)
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise bad(f"has dtype {dtype!r}, which is not known")
-    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(_is_count(n) for n in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(is_count(n) for n in shape):
         raise bad(f"has shape {repr(shape)[:200]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(n) for n in offsets):
         raise bad(f"has data offsets {offsets!r}")
     begin, end = offsets
     nbytes = prod(shape) * ITEM_BYTES[dtype]
@@ -142,8 +141,9 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int)
     return TensorInfo(name, path, dtype, tuple(shape), data_start + begin, nbytes)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value of a header is a size or an offset that a file can have."""
+    return is_integer(value) and 0 <= value < 2**63
 
 
 def _refuse_gaps(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:

@@ -14,8 +14,6 @@ from mlx_mixtral.config.layout import (
     Field,
     Matrix,
     Rows,
-    layer_of,
-    layer_path,
     locate,
     matrices,
     module_tensor,
@@ -241,24 +239,3 @@ def test_shapes_and_tensor_names_are_those_of_mlx_lm() -> None:
     assert matrix.parameters == 192
     assert module_tensor(matrix, "scales") == "model.layers.3.block_sparse_moe.switch_mlp.down_proj.scales"
     assert Matrix("lm_head", "head", 11, 6).shape == (11, 6)
-
-
-@pytest.mark.parametrize(
-    ("path", "layer"),
-    [
-        ("model.layers.0.self_attn.q_proj", 0),
-        ("model.layers.31.input_layernorm", 31),
-        ("model.layers.7", 7),
-        ("model.norm", None),
-        ("lm_head", None),
-        ("model.layers.", None),
-        ("model.layers.x.mlp", None),
-        ("model.layers.-1.mlp", None),
-        ("model.layers.\N{SUPERSCRIPT TWO}.mlp", None),
-        ("vision.model.layers.3.mlp", None),
-    ],
-)
-def test_a_path_tells_its_layer(path: str, layer: int | None) -> None:
-    assert layer_of(path) == layer
-    if layer is not None:
-        assert path.startswith(layer_path(layer))

@@ -12,8 +12,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConfigError
+from mlx_mixtral.files import read_json
 
 transformers.logging.set_verbosity_error()
 

@@ -93,7 +93,7 @@ LIES: dict[str, tuple[Key, str]] = {
     "scores of texts": (Key("tokenizer.ggml.scores", ARRAY, ["x"] * 32, STRING), "scores holds a value"),
     "scores beyond float32": (Key("tokenizer.ggml.scores", ARRAY, [1e300] * 32, 12), "scores holds a value"),
     "one number for a map": (Key("tokenizer.ggml.precompiled_charsmap", U32, 7), "precompiled_charsmap is not a list"),
-    "a list for a name": (Key("tokenizer.ggml.pre", ARRAY, [1], U32), "cuts text into words by"),
+    "a list for a name": (Key("tokenizer.ggml.pre", ARRAY, [1], U32), "splits text into words by"),
     "a text for a number": (Key("split.no", STRING, "x"), "split.no is 'x'"),
     "a list for a count": (Key("split.count", ARRAY, [1], U32), "split.count is"),
     "a key of two lines": (Key("llama.\x1b[2J\n", U32, 1), r"'llama.\x1b[2J\n' = 1 changes"),

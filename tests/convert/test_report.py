@@ -137,7 +137,7 @@ def test_progress_counts_source_bytes_to_the_end(tmp_path: Path) -> None:
         (
             "tokenizer_config.json",
             b"{junk",
-            r"the tokenizer cannot be used: tokenizer_config\.json cannot be read as JSON.*",
+            r"the tokenizer cannot be used: tokenizer_config\.json is not valid JSON.*",
         ),
         ("tokenizer.json", b"{junk", r"the tokenizer cannot be used: tokenizer\.json .*"),
     ],

@@ -255,13 +255,13 @@ def test_a_source_that_went_away_is_an_interruption(tmp_path: Path, source: Path
     assert hashes(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fsync", "write", "append"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "replace", "append"])
 def test_a_disk_that_fills_up_anywhere_is_one_line_and_resumable(
     tmp_path: Path, source: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """Every few calls later than before, until one conversion gets through."""
     failures = kept = 0
-    for allowed in range(0, 2000, {"pwrite": 37, "fsync": 2, "write": 1, "append": 1}[call]):
+    for allowed in range(0, 2000, {"pwrite": 37, "fsync": 2, "replace": 1, "append": 1}[call]):
         with monkeypatch.context() as patch:
             _fill_disk(patch, call, allowed)
             try:
@@ -282,18 +282,12 @@ def test_a_disk_that_fills_up_anywhere_is_one_line_and_resumable(
 
 
 def _fill_disk(patch: pytest.MonkeyPatch, call: str, allowed: int) -> None:
-    if call == "append":
-        from mlx_mixtral_convert.output.journal import Journal
-
-        genuine, name = Journal._append, "_append"
-        owner: Any = Journal
-    else:
-        genuine, name, owner = getattr(os, call), call, os
-    done = 0
+    owner, name = {"append": (Path, "open"), "replace": (Path, "replace")}.get(call, (os, call))
+    genuine, done = getattr(owner, name), 0
 
     def full(*arguments: Any, **options: Any) -> Any:
         nonlocal done
-        done += 1
+        done += call != "append" or "ab" in arguments
         if done > allowed:
             raise OSError(errno.ENOSPC, "No space left on device")
         return genuine(*arguments, **options)

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_mixtral import Mixtral, Tokenizer
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
-from mlx_mixtral.evaluation.journal import Journal
+from mlx_mixtral.evaluation.journal import EvaluationJournal
 from mlx_mixtral.evaluation.passkey import (
     ANSWER_TOKENS,
     PasskeyPrompt,
@@ -127,10 +127,10 @@ def test_an_interrupted_grid_goes_on(tokenizer: Tokenizer, tmp_path: Path) -> No
         return answer
 
     place = tmp_path / "journal"
-    journal = Journal(place, {})
+    journal = EvaluationJournal(place, {})
     with pytest.raises(KeyboardInterrupt):
         run_passkey(until(4), tokenizer, LENGTHS, DEPTHS, limit=1024, journal=journal)
-    found = run_passkey(until(9), tokenizer, LENGTHS, DEPTHS, limit=1024, journal=Journal(place, {}))
+    found = run_passkey(until(9), tokenizer, LENGTHS, DEPTHS, limit=1024, journal=EvaluationJournal(place, {}))
     assert len(asked) == len(set(asked)) == 9
     assert found.accuracy == 1
 

@@ -20,7 +20,7 @@ from mlx_mixtral.errors import (
 )
 from mlx_mixtral.evaluation import perplexity
 from mlx_mixtral.evaluation.corpus import TokenProgress, encode_texts
-from mlx_mixtral.evaluation.journal import Journal
+from mlx_mixtral.evaluation.journal import EvaluationJournal
 from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.reference import Reference
 from mlx_mixtral.evaluation.texts import Text
@@ -160,7 +160,7 @@ def test_an_interrupted_run_goes_on_from_its_journal(
     # A window at a time, where a chunk would take them all.
     monkeypatch.setattr(model.residency, "plan", replace(model.residency.plan, chunk_tokens=20))
     interrupted = pytest.raises(KeyboardInterrupt)
-    with interrupted as caught, Journal(place, identity) as journal:
+    with interrupted as caught, EvaluationJournal(place, identity) as journal:
         evaluate(model, TEXTS, window=20, **save, journal=journal, progress=interrupt)
     assert f"kept in {place}" in caught.value.__notes__[0]
     assert not (tmp_path / "ref").exists()
@@ -174,7 +174,7 @@ def test_an_interrupted_run_goes_on_from_its_journal(
         return score(*arguments, **options)
 
     monkeypatch.setattr(perplexity, "score", counted)
-    with Journal(place, identity) as journal:
+    with EvaluationJournal(place, identity) as journal:
         found = evaluate(model, TEXTS, window=20, **save, journal=journal)
     assert 0 < sum(calls) < found.overall.tokens - stop_at + 20
     assert found.overall.perplexity == pytest.approx(wanted.overall.perplexity, rel=1e-5)
@@ -194,9 +194,9 @@ def test_windows_are_done_again_when_the_file_they_went_into_is_gone(model: Mixt
 
     save = {"window": 32, "save_reference": tmp_path / "ref", "top_k": 4}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, TEXTS[:2], **save, journal=Journal(place, {}), progress=interrupt)
+        evaluate(model, TEXTS[:2], **save, journal=EvaluationJournal(place, {}), progress=interrupt)
     (tmp_path / ".ref.partial").unlink()
-    with Journal(place, {}) as journal:
+    with EvaluationJournal(place, {}) as journal:
         evaluate(model, TEXTS[:2], **save, journal=journal)
     kept = Reference(tmp_path / "ref").kept(0, sum(COUNTS[text.domain] for text in TEXTS[:2]))
     assert (kept.logprobs < 0).all()
@@ -213,15 +213,15 @@ def test_what_a_reference_holds_are_distributions(model: Mixtral, tmp_path: Path
 
 def test_a_journal_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     place = tmp_path / "j"
-    Journal(place, {"model": "a", "window": 64}).add("model", [(0, {})])
+    EvaluationJournal(place, {"model": "a", "window": 64}).add("model", [(0, {})])
     before = place.read_bytes()
     with pytest.raises(DestinationError, match=r"window 64, this one has 32.*--restart"):
-        Journal(place, {"model": "a", "window": 32})
+        EvaluationJournal(place, {"model": "a", "window": 32})
     assert place.read_bytes() == before
-    assert Journal(place, {"model": "a", "window": 32}, restart=True).get("model", 0) is None
+    assert EvaluationJournal(place, {"model": "a", "window": 32}, restart=True).get("model", 0) is None
     place.write_text("my notes\n")
     with pytest.raises(DestinationError, match="is not the journal of an evaluation"):
-        Journal(place, {})
+        EvaluationJournal(place, {})
     assert place.read_text() == "my notes\n"
 
 

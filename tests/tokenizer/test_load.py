@@ -104,7 +104,7 @@ def test_added_tokens_from_every_file(make_folder: FolderMaker) -> None:
         ({"added_tokens": {"<a>": "x"}}, "needs an id"),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}}, "needs an id"),
         ({"tokenizer_config": {"added_tokens_decoder": {"5": "a"}}}, "needs an id"),
-        ({"tokenizer_config": []}, "should hold a JSON object, not list"),
+        ({"tokenizer_config": []}, "holds a JSON list, not an object"),
         ({"tokenizer_config": {"chat_template": 3}}, "chat_template should be"),
         ({"tokenizer_config": {"chat_template": [{"name": "a"}]}}, "chat_template should be"),
     ],
@@ -118,7 +118,7 @@ def test_broken_json_names_its_file(make_folder: FolderMaker) -> None:
     folder = make_folder("tiny")
     for text in ("{", "[" * 100_000, "\ufffe"):
         (folder / "tokenizer_config.json").write_text(text, "utf-8")
-        with pytest.raises(TokenizerError, match=r"tokenizer_config\.json cannot be read"):
+        with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not valid JSON: .*download it again"):
             load_tokenizer(folder)
 
 

@@ -17,8 +17,9 @@ from safetensors.numpy import save
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.errors import CheckpointError, ConversionError
+from mlx_mixtral.files import replace_file
 from mlx_mixtral.weights.dtypes import convert
-from mlx_mixtral_convert.calibration.place import FORMAT, check_place, replace_file
+from mlx_mixtral_convert.calibration.place import FORMAT, check_place
 from mlx_mixtral_convert.calibration.statistics import input_name
 from mlx_mixtral_convert.sources.base import TensorSource
 
@@ -58,9 +59,8 @@ class Calibration:
             DestinationError: it cannot be written, or something that is no calibration file lies there.
             DiskSpaceError: the disk is full.
         """
-        check_place(path)
         # One key: safetensors writes several in an order of its own, another one each time.
-        replace_file(path, save(self._arrays(), {FORMAT: self._header()}))
+        replace_file(check_place(path), save(self._arrays(), {FORMAT: self._header()}))
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

@@ -21,7 +21,8 @@ from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.model.moe import route
 from mlx_mixtral_convert.packing.quantize import cast
-from mlx_mixtral_convert.sources.base import TensorSource, Values, tensor_place
+from mlx_mixtral_convert.packing.values import Values
+from mlx_mixtral_convert.sources.base import TensorSource, tensor_place
 
 __all__ = ["Expert", "Layer", "Routing", "plain", "read_matrix", "read_norm"]
 

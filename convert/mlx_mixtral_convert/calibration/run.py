@@ -12,7 +12,7 @@ from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.experts.trace import RoutingTrace
-from mlx_mixtral.hub import resolve
+from mlx_mixtral.hub import Source
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral_convert.calibration.file import Calibration, Losses, identity
 from mlx_mixtral_convert.calibration.layer import Layer, read_matrix, read_norm
@@ -49,6 +49,11 @@ def calibrate(
     Memory: one layer's attention and one expert in float32, the hidden states, and for the sensitivities their copies; a
     model of 93 GB is calibrated on a machine with 16 GB.
 
+    Example:
+        calibration = calibrate("mixtral", ["wiki.txt"])
+        calibration.save("mixtral.calibration")
+        convert("mixtral", "mixtral-20gb", calibration=calibration, fit="20GB")
+
     Args:
         source: a folder or hub repository, as for ``convert``.
         texts: UTF-8 text files; a bundled text in several languages and code when empty.
@@ -66,8 +71,7 @@ def calibrate(
         CheckpointError: a file that is no routing trace.
         CheckpointError, ConfigError, HubError, TokenizerError: as ``convert`` and loading a tokenizer.
     """
-    if source == "":
-        raise InvalidRequestError("the source is an empty name; give a folder or a hub repository")
+    named = Source.parse(source, revision)
     check_type("tokens", tokens, int, "a number of tokens")
     check_type("texts", texts, (list, tuple), "a list of text files")
     check_callbacks(progress=progress)
@@ -80,7 +84,7 @@ def calibrate(
     if trace is not None and not sensitivities:
         raise InvalidRequestError("a trace weighs sensitivities; leave it out, or measure them")
     recorded = RoutingTrace.load(as_path("trace", trace)) if isinstance(trace, (str, Path)) else trace
-    folder = resolve(source, revision=revision)
+    folder = named.resolve()
     written = read_texts([Path(path) for path in texts]) if texts else default_texts()
     with open_source(folder) as tensors:
         config = tensors.config

@@ -28,6 +28,7 @@ from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.config.quantization import AFFINE_BITS, QuantizationSpec
 from mlx_mixtral_convert.calibration.layer import Expert, Layer, Routing, read_matrix
 from mlx_mixtral_convert.calibration.walk import Walk, embed
+from mlx_mixtral_convert.packing.measure import digits
 from mlx_mixtral_convert.packing.search import search
 from mlx_mixtral_convert.sources.base import TensorSource
 
@@ -192,14 +193,14 @@ class Sensitivity:
         losses = {}
         for name, errors in self.errors.items():
             base = errors[self._references[name]]
-            losses[name] = {spec: _digits(kl[name] * error / base if base else 0.0) for spec, error in errors.items()}
+            losses[name] = {spec: digits(kl[name] * error / base if base else 0.0) for spec, error in errors.items()}
         tied = self.config.tie_word_embeddings
         own = {
-            str(spec): _digits(_mean_kl(true, true, weight, packed(weight, spec)))
+            str(spec): digits(_mean_kl(true, true, weight, packed(weight, spec)))
             for spec in candidates_for(head.in_features)
         }
         if tied:
-            losses["embed_tokens"] = {spec: _digits(loss + own[spec]) for spec, loss in losses["embed_tokens"].items()}
+            losses["embed_tokens"] = {spec: digits(loss + own[spec]) for spec, loss in losses["embed_tokens"].items()}
         elif own:
             losses["lm_head"] = own
         return losses
@@ -221,7 +222,3 @@ def _mean_kl(true: mx.array, other: mx.array, true_head: mx.array, other_head: m
         log_p, log_q = p - mx.logsumexp(p, axis=-1, keepdims=True), q - mx.logsumexp(q, axis=-1, keepdims=True)
         total += float(np.array((mx.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()))
     return max(total / len(true), 0.0)
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -39,7 +39,9 @@ def read_texts(paths: list[Path]) -> list[str]:
         except OSError as error:
             raise InvalidRequestError(f"calibration text {path} cannot be read: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
-            raise InvalidRequestError(f"calibration text {path} is not UTF-8: byte {error.start} is no text") from error
+            raise InvalidRequestError(
+                f"calibration text {path} is not UTF-8: byte {error.start} is not text"
+            ) from error
         if not text.strip():
             raise InvalidRequestError(f"calibration text {path} is empty")
         texts.append(text)

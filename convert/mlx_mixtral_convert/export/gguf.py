@@ -16,8 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,42 +25,26 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import Matrix, Norm, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import ConversionError, InvalidRequestError, MissingDependencyError
+from mlx_mixtral.files import disk_error, disk_errors
 from mlx_mixtral.weights.dtypes import convert
-from mlx_mixtral_convert.export.gguf_blocks import ROW_BYTES, encode, interleave_halves, repack, repackable
+from mlx_mixtral_convert.export.gguf_blocks import encode, repack, repackable
 from mlx_mixtral_convert.export.gguf_header import rope_factors, write_header
 from mlx_mixtral_convert.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from mlx_mixtral_convert.export.job import Job, Result
 from mlx_mixtral_convert.output.file_destination import FileDestination
-from mlx_mixtral_convert.output.write import explain
 from mlx_mixtral_convert.packing.measure import decode
 from mlx_mixtral_convert.packing.quantize import cast
-from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, Values, tensor_place
+from mlx_mixtral_convert.packing.values import Values
+from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, small_files, tensor_place
+from mlx_mixtral_convert.sources.gguf.names import gguf_name
+from mlx_mixtral_convert.sources.gguf.types import TYPES_BY_NAME, GgufTensor
+from mlx_mixtral_convert.sources.row_order import join_halves, rotary_heads
 
-__all__ = ["GGUF_TYPES", "GgufTensor", "write_gguf"]
+__all__ = ["GGUF_TYPES", "write_gguf"]
 
 GGUF_TYPES = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 ALIGNMENT = 32
 SPARE_BYTES = 2**20
-_NAMES = {
-    "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm",
-    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate": "ffn_gate_inp",
-    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """One tensor of the file; ``shape`` is row-major, ``kind`` GGUF's name of the type."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-
-    @property
-    def nbytes(self) -> int:
-        weights, nbytes = ROW_BYTES[self.kind]
-        return prod(self.shape) // weights * nbytes
 
 
 def write_gguf(job: Job, kind: str | None) -> Result:
@@ -82,7 +64,7 @@ def write_gguf(job: Job, kind: str | None) -> Result:
     factors = rope_factors(config)
     tensors = {item.path: _tensor(item, kind) for item in listed}
     if factors is not None:
-        tensors["rope"] = GgufTensor("rope_freqs.weight", factors.shape, "F32")
+        tensors["rope"] = GgufTensor("rope_freqs.weight", TYPES_BY_NAME["F32"], factors.shape)
     vocabulary = _vocabulary(job)
     data_bytes = sum(tensor.nbytes for tensor in tensors.values())
     padded = sum(_padded(tensor.nbytes) for tensor in tensors.values())
@@ -106,27 +88,26 @@ def write_gguf(job: Job, kind: str | None) -> Result:
 
 
 def _tensor(item: Matrix | Norm, kind: str) -> GgufTensor:
-    short = _NAMES[item.path if item.layer is None else item.path.rsplit(".", 1)[1]]
-    name = short if item.layer is None else f"blk.{item.layer}.{short}"
+    name, floats, type_ = gguf_name(item), TYPES_BY_NAME["F32"], TYPES_BY_NAME[kind]
     if isinstance(item, Norm):
-        return GgufTensor(f"{name}.weight", (item.size,), "F32")
+        return GgufTensor(f"{name}.weight", floats, (item.size,))
     if item.part == "router":
-        return GgufTensor(f"{name}.weight", item.shape, "F32")
-    if item.in_features % (block := ROW_BYTES[kind][0]):
+        return GgufTensor(f"{name}.weight", floats, item.shape)
+    if item.in_features % type_.weights:
         raise InvalidRequestError(
-            f"{item.path} has rows of {item.in_features} weights, which do not divide into {kind}'s blocks of {block}; "
-            "use F16 or BF16"
+            f"{item.path} has rows of {item.in_features} weights, which do not divide into {kind}'s blocks of "
+            f"{type_.weights}; use F16 or BF16"
         )
     if item.path.rpartition(".")[0].endswith(".mlp"):
-        return GgufTensor(f"{name}.weight", (item.out_features, item.in_features), kind)
-    return GgufTensor(f"{name}{'_exps' * (item.num_experts is not None)}.weight", item.shape, kind)
+        return GgufTensor(f"{name}.weight", type_, (item.out_features, item.in_features))
+    return GgufTensor(f"{name}{'_exps' * (item.num_experts is not None)}.weight", type_, item.shape)
 
 
 def _vocabulary(job: Job) -> Vocabulary:
     if not isinstance(job.source, GeneratedFiles):
         return read_vocabulary(job.source.folder, job.source.config)
     with tempfile.TemporaryDirectory() as held:
-        for name, data in job.small_files().items():
+        for name, data in small_files(job.source).items():
             (Path(held) / name).write_bytes(data)
         return read_vocabulary(Path(held), job.source.config)
 
@@ -136,7 +117,6 @@ def _append(
 ) -> int:
     """Write all data after the header, in the header's order; returns how many matrices kept their integers."""
     source, config = job.source, job.source.config
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     changed: set[str] = set()
     with (
         path.open("ab", buffering=0) as file,
@@ -151,11 +131,11 @@ def _append(
         for matrix, expert, read in walk:
             if isinstance(read, Values):
                 changed.add(matrix.path)
-                rows = encode(read, tensors[matrix.path].kind, tensor_place(source, matrix, expert), pool)
+                rows = encode(read, tensors[matrix.path].kind.name, tensor_place(source, matrix, expert), pool)
             else:
                 rows = read
-            if (count := heads.get(matrix.path.rsplit(".", 1)[-1])) is not None:
-                rows = interleave_halves(rows, count)
+            if (heads := rotary_heads(matrix, config)) is not None:
+                rows = join_halves(rows, heads)
             out.write(rows)
             if expert + 1 == (matrix.num_experts or 1):
                 out.pad()
@@ -170,7 +150,7 @@ def _reader(source: TensorSource, tensors: dict[str, GgufTensor]) -> Any:
     """Reads an expert as blocks of the file where the source's integers fit them, else as floats."""
 
     def read(matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values | npt.NDArray[np.uint8]:
-        kind = tensors[matrix.path].kind
+        kind = tensors[matrix.path].kind.name
         native = source.native(matrix) if isinstance(source, PackedSource) else None
         if native is None or not native.exact or not repackable(native.spec, kind):
             return source.read(matrix, expert, scratch)
@@ -205,17 +185,15 @@ class _Out:
             try:
                 done += os.write(self._descriptor, data[done:])
             except OSError as error:
-                raise explain(error, self._path, self._written + done, self._expected) from error
+                raise disk_error(error, self._path, self._written + done, self._expected) from error
         self._written += done
 
     def pad(self) -> None:
         self.write(np.zeros(_padded(self._written) - self._written, np.uint8))
 
     def finish(self) -> None:
-        try:
+        with disk_errors(self._path):
             os.fsync(self._descriptor)
-        except OSError as error:
-            raise explain(error, self._path, self._written, self._expected) from error
 
 
 def _padded(nbytes: int) -> int:

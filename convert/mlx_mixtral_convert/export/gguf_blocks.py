@@ -23,15 +23,14 @@ from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import DtypeRangeError, NonFiniteWeightsError
 from mlx_mixtral.weights.dtypes import convert, is_finite
 from mlx_mixtral_convert.packing.measure import decode, row_blocks
-from mlx_mixtral_convert.sources import Values
+from mlx_mixtral_convert.packing.values import Values
+from mlx_mixtral_convert.sources.gguf.types import TYPES_BY_NAME
 
-__all__ = ["BLOCK", "ROW_BYTES", "encode", "interleave_halves", "repack", "repackable"]
+__all__ = ["BLOCK", "encode", "repack", "repackable"]
 
 Bytes = npt.NDArray[np.uint8]
 
 BLOCK = 32
-# Weights and bytes of a block.
-ROW_BYTES = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
 # The largest weight whose block has a scale that float16 holds.
 _LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0, "Q4_1": 65504.0}
 # (what is taken from q, lowest, highest) of what is left.
@@ -46,8 +45,7 @@ def encode(values: Values, kind: str, place: str, pool: Executor) -> Bytes:
         DtypeRangeError: a weight whose scale float16 cannot hold.
     """
     rows, columns = values.array.shape
-    weights, nbytes = ROW_BYTES[kind]
-    out = np.empty((rows, columns // weights * nbytes), np.uint8)
+    out = np.empty((rows, TYPES_BY_NAME[kind].row_bytes(columns)), np.uint8)
 
     def block(at: slice) -> None:
         if not is_finite(values.array[at], values.dtype):
@@ -106,17 +104,6 @@ def repack(packed: Mapping[str, npt.NDArray[Any]], spec: QuantizationSpec, kind:
         blocks.append(np.concatenate([_bytes(scales), signed], axis=1))
     joined: Bytes = np.concatenate(blocks)
     return joined.reshape(rows, -1)
-
-
-def interleave_halves(rows: Bytes, heads: int) -> Bytes:
-    """Reorder rows ``[heads * head_dim, row_bytes]`` of queries or keys from rotating halves to rotating neighbours.
-
-    Row i of a head and row i + head_dim/2 rotate together here, rows 2i and 2i + 1 in llama.cpp
-    (``permute`` in its convert_hf_to_gguf.py). Blocks run along a row, so that rows move whole.
-    """
-    count, nbytes = rows.shape
-    halves = rows.reshape(heads, 2, count // heads // 2, nbytes)
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(count, nbytes)
 
 
 def _bytes(values: npt.NDArray[np.float16]) -> Bytes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,9 @@ import numpy.typing as npt
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.rope import RopeConfig
 from mlx_mixtral.errors import ConfigError
+from mlx_mixtral.files import disk_errors
 from mlx_mixtral_convert.export.gguf_vocabulary import Vocabulary
-from mlx_mixtral_convert.output.write import explain
+from mlx_mixtral_convert.sources.gguf.types import GgufTensor
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -22,19 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["rope_factors", "write_header"]
 
 
-class _Tensor(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
 def write_header(
-    path: Path, name: str, config: MixtralConfig, vocabulary: Vocabulary, kind: str, tensors: Sequence[_Tensor]
+    path: Path, name: str, config: MixtralConfig, vocabulary: Vocabulary, kind: str, tensors: Sequence[GgufTensor]
 ) -> None:
     """Write everything before the first tensor's data.
 
@@ -44,8 +35,7 @@ def write_header(
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path, "llama")
-    try:
+    with disk_errors(path), contextlib.closing(gguf.GGUFWriter(path, "llama")) as writer:
         writer.add_type("model")
         writer.add_name(name)
         _add_model(writer, config)
@@ -54,15 +44,11 @@ def write_header(
         _add_vocabulary(writer, vocabulary)
         for tensor in tensors:
             # Any numpy type but uint8, which stands for a shape in bytes.
-            raw = gguf.GGMLQuantizationType[tensor.kind]
+            raw = gguf.GGMLQuantizationType[tensor.kind.name]
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-    except OSError as error:
-        raise explain(error, path, 0, 0) from error
-    finally:
-        writer.close()
 
 
 def rope_factors(config: MixtralConfig) -> npt.NDArray[np.float32] | None:

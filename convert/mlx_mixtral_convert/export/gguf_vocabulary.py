@@ -9,12 +9,10 @@ from pathlib import Path
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import TokenizerError
 from mlx_mixtral.tokenizer.sentencepiece import SentencePieceModel
-from mlx_mixtral.tokenizer.settings import read_json, read_settings
+from mlx_mixtral.tokenizer.sentencepiece_proto import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from mlx_mixtral.tokenizer.settings import read_settings, read_settings_file
 
 __all__ = ["Vocabulary", "read_vocabulary"]
-
-# llama_token_type of llama.h in ggml-org/llama.cpp.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def read_vocabulary(folder: Path, config: MixtralConfig) -> Vocabulary:
         eos=_first(by_content.get(settings.eos or ""), stop, pieces.eos_id()),
         unknown=_first(pieces.unk_id()),
         add_bos=settings.add_bos is not False,
-        add_eos=read_json(folder / "tokenizer_config.json").get("add_eos_token") is True,
+        add_eos=read_settings_file(folder / "tokenizer_config.json").get("add_eos_token") is True,
         templates=settings.templates,
     )
 

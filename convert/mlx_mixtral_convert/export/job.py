@@ -13,10 +13,9 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.errors import ConversionError
-from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral_convert.output.manifest import copied_files, read_file
-from mlx_mixtral_convert.report import Progress
-from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, Values
+from mlx_mixtral_convert.packing.values import Values
+from mlx_mixtral_convert.report import Progress, ProgressCounter
+from mlx_mixtral_convert.sources import PackedSource, TensorSource, main_dtype, matrix_bytes
 
 __all__ = ["Job", "Result"]
 
@@ -62,19 +61,9 @@ class Job:
             return 0
         return sum(source.native(matrix) is not None for matrix in matrices(source.config))
 
-    def small_files(self) -> dict[str, bytes]:
-        """Tokenizer, generation settings and licence by file name."""
-        if isinstance(self.source, GeneratedFiles):
-            return self.source.small_files()
-        return {path.name: read_file(path) for path in copied_files(self.source.folder)}
-
     def own_type(self) -> str:
         """The float type of most weights; for quantised ones, which unpack to float32, the one the configuration names."""
-        weights: dict[str, int] = {}
-        for matrix in matrices(self.source.config):
-            kind = self.source.dtype(matrix)
-            weights[kind] = weights.get(kind, 0) + matrix.parameters
-        own = max(weights, key=lambda kind: weights[kind])
+        own = main_dtype(self.source)
         if own == "F32" and self.packed_matrices:
             entries = self.source.entries
             return "F16" if "float16" in (entries.get("torch_dtype"), entries.get("dtype")) else "BF16"
@@ -91,10 +80,10 @@ class Job:
             ConversionError: cancelled.
         """
         pieces = [(matrix, expert) for matrix in wanted for expert in range(matrix.num_experts or 1)]
-        sizes = [m.out_features * m.in_features * ITEM_BYTES[self.source.dtype(m)] for m in wanted]
+        sizes = [matrix_bytes(self.source, matrix) for matrix in wanted]
         buffers = [np.empty(max(sizes, default=0), np.uint8) for _ in range(2)]
         total = sum(size * (matrix.num_experts or 1) for size, matrix in zip(sizes, wanted, strict=True))
-        done = 0
+        counter = ProgressCounter(self.progress, total, self.source.config.num_hidden_layers)
         with ThreadPoolExecutor(1, thread_name_prefix="mlx-mixtral-read") as reader:
             ahead = reader.submit(read, *pieces[0], buffers[0])
             for number, (matrix, expert) in enumerate(pieces):
@@ -104,10 +93,7 @@ class Job:
                 if number + 1 < len(pieces):
                     ahead = reader.submit(read, *pieces[number + 1], buffers[(number + 1) % 2])
                 yield matrix, expert, value
-                done += matrix.out_features * matrix.in_features * ITEM_BYTES[self.source.dtype(matrix)]
-                if self.progress is not None:
-                    layers = self.source.config.num_hidden_layers
-                    self.progress(Progress("convert", done, total, matrix.layer, layers, matrix.path))
+                counter.step(matrix, matrix_bytes(self.source, matrix))
 
     def values(self, wanted: Sequence[Matrix]) -> Generator[tuple[Matrix, int, Values]]:
         """The floats of every expert of ``wanted``."""
@@ -116,6 +102,4 @@ class Job:
     def finish(self, total_bytes: int) -> None:
         """Everything has been read: check that it was one and the same source, and tell the caller."""
         self.source.files.check_unchanged()
-        if self.progress is not None:
-            layers = self.source.config.num_hidden_layers
-            self.progress(Progress("finish", total_bytes, total_bytes, None, layers, self.dest.name))
+        ProgressCounter(self.progress, total_bytes, self.source.config.num_hidden_layers).finish(self.dest.name)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.arguments import as_path, check_callbacks
+from mlx_mixtral.arguments import check_callbacks
 from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.hub import parse_repository, resolve
+from mlx_mixtral.hub import Source
 from mlx_mixtral_convert.export.gguf import GGUF_TYPES, write_gguf
 from mlx_mixtral_convert.export.hf import HF_TYPES, write_hf
 from mlx_mixtral_convert.export.job import Job
-from mlx_mixtral_convert.output.destination import check_names
-from mlx_mixtral_convert.report import Progress, peak_memory_bytes
+from mlx_mixtral_convert.output.destination import as_destination
+from mlx_mixtral_convert.report import Progress, downloading, json_object, peak_memory_bytes
 from mlx_mixtral_convert.sources import open_source
 
 __all__ = ["FORMATS", "TYPES", "ExportReport", "export"]
@@ -53,7 +53,7 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a JSON object."""
-        return {**asdict(self), "notes": list(self.notes)}
+        return json_object(self)
 
 
 def export(
@@ -101,16 +101,17 @@ def export(
         TokenizerError: GGUF needs a ``tokenizer.model``, and there is none that fits.
     """
     started = time.perf_counter()
-    check_names(source, dest)
+    named, place = Source.parse(source, revision), as_destination(dest)
     check_callbacks(progress=progress, cancelled=cancelled)
     if to not in FORMATS:
         raise InvalidRequestError(f"export to {to!r} is unknown; use {' or '.join(FORMATS)}")
     if type not in (None, *TYPES[to]):
         raise InvalidRequestError(f"type {type!r} is unknown for {to}; use {', '.join(TYPES[to])}")
-    path = _resolve(source, revision, progress)
-    name, commit = _origin(source, revision, path)
+    path = named.resolve(convertible=True, progress=downloading(progress))
+    name, commit = named.origin(path)
+    name = path.stem if named.repository is None and path.is_file() else name
     with open_source(path, kind) as tensors:
-        job = Job(tensors, path, name, commit, Path(dest), overwrite, dry_run, progress, cancelled)
+        job = Job(tensors, path, name, commit, place, overwrite, dry_run, progress, cancelled)
         result = (write_hf if to == "hf" else write_gguf)(job, type)
         parameters = sum(m.parameters for m in matrices(tensors.config)) + sum(n.size for n in norms(tensors.config))
         return ExportReport(
@@ -131,30 +132,3 @@ def export(
             notes=result.notes,
             dry_run=dry_run,
         )
-
-
-def _resolve(source: str | Path, revision: str | None, progress: Callable[[Progress], None] | None) -> Path:
-    """The folder, or the one file, to open."""
-    path = as_path("source", source)
-    if path.is_file():
-        if revision is not None:
-            raise InvalidRequestError(f"{source} is a file; revision {revision!r} applies to hub repositories only")
-        return path
-    if progress is None:
-        return resolve(source, revision=revision, convertible=True)
-    tell = progress
-    return resolve(
-        source,
-        revision=revision,
-        convertible=True,
-        progress=lambda done, total: tell(Progress("download", done, total, None, 0, "weights")),
-    )
-
-
-def _origin(source: str | Path, revision: str | None, path: Path) -> tuple[str, str | None]:
-    """Repository and commit, or the folder's name: never a path of this machine."""
-    named = None if as_path("source", source).exists() else parse_repository(source, revision)
-    if named is None:
-        return (path.stem if path.is_file() else path.resolve().name), None
-    # The hub's cache names a snapshot's folder by its commit.
-    return named[0], (path.parent if path.is_file() else path).name

@@ -6,15 +6,13 @@ each further line is one finished shard:
     {"journal": 1, "identity": {"converter": "0.1.0", "source": {…}, "recipe": {…}, "dtype": "bfloat16", …}}
     {"file": "model-00001-of-00033.safetensors", "bytes": 811204608, "sha256": "…", "errors": [{…}, …]}
 
-A line is written once its shard is on the disk. Neither is believed without proof: a line that power loss tore ends the
-journal, and a shard counts only when its size and sha256 are those of its line.
+A line is written once its shard is on the disk, and a shard counts only when its size and sha256 are those of its line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,15 +21,14 @@ from types import TracebackType
 from typing import Any
 
 from mlx_mixtral.errors import CheckpointError, ConfigError, ConversionError, DestinationError, DiskSpaceError
+from mlx_mixtral.files import Journal, disk_errors, sync_folder
 from mlx_mixtral.weights.manifest import file_sha256
 from mlx_mixtral_convert.output.plan import ShardPlan
-from mlx_mixtral_convert.output.write import explain, sync_folder
-from mlx_mixtral_convert.report import MatrixError
+from mlx_mixtral_convert.packing.measure import MatrixError
 
-__all__ = ["JOURNAL", "CancelledError", "Finished", "Journal"]
+__all__ = ["JOURNAL", "CancelledError", "ConversionJournal", "Finished"]
 
 JOURNAL = "journal.jsonl"
-VERSION = 1
 
 
 class CancelledError(ConversionError):
@@ -48,7 +45,7 @@ class Finished:
     errors: tuple[MatrixError, ...]
 
 
-class Journal:
+class ConversionJournal:
     """The journal of the partial folder ``folder``, which must be locked. Opening it removes what is not proved finished.
 
     As a context manager it decides, when the conversion fails, what the next one finds: an interruption leaves the journal
@@ -72,7 +69,8 @@ class Journal:
         self._layers = sum(shard.layer is not None for shard in shards)
         # Compared as it will be read back: tuples are lists in JSON.
         identity = json.loads(json.dumps(identity))
-        known, lines = (None, []) if restart else _read(self.path)
+        self._file = Journal(self.path)
+        known, lines = (None, []) if restart else self._read()
         # Without a finished shard there is nothing to lose.
         if lines and known != identity:
             raise DestinationError(_difference(folder, known, identity, len(lines)))
@@ -80,12 +78,12 @@ class Journal:
             if (found := self._prove(entry)) is not None:
                 self.finished[found.file] = found
         self.kept = tuple(self.finished)
-        try:
-            self._start(identity)
-        except OSError as error:
-            raise explain(error, self.path, 0, 0) from error
+        with disk_errors(self.path):
+            _clear(self.folder, {JOURNAL, *self.finished})
+        # Written anew, without torn or disproved lines.
+        self._file.start(identity, map(_line, self.finished.values()))
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> ConversionJournal:
         return self
 
     def __exit__(
@@ -119,32 +117,16 @@ class Journal:
             DestinationError: any other failure to write.
         """
         done = Finished(file, nbytes, sha256, tuple(errors))
-        try:
+        with disk_errors(self.path):
             sync_folder(self.folder)
-            self._append(_line(done))
-        except OSError as error:
-            raise explain(error, self.path, 0, 0) from error
+        self._file.append(_line(done))
         self.finished[file] = done
 
-    def _start(self, identity: Mapping[str, Any]) -> None:
-        """Write the journal anew, without torn or disproved lines, in place of the old one."""
-        _clear(self.folder, {JOURNAL, *self.finished})
-        text = json.dumps({"journal": VERSION, "identity": identity}) + "\n"
-        text += "".join(_line(done) for done in self.finished.values())
-        fresh = self.folder / f"{JOURNAL}.new"
-        with fresh.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self.path)
-        sync_folder(self.folder)
-
-    def _append(self, line: str) -> None:
-        # A full disk may take part of it, which counts as torn: nothing is appended after a failure.
-        with self.path.open("a") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+    def _read(self) -> tuple[Any, list[dict[str, Any]]]:
+        with contextlib.suppress(OSError):
+            if (found := self._file.read()) is not None:
+                return found
+        return None, []
 
     def _prove(self, entry: Any) -> Finished | None:
         try:
@@ -163,28 +145,9 @@ class Journal:
         return f"layer {done + 1} of {self._layers}" if done < self._layers else "the last file"
 
 
-def _line(done: Finished) -> str:
+def _line(done: Finished) -> dict[str, Any]:
     errors = [asdict(error) for error in done.errors]
-    return json.dumps({"file": done.file, "bytes": done.nbytes, "sha256": done.sha256, "errors": errors}) + "\n"
-
-
-def _read(path: Path) -> tuple[Any, list[Any]]:
-    """The identity, None if there is no readable journal, and the entries up to the first torn line."""
-    try:
-        raw = path.read_bytes()
-    except OSError:
-        return None, []
-    entries: list[Any] = []
-    for line in raw.splitlines(keepends=True):
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            entries.pop()
-    if not entries or not isinstance(entries[0], dict) or entries[0].get("journal") != VERSION:
-        return None, []
-    return entries[0].get("identity"), entries[1:]
+    return {"file": done.file, "bytes": done.nbytes, "sha256": done.sha256, "errors": errors}
 
 
 def _is_bad_input(error: BaseException) -> bool:

@@ -2,57 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import __version__
-from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.config.quantization import QuantizationSpec
+from mlx_mixtral.files import replace_file
+from mlx_mixtral.machine.device import DTYPE_NAMES
 from mlx_mixtral_convert.output.plan import Plan
-from mlx_mixtral_convert.pipeline import Written
-from mlx_mixtral_convert.recipes import Recipe
+from mlx_mixtral_convert.packing.measure import MatrixError
 
-__all__ = ["DTYPE_NAMES", "Origin", "conversion_text", "copied_files", "model_config_text", "read_file"]
-
-DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+__all__ = [
+    "Origin",
+    "conversion_text",
+    "export_text",
+    "model_config_text",
+    "write_small_files",
+]
 
 Origin = Mapping[str, Any]
 
-_COPIED = (
-    "tokenizer.model*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.*", "generation_config.json", "LICENSE*",
-)  # fmt: skip
+_CONVERTER = {"converter": {"name": "mlx-mixtral", "version": __version__}}
 # What described the source's packing, or the machine it lay on.
 _DROPPED = ("quantization", "quantization_config", "compression_config", "_name_or_path")
 
 
-def copied_files(folder: Path) -> list[Path]:
-    """Tokenizer, generation settings and licence of a source, in order of name. Links count as the files they lead to."""
-    found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found)
+def write_small_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """Write files by name; what ``conversion.json`` says of each."""
+    for name, data in files.items():
+        replace_file(folder / name, data)
+    return {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
 
 
-def read_file(path: Path) -> bytes:
-    """A small file's bytes.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def model_config_text(entries: Mapping[str, Any], plan: Plan, recipe: Recipe) -> bytes:
-    """The output's config.json: the source's entries with this packing and float type."""
+def model_config_text(entries: Mapping[str, Any], plan: Plan, default: QuantizationSpec | None = None) -> bytes:
+    """The output's config.json: the source's entries with this float type, and the packing by ``default`` and what differs."""
     config = {key: value for key, value in entries.items() if key not in _DROPPED}
     spelled = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
     config |= dict.fromkeys(spelled, DTYPE_NAMES[plan.dtype])
     # mlx-lm's Mixtral reads only the older spelling and assumes 1e6 without it.
     config.setdefault("rope_theta", plan.config.rope.theta)
-    if (quantization := plan.quantization(recipe.default)) is not None:
+    if (quantization := plan.quantization(default)) is not None:
         # Twice, as mlx-lm writes it: the hub's pages read the second.
         config |= dict.fromkeys(("quantization", "quantization_config"), quantization.to_dict())
     return _json(config)
@@ -62,26 +54,37 @@ def conversion_text(
     origin: Origin,
     plan: Plan,
     recipe: Mapping[str, Any],
-    written: Written,
+    errors: Iterable[MatrixError],
     files: Mapping[str, Mapping[str, Any]],
 ) -> bytes:
     """The output's conversion.json: where it came from, how, and what it is. No times: two runs give the same bytes."""
+    bits = {"bits_per_weight": round(8 * plan.data_bytes / plan.parameters, 6)}
+    measured = {
+        error.path: {"spec": error.spec, "relative_rms": error.relative_rms, "worst": error.worst}
+        | _kept(plan, error.path)
+        for error in errors
+    }
     return _json(
-        {
-            "converter": {"name": "mlx-mixtral", "version": __version__},
-            "source": origin,
-            "recipe": recipe,
-            "dtype": DTYPE_NAMES[plan.dtype],
-            "parameters": plan.parameters,
-            "bits_per_weight": round(8 * plan.data_bytes / plan.parameters, 6),
-            "files": {name: files[name] for name in sorted(files)},
-            "errors": {
-                error.path: {"spec": error.spec, "relative_rms": error.relative_rms, "worst": error.worst}
-                | _kept(plan, error.path)
-                for error in written.errors
-            },
-        }
+        _CONVERTER
+        | {"source": origin, "recipe": recipe}
+        | _described(plan)
+        | bits
+        | _listed(files)
+        | {"errors": measured}
     )
+
+
+def export_text(kind: str, origin: Origin, plan: Plan, files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """The same of an export, by which a later one knows the folder as one it may replace."""
+    return _json(_CONVERTER | {"export": kind, "source": origin} | _described(plan) | _listed(files))
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    return {"dtype": DTYPE_NAMES[plan.dtype], "parameters": plan.parameters}
+
+
+def _listed(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {"files": dict(sorted(files.items()))}
 
 
 def _kept(plan: Plan, path: str) -> dict[str, str]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from mlx_mixtral.config.layout import FIELDS, Field, Matrix, Norm, matrices, module_tensor, norms
+from mlx_mixtral.config.layout import Matrix, Norm, fields_of, matrices, module_tensor, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationConfig, QuantizationSpec
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral_convert.sources.base import NativePacking
+from mlx_mixtral_convert.packing.values import NativePacking
 
-__all__ = ["INDEX_FILE", "Plan", "ShardPlan", "TensorPlan", "fields_of", "make_plan"]
+__all__ = ["INDEX_FILE", "Described", "Plan", "ShardPlan", "TensorPlan", "lay_out", "make_plan", "shard_files"]
+
+# Name, safetensors dtype and shape of a tensor.
+Described = tuple[str, str, tuple[int, ...]]
 
 INDEX_FILE = "model.safetensors.index.json"
 # Apple's page size: a tensor that starts on a page can be read, or mapped, without touching its neighbour.
@@ -112,22 +116,14 @@ class Plan:
 
     def quantization(self, default: QuantizationSpec | None) -> QuantizationConfig | None:
         """The ``quantization`` entry: ``default`` (else the packing of most weights) and what differs from it."""
-        weights: dict[QuantizationSpec, int] = {}
+        weights: Counter[QuantizationSpec] = Counter()
         for matrix in matrices(self.config):
             if (spec := self.specs[matrix.path]) is not None:
-                weights[spec] = weights.get(spec, 0) + matrix.parameters
+                weights[spec] += matrix.parameters
         if not weights:
             return None
-        base = default if default in weights else max(weights, key=lambda spec: weights[spec])
-        assert base is not None
+        base = default if default is not None and default in weights else weights.most_common(1)[0][0]
         return QuantizationConfig(base, {path: spec for path, spec in self.specs.items() if spec != base})
-
-
-def fields_of(spec: QuantizationSpec | None) -> tuple[Field, ...]:
-    """The tensors a matrix is stored as."""
-    if spec is None:
-        return ("weight",)
-    return FIELDS if spec.has_biases else ("weight", "scales")
 
 
 def make_plan(
@@ -137,14 +133,19 @@ def make_plan(
     native: Mapping[str, NativePacking] | None = None,
 ) -> Plan:
     """Lay out one shard a decoder layer and a last one for embeddings, final norm and head."""
+    shards = [_shard(*files, specs, dtype) for files in shard_files(config)]
+    return Plan(config, dtype, specs, tuple(shards), native or {})
+
+
+def shard_files(
+    config: MixtralConfig,
+) -> Iterator[tuple[str, int | None, tuple[Matrix, ...], tuple[Norm, ...]]]:
+    """Name, layer, matrices and norms of each file: one a decoder layer, and a last one for embeddings, final norm and head."""
     layers: list[int | None] = [*range(config.num_hidden_layers), None]
-    shards = []
     for number, layer in enumerate(layers, start=1):
-        file = f"model-{number:05}-of-{len(layers):05}.safetensors"
         own = tuple(matrix for matrix in matrices(config) if matrix.layer == layer)
         own_norms = tuple(norm for norm in norms(config) if norm.layer == layer)
-        shards.append(_shard(file, layer, own, own_norms, specs, dtype))
-    return Plan(config, dtype, specs, tuple(shards), native or {})
+        yield f"model-{number:05}-of-{len(layers):05}.safetensors", layer, own, own_norms
 
 
 def _shard(
@@ -157,25 +158,38 @@ def _shard(
 ) -> ShardPlan:
     described = [entry for matrix in own for entry in _tensors(matrix, specs[matrix.path], dtype)]
     described += [(f"{norm.path}.weight", dtype, (norm.size,)) for norm in own_norms]
-    sized = [(name, kind, shape, prod(shape) * ITEM_BYTES[kind]) for name, kind, shape in described]
     # Sizes that are whole pages first: every tensor of a real model then starts on a page, with no padding in between.
-    sized.sort(key=lambda entry: -_alignment(entry[3]))
-    header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+    described.sort(key=lambda entry: -_alignment(prod(entry[2]) * ITEM_BYTES[entry[1]]))
+    return lay_out(file, layer, own, own_norms, described, "mlx", ALIGNMENT_BYTES)
+
+
+def lay_out(
+    file: str,
+    layer: int | None,
+    own: tuple[Matrix, ...],
+    own_norms: tuple[Norm, ...],
+    described: Iterable[Described],
+    written_for: str,
+    alignment: int,
+) -> ShardPlan:
+    """A shard of the tensors ``described`` by name, dtype and shape, in this order; its data starts at a multiple of
+    ``alignment``.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": written_for}}
     end = 0
-    for name, kind, shape, nbytes in sized:
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + nbytes]}
-        end += nbytes
+    placed = []
+    for name, kind, shape in described:
+        start, end = end, end + prod(shape) * ITEM_BYTES[kind]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+        placed.append(TensorPlan(name, kind, shape, start, end - start))
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-(8 + len(raw)) % ALIGNMENT_BYTES)
-    offset = 8 + len(raw)
-    tensors = {}
-    for name, kind, shape, nbytes in sized:
-        tensors[name] = TensorPlan(name, kind, shape, offset, nbytes)
-        offset += nbytes
+    raw += b" " * (-(8 + len(raw)) % alignment)
+    first = 8 + len(raw)
+    tensors = {tensor.name: dataclasses.replace(tensor, offset=first + tensor.offset) for tensor in placed}
     return ShardPlan(file, layer, struct.pack("<Q", len(raw)) + raw, tensors, own, own_norms)
 
 
-def _tensors(matrix: Matrix, spec: QuantizationSpec | None, dtype: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _tensors(matrix: Matrix, spec: QuantizationSpec | None, dtype: str) -> Iterator[Described]:
     # A dense model's only expert is an ordinary matrix on disk.
     lead = matrix.shape[:-1] if not matrix.path.rpartition(".")[0].endswith(".mlp") else (matrix.out_features,)
     for field in fields_of(spec):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from mlx_mixtral.config.mixtral import MixtralConfig, parse_json, stop_ids
-from mlx_mixtral.errors import MissingDependencyError, TokenizerError
+from mlx_mixtral.config.mixtral import MixtralConfig, stop_ids
+from mlx_mixtral.errors import CheckpointError, MissingDependencyError, TokenizerError
+from mlx_mixtral.files import parse_json
 from mlx_mixtral.tokenizer.sentencepiece import SentencePieceModel
 
 __all__ = ["check_stop_ids", "check_vocabulary", "tokenizer_notes"]
@@ -58,10 +59,10 @@ def tokenizer_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:
 
 def _check_object(name: str, data: bytes, *, needs_model: bool) -> None:
     try:
-        entries = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{name} cannot be read as JSON ({error})") from error
-    if not isinstance(entries, dict) or (needs_model and not isinstance(entries.get("model"), dict)):
+        entries = parse_json(name, data)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
+    if needs_model and not isinstance(entries.get("model"), dict):
         raise TokenizerError(f"{name} does not hold what it should")
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.errors import DestinationError, DiskSpaceError
-from mlx_mixtral.sizes import format_bytes
+from mlx_mixtral.errors import DestinationError
+from mlx_mixtral.files import disk_error, disk_errors
 from mlx_mixtral_convert.output.plan import ShardPlan
 
-__all__ = ["ShardWriter", "explain", "sync_folder", "write_file"]
+__all__ = ["ShardWriter"]
 
 READ_BACK_BYTES = 8 * 2**20
 
@@ -39,10 +37,8 @@ class ShardWriter:
         self._written = 0
         self._ahead: dict[int, int] = {}
         self._filled = dict.fromkeys(shard.tensors, 0)
-        try:
+        with disk_errors(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        except OSError as error:
-            raise explain(error, self.path, 0, shard.nbytes) from error
         try:
             self._put(0, memoryview(shard.header))
         except BaseException:
@@ -52,9 +48,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -70,10 +64,8 @@ class ShardWriter:
     def finish(self) -> str:
         """Flush to the disk, close, and return the sha256 of the whole file as hex digits."""
         assert self._hashed == self._written == self.shard.nbytes, f"{self.path.name} is incomplete"
-        try:
+        with disk_errors(self.path):
             os.fsync(self._descriptor)
-        except OSError as error:
-            raise explain(error, self.path, self._written, self.shard.nbytes) from error
         os.close(self._descriptor)
         self._descriptor = -1
         return self._hash.hexdigest()
@@ -84,7 +76,7 @@ class ShardWriter:
             try:
                 done += os.pwrite(self._descriptor, data[done:], offset + done)
             except OSError as error:
-                raise explain(error, self.path, self._written + done, self.shard.nbytes) from error
+                raise disk_error(error, self.path, self._written + done, self.shard.nbytes) from error
         self._written += len(data)
         if offset == self._hashed:
             self._hash.update(data)
@@ -97,49 +89,9 @@ class ShardWriter:
     def _read_back(self, count: int) -> None:
         end = self._hashed + count
         while self._hashed < end:
-            try:
+            with disk_errors(self.path):
                 data = os.pread(self._descriptor, min(READ_BACK_BYTES, end - self._hashed), self._hashed)
-            except OSError as error:
-                raise explain(error, self.path, self._written, self.shard.nbytes) from error
             if not data:
-                raise DestinationError(f"{self.path} was cut short by someone else while it was written")
+                raise DestinationError(f"{self.path} was cut short by another program while it was written")
             self._hash.update(data)
             self._hashed += len(data)
-
-
-def write_file(path: Path, data: bytes) -> str:
-    """Write a small file, flush it to the disk, and return its sha256.
-
-    Raises:
-        DiskSpaceError: the disk is full.
-        DestinationError: any other failure to write.
-    """
-    done = 0
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            while done < len(data):
-                done += os.write(descriptor, memoryview(data)[done:])
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise explain(error, path, done, len(data)) from error
-    return hashlib.sha256(data).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def explain(error: OSError, path: Path, done: int, total: int) -> DestinationError | DiskSpaceError:
-    """A failure to write ``path``, of which ``done`` bytes of ``total`` were written, in one line."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        got = f"got {format_bytes(done)} of its {format_bytes(total)}" if total else "cannot grow"
-        return DiskSpaceError(f"the disk is full: {path.name} {got}; free some room or choose another destination")
-    return DestinationError(f"{path} cannot be written: {error.strerror or error}; choose another destination")

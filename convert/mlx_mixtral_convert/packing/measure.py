@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.weights.dtypes import convert
-from mlx_mixtral_convert.sources.base import Values
+from mlx_mixtral_convert.packing.values import Values
 
-__all__ = ["ErrorSum", "decode", "row_blocks", "unpack"]
+__all__ = ["E4M3", "ErrorSum", "MatrixError", "decode", "digits", "row_blocks", "unpack"]
 
 Floats = npt.NDArray[np.float32]
 # Blocks that fit in a core's cache: five passes over them cost one over memory.
@@ -27,7 +27,7 @@ BLOCK_VALUES = 2**17
 
 
 def _small_float(exponent_bits: int, mantissa_bits: int, bias: int) -> Floats:
-    """All values of a sign, exponent and mantissa format, by code, subnormals included; NaN codes are left as numbers."""
+    """All values of a sign, exponent and mantissa format, by code, subnormals included; codes for NaN come out as numbers."""
     codes = np.arange(2 ** (1 + exponent_bits + mantissa_bits))
     mantissa = codes % 2**mantissa_bits
     exponent = codes >> mantissa_bits & 2**exponent_bits - 1
@@ -39,11 +39,23 @@ def _small_float(exponent_bits: int, mantissa_bits: int, bias: int) -> Floats:
 
 
 _E2M1 = _small_float(2, 1, 1)
-_E4M3 = _small_float(4, 3, 7)
+E4M3 = _small_float(4, 3, 7)
+# There is no infinity, and one NaN of each sign.
+E4M3[[0x7F, 0xFF]] = np.nan
 # Code 255 is NaN, which no packed weight has.
 _E8M0 = np.append(2.0 ** (np.arange(255) - 127.0), np.nan).astype(np.float32)
-_CODES = {"mxfp4": _E2M1, "nvfp4": _E2M1, "mxfp8": _E4M3}
-_SCALES = {"mxfp4": _E8M0, "nvfp4": _E4M3, "mxfp8": _E8M0}
+_CODES = {"mxfp4": _E2M1, "nvfp4": _E2M1, "mxfp8": E4M3}
+_SCALES = {"mxfp4": _E8M0, "nvfp4": E4M3, "mxfp8": _E8M0}
+
+
+@dataclass(frozen=True)
+class MatrixError:
+    """How far a packed matrix (all experts together) is from its source: ``‖w-ŵ‖/‖w‖`` and the largest ``|w-ŵ|``."""
+
+    path: str
+    spec: str
+    relative_rms: float
+    worst: float
 
 
 @dataclass
@@ -75,6 +87,15 @@ class ErrorSum:
     def relative_rms(self) -> float:
         """``‖w-ŵ‖/‖w‖``; 0 for weights that are all zero."""
         return float((self.error / self.weight) ** 0.5) if self.weight else 0.0
+
+    def summary(self, path: str, spec: QuantizationSpec) -> MatrixError:
+        """For the record."""
+        return MatrixError(path, str(spec), digits(self.relative_rms), digits(self.worst))
+
+
+def digits(value: float) -> float:
+    """Six significant digits: what is worth reading, and the same on every machine."""
+    return float(f"{value:.6g}")
 
 
 def decode(packed: Mapping[str, npt.NDArray[Any]], spec: QuantizationSpec) -> Floats:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
+from mlx_mixtral.config.layout import fields_of
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import ConversionError, DtypeRangeError, NonFiniteWeightsError
 from mlx_mixtral.weights.dtypes import MLX_DTYPES, NUMPY_DTYPES, bytes_of, convert, is_finite
-from mlx_mixtral_convert.output.plan import fields_of
 from mlx_mixtral_convert.packing.measure import row_blocks
-from mlx_mixtral_convert.sources.base import Values
+from mlx_mixtral_convert.packing.values import Values
 
 __all__ = ["cast", "quantize"]
 

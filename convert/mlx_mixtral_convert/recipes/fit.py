@@ -7,6 +7,7 @@ never packed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
@@ -170,8 +171,8 @@ def _filled(choices: Mapping[str, list[_Choice]], taken: dict[str, int], room: i
 
 
 def _most_common(groups: Mapping[str, list[Matrix]], picked: Mapping[str, _Choice]) -> QuantizationSpec | None:
-    weights: dict[QuantizationSpec, int] = {}
+    weights: Counter[QuantizationSpec] = Counter()
     for name, group in groups.items():
         if (spec := picked[name].spec) is not None:
-            weights[spec] = weights.get(spec, 0) + sum(matrix.parameters for matrix in group)
-    return max(weights, key=lambda spec: weights[spec]) if weights else None
+            weights[spec] += sum(matrix.parameters for matrix in group)
+    return weights.most_common(1)[0][0] if weights else None

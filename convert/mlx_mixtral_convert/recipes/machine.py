@@ -19,7 +19,7 @@ def room_for_weights(config: MixtralConfig, device: Device, context: int | None 
     """Bytes for weights: what the system recommends to the GPU, less the KV cache of ``context`` tokens and working memory.
 
     Raises:
-        InvalidRequestError: the device does not tell its memory, or ``context`` is beyond the model's.
+        InvalidRequestError: the device does not report its memory, or ``context`` is beyond the model's.
         MemoryBudgetError: cache and working memory alone do not fit.
     """
     if device.recommended_bytes is None:
@@ -36,7 +36,7 @@ def room_for_weights(config: MixtralConfig, device: Device, context: int | None 
     room = device.recommended_bytes - cache - WORKING_BYTES
     if room <= 0:
         raise MemoryBudgetError(
-            f"{format_bytes(device.recommended_bytes)} hold no model beside the KV cache of {tokens} tokens, "
+            f"{format_bytes(device.recommended_bytes)} leave no room for a model beside the KV cache of {tokens} tokens, "
             f"{format_bytes(cache)}; use a smaller --context"
         )
     return room

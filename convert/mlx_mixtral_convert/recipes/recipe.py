@@ -8,10 +8,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.config.layout import Matrix, matrices
-from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import ConfigError
+from mlx_mixtral.files import read_json
 
 __all__ = ["ROUNDINGS", "Override", "Recipe"]
 
@@ -25,6 +27,9 @@ ROUNDINGS = ("plain", "search", "gptq")
 class Recipe:
     """How a model is packed.
 
+    Example:
+        Recipe(bits=3, overrides={"*.self_attn.*": {"bits": 6}, "lm_head": None})
+
     Args:
         bits: bits a weight; None leaves everything unquantised that no override names.
         group_size: weights that share a scale, along the input; the mode's default (affine: 64) when None.
@@ -35,7 +40,7 @@ class Recipe:
         rounding: how affine matrices find their codes at the same format: ``plain`` (``mx.quantize``), ``search`` (scale and
             bias of least squared error) or ``gptq`` (error compensation, which needs a calibration).
 
-    The router stays unquantised unless an override gives it 8 bits; fewer are refused, for it decides everything.
+    The router stays unquantised unless an override gives it 8 bits; fewer are refused: everything depends on its choices.
 
     Raises:
         ConfigError: a combination MLX has no kernel for.
@@ -137,7 +142,7 @@ class Recipe:
             raise ConfigError(f"{where}: mode is {mode!r}, not a name")
         for key in ("bits", "group_size"):
             value = entries.get(key)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            if value is not None and not is_integer(value):
                 raise ConfigError(f"{where}: {key} is {value!r}, not an integer or null")
         rounding = entries.get("rounding", "plain")
         if not isinstance(rounding, str):

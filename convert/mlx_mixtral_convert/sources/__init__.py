@@ -11,34 +11,33 @@ from typing import cast
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral_convert.sources.base import (
     GeneratedFiles,
-    NativePacking,
     PackedSource,
     SourceFiles,
     TensorSource,
-    Values,
+    main_dtype,
+    matrix_bytes,
+    small_files,
     tensor_place,
 )
 from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
 
 __all__ = [
-    "KINDS", "GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "Storage", "TensorSource", "Values",
-    "detect", "open_source", "tensor_place",
+    "KINDS", "GeneratedFiles", "PackedSource", "SourceFiles", "Storage", "TensorSource",
+    "detect", "main_dtype", "matrix_bytes", "open_source", "small_files", "tensor_place",
 ]  # fmt: skip
 
-# Kind -> the module that reads it, asked in this order. A module has ``detect(storage) -> bool``, which looks at content
-# and reads little, and ``open_storage(storage) -> TensorSource``.
-KINDS: dict[str, str] = {
-    "gguf": "gguf.source",
-    "mlx": "mlx",
-    "awq": "packed.awq",
-    "gptq": "packed.gptq",
-    "fp8": "packed.fp8",
-    "hf-bin": "torch.hf_bin",
-    "native": "native",
-    "hf": "hf",
+# Kind -> the module that reads it and its class, asked in this order. A module has ``detect(storage) -> bool``, which looks at
+# content and reads little; the class takes a storage and is a TensorSource.
+KINDS: dict[str, tuple[str, str]] = {
+    "gguf": ("gguf.source", "GgufSource"),
+    "mlx": ("mlx", "MlxSource"),
+    "awq": ("packed.awq", "AwqSource"),
+    "gptq": ("packed.gptq", "GptqSource"),
+    "fp8": ("packed.fp8", "Fp8Source"),
+    "hf-bin": ("torch.hf_bin", "TorchSource"),
+    "native": ("native", "NativeSource"),
+    "hf": ("hf", "HuggingFaceSource"),
 }
-
-
 # Those whose model may be one file among others.
 _ONE_FILE = ("gguf",)
 
@@ -84,11 +83,11 @@ def open_source(place: Path | Storage, kind: str = "auto") -> TensorSource:
         kind = detect(storage) if kind == "auto" else kind
         if storage.named is not None and kind not in _ONE_FILE:
             raise CheckpointError(f"{storage.path} is one file; kind {kind} is read from a folder")
-        return cast("TensorSource", _module(kind).open_storage(storage))
+        return cast("TensorSource", getattr(_module(kind), KINDS[kind][1])(storage))
     except BaseException:
         storage.close()
         raise
 
 
 def _module(kind: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{KINDS[kind]}")
+    return importlib.import_module(f"{__name__}.{KINDS[kind][0]}")

@@ -6,34 +6,25 @@ values. A new layout is one module with one class of this shape, and a line in `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config.layout import Field, Matrix, Norm
+from mlx_mixtral.config.layout import Field, Matrix, Norm, matrices
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.config.quantization import QuantizationSpec
-from mlx_mixtral.errors import ConversionError
+from mlx_mixtral.errors import CheckpointError, ConversionError
+from mlx_mixtral.weights.safetensors import ITEM_BYTES
+from mlx_mixtral_convert.packing.values import NativePacking, Values
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["GeneratedFiles", "NativePacking", "PackedSource", "SourceFiles", "TensorSource", "Values", "tensor_place"]
-
-
-@dataclass(frozen=True)
-class Values:
-    """Float values ``[rows, columns]`` as read: ``dtype`` is the safetensors name, BF16 is carried as uint16."""
-
-    array: npt.NDArray[Any]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return self.array.nbytes
+__all__ = [
+    "GeneratedFiles", "PackedSource", "SourceFiles", "TensorSource", "main_dtype", "matrix_bytes", "small_files",
+    "tensor_place",
+]  # fmt: skip
 
 
 class TensorSource(Protocol):
@@ -89,9 +80,7 @@ class TensorSource(Protocol):
 
     def __enter__(self) -> TensorSource: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 def tensor_place(source: TensorSource, item: Matrix | Norm, expert: int = 0) -> str:
@@ -99,29 +88,11 @@ def tensor_place(source: TensorSource, item: Matrix | Norm, expert: int = 0) -> 
     return f"{source.file(item, expert)}: tensor {source.name(item, expert)!r}"
 
 
-@dataclass(frozen=True)
-class NativePacking:
-    """What a matrix becomes when its source's packing is kept.
-
-    Args:
-        spec: the MLX packing that holds it.
-        exact: whether the source's integers fit that packing as they are. False: the nearest packing, into which the
-            dequantised values have to be rounded.
-        type_name: the source's name for its type, as in ``Q4_K``, for messages and the report.
-        lossless: with ``exact``, whether scales and biases fit float16 too, so that not one value changes.
-    """
-
-    spec: QuantizationSpec
-    exact: bool
-    type_name: str
-    lossless: bool = False
-
-
 @runtime_checkable
 class PackedSource(TensorSource, Protocol):
     """A source whose weights are packed already, and that can hand its integers over as MLX stores them.
 
-    ``read`` still gives the dequantised values: what an ``exact`` conversion measures against, and what a plain one packs anew.
+    ``read`` still gives the dequantised values: what an ``exact`` conversion measures against, and a plain one packs again.
     """
 
     def native(self, matrix: Matrix) -> NativePacking | None:
@@ -150,6 +121,40 @@ class GeneratedFiles(Protocol):
     def small_files(self) -> dict[str, bytes]:
         """Tokenizer files and the like by name, in place of those that would be copied from the source's folder."""
         ...
+
+
+_COPIED = (
+    "tokenizer.model*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.*", "generation_config.json", "LICENSE*",
+)  # fmt: skip
+
+
+def small_files(source: TensorSource) -> dict[str, bytes]:
+    """Tokenizer, generation settings and licence by file name. Links count as the files they lead to.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    if isinstance(source, GeneratedFiles):
+        return source.small_files()
+    found = sorted({path for pattern in _COPIED for path in source.folder.glob(pattern) if path.is_file()})
+    try:
+        return {path.name: path.read_bytes() for path in found}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+
+
+def matrix_bytes(source: TensorSource, matrix: Matrix) -> int:
+    """Bytes of a matrix, of one expert where it has experts, as it is read."""
+    return matrix.out_features * matrix.in_features * ITEM_BYTES[source.dtype(matrix)]
+
+
+def main_dtype(source: TensorSource) -> str:
+    """The float type that most weights are read in."""
+    weights: Counter[str] = Counter()
+    for matrix in matrices(source.config):
+        weights[source.dtype(matrix)] += matrix.parameters
+    return weights.most_common(1)[0][0]
 
 
 class SourceFiles:

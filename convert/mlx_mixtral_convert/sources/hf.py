@@ -5,36 +5,32 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config.layout import Matrix, Norm, Rows, locate, matrices, norms
-from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.config.layout import Matrix, Norm, Rows, hf_name, locate, matrices, norms
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConversionError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
-from mlx_mixtral_convert.sources.base import SourceFiles, Values
+from mlx_mixtral_convert.packing.values import Values
+from mlx_mixtral_convert.sources.base import SourceFiles
 from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint, StoredReader
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["HuggingFaceSource", "check_float", "detect", "open_storage"]
+__all__ = ["HuggingFaceSource", "check_float", "detect"]
 
 # Old checkpoints store the rotary frequencies, which follow from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_HF_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def detect(storage: Storage) -> bool:
     """Whether there is a Hugging Face configuration."""
     return (storage.folder / "config.json").is_file()
-
-
-def open_storage(storage: Storage) -> HuggingFaceSource:
-    return HuggingFaceSource(storage)
 
 
 class HuggingFaceSource:
@@ -100,9 +96,7 @@ class HuggingFaceSource:
     def __enter__(self) -> HuggingFaceSource:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _fill(self, matrix: Matrix, info: TensorInfo, skip_bytes: int, into: Values) -> None:
@@ -138,7 +132,7 @@ class HuggingFaceSource:
 
     def _missing(self, matrix: Matrix) -> str:
         """What this layout would call a matrix that is not there."""
-        return _hf_name(matrix)
+        return hf_name(matrix)
 
     def _find_norm(self, norm: Norm) -> TensorInfo:
         info = self.checkpoint[f"{norm.path}.weight"]
@@ -187,11 +181,3 @@ def check_float(info: TensorInfo) -> None:
         raise CheckpointError(
             f"{info.file}: tensor {info.name!r} has dtype {info.dtype}; {', '.join(FLOATS)} can be converted"
         )
-
-
-def _hf_name(matrix: Matrix) -> str:
-    """The hub's name for a matrix, of expert 0 where it has experts."""
-    block, _, projection = matrix.path.rpartition(".")
-    if block.endswith(".switch_mlp"):
-        return f"{block.removesuffix('.switch_mlp')}.experts.0.{_HF_EXPERT[projection]}.weight"
-    return f"{matrix.path}.weight"

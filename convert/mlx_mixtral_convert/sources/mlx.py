@@ -11,31 +11,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config.layout import Field, Matrix, Rows, locate, matrices
-from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.config.layout import Field, Matrix, Rows, fields_of, locate, matrices
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert, is_finite
 from mlx_mixtral.weights.packing import packing_of
-from mlx_mixtral_convert.output.plan import fields_of
 from mlx_mixtral_convert.packing.measure import decode, row_blocks
-from mlx_mixtral_convert.sources.base import NativePacking, Values, tensor_place
+from mlx_mixtral_convert.packing.values import NativePacking, Values
+from mlx_mixtral_convert.sources.base import tensor_place
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource
 from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["MlxSource", "detect", "open_storage"]
+__all__ = ["MlxSource", "detect"]
 
 
 def detect(storage: Storage) -> bool:
     """Whether the configuration has MLX's ``quantization`` entry."""
     config = storage.folder / "config.json"
     return config.is_file() and isinstance(read_json(config).get("quantization"), Mapping)
-
-
-def open_storage(storage: Storage) -> MlxSource:
-    return MlxSource(storage)
 
 
 class MlxSource(HuggingFaceSource):

@@ -16,19 +16,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.config.layout import Matrix
-from mlx_mixtral.config.mixtral import MixtralConfig, read_json
+from mlx_mixtral.config.layout import EXPERT_NAMES, Matrix
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.supported import ARCHITECTURES
 from mlx_mixtral.errors import CheckpointError, ConfigError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.safetensors import TensorInfo
-from mlx_mixtral_convert.sources.base import Values
-from mlx_mixtral_convert.sources.row_order import part_halves
+from mlx_mixtral_convert.packing.values import Values
+from mlx_mixtral_convert.sources.row_order import part_halves, rotary_heads
 from mlx_mixtral_convert.sources.storage.file import read_header
 from mlx_mixtral_convert.sources.storage.local import Storage
 from mlx_mixtral_convert.sources.torch.files import StoredTensor, read_torch
 from mlx_mixtral_convert.sources.torch.hf_bin import TorchSource
 
-__all__ = ["NativeSource", "detect", "hugging_face_entries", "open_storage"]
+__all__ = ["NativeSource", "detect", "hugging_face_entries"]
 
 _OUTSIDE = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -39,13 +41,9 @@ _IN_LAYER = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
     **{f"attention.w{x}.weight": f"self_attn.{x}_proj.weight" for x in "qkvo"},
-    "feed_forward.w1.weight": "mlp.gate_proj.weight",
-    "feed_forward.w2.weight": "mlp.down_proj.weight",
-    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    **{f"feed_forward.{w}.weight": f"mlp.{name}.weight" for name, w in EXPERT_NAMES.items()},
     "feed_forward.gate.weight": "block_sparse_moe.gate.weight",
-    "block_sparse_moe.w1": "block_sparse_moe.switch_mlp.gate_proj.weight",
-    "block_sparse_moe.w2": "block_sparse_moe.switch_mlp.down_proj.weight",
-    "block_sparse_moe.w3": "block_sparse_moe.switch_mlp.up_proj.weight",
+    **{f"block_sparse_moe.{w}": f"block_sparse_moe.switch_mlp.{name}.weight" for name, w in EXPERT_NAMES.items()},
 }
 _NATIVE = {new: old for old, new in _IN_LAYER.items()}
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
@@ -63,15 +61,10 @@ def detect(storage: Storage) -> bool:
     return bool(files) and (files[0].suffix != ".safetensors" or "tok_embeddings.weight" in _union(files, storage))
 
 
-def open_storage(storage: Storage) -> NativeSource:
-    return NativeSource(storage)
-
-
 def hugging_face_entries(config: MixtralConfig) -> dict[str, Any]:
     """The ``config.json`` entries of a model read from ``params.json``."""
-    architecture = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
     entries: dict[str, Any] = {
-        "architectures": [architecture[config.architecture]],
+        "architectures": [ARCHITECTURES[config.architecture]],
         "model_type": config.architecture,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
@@ -103,8 +96,8 @@ class NativeSource(TorchSource):
 
     def _fill(self, matrix: Matrix, info: TensorInfo, skip_bytes: int, into: Values) -> None:
         super()._fill(matrix, info, skip_bytes, into)
-        if matrix.path.endswith((".q_proj", ".k_proj")):
-            part_halves(into, self.config.head_dim)
+        if (heads := rotary_heads(matrix, self.config)) is not None:
+            part_halves(into.array, heads)
 
     def _missing(self, matrix: Matrix) -> str:
         return _native_name(super()._missing(matrix))
@@ -142,7 +135,7 @@ def _entries(folder: Path) -> Mapping[str, Any]:
         if not window.isdecimal():
             raise ConfigError(f"{folder / 'params.json'}: sliding_window is {window!r}, not a number")
         params["sliding_window"] = int(window)
-    return {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "rope_theta": 1e6} | params
+    return {"model_type": "mixtral", "architectures": [ARCHITECTURES["mixtral"]], "rope_theta": 1e6} | params
 
 
 def _weight_files(storage: Storage) -> list[Path]:

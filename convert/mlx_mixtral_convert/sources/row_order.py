@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.config.layout import Matrix
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.weights.checkpoint import CheckpointReader
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import ITEM_BYTES, TensorInfo
-from mlx_mixtral_convert.sources.base import Values
+from mlx_mixtral_convert.packing.values import Values
 
-__all__ = ["part_halves", "read_transposed"]
+__all__ = ["join_halves", "part_halves", "read_transposed", "rotary_heads"]
 
 BLOCK_BYTES = 4 * 2**20
 
@@ -25,12 +30,21 @@ def read_transposed(reader: CheckpointReader, info: TensorInfo, skip_bytes: int,
         into.array[:, start : start + len(raw)] = as_numpy(raw, into.dtype).T
 
 
-def part_halves(values: Values, head_dim: int) -> None:
-    """Reorder the rows of a query or key matrix, in place, from rotating neighbours to rotating halves.
+def rotary_heads(matrix: Matrix, config: MixtralConfig) -> int | None:
+    """How many heads the rows of a query or key matrix belong to, None for any other matrix.
 
-    Mistral's own files rotate rows 2i and 2i+1 of a head together, the model here rows i and i + head_dim/2: in every head
-    the even rows come first, then the odd ones.
+    The model here rotates rows i and i + head_dim/2 of a head together, Mistral's own files and llama.cpp (``permute`` in its
+    convert_hf_to_gguf.py) rows 2i and 2i + 1.
     """
-    rows, columns = values.array.shape
-    for head in values.array.reshape(rows // head_dim, head_dim, columns):
-        head[:] = head.reshape(head_dim // 2, 2, columns).swapaxes(0, 1).reshape(head_dim, columns)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(matrix.path.rpartition(".")[2])
+
+
+def part_halves(rows: npt.NDArray[Any], heads: int) -> None:
+    """Reorder ``rows [heads * head_dim, ...]`` in place, from neighbours that rotate together to halves."""
+    rows[:] = rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def join_halves(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
+    """The reverse of ``part_halves``, in new memory."""
+    return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)

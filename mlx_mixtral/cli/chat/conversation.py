@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.files import replace_file
+from mlx_mixtral.files import read_json, replace_file
 
 __all__ = ["Conversation"]
 

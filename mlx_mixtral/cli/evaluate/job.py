@@ -19,7 +19,7 @@ from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.cli.subject import Baseline, Subject, predicted, read_corpus
 from mlx_mixtral.evaluation.corpus import Corpus
 from mlx_mixtral.evaluation.figures import check_plotting
-from mlx_mixtral.evaluation.journal import Journal
+from mlx_mixtral.evaluation.journal import EvaluationJournal
 from mlx_mixtral.evaluation.passkey import DEFAULT_DEPTHS, PasskeyResult, check_passkey, default_lengths, passkey
 from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.plots import draw_long_context
@@ -84,7 +84,9 @@ class EvaluationJob:
         with ExitStack() as stack:
             # Left last: what is made for the run alone goes once the journal has.
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-mixtral-evaluate-")))
-            journal = stack.enter_context(Journal(self.journal_path, self._identity(), restart=self.given.restart))
+            journal = stack.enter_context(
+                EvaluationJournal(self.journal_path, self._identity(), restart=self.given.restart)
+            )
             reference = self._reference(journal, scratch)
             self._evaluate(journal, reference)
             if self.plot is not None:
@@ -127,7 +129,7 @@ class EvaluationJob:
             identity |= {"trials": self.given.trials, "seed": self.given.seed}
         return identity
 
-    def _reference(self, journal: Journal, scratch: Path) -> Reference | None:
+    def _reference(self, journal: EvaluationJournal, scratch: Path) -> Reference | None:
         """The file, made by running the other model where one was named."""
         other = self.baseline.other
         if other is None or self.corpus is None:
@@ -136,7 +138,7 @@ class EvaluationJob:
         header = other.header(self.corpus, self.window, self.stride, self.top_k)
         return other.find(place, header) or other.make_reference(place, header, self.corpus, self.loading, journal)
 
-    def _evaluate(self, journal: Journal, reference: Reference | None) -> None:
+    def _evaluate(self, journal: EvaluationJournal, reference: Reference | None) -> None:
         with self.subject.load(self.loading) as model:
             if self.corpus is not None:
                 with count_progress("evaluating") as show:

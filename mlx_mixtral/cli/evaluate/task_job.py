@@ -16,7 +16,7 @@ from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.cli.subject import Subject
 from mlx_mixtral.evaluation.harness.published import published_for
 from mlx_mixtral.evaluation.harness.tasks import TaskResults, TaskScore, check_harness, load_tasks, run_tasks
-from mlx_mixtral.evaluation.journal import Journal
+from mlx_mixtral.evaluation.journal import EvaluationJournal
 from mlx_mixtral.files import replace_file
 
 __all__ = ["TaskJob"]
@@ -61,7 +61,7 @@ class TaskJob:
         from mlx_mixtral.evaluation.harness.lm import HarnessLM
         from mlx_mixtral.evaluation.harness.responder import DEFAULT_BATCH
 
-        with Journal(self.journal_path, self._identity, restart=self.given.restart) as journal:
+        with EvaluationJournal(self.journal_path, self._identity, restart=self.given.restart) as journal:
             with self.subject.load(self.given.loading) as model, count_progress("asking") as show:
                 harness = HarnessLM(
                     model,

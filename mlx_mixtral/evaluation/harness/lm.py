@@ -16,7 +16,7 @@ from mlx_mixtral.arguments import check_callbacks
 from mlx_mixtral.evaluation.corpus import vocabulary_sha256
 from mlx_mixtral.evaluation.harness.responder import DEFAULT_BATCH, Responder
 from mlx_mixtral.evaluation.harness.scoring import Answer
-from mlx_mixtral.evaluation.journal import Journal
+from mlx_mixtral.evaluation.journal import EvaluationJournal
 from mlx_mixtral.runtime.mixtral import Mixtral
 
 __all__ = ["HarnessLM"]
@@ -38,7 +38,7 @@ class HarnessLM(LM):  # type: ignore[misc]  # lm_eval has no types
         batch_size: int = DEFAULT_BATCH,
         max_length: int | None = None,
         name: str = "",
-        journal: Journal | None = None,
+        journal: EvaluationJournal | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class HarnessLM(LM):  # type: ignore[misc]  # lm_eval has no types
         self.name = name
         self.is_asked = False
         """Whether an answer is being computed: an error is this model's then, not the task's."""
-        self._journal, self._progress = journal or Journal(), progress
+        self._journal, self._progress = journal or EvaluationJournal(), progress
 
     @property
     def max_length(self) -> int:

@@ -288,7 +288,7 @@ def test_a_place_in_the_source_is_refused_through_links_too(tiny: Path, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "source"]
 
 
-@pytest.mark.parametrize("call", ["write", "fsync"])
+@pytest.mark.parametrize("call", ["replace", "fsync"])
 def test_a_save_that_fails_keeps_the_old_file_and_names_no_temporary_one(
     calibrated: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -296,9 +296,9 @@ def test_a_save_that_fails_keeps_the_old_file_and_names_no_temporary_one(
     before = hashes(tmp_path)
 
     def full(*arguments: object) -> int:
-        raise OSError(errno.ENOSPC if call == "write" else errno.EIO, "no room")
+        raise OSError(errno.ENOSPC if call == "replace" else errno.EIO, "no room")
 
-    monkeypatch.setattr(os, call, full)
+    monkeypatch.setattr(Path if call == "replace" else os, call, full)
     with pytest.raises((DiskSpaceError, DestinationError)) as caught:
         calibrated.save(tmp_path / "file")
     assert "file" in str(caught.value)

@@ -276,10 +276,14 @@ def test_a_disk_that_fills_up_in_the_first_layer_is_one_line_and_leaves_nothing(
 def test_a_disk_that_fills_up_at_the_last_small_file(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(descriptor: int, data: memoryview) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    replace = Path.replace
 
-    monkeypatch.setattr(os, "write", full)
+    def full(self: Path, target: Path) -> Path:
+        if target.name == "config.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(DiskSpaceError, match=r"config\.json"):
         convert(source, tmp_path / "out")
     assert entries(tmp_path) == [".out.partial", "source"]

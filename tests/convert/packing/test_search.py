@@ -14,8 +14,8 @@ from mlx_mixtral.errors import ConversionError
 from mlx_mixtral_convert.packing.codes import pack
 from mlx_mixtral_convert.packing.quantize import quantize
 from mlx_mixtral_convert.packing.search import search
+from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.rounding import Search
-from mlx_mixtral_convert.sources import Values
 
 Floats = npt.NDArray[np.float32]
 TYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}

@@ -270,7 +270,7 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_float_type_is_refused(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source")
-    refused(source, MixtralError, "dtype 'int8' is unknown; use auto, float16", dtype="int8")
+    refused(source, MixtralError, "dtype 'int8' is unknown; use auto, float32", dtype="int8")
 
 
 @pytest.mark.parametrize("change", ["grow", "touch", "remove"])

@@ -16,9 +16,9 @@ from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError, MixtralError, NonFiniteWeightsError
 from mlx_mixtral_convert import Recipe, convert
+from mlx_mixtral_convert.packing.measure import E4M3
 from mlx_mixtral_convert.sources import detect, open_source
 from mlx_mixtral_convert.sources.base import PackedSource
-from mlx_mixtral_convert.sources.packed.fp8 import E4M3
 from tests.convert.packers import Grouped, Packer, awq, fp8, gptq, grouped_packer, make_packed, save
 from tests.convert.support import CONFIG, Floats, dense_config, load_arrays, make_checkpoint, read_output
 
@@ -258,7 +258,7 @@ def test_variants_that_are_not_read_are_named(tmp_path: Path, entry: dict[str, A
 def test_a_kind_that_a_plain_folder_is_not_is_refused_as_that(tmp_path: Path, kind: str) -> None:
     source = make_checkpoint(tmp_path / "source")
     with pytest.raises(
-        ConversionError, match=f"is no {kind.upper()} folder: its config.json has no quantization_config"
+        ConversionError, match=f"is not a {kind.upper()} folder: its config.json has no quantization_config"
     ):
         convert(source, tmp_path / "out", kind=kind)
 

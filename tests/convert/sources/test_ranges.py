@@ -52,7 +52,7 @@ class Drip:
 
 def read(drip: Drip, monkeypatch: pytest.MonkeyPatch, start: int = 0, count: int = 40) -> tuple[bytes, list[float]]:
     """Bytes read, and the seconds waited in between."""
-    reader = RangeReader(Listing("owner/model", "c" * 40, {"file": RemoteFile(len(DATA), None, None)}))
+    reader = RangeReader(Listing("owner/model", "c" * 40, {"file": RemoteFile(len(DATA), None)}))
     reader._client = drip
     waits: list[float] = []
     monkeypatch.setattr(reader._stopped, "wait", waits.append)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_mixtral.arguments import is_integer, is_number
+from mlx_mixtral.config.supported import ARCHITECTURES
 from mlx_mixtral.errors import ConfigError
 from mlx_mixtral_convert.sources.gguf.header import GgufHeader
 
@@ -56,7 +58,7 @@ def hf_entries(header: GgufHeader, vocab_size: int, *, tied: bool) -> dict[str, 
     window = get.integer("attention.sliding_window", 0)
     dense = "mistral" if window else "llama"
     entries: dict[str, Any] = {
-        "architectures": [{"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}[dense]],
+        "architectures": [ARCHITECTURES[dense]],
         "model_type": dense,
         "hidden_size": hidden,
         "intermediate_size": width,
@@ -75,7 +77,7 @@ def hf_entries(header: GgufHeader, vocab_size: int, *, tied: bool) -> dict[str, 
     }
     if experts:
         entries |= {
-            "architectures": ["MixtralForCausalLM"],
+            "architectures": [ARCHITECTURES["mixtral"]],
             "model_type": "mixtral",
             "intermediate_size": get.integer("expert_feed_forward_length", 0) or width,
             "num_local_experts": experts,
@@ -115,13 +117,13 @@ class _Keys:
         # One value a layer, all alike.
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not is_integer(value):
             raise ConfigError(f"{self._header.path}: {_PREFIX}{name} is {_short(value)}, not one integer")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not is_number(value):
             raise ConfigError(f"{self._header.path}: {_PREFIX}{name} is {_short(value)}, not a number")
         return float(value)
 

@@ -41,7 +41,7 @@ def model_files(storage: Storage) -> tuple[Path, ...]:
         return (path,)
     count = int(match[3])
     if not 1 <= count <= 1024:
-        raise CheckpointError(f"{path}: a set of {count} files is not believed")
+        raise CheckpointError(f"{path}: a set of {count} files; at most 1024 are read")
     names = [f"{match[1]}-{number:05}-of-{match[3]}.gguf" for number in range(1, count + 1)]
     if missing := [name for name in names if not storage.has(name)]:
         raise CheckpointError(f"{path.parent}: {missing[0]} is missing, one of the {count} files of the model")
@@ -68,4 +68,4 @@ def check_split(headers: list[GgufHeader]) -> None:
             )
     expected, found = headers[0].keys.get("split.tensors.count"), sum(len(header.tensors) for header in headers)
     if expected is not None and expected != found:
-        raise CheckpointError(f"{headers[0].path} speaks of {expected} tensors in all files; there are {found}")
+        raise CheckpointError(f"{headers[0].path} says its files have {expected} tensors; there are {found}")

@@ -1,7 +1,7 @@
 """The head of a GGUF file: keys and tensor descriptions, read with every count checked against the bytes there are.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. A file comes from a
-stranger: a count or length is believed only when the rest of the file could hold it, and a head has a largest size.
+stranger: a count or length is trusted only when the rest of the file could hold it, and a head has a largest size.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral_convert.sources.gguf.types import TYPES, GgufType
-from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
+from mlx_mixtral_convert.sources.gguf.types import TYPES, GgufTensor, GgufType
+from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["MAGIC", "GgufHeader", "GgufTensor", "is_gguf", "read_header"]
+__all__ = ["MAGIC", "GgufHeader", "LocatedTensor", "is_gguf", "read_header"]
 
 MAGIC = b"GGUF"
 # The largest known, with 256 thousand tokens and their merges, has 20 MB.
@@ -31,26 +31,11 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 
 @dataclass(frozen=True)
-class GgufTensor:
-    """``shape`` is row-major (the file lists the fastest axis first); ``offset`` counts from the start of ``file``."""
+class LocatedTensor(GgufTensor):
+    """One whose bytes lie in ``file`` from ``offset`` on, counted from its start."""
 
-    name: str
-    kind: GgufType
-    shape: tuple[int, ...]
     file: Path
     offset: int
-
-    @property
-    def row_bytes(self) -> int:
-        return self.shape[-1] // self.kind.weights * self.kind.nbytes
-
-    @property
-    def rows(self) -> int:
-        return prod(self.shape[:-1])
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,7 @@ class GgufHeader:
 
     path: Path
     keys: dict[str, Any]
-    tensors: dict[str, GgufTensor]
+    tensors: dict[str, LocatedTensor]
 
 
 def is_gguf(storage: Storage, path: Path) -> bool:
@@ -74,13 +59,12 @@ def is_gguf(storage: Storage, path: Path) -> bool:
     return head == MAGIC
 
 
-def read_header(path: Path, storage: Storage | None = None) -> GgufHeader:
-    """Read the head of a file, of this machine unless ``storage`` says, and check that its tensors lie within it.
+def read_header(path: Path, storage: Storage) -> GgufHeader:
+    """Read the head of a file of ``storage``, and check that its tensors lie within it.
 
     Raises:
         CheckpointError: not GGUF, another version or byte order, truncated, absurd counts, or a type not known here.
     """
-    storage = LocalStorage(path) if storage is None else storage
     try:
         with storage.open(path) as file:
             return _Head(path, file, storage.look(path)[0]).read()
@@ -100,10 +84,10 @@ class _Head:
         if version & 0xFFFF == 0:
             raise self.error("is a big-endian GGUF file, which is not supported; convert a little-endian one")
         if version not in (2, 3):
-            raise self.error(f"is a GGUF file of version {version}; versions 2 and 3 are read: convert it anew")
+            raise self.error(f"is a GGUF file of version {version}; versions 2 and 3 are read: convert it again")
         tensor_count, key_count = self.number("<Q"), self.number("<Q")
-        self.believe(tensor_count, 24, MAX_TENSORS, "tensors")
-        self.believe(key_count, 13, MAX_KEYS, "keys")
+        self.check_count(tensor_count, 24, MAX_TENSORS, "tensors")
+        self.check_count(key_count, 13, MAX_KEYS, "keys")
         keys: dict[str, Any] = {}
         for _ in range(key_count):
             name = self.string("a key", MAX_NAME_BYTES)
@@ -115,11 +99,11 @@ class _Head:
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
             raise self.error(f"has general.alignment {alignment!r}; it must be a power of two")
         start = -(-self.at // alignment) * alignment
-        tensors: dict[str, GgufTensor] = {}
+        tensors: dict[str, LocatedTensor] = {}
         for name, kind, shape, offset in described:
             if name in tensors:
                 raise self.error(f"has the tensor {name!r} twice")
-            tensor = GgufTensor(name, kind, shape, self.path, start + offset)
+            tensor = LocatedTensor(name, kind, shape, self.path, start + offset)
             if tensor.offset + tensor.nbytes > self.size:
                 raise self.error(
                     f"is truncated: tensor {name!r} ends at byte {tensor.offset + tensor.nbytes} of {self.size}; "
@@ -135,7 +119,7 @@ class _Head:
             raise self.error(f"says that tensor {name!r} has {axes} axes; 1 to {MAX_AXES} are possible")
         shape = tuple(reversed([self.number("<Q") for _ in range(axes)]))
         if not 0 < prod(shape) < 2**40:
-            raise self.error(f"says that tensor {name!r} has shape {list(shape)}, which no tensor has")
+            raise self.error(f"says that tensor {name!r} has shape {list(shape)}, which is not possible")
         number, offset = self.number("<I"), self.number("<Q")
         if (kind := TYPES.get(number)) is None:
             raise self.error(f"holds tensor {name!r} in type {number}, which is not one of the types that can be read")
@@ -149,12 +133,12 @@ class _Head:
         if kind == _ARRAY:
             item, count = self.number("<I"), self.number("<Q")
             if item == _STRING:
-                self.believe(count, 8, MAX_HEAD_BYTES, f"values of {name!r}")
+                self.check_count(count, 8, MAX_HEAD_BYTES, f"values of {name!r}")
                 return [self.string(f"the value of {name!r}", MAX_HEAD_BYTES) for _ in range(count)]
             if item not in _SCALARS:
                 raise self.error(f"has an array of type {item} at key {name!r}, which GGUF does not define")
             code = _SCALARS[item]
-            self.believe(count, struct.calcsize(code), MAX_HEAD_BYTES, f"values of {name!r}")
+            self.check_count(count, struct.calcsize(code), MAX_HEAD_BYTES, f"values of {name!r}")
             raw = self.bytes(count * struct.calcsize(code), f"the values of {name!r}")
             return np.frombuffer(raw, np.dtype(code)).tolist()
         if kind not in _SCALARS:
@@ -165,24 +149,24 @@ class _Head:
     def number(self, code: str) -> Any:
         return struct.unpack(code, self.bytes(struct.calcsize(code), "its head"))[0]
 
-    def string(self, what: str, most: int) -> str:
+    def string(self, what: str, max_bytes: int) -> str:
         length = self.number("<Q")
-        if length > most:
-            raise self.error(f"says that {what} has {length} bytes; more than {most} is not believed")
+        if length > max_bytes:
+            raise self.error(f"says that {what} has {length} bytes; at most {max_bytes} are read")
         try:
             return self.bytes(length, what).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.error(f"holds {what} that is not UTF-8 ({error.reason})") from error
 
-    def believe(self, count: int, each: int, most: int, what: str) -> None:
-        if count > most or count * each > self.size - self.at:
+    def check_count(self, count: int, item_bytes: int, max_count: int, what: str) -> None:
+        if count > max_count or count * item_bytes > self.size - self.at:
             raise self.error(f"says it has {count} {what}, more than its {self.size} bytes can hold")
 
     def bytes(self, count: int, what: str) -> bytes:
         if self.at + count > self.size:
             raise self.error(f"is truncated: {what} reaches past its {self.size} bytes; download it again")
         if self.at + count > MAX_HEAD_BYTES:
-            raise self.error(f"has a head of more than {MAX_HEAD_BYTES} bytes, which is not believed")
+            raise self.error(f"has a head of more than {MAX_HEAD_BYTES} bytes; no model has one that large")
         data = self._file.read(count)
         if len(data) != count:
             raise self.error("became shorter while it was read")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -18,23 +17,23 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import Field, Matrix, Norm, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConfigError
-from mlx_mixtral.weights.dtypes import as_numpy
+from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
 from mlx_mixtral_convert.packing.transcode import AFFINE, transcode
-from mlx_mixtral_convert.sources.base import NativePacking, SourceFiles, Values, tensor_place
+from mlx_mixtral_convert.packing.values import NativePacking, Values
+from mlx_mixtral_convert.sources.base import SourceFiles, tensor_place
 from mlx_mixtral_convert.sources.gguf.config import hf_entries
 from mlx_mixtral_convert.sources.gguf.files import check_split, gguf_files, model_files
-from mlx_mixtral_convert.sources.gguf.header import GgufTensor, is_gguf, read_header
-from mlx_mixtral_convert.sources.gguf.types import FLOAT_TYPES, dequantize, native_packing
+from mlx_mixtral_convert.sources.gguf.header import LocatedTensor, is_gguf, read_header
+from mlx_mixtral_convert.sources.gguf.names import gguf_name
+from mlx_mixtral_convert.sources.gguf.types import dequantize, native_packing
 from mlx_mixtral_convert.sources.gguf.vocabulary import tokenizer_files
+from mlx_mixtral_convert.sources.row_order import part_halves, rotary_heads
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["GgufSource", "detect", "open_storage"]
+__all__ = ["GgufSource", "detect"]
 
 Bytes = npt.NDArray[np.uint8]
 
-_ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-_EXPERT = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -45,16 +44,11 @@ def detect(storage: Storage) -> bool:
     return bool(gguf_files(storage)) and not any(file.suffix in _OTHER_WEIGHTS for file in storage.glob("*"))
 
 
-def open_storage(storage: Storage) -> GgufSource:
-    """Open the file named, with the others of a split set, or the one model there is."""
-    return GgufSource(storage)
-
-
 @dataclass(frozen=True)
-class _Part:
+class _ExpertRows:
     """One expert of a matrix: rows of a tensor."""
 
-    tensor: GgufTensor
+    tensor: LocatedTensor
     start: int
     label: str
 
@@ -76,7 +70,7 @@ class GgufSource:
         self._head = headers[0]
         self.path, self.folder = self._head.path, storage.folder
         self._own_folder = storage.named is None
-        self._tensors: dict[str, GgufTensor] = {}
+        self._tensors: dict[str, LocatedTensor] = {}
         for header in headers:
             for name, tensor in header.tensors.items():
                 if name in self._tensors:
@@ -95,7 +89,7 @@ class GgufSource:
 
     def dtype(self, matrix: Matrix) -> str:
         kind = self._parts[matrix.path][0].tensor.kind.name
-        return kind if kind in FLOAT_TYPES else "F32"
+        return kind if kind in FLOATS else "F32"
 
     def name(self, item: Matrix | Norm, expert: int = 0) -> str:
         return self._norms[item.path].name if isinstance(item, Norm) else self._parts[item.path][expert].label
@@ -105,7 +99,7 @@ class GgufSource:
 
     def read(self, matrix: Matrix, expert: int, scratch: Bytes) -> Values:
         kind, shape = self._parts[matrix.path][expert].tensor.kind, (matrix.out_features, matrix.in_features)
-        if kind.name in FLOAT_TYPES:
+        if kind.name in FLOATS:
             raw = scratch[: shape[0] * shape[1] * kind.nbytes].reshape(shape[0], -1)
             return Values(as_numpy(self._raw(matrix, expert, raw), kind.name), kind.name)
         values = scratch[: 4 * shape[0] * shape[1]].view(np.float32).reshape(shape)
@@ -142,9 +136,7 @@ class GgufSource:
     def __enter__(self) -> GgufSource:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _raw(self, matrix: Matrix, expert: int, out: Bytes | None = None) -> Bytes:
@@ -153,22 +145,20 @@ class GgufSource:
         if out is None:
             out = np.empty((matrix.out_features, part.tensor.row_bytes), np.uint8)
         self._pread(part.tensor, part.start * part.tensor.row_bytes, out)
-        heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
-        if (count := heads.get(matrix.path.rpartition(".")[2])) is not None:
-            # Per head: [half, 2] neighbours become [2, half] halves.
-            out[:] = out.reshape(count, -1, 2, part.tensor.row_bytes).swapaxes(1, 2).reshape(out.shape)
+        if (heads := rotary_heads(matrix, self.config)) is not None:
+            part_halves(out, heads)
         return out
 
-    def _pread(self, tensor: GgufTensor, skip: int, out: Bytes) -> Bytes:
+    def _pread(self, tensor: LocatedTensor, skip: int, out: Bytes) -> Bytes:
         self._storage.read_into(tensor.file, out.reshape(-1).data, tensor.offset + skip)
         return out
 
-    def _tensor(self, name: str) -> GgufTensor:
+    def _tensor(self, name: str) -> LocatedTensor:
         if (tensor := self._tensors.get(name)) is None:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
         return tensor
 
-    def _find(self, matrix: Matrix) -> list[_Part]:
+    def _find(self, matrix: Matrix) -> list[_ExpertRows]:
         names = _names(matrix, self.config.is_dense, self._tensors)
         merged = names[0].endswith("_exps.weight")
         found = [self._tensor(name) for name in names]
@@ -189,15 +179,13 @@ class GgufSource:
         self._used.update(names)
         if merged:
             rows, name = matrix.out_features, found[0].name
-            return [_Part(found[0], e * rows, f"{name}[{e}]") for e in range(matrix.num_experts or 1)]
-        return [_Part(tensor, 0, tensor.name) for tensor in found]
+            return [_ExpertRows(found[0], e * rows, f"{name}[{e}]") for e in range(matrix.num_experts or 1)]
+        return [_ExpertRows(tensor, 0, tensor.name) for tensor in found]
 
-    def _find_norm(self, norm: Norm) -> GgufTensor:
-        name = "output_norm.weight"
-        if norm.layer is not None:
-            name = f"blk.{norm.layer}.{_NORMS[norm.path.rpartition('.')[2]]}.weight"
+    def _find_norm(self, norm: Norm) -> LocatedTensor:
+        name = f"{gguf_name(norm)}.weight"
         tensor = self._tensor(name)
-        if tensor.shape != (norm.size,) or tensor.kind.name not in FLOAT_TYPES:
+        if tensor.shape != (norm.size,) or tensor.kind.name not in FLOATS:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name!r} is {tensor.kind.name} {list(tensor.shape)}; "
                 f"the configuration calls for floats [{norm.size}]"
@@ -223,18 +211,10 @@ class GgufSource:
                 )
 
 
-def _names(matrix: Matrix, dense: bool, present: Mapping[str, GgufTensor]) -> list[str]:
+def _names(matrix: Matrix, dense: bool, present: Mapping[str, LocatedTensor]) -> list[str]:
     """The tensors a matrix lies in: one, or one an expert where they are kept apart."""
-    if matrix.part == "embedding":
-        return ["token_embd.weight"]
-    if matrix.part == "head":
-        return ["output.weight"]
-    block, projection = f"blk.{matrix.layer}", matrix.path.rpartition(".")[2]
-    if matrix.part == "router":
-        return [f"{block}.ffn_gate_inp.weight"]
-    if matrix.part == "attention":
-        return [f"{block}.{_ATTENTION[projection]}.weight"]
-    if dense:
-        return [f"{block}.{_EXPERT[projection]}.weight"]
-    apart = [f"{block}.{_EXPERT[projection]}.{expert}.weight" for expert in range(matrix.num_experts or 1)]
-    return apart if any(name in present for name in apart) else [f"{block}.{_EXPERT[projection]}_exps.weight"]
+    name = gguf_name(matrix)
+    if dense or matrix.num_experts is None:
+        return [f"{name}.weight"]
+    apart = [f"{name}.{expert}.weight" for expert in range(matrix.num_experts)]
+    return apart if any(name in present for name in apart) else [f"{name}_exps.weight"]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.config.quantization import QuantizationSpec
+from mlx_mixtral.weights.dtypes import FLOATS
 from mlx_mixtral_convert.packing.measure import row_blocks
 from mlx_mixtral_convert.packing.transcode import AFFINE, dequantize_affine
-from mlx_mixtral_convert.sources.base import NativePacking
+from mlx_mixtral_convert.packing.values import NativePacking
 
-__all__ = ["FLOAT_TYPES", "TYPES", "GgufType", "dequantize", "native_packing"]
+__all__ = ["TYPES", "TYPES_BY_NAME", "GgufTensor", "GgufType", "dequantize", "native_packing"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -24,6 +26,30 @@ class GgufType:
     name: str
     weights: int
     nbytes: int
+
+    def row_bytes(self, columns: int) -> int:
+        return columns // self.weights * self.nbytes
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor; ``shape`` is row-major (the file lists the fastest axis first)."""
+
+    name: str
+    kind: GgufType
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.kind.row_bytes(self.shape[-1])
+
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
 
 
 # Number in the file -> type: ggml.h and ggml-common.h in ggml-org/llama.cpp. Types that only exist between two steps of a
@@ -39,14 +65,14 @@ TYPES: dict[int, GgufType] = {
         29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
     }.items()
 }  # fmt: skip
-FLOAT_TYPES = ("F32", "F16", "BF16")
+TYPES_BY_NAME = {kind.name: kind for kind in TYPES.values()}
 # What does not fit as it is: bits of the groups of 32 its values are rounded into.
 _ROUNDED = {"Q6_K": 8, "Q3_K": 6, "IQ4_NL": 8, "IQ4_XS": 8, "MXFP4": 8, "NVFP4": 8}
 
 
 def native_packing(type_name: str) -> NativePacking | None:
     """The MLX packing for a type, None for a float type."""
-    if type_name in FLOAT_TYPES:
+    if type_name in FLOATS:
         return None
     if (fitting := AFFINE.get(type_name)) is not None:
         return NativePacking(fitting.spec, True, type_name, fitting.lossless)

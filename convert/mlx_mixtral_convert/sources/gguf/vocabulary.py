@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_mixtral.errors import TokenizerError
+from mlx_mixtral.tokenizer.sentencepiece_proto import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, varint
 from mlx_mixtral_convert.sources.gguf.header import GgufHeader
 
 __all__ = ["tokenizer_files"]
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _PREFIX = "tokenizer.ggml."
 _MAX_SCORE = 3.4e38
 
@@ -80,13 +80,13 @@ def _sentencepiece(header: GgufHeader, tokens: Sequence[str], types: Sequence[in
         )
     # Written as float32. NaN compares false.
     if not all(isinstance(score, int | float) and -_MAX_SCORE <= score <= _MAX_SCORE for score in scores):
-        raise TokenizerError(f"{header.path}: {_PREFIX}scores holds a value that is not a number of float32")
+        raise TokenizerError(f"{header.path}: {_PREFIX}scores holds a value that is not a finite float32")
     special = {name: header.keys.get(f"{_PREFIX}{key}_token_id", -1) for name, key in
                (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}  # fmt: skip
     model = bytearray()
     for token, score, kind in zip(tokens, scores, types, strict=True):
         piece = _field(1, token.encode()) + b"\x15" + struct.pack("<f", score)
-        model += _field(1, piece if kind == NORMAL else piece + b"\x18" + _varint(kind))
+        model += _field(1, piece if kind == NORMAL else piece + b"\x18" + varint(kind))
     # TrainerSpec: model_type BPE = 3, vocab_size = 4, byte_fallback = 35, unk_id … pad_id = 40 … 43, unk_piece … = 45 …
     trainer = _number(3, 2) + _number(4, len(tokens)) + _number(35, int(BYTE in types))
     special["unk"] = list(types).index(UNKNOWN)
@@ -111,7 +111,7 @@ def _byte_level(header: GgufHeader, tokens: Sequence[str], types: Sequence[int])
     name = header.keys.get(f"{_PREFIX}pre", "default")
     if not isinstance(name, str) or (pattern := _PRE.get(name)) is None:
         raise TokenizerError(
-            f"{header.path}: its tokenizer cuts text into words by {name!r} ({_PREFIX}pre), which is not known here; "
+            f"{header.path}: its tokenizer splits text into words by {name!r} ({_PREFIX}pre), which is not supported; "
             f"known are {', '.join(_PRE)}: convert the original checkpoint"
         )
     merges = [merge.split(" ") for merge in _texts(header, "merges")]
@@ -203,18 +203,9 @@ def _json(entries: dict[str, Any]) -> bytes:
 
 
 def _field(number: int, data: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
+    return varint(number << 3 | 2) + varint(len(data)) + data
 
 
 def _number(number: int, value: int) -> bytes:
     # A negative int32 is written as 64 bits, as protocol buffers do.
-    return _varint(number << 3) + _varint(value & 0xFFFF_FFFF_FFFF_FFFF)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    return varint(number << 3) + varint(value & 0xFFFF_FFFF_FFFF_FFFF)

@@ -15,7 +15,7 @@ from mlx_mixtral_convert.sources.packed.grouped import GroupedSource, fields_of_
 from mlx_mixtral_convert.sources.packed.modules import Floats, packing_entry
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["AwqSource", "detect", "open_storage"]
+__all__ = ["AwqSource", "detect"]
 
 # Inputs turned over at a time: a cache's worth.
 BLOCK_INPUTS = 256
@@ -26,10 +26,6 @@ _PLACE = [0, 4, 1, 5, 2, 6, 3, 7]
 def detect(storage: Storage) -> bool:
     """Whether the configuration says AWQ."""
     return packing_entry(storage).get("quant_method") == "awq"
-
-
-def open_storage(storage: Storage) -> AwqSource:
-    return AwqSource(storage)
 
 
 class AwqSource(GroupedSource):

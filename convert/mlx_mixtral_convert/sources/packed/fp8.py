@@ -14,37 +14,20 @@ from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.weights.dtypes import convert
-from mlx_mixtral_convert.packing.measure import row_blocks
-from mlx_mixtral_convert.sources.base import NativePacking
+from mlx_mixtral_convert.packing.measure import E4M3, row_blocks
+from mlx_mixtral_convert.packing.values import NativePacking
 from mlx_mixtral_convert.sources.packed.modules import Floats, PackedModules, packing_entry
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["E4M3", "Fp8Source", "detect", "open_storage"]
+__all__ = ["Fp8Source", "detect"]
 
 _METHODS = ("compressed-tensors", "fp8", "fbgemm_fp8")
 _CACHE_SCALE = re.compile(r"model\.layers\.\d+\.self_attn\.(kv_scale|[kv]_scale|[qkv]_proj\.output_scale)")
 
 
-def _e4m3() -> Floats:
-    """The values of all codes: sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, NaN where all bits are set."""
-    codes = np.arange(256)
-    exponent, mantissa = codes >> 3 & 15, codes & 7
-    magnitude = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
-    values = np.where(codes & 128, -magnitude, magnitude).astype(np.float32)
-    values[[127, 255]] = np.nan
-    return values
-
-
-E4M3 = _e4m3()
-
-
 def detect(storage: Storage) -> bool:
     """Whether the configuration says FP8, or anything of compressed-tensors."""
     return packing_entry(storage).get("quant_method") in _METHODS
-
-
-def open_storage(storage: Storage) -> Fp8Source:
-    return Fp8Source(storage)
 
 
 class Fp8Source(PackedModules):

@@ -18,7 +18,7 @@ from mlx_mixtral_convert.sources.packed.grouped import GroupedSource, fields_of_
 from mlx_mixtral_convert.sources.packed.modules import Floats, packing_entry
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["GptqSource", "detect", "open_storage"]
+__all__ = ["GptqSource", "detect"]
 
 _FORMATS = {"gptq": 1, "gptq_v2": 0}
 
@@ -26,10 +26,6 @@ _FORMATS = {"gptq": 1, "gptq_v2": 0}
 def detect(storage: Storage) -> bool:
     """Whether the configuration says GPTQ."""
     return packing_entry(storage).get("quant_method") == "gptq"
-
-
-def open_storage(storage: Storage) -> GptqSource:
-    return GptqSource(storage)
 
 
 class GptqSource(GroupedSource):

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.config.layout import Field, Matrix
 from mlx_mixtral.config.quantization import AFFINE_GROUP_SIZES, QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.packing.measure import row_blocks, unpack
-from mlx_mixtral_convert.sources.base import NativePacking, tensor_place
+from mlx_mixtral_convert.packing.values import NativePacking
+from mlx_mixtral_convert.sources.base import tensor_place
 from mlx_mixtral_convert.sources.packed.modules import Floats, PackedModules, packing_entry
 from mlx_mixtral_convert.sources.storage.local import Storage
 
@@ -47,7 +49,7 @@ class GroupedSource(PackedModules):
         entry = packing_entry(storage)
         if not entry:
             raise ConversionError(
-                f"{storage.path} is no {self.method} folder: its config.json has no quantization_config; leave out the "
+                f"{storage.path} is not a {self.method} folder: its config.json has no quantization_config; leave out the "
                 "source kind to have it found"
             )
         self.bits, self.group_size = (
@@ -157,7 +159,7 @@ class GroupedSource(PackedModules):
 
     def _number(self, storage: Storage, entry: Any, *names: str) -> int:
         value = next((entry[name] for name in names if name in entry), None)
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not is_integer(value):
             raise ConversionError(
                 f"{storage.path}: {self.method} with {names[0]} = {value!r} is not supported; it must be an integer"
             )

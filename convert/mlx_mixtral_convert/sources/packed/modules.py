@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, Norm, Rows, locate
-from mlx_mixtral.config.mixtral import read_json
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
-from mlx_mixtral_convert.sources.base import NativePacking, Values
+from mlx_mixtral_convert.packing.values import NativePacking, Values
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource, check_float
 from mlx_mixtral_convert.sources.storage.local import Storage
 
@@ -113,7 +113,7 @@ class PackedModules(HuggingFaceSource):
             if f"{module}." in packed:
                 if rows.of != matrix.out_features:
                     raise CheckpointError(
-                        f"{self.path}: module {module!r} has all experts in one, which is not known here"
+                        f"{self.path}: module {module!r} has all experts in one, which is not supported"
                     )
                 self._modules[module] = None
                 self._check(module, matrix)

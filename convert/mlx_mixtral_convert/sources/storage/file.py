@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.weights.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointReader
+from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.safetensors import TensorInfo, header_bytes, parse_header
 from mlx_mixtral_convert.sources.storage.local import Storage
 
@@ -38,31 +39,17 @@ class StoredCheckpoint(Checkpoint):
     """The safetensors of a storage."""
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        super().__init__(storage.folder)
-        self.folder = storage.path
+        self._storage, self.folder = storage, storage.path
+        self._tensors = self._open(storage.folder)
 
     def _has(self, file: str) -> bool:
-        if not self._storage.has(file):
-            raise CheckpointError(
-                f"{INDEX} names {file!r}, which is not in {self._storage.path}; the upload or download was not complete"
-            )
-        return True
+        return self._storage.has(file)
 
-    def _header(self, file: str) -> dict[str, TensorInfo]:
+    def _names(self) -> list[str]:
+        return [file.name for file in self._storage.glob("*.safetensors")]
+
+    def _header(self, file: str) -> Mapping[str, TensorInfo]:
         return read_header(self._storage, self._storage.at(file))
-
-    def _single_file(self) -> Path:
-        found = self._storage.glob("*.safetensors")
-        if self._storage.has(SINGLE):
-            return self._storage.at(SINGLE)
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise CheckpointError(
-                f"{self._storage.path} has {len(found)} safetensors files and no {INDEX} to say which tensor is where"
-            )
-        raise CheckpointError(f"{self._storage.path} has no weights: neither {INDEX} nor {SINGLE}")
 
 
 class StoredReader(CheckpointReader):

@@ -1,6 +1,6 @@
 """Where a source's bytes come from: every layout reads its weight files by byte range, through a ``Storage``.
 
-Here are files of this machine; ``streamed`` has those of a hub repository that nobody downloads. Configuration, index and
+Here are files of this machine; ``remote`` has those of a hub repository, which are not downloaded. Configuration, index and
 tokenizer are small and lie in a folder either way.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_mixtral import __version__
 from mlx_mixtral.errors import HubError
-from mlx_mixtral.hub import explained, is_unreachable
+from mlx_mixtral.hub import hub_errors, is_unreachable
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["Listing", "RangeReader", "RemoteFile", "list_files"]
@@ -32,7 +32,6 @@ class RemoteFile:
 
     nbytes: int
     sha256: str | None
-    blob: str | None
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ def list_files(repository: str, revision: str | None) -> Listing:
     Raises:
         HubError: the repository is gated, absent, has no such revision, or cannot be reached.
     """
-    with explained(repository, revision):
+    with hub_errors(repository, revision):
         import huggingface_hub as hub
 
         info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
     files = {
-        item.rfilename: RemoteFile(item.size or 0, item.lfs.sha256 if item.lfs else None, item.blob_id)
+        item.rfilename: RemoteFile(item.size or 0, item.lfs.sha256 if item.lfs else None)
         for item in info.siblings or ()
     }
     return Listing(repository, str(info.sha), files)
@@ -172,7 +171,7 @@ class RangeReader:
             raise HubError(f"{repository}: the hub does not serve byte ranges of {file}; convert without --stream")
         if status != 206:
             hub: Any = importlib.import_module("huggingface_hub.utils")
-            with explained(repository, commit):
+            with hub_errors(repository, commit):
                 hub.hf_raise_for_status(response)
             raise HubError(f"{repository}: the hub answered with status {status} for {file}")
         size = self.listing.files[file].nbytes

@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_mixtral.hub import download, explained, wanted_files
+from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.hub import Source, download, hub_errors, wanted_files
 from mlx_mixtral.weights.fingerprint import describe_bytes
 from mlx_mixtral_convert.sources.storage.local import StoredFile
 from mlx_mixtral_convert.sources.storage.ranges import Listing, RangeReader, list_files
@@ -24,22 +25,22 @@ HEAD_BYTES, GGUF_HEAD_BYTES = 2**17, 2**20
 AHEAD_BYTES = 64 * 2**20
 
 
-def open_remote(repository: str, revision: str | None, file: str | None = None) -> RemoteStorage:
+def open_remote(source: Source) -> RemoteStorage:
     """A repository at the commit its revision stands for now, with the files that a download would bring.
 
-    Args:
-        file: the GGUF to take, with the other parts of a split one.
-
     Raises:
+        InvalidRequestError: not a repository.
         HubError: it cannot be reached, or has no weights that can be converted.
     """
-    listing = list_files(repository, revision)
-    with explained(repository, revision):
-        wanted = wanted_files(listing.files, convertible=True, file=file)
+    if (repository := source.repository) is None:
+        raise InvalidRequestError(f"{source.name} is not a hub repository; stream applies to those only")
+    listing = list_files(repository, source.revision)
+    with hub_errors(repository, source.revision):
+        wanted = wanted_files(listing.files, convertible=True, file=source.file)
     weights = [name for name in wanted if name.endswith(WEIGHTS)]
     small = [name for name in wanted if name not in weights]
     folder = download(repository, listing.commit, lambda names: small)
-    return RemoteStorage(listing, folder, weights, file)
+    return RemoteStorage(listing, folder, weights, source.file)
 
 
 class RemoteStorage:

@@ -2,7 +2,7 @@
 
 Such a file is a zip of stored entries: ``NAME/data.pkl``, a pickle that describes the tensors, and ``NAME/data/K``, the raw
 storages they lie in (https://docs.pytorch.org/docs/stable/notes/serialization.html). Nothing of the
-pickle is run; see ``torch_pickle``.
+pickle is run; see ``pickle``.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import struct
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.safetensors import ITEM_BYTES, TensorInfo
-from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
+from mlx_mixtral_convert.sources.storage.local import Storage
 from mlx_mixtral_convert.sources.torch.pickle import PickleError, TensorDescription, describe
 
 __all__ = ["StoredTensor", "read_torch"]
@@ -36,8 +35,8 @@ class StoredTensor(TensorInfo):
     transposed: bool = False
 
 
-def read_torch(path: Path, storage: Storage | None = None) -> dict[str, StoredTensor]:
-    """Names, shapes, dtypes and byte ranges of every tensor in ``path``, of this machine unless ``storage`` says.
+def read_torch(path: Path, storage: Storage) -> dict[str, StoredTensor]:
+    """Names, shapes, dtypes and byte ranges of every tensor in ``path``, a file of ``storage``.
 
     No tensor is read.
 
@@ -45,9 +44,6 @@ def read_torch(path: Path, storage: Storage | None = None) -> dict[str, StoredTe
         CheckpointError: not a zip, truncated, compressed, a pickle that names anything but tensors, a tensor beyond its
             storage, or one with strides that are neither plain nor transposed.
     """
-    if storage is None:
-        with closing(LocalStorage(path)) as local:
-            return read_torch(path, local)
     try:
         with storage.open(path) as file, zipfile.ZipFile(file) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -100,7 +96,7 @@ def _stored(path: Path, entry: zipfile.ZipInfo, limit: int | None = None) -> zip
             f"{path}: entry {entry.filename!r} is compressed or encrypted; torch stores entries plain"
         )
     if limit is not None and entry.file_size > limit:
-        raise CheckpointError(f"{path}: entry {entry.filename!r} has {entry.file_size} bytes; {limit} are believed")
+        raise CheckpointError(f"{path}: entry {entry.filename!r} has {entry.file_size} bytes; at most {limit} are read")
     return entry
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mlx_mixtral.config.layout import Matrix
-from mlx_mixtral.config.mixtral import read_json
-from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.safetensors import TensorInfo
-from mlx_mixtral_convert.sources.base import Values
+from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource
 from mlx_mixtral_convert.sources.row_order import read_transposed
+from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint
 from mlx_mixtral_convert.sources.storage.local import Storage
 from mlx_mixtral_convert.sources.torch.files import StoredTensor, read_torch
 
-__all__ = ["INDEX", "SINGLE", "TorchCheckpoint", "TorchSource", "detect", "open_storage"]
+__all__ = ["INDEX", "SINGLE", "TorchCheckpoint", "TorchSource", "detect"]
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
@@ -26,43 +28,25 @@ def detect(storage: Storage) -> bool:
     return (storage.folder / INDEX).is_file() or storage.has(SINGLE)
 
 
-def open_storage(storage: Storage) -> TorchSource:
-    return TorchSource(storage, TorchCheckpoint(storage))
+class TorchCheckpoint(StoredCheckpoint):
+    """The tensors of all ``pytorch_model*.bin`` files by name; the index decides, where there is one."""
 
+    index_name, single_name = INDEX, SINGLE
 
-class TorchCheckpoint(Checkpoint):
-    """The tensors of all ``pytorch_model*.bin`` files by name; the index decides, where there is one.
+    def _names(self) -> list[str]:
+        return []
 
-    Raises:
-        CheckpointError: no weights, an index that names an absent file or one outside the folder, a damaged file.
-    """
-
-    def __init__(self, storage: Storage) -> None:
-        self.folder, index = storage.path, storage.folder / INDEX
-        if not index.is_file():
-            if not storage.has(SINGLE):
-                raise CheckpointError(f"{storage.path} has no PyTorch weights: neither {INDEX} nor {SINGLE}")
-            self._tensors = dict(read_torch(storage.at(SINGLE), storage))
-            return
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: there is no weight_map")
-        files: dict[str, dict[str, StoredTensor]] = {}
-        present = {file.name: file for file in storage.glob("*")}
-        self._tensors = {}
-        for name, file in weight_map.items():
-            # A name from the listing of the folder cannot lead out of it.
-            if not isinstance(file, str) or file not in present:
-                raise CheckpointError(f"{index}: tensor {name!r} is placed in {file!r}, not a file of this folder")
-            if file not in files:
-                files[file] = read_torch(present[file], storage)
-            if name not in files[file]:
-                raise CheckpointError(f"{index} places tensor {name!r} in {file!r}, which does not have it")
-            self._tensors[name] = files[file][name]
+    def _header(self, file: str) -> Mapping[str, TensorInfo]:
+        return read_torch(self._storage.at(file), self._storage)
 
 
 class TorchSource(HuggingFaceSource):
     """A folder whose tensors may lie column by column, as transposed views were saved."""
+
+    def __init__(
+        self, storage: Storage, checkpoint: Checkpoint | None = None, entries: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(storage, TorchCheckpoint(storage) if checkpoint is None else checkpoint, entries)
 
     def _fill(self, matrix: Matrix, info: TensorInfo, skip_bytes: int, into: Values) -> None:
         if isinstance(info, StoredTensor) and info.transposed:

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_mixtral.weights.safetensors import MAX_AXES
+from mlx_mixtral.weights.safetensors import MAX_AXES, is_count
 
-__all__ = ["PickleError", "Storage", "TensorDescription", "describe"]
+__all__ = ["PickleError", "TensorDescription", "TorchStorage", "describe"]
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
@@ -35,7 +35,7 @@ class _Global:
 
 
 @dataclass(frozen=True)
-class Storage:
+class TorchStorage:
     """``numel`` values of a safetensors dtype under the name ``key``."""
 
     dtype: str
@@ -47,14 +47,14 @@ class Storage:
 class TensorDescription:
     """A view of a storage; ``offset`` and ``strides`` count values."""
 
-    storage: Storage
+    storage: TorchStorage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 class PickleError(Exception):
-    """Why a pickle is not believed, in words that follow the file's name."""
+    """Why a pickle is refused, in words that follow the file's name."""
 
 
 _MARK = object()
@@ -134,7 +134,7 @@ def _interpret(data: bytes) -> Any:
 
 def _pop(stack: list[Any], count: int) -> list[Any]:
     if count > len(stack):
-        raise PickleError("the pickle takes more than it put down")
+        raise PickleError("the pickle pops more than it pushed")
     taken = stack[len(stack) - count :]
     del stack[len(stack) - count :]
     return taken
@@ -149,7 +149,7 @@ def _pop_to_mark(stack: list[Any]) -> list[Any]:
 
 def _set_items(into: Any, items: list[Any]) -> None:
     if not isinstance(into, dict) or len(items) % 2 or not all(isinstance(key, str) for key in items[::2]):
-        raise PickleError("the pickle fills something that is not a dictionary by name")
+        raise PickleError("the pickle sets named items of something that is not a dictionary")
     into.update(zip(items[::2], items[1::2], strict=True))
 
 
@@ -160,12 +160,12 @@ def _global(name: str) -> _Global:
     return _Global(name)
 
 
-def _storage(value: Any) -> Storage:
+def _storage(value: Any) -> TorchStorage:
     word, kind, key, _, numel = value
     dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if isinstance(kind, _Global) else None
-    if word != "storage" or dtype is None or not isinstance(key, str) or not _is_count(numel):
-        raise PickleError("the pickle describes a storage that is not one")
-    return Storage(dtype, key, numel)
+    if word != "storage" or dtype is None or not isinstance(key, str) or not is_count(numel):
+        raise PickleError("the pickle describes a malformed storage")
+    return TorchStorage(dtype, key, numel)
 
 
 def _build(called: Any, arguments: Any) -> Any:
@@ -178,10 +178,6 @@ def _build(called: Any, arguments: Any) -> Any:
     if called.name == _TENSOR:
         storage, offset, shape, strides, *_ = arguments
         counts = (offset, *shape, *strides)
-        if isinstance(storage, Storage) and len(shape) == len(strides) <= MAX_AXES and all(map(_is_count, counts)):
+        if isinstance(storage, TorchStorage) and len(shape) == len(strides) <= MAX_AXES and all(map(is_count, counts)):
             return TensorDescription(storage, offset, tuple(shape), tuple(strides))
-    raise PickleError(f"the pickle calls {called.name} with arguments that describe nothing")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    raise PickleError(f"the pickle calls {called.name} with arguments that are not a tensor's")
