@@ -53,7 +53,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     What a link leads to is replaced, and the link stays.
 
     Raises:
-        DiskSpaceError, DestinationError: it cannot be written.
+        DiskSpaceError, DestinationError: it cannot be written. Any OSError of the block counts as that.
     """
     with disk_errors(path):
         place = Path(os.path.realpath(path))

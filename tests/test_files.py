@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from mlx_mixtral import files
 from mlx_mixtral.errors import DestinationError, DiskSpaceError, InvalidRequestError
-from mlx_mixtral.files import atomic_write, check_folder, write_folder
+from mlx_mixtral.files import Journal, atomic_write, check_folder, write_folder
 
 FILES = {"page.md": b"page", "plots/one.png": b"1", "plots/two.png": b"2"}
 
@@ -151,3 +152,30 @@ def test_a_folder_that_is_not_there_is_an_error_of_ours(tmp_path: Path) -> None:
         atomic_write(tmp_path / "no" / "file"),
     ):
         pytest.fail("there is nothing to write to")
+
+
+def test_a_journal_is_read_back_up_to_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    assert journal.read() is None
+    journal.start({"model": "a"}, [{"part": 0}])
+    journal.append({"part": 1}, {"part": 2})
+    whole = journal.path.read_bytes()
+    assert [json.loads(line) for line in whole.splitlines()] == [
+        {"journal": 1, "identity": {"model": "a"}}, {"part": 0}, {"part": 1}, {"part": 2},
+    ]  # fmt: skip
+    starts = [0, *(at + 1 for at, byte in enumerate(whole) if byte == ord("\n"))]
+    for length in range(len(whole) + 1):
+        journal.path.write_bytes(whole[:length])
+        lines = sum(start <= length for start in starts[1:])
+        found = journal.read()
+        assert found == (None if not lines else ({"model": "a"}, [{"part": part} for part in range(lines - 1)]))
+    journal.start({"model": "b"})
+    assert journal.read() == ({"model": "b"}, [])
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"years of work", b"[]\n", b'{"journal": 2}\n', b'{"part": 1}\n', b"[" * 100_000]
+)
+def test_another_file_is_no_journal(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "file").write_bytes(data)
+    assert Journal(tmp_path / "file").read() is None

@@ -21,7 +21,7 @@ from mlx_mixtral.weights.manifest import MANIFEST
 from mlx_mixtral_convert.calibration.file import Calibration, Losses
 from mlx_mixtral_convert.estimate import estimate_conversion
 from mlx_mixtral_convert.exact import exact_recipe, exact_specs, packed_as
-from mlx_mixtral_convert.output.destination import FolderDestination, as_destination
+from mlx_mixtral_convert.output.destination import SPARE_BYTES, FolderDestination, as_destination
 from mlx_mixtral_convert.output.journal import ConversionJournal
 from mlx_mixtral_convert.output.manifest import (
     conversion_text,
@@ -49,8 +49,6 @@ from mlx_mixtral_convert.sources.storage.remote import open_remote
 
 __all__ = ["convert"]
 
-# conversion.json, the file system's own blocks.
-SPARE_BYTES = 2**20
 WORST_LISTED = 10
 
 

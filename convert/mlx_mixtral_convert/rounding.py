@@ -12,7 +12,6 @@ from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral_convert.calibration.file import Calibration
-from mlx_mixtral_convert.calibration.layer import Layer
 from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
 from mlx_mixtral_convert.calibration.walk import Sums, Walk
 from mlx_mixtral_convert.packing.gptq import gptq
@@ -91,8 +90,8 @@ class Gptq:
             self._walk = Walk(self._source, self._calibration.tokens, full=True)
         while self._layer != matrix.layer:
             if self._walk.next_layer < self._walk.config.num_hidden_layers:
-                self._layer = self._walk.next_layer
-                self._sums = self._walk.step(Layer(self._walk.source, self._layer, self._walk.rotary))
+                layer, self._sums = self._walk.step()
+                self._layer = layer.index
             else:
                 self._layer, self._sums = None, self._walk.head_sum()
         return self._sums[input_name(matrix)][expert]

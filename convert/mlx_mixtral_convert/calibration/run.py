@@ -15,7 +15,7 @@ from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.hub import Source
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral_convert.calibration.file import Calibration, Losses, identity
-from mlx_mixtral_convert.calibration.layer import Layer, read_matrix, read_norm
+from mlx_mixtral_convert.calibration.layer import read_matrix, read_norm
 from mlx_mixtral_convert.calibration.sensitivity import Sensitivity
 from mlx_mixtral_convert.calibration.text import (
     MIN_SEQUENCES,
@@ -99,13 +99,12 @@ def calibrate(
         counts = None if recorded is None else recorded.counts
         sensitivity = Sensitivity(tensors, ids[picked], counts) if sensitivities else None
         sums: Sums = {}
-        for index in range(config.num_hidden_layers):
-            layer = Layer(tensors, index, walk.rotary)
-            sums |= walk.step(layer)
+        for layer, found in walk.layers():
+            sums |= found
             if sensitivity is not None:
                 sensitivity.step(layer)
             if progress is not None:
-                progress(index + 1, config.num_hidden_layers)
+                progress(walk.next_layer, config.num_hidden_layers)
         sums |= walk.head_sum()
         losses: Losses = {} if sensitivity is None else sensitivity.finish(walk)
         return Calibration(

@@ -6,7 +6,7 @@ Memory is one layer's attention and one expert in float32 beside the hidden stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -14,14 +14,13 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, matrices, norms
 from mlx_mixtral.layers.rotary import Rotary
-from mlx_mixtral_convert.calibration.layer import Expert, Layer, Routing, read_matrix, read_norm
+from mlx_mixtral_convert.calibration.layer import Layer, read_matrix, read_norm
 from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
 from mlx_mixtral_convert.sources.base import TensorSource
 
 __all__ = ["Sums", "Walk", "embed"]
 
 Sums = dict[str, list[InputSum]]
-WithExpert = Callable[[Expert, Routing], None]
 
 
 def embed(source: TensorSource, tokens: npt.NDArray[np.int32], table: mx.array | None = None) -> mx.array:
@@ -43,17 +42,17 @@ class Walk:
     def __init__(self, source: TensorSource, tokens: npt.NDArray[np.int32], *, full: bool = False) -> None:
         self.source, self.config, self.full = source, source.config, full
         self.hidden = embed(source, tokens)
-        self.rotary = Rotary(self.config.rope, self.config.head_dim)
+        self._rotary = Rotary(self.config.rope, self.config.head_dim)
         self.next_layer = 0
 
     def layers(self) -> Iterator[tuple[Layer, Sums]]:
         """Every remaining layer after it was passed, with the sums over its inputs."""
         while self.next_layer < self.config.num_hidden_layers:
-            layer = Layer(self.source, self.next_layer, self.rotary)
-            yield layer, self.step(layer)
+            yield self.step()
 
-    def step(self, layer: Layer, with_expert: WithExpert | None = None) -> Sums:
-        """Pass ``layer``, which is the next; ``with_expert`` is told each expert while it is in memory."""
+    def step(self) -> tuple[Layer, Sums]:
+        """Pass the next layer; it, and the sums over its inputs."""
+        layer = Layer(self.source, self.next_layer, self._rotary)
         sums = self._sums(layer)
 
         def see(x: mx.array, o_input: mx.array) -> None:
@@ -73,11 +72,9 @@ class Walk:
                 sums["down_proj"][expert.index].add(inner, mx.square(weights))
                 flat = flat.at[tokens].add(weights[:, None] * (inner @ expert.down.T))
                 mx.eval(flat)
-            if with_expert is not None:
-                with_expert(expert, routing)
         self.hidden = flat.reshape(h.shape)
         self.next_layer += 1
-        return {input_name(layer.matrices[name]): found for name, found in sums.items()}
+        return layer, {input_name(layer.matrices[name]): found for name, found in sums.items()}
 
     def head_sum(self) -> dict[str, list[InputSum]]:
         """The output head's input; after the last layer. A tied head is the embedding matrix itself."""

@@ -31,6 +31,7 @@ from mlx_mixtral_convert.export.gguf_blocks import encode, repack, repackable
 from mlx_mixtral_convert.export.gguf_header import rope_factors, write_header
 from mlx_mixtral_convert.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from mlx_mixtral_convert.export.job import Job, Result
+from mlx_mixtral_convert.output.destination import SPARE_BYTES
 from mlx_mixtral_convert.output.file_destination import FileDestination
 from mlx_mixtral_convert.packing.measure import decode
 from mlx_mixtral_convert.packing.quantize import cast
@@ -44,7 +45,6 @@ __all__ = ["GGUF_TYPES", "write_gguf"]
 
 GGUF_TYPES = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 ALIGNMENT = 32
-SPARE_BYTES = 2**20
 
 
 def write_gguf(job: Job, kind: str | None) -> Result:

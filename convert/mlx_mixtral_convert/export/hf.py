@@ -6,7 +6,6 @@ model.layers.N.mlp.{gate,up,down}_proj.weight                   a dense model's 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,8 +16,8 @@ from mlx_mixtral.config.supported import ARCHITECTURES
 from mlx_mixtral.errors import DestinationError
 from mlx_mixtral.files import replace_file
 from mlx_mixtral_convert.export.job import Job, Result
-from mlx_mixtral_convert.output.destination import MANIFEST, FolderDestination
-from mlx_mixtral_convert.output.journal import JOURNAL
+from mlx_mixtral_convert.output.destination import MANIFEST, SPARE_BYTES, FolderDestination
+from mlx_mixtral_convert.output.journal import JOURNAL, clear_folder
 from mlx_mixtral_convert.output.manifest import export_text, model_config_text, write_small_files
 from mlx_mixtral_convert.output.plan import INDEX_FILE, Described, Plan, ShardPlan, lay_out, shard_files
 from mlx_mixtral_convert.output.write import ShardWriter
@@ -28,8 +27,6 @@ from mlx_mixtral_convert.sources import small_files, tensor_place
 __all__ = ["HF_TYPES", "write_hf"]
 
 HF_TYPES = ("BF16", "F16", "F32")
-# conversion.json, the file system's own blocks.
-SPARE_BYTES = 2**20
 
 
 def write_hf(job: Job, kind: str | None) -> Result:
@@ -97,5 +94,4 @@ def _clear(partial: Path, dest: Path) -> None:
         raise DestinationError(
             f"{dest} has an unfinished conversion to MLX; finish it, or give another destination for the export"
         )
-    for entry in partial.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    clear_folder(partial)

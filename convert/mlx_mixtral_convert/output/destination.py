@@ -22,8 +22,10 @@ from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral.weights.manifest import MANIFEST
 from mlx_mixtral_convert.output.journal import JOURNAL
 
-__all__ = ["MANIFEST", "Destination", "FolderDestination", "as_destination"]
+__all__ = ["MANIFEST", "SPARE_BYTES", "Destination", "FolderDestination", "as_destination"]
 
+# conversion.json, the file system's own blocks.
+SPARE_BYTES = 2**20
 _IGNORED = (".DS_Store",)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from mlx_mixtral.weights.manifest import file_sha256
 from mlx_mixtral_convert.output.plan import ShardPlan
 from mlx_mixtral_convert.packing.measure import MatrixError
 
-__all__ = ["JOURNAL", "CancelledError", "ConversionJournal", "Finished"]
+__all__ = ["JOURNAL", "CancelledError", "ConversionJournal", "Finished", "clear_folder"]
 
 JOURNAL = "journal.jsonl"
 
@@ -79,7 +79,7 @@ class ConversionJournal:
                 self.finished[found.file] = found
         self.kept = tuple(self.finished)
         with disk_errors(self.path):
-            _clear(self.folder, {JOURNAL, *self.finished})
+            clear_folder(self.folder, {JOURNAL, *self.finished})
         # Written anew, without torn or disproved lines.
         self._file.start(identity, map(_line, self.finished.values()))
 
@@ -96,7 +96,7 @@ class ConversionJournal:
                 self.path.unlink()
             return
         with contextlib.suppress(OSError):
-            _clear(self.folder, {JOURNAL, *self.finished})
+            clear_folder(self.folder, {JOURNAL, *self.finished})
         error.add_note(f"the same command goes on from {self._place()}")
 
     @property
@@ -188,7 +188,8 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _clear(folder: Path, kept: set[str]) -> None:
+def clear_folder(folder: Path, kept: Collection[str] = ()) -> None:
+    """Remove everything from a folder but the names in ``kept``. Raises OSError."""
     for entry in folder.iterdir():
         if entry.name in kept:
             continue

@@ -166,13 +166,8 @@ class SourceFiles:
         self._seen = {path: self._look(path) for path in self.paths}
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each file by its name."""
-        return {path.name: self._seen[path][0] for path in self.paths}
-
-    @property
     def nbytes(self) -> int:
-        return sum(self.sizes.values())
+        return sum(size for size, _ in self._seen.values())
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Size and sha256 or fingerprint of each file by its name."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mlx_mixtral.errors import (
 )
 from mlx_mixtral_convert import Calibration, Recipe, calibrate, convert
 from mlx_mixtral_convert.calibration import check_place
-from mlx_mixtral_convert.calibration.layer import Layer, read_matrix
+from mlx_mixtral_convert.calibration.layer import Expert, Layer, read_matrix
 from mlx_mixtral_convert.calibration.sensitivity import Sensitivity
 from mlx_mixtral_convert.calibration.text import default_texts, sequences
 from mlx_mixtral_convert.calibration.walk import Walk
@@ -121,7 +122,15 @@ def test_no_more_than_one_expert_is_read_at_a_time(small: Path, monkeypatch: pyt
     monkeypatch.setattr(source, "read", lambda m, e, s: (read.append(f"{m.path}:{e}"), original(m, e, s))[1])
     walk = Walk(source, tokens())
     seen = []
-    walk.step(Layer(source, 0, walk.rotary), lambda expert, _: seen.append((expert.index, read[-3:])))
+    experts = Layer.experts
+
+    def watched(layer: Layer) -> Iterator[Expert]:
+        for expert in experts(layer):
+            seen.append((expert.index, read[-3:]))
+            yield expert
+
+    monkeypatch.setattr(Layer, "experts", watched)
+    walk.step()
     assert [index for index, _ in seen] == [0, 1, 2, 3]
     assert all(path.endswith(f":{index}") for index, last in seen for path in last)
 
@@ -198,9 +207,7 @@ def test_gptq_conversions_repeat_and_differ_from_search(tmp_path: Path, tiny: Pa
 def test_losses_rise_as_bits_fall_and_the_reference_is_the_measured_kl(small: Path) -> None:
     source = open_source(small)
     walk, sensitivity = Walk(source, tokens()), Sensitivity(source, tokens(3))
-    for index in range(2):
-        layer = Layer(source, index, walk.rotary)
-        walk.step(layer)
+    for layer, _ in walk.layers():
         sensitivity.step(layer)
     losses = sensitivity.finish(walk)
     groups = ("qkv", "o", "gate_up", "down")

@@ -57,9 +57,7 @@ def measured(folder: Path, counts: Any = None) -> Measured:
             "mlx_mixtral_convert.calibration.sensitivity.CANDIDATES", (QuantizationSpec(2, 64), QuantizationSpec(3, 64))
         )
         walk, sensitivity = Walk(source, IDS), Sensitivity(source, IDS, counts)
-        for index in range(2):
-            layer = Layer(source, index, walk.rotary)
-            walk.step(layer)
+        for layer, _ in walk.layers():
             sensitivity.step(layer)
         return sensitivity.errors, sensitivity.finish(walk)
 
