@@ -70,6 +70,12 @@ def short(shared: SharedFolders) -> Path:
 
 
 @pytest.fixture(scope="session")
+def short_model(short: Path) -> Iterator[Mixtral]:
+    with load(short) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
 def small(shared: SharedFolders) -> Path:
     """Two narrow layers of eight experts, 256 tokens, random weights, no tokenizer: twenty times faster than the bundled."""
     return shared("small", random_checkpoint)
