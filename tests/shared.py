@@ -69,7 +69,11 @@ def short_checkpoint(folder: Path, layers: int = 2) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     held = mx.load(str(source / "model.safetensors"))
     assert isinstance(held, dict)
-    kept = {name: value for name, value in held.items() if name.split(".")[1] != "layers" or int(name.split(".")[2]) < layers}
+    kept = {
+        name: value
+        for name, value in held.items()
+        if name.split(".")[1] != "layers" or int(name.split(".")[2]) < layers
+    }
     mx.save_safetensors(str(folder / "model.safetensors"), kept, {"format": "pt"})
 
 

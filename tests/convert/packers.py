@@ -108,7 +108,9 @@ def make_packed(
     for module in modules:
         fields, meant[f"{module}.weight"] = pack(module, meant[f"{module}.weight"])
         tensors |= {f"{module}.{field}": np.ascontiguousarray(value) for field, value in fields.items()}
-    plain = {name: value.astype(np.float16) for name, value in meant.items() if name.removesuffix(".weight") not in modules}
+    plain = {
+        name: value.astype(np.float16) for name, value in meant.items() if name.removesuffix(".weight") not in modules
+    }
     meant |= {name: value.astype(np.float32) for name, value in plain.items()}
     tensors |= plain
     folder.mkdir()

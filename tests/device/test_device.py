@@ -1,4 +1,4 @@
-"""What must hold on the device MLX chooses, in the type it takes: the reference's logits, and one answer whatever the way to it.
+"""What must hold on the device MLX chooses, in its type: the reference's logits, and one answer whatever the way to it.
 
 Few shapes: on GPUs the first call of each kernel compiles for seconds. Results are compared to the bit where the same kernels
 run, else as the type allows (``conftest.ALLOWED``).
@@ -32,7 +32,10 @@ MODES: dict[str, dict[str, Any]] = {
     "4 bits": {"bits": 4},
     "6 bits": {"bits": 6},
     "8 bits": {"bits": 8},
-    **{mode: {"bits": None, "mode": mode, "overrides": {"*.switch_mlp.*": {"mode": mode}}} for mode in ("mxfp4", "mxfp8", "nvfp4")},
+    **{
+        mode: {"bits": None, "mode": mode, "overrides": {"*.switch_mlp.*": {"mode": mode}}}
+        for mode in ("mxfp4", "mxfp8", "nvfp4")
+    },
     "unquantised": {"bits": None},
 }  # fmt: skip
 CACHES: list[dict[str, Any]] = [{"kv_bits": 8}, {"kv_bits": 4}, {"kv_size": 24, "kv_sinks": 3}]
@@ -89,13 +92,13 @@ def four_bit(shared: SharedFolders, floats: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(four_bit: Path, computing: Computing) -> Iterator[Callable[..., Any]]:
+def opened(four_bit: Path, computing: Computing) -> Callable[..., Mixtral]:
     """``opened(folder, **options)`` loads in the type under test."""
 
     def open_(folder: Path = four_bit, **options: Any) -> Mixtral:
         return load(folder, **{"dtype": computing.name} | options)
 
-    yield open_
+    return open_
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +190,9 @@ def test_speculation_gives_the_greedy_text(
 ) -> None:
     prompt = PROMPT[:10] * 3
     with opened() as draft:
-        speculation = PromptLookup(adaptive=False) if how == "lookup" else DraftModel(draft, max_tokens=3, adaptive=False)
+        speculation = (
+            PromptLookup(adaptive=False) if how == "lookup" else DraftModel(draft, max_tokens=3, adaptive=False)
+        )
         out = whole.generate(prompt, max_tokens=16, speculation=speculation)
     assert out.stats.speculation is not None
     assert_greedy(whole, prompt, out.token_ids, computing)
