@@ -46,7 +46,9 @@ def test_what_is_no_path_is_named_with_its_type(tmp_path: Path, call: str, value
 @pytest.mark.parametrize("call", PATHS)
 def test_the_home_of_nobody_is_an_error(tmp_path: Path, call: str) -> None:
     run, begins = PATHS[call]
-    with pytest.raises(InvalidRequestError, match=f"^{begins} '~nobody-here/x', and '~nobody-here' is nobody's home"):
+    with pytest.raises(
+        InvalidRequestError, match=f"^{begins} '~nobody-here/x', and there is no user '~nobody-here' here"
+    ):
         run("~nobody-here/x", tmp_path / "out")
 
 

@@ -10,10 +10,11 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlx_mixtral.cache.kv import KVCache
-from mlx_mixtral.generation.loop import GenerationStats, decode
+from mlx_mixtral.generation.loop import decode
+from mlx_mixtral.generation.prefill import last_hidden
+from mlx_mixtral.generation.request import Request
 from mlx_mixtral.generation.sampling import Sampler, SamplingParams
-from mlx_mixtral.generation.scheduler import Scheduler, SequenceRequest
-from mlx_mixtral.model.step import DecodeStep
+from mlx_mixtral.generation.stats import GenerationStats
 from mlx_mixtral.runtime.mixtral import Mixtral
 
 __all__ = ["Backend", "BatchClock", "Ours", "Timing"]
@@ -46,7 +47,7 @@ class Backend(Protocol):
         ...
 
     def go_to(self, prompt: Sequence[int]) -> None:
-        """Fill a cache with all of ``prompt`` but the last token, for ``decode``; an empty one lets go of it."""
+        """Fill a cache with all of ``prompt`` but the last token, for ``decode``; an empty prompt frees it."""
         ...
 
     def decode(self, tokens: int) -> Timing:
@@ -58,7 +59,7 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Free the weights."""
         ...
 
 
@@ -87,8 +88,6 @@ class Ours:
 
     def __init__(self, model: Mixtral) -> None:
         self.model, self.nbytes = model, model.nbytes
-        self._step = DecodeStep(model.module, compiled=model.device.kind != "cpu")
-        self._stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._prompt: Sequence[int] = ()
         self._cache: KVCache | None = None
 
@@ -111,62 +110,39 @@ class Ours:
                 cache.trim(cache.length - depth)
             else:  # a window that is full cannot be taken back
                 self._cache = cache = self._filled()
-        stats = self._generate(self._prompt[-1:], cache, tokens + 1)
+        stats = self._generate(self._prompt, cache, tokens + 1)
         experts = stats.decode_experts
         return Timing(stats.tokens - 1, stats.decode_s, None if experts is None else experts.bytes_read)
 
     def batch(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing | None:
-        module, planned = self.model.module, self.model.residency.planned
-        scheduler = Scheduler(
-            module,
-            self._step,
-            module.make_cache,
-            stream=self._stream,
-            max_rows=len(prompts),
-            max_columns=None if planned.budget_bytes is None else planned.demands.context_capacity,
-            prefill_chunk=planned.chunk_tokens,
-        )
+        engine = self.model.engine
+        scheduler = engine.scheduler(len(prompts))
         clock = BatchClock(len(prompts))
         for prompt in prompts:
-            scheduler.submit(SequenceRequest(prompt, tokens + 1, self._sampler(prompt)))
-        while not scheduler.is_idle:
-            clock.count(len(scheduler.step()))
-            if scheduler.running < len(prompts) and clock.timing is None:
-                break  # the memory budget lets some wait
-        mx.synchronize(self._stream)
+            scheduler.submit(self._request(prompt, tokens + 1))
+        with engine.running():
+            while not scheduler.is_idle:
+                clock.count(len(scheduler.step()))
+                if scheduler.running < len(prompts) and clock.timing is None:
+                    break  # the memory budget lets some wait
         return clock.timing
 
     def close(self) -> None:
         self._cache = None
-        del self._step
         self.model.close()
 
-    def _sampler(self, prompt: Sequence[int]) -> Sampler:
-        return Sampler(SamplingParams(), prompt, self.model.config.vocab_size)
+    def _request(self, prompt: Sequence[int], tokens: int) -> Request:
+        return Request(prompt, tokens, Sampler(SamplingParams(), prompt, self.model.engine.vocab_size))
 
     def _filled(self) -> KVCache:
-        cache, chunk = self.model.make_cache(), self.model.residency.planned.chunk_tokens
-        before = mx.array([list(self._prompt[:-1])], mx.int32)
-        with mx.stream(self._stream):
-            for start in range(0, before.shape[1], chunk):
-                self.model.module.remember(before[:, start : start + chunk], cache)
-                mx.eval(cache.arrays)
+        cache, before = self.model.make_cache(), mx.array([list(self._prompt[:-1])], mx.int32)
+        with self.model.engine.computing() as context:
+            mx.eval(last_hidden(context.model, before, cache, context.chunk_tokens), cache.arrays)
         return cache
 
-    def _generate(self, prompt: Sequence[int], cache: KVCache, max_tokens: int) -> GenerationStats:
-        stats = GenerationStats()
-        steps = decode(
-            self.model.module,
-            self._step,
-            prompt,
-            cache,
-            self._sampler(prompt),
-            max_tokens,
-            stats,
-            stream=self._stream,
-            prefill_chunk=self.model.residency.planned.chunk_tokens,
-        )
-        for _ in steps:
-            pass
-        mx.synchronize(self._stream)
-        return stats
+    def _generate(self, prompt: Sequence[int], cache: KVCache, tokens: int) -> GenerationStats:
+        engine, request = self.model.engine, self._request(prompt, tokens)
+        with engine.running():
+            for _ in decode(engine.context, request, cache):
+                pass
+        return request.stats

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 
 __all__ = [
@@ -24,7 +25,7 @@ DEFAULT_PROMPTS = (128, 512, 2048)
 DEFAULT_DEPTHS = (128, 2048)
 DEFAULT_BATCHES = (1, 4, 8)
 BATCH_PROMPT_TOKENS = 32
-MOST_ROWS = 1024
+MAX_ROWS = 1024
 
 
 class Case(NamedTuple):
@@ -82,10 +83,9 @@ def plan_cases(
         ("prompt", prompts), ("depth", depths), ("batch", batches), ("tokens", [tokens]), ("repeats", [repeats]),
     ):  # fmt: skip
         for number in numbers or ():
-            if number < 1:
-                raise InvalidRequestError(f"{name} is {number}; it must be at least 1")
-    if batches is not None and max(batches, default=1) > MOST_ROWS:
-        raise InvalidRequestError(f"batch is {max(batches)}; it must be at most {MOST_ROWS} rows")
+            check_integer(name, number, 1, wanted="at least 1")
+    if batches is not None and max(batches, default=1) > MAX_ROWS:
+        raise InvalidRequestError(f"batch is {max(batches)}; it must be at most {MAX_ROWS} rows")
     # One token is generated after a prompt; decoding feeds one more than it is timed for.
     prompt_room, depth_room = limit - 1, limit - tokens - 1
     for name, wanted, room in (("prompt", prompts, prompt_room), ("depth", depths, depth_room)):

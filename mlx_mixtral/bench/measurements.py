@@ -1,4 +1,4 @@
-"""What a benchmark found: medians with their spread, rates, and ratios of one side to another."""
+"""What a benchmark found: medians with their spread, rates, and ratios of one backend to another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OURS = "mlx-mixtral"
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some measurements, the least and the most of them."""
+    """Median, minimum and maximum of some measurements."""
 
     median: float
     low: float
@@ -33,7 +33,7 @@ class Spread:
 
 @dataclass
 class Row:
-    """The timings of one case by side. ``skipped`` says why a side has none."""
+    """The timings of one case by backend. ``skipped`` says why one has none."""
 
     case: Case
     timings: dict[str, list[Timing]] = field(default_factory=dict)
@@ -41,17 +41,17 @@ class Row:
     token_bytes: int | None = None
     """Of decode: what one token of ours reads from memory."""
 
-    def tok_s(self, side: str) -> Spread:
-        return Spread.of([timing.tok_s for timing in self.timings[side]])
+    def tok_s(self, name: str) -> Spread:
+        return Spread.of([timing.tok_s for timing in self.timings[name]])
 
-    def seconds(self, side: str) -> Spread:
-        return Spread.of([timing.seconds for timing in self.timings[side]])
+    def seconds(self, name: str) -> Spread:
+        return Spread.of([timing.seconds for timing in self.timings[name]])
 
-    def ratio(self, side: str) -> float | None:
-        """Our rate over that of ``side``, medians; None when one of them was not measured."""
-        if not self.timings.get(OURS) or not self.timings.get(side):
+    def ratio(self, name: str) -> float | None:
+        """Our rate over another backend's, medians; None when one of them was not measured."""
+        if not self.timings.get(OURS) or not self.timings.get(name):
             return None
-        return self.tok_s(OURS).median / self.tok_s(side).median
+        return self.tok_s(OURS).median / self.tok_s(name).median
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -61,34 +61,34 @@ class Row:
         return self.token_bytes * self.tok_s(OURS).median
 
     def to_dict(self) -> dict[str, Any]:
-        sides: dict[str, Any] = {side: {"not_measured": reason} for side, reason in self.skipped.items()}
-        for side, timings in self.timings.items():
+        backends: dict[str, Any] = {name: {"not_measured": reason} for name, reason in self.skipped.items()}
+        for name, timings in self.timings.items():
             if not timings:
                 continue
-            sides[side] = {"tok_s": self.tok_s(side).to_dict()}
+            backends[name] = {"tok_s": self.tok_s(name).to_dict()}
             if self.case.kind == "prefill":
-                sides[side]["time_to_first_token_s"] = self.seconds(side).to_dict()
+                backends[name]["time_to_first_token_s"] = self.seconds(name).to_dict()
             if (read := timings[0].read_bytes) is not None:
-                sides[side]["read_bytes_per_token"] = read / timings[0].tokens
-        others = {side: ratio for side in sides if side != OURS and (ratio := self.ratio(side)) is not None}
+                backends[name]["read_bytes_per_token"] = read / timings[0].tokens
+        others = {name: ratio for name in backends if name != OURS and (ratio := self.ratio(name)) is not None}
         size = {"prefill": "prompt_tokens", "decode": "depth_tokens", "batch": "rows"}[self.case.kind]
-        return {size: self.case.size, "sides": sides, "ratios": others}
+        return {size: self.case.size, "sides": backends, "ratios": others}
 
 
 @dataclass
 class BenchReport:
     """All of a run, or what was measured of it before it was interrupted."""
 
-    sides: list[str] = field(default_factory=list)
+    backends: list[str] = field(default_factory=list)
     load_s: dict[str, float] = field(default_factory=dict)
     weight_bytes: dict[str, int] = field(default_factory=dict)
     copies: list[float] = field(default_factory=list)
     """Bytes a second of copying in memory, read and written, each time it was measured."""
     rows: dict[Case, Row] = field(default_factory=dict)
     in_turn: bool = True
-    """Whether the sides took turns, measurement by measurement; else there was no memory for all of them at once."""
+    """Whether the backends took turns, measurement by measurement; else there was no memory for all of them at once."""
     peak_memory_bytes: int = 0
-    """Most that MLX held at once while only our side was loaded; 0 when it never was alone."""
+    """Peak of MLX's memory while only our backend was loaded; 0 when it never was alone."""
 
     @property
     def copy_bytes_per_s(self) -> Spread | None:
@@ -116,7 +116,7 @@ class BenchReport:
             decode.append(row.to_dict() | found)
         return {
             "load": {
-                side: {"seconds": self.load_s[side], "weight_bytes": self.weight_bytes[side]} for side in self.load_s
+                name: {"seconds": self.load_s[name], "weight_bytes": self.weight_bytes[name]} for name in self.load_s
             },
             "sides_in_turn": self.in_turn,
             "copy_bytes_per_s": None if copy is None else copy.to_dict(),

@@ -1,15 +1,13 @@
-"""A benchmark as a PNG file; needs matplotlib, the extra ``plots``."""
+"""A benchmark as a PNG; needs matplotlib, the extra ``plots``."""
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.bench.measurements import BenchReport, Row
-from mlx_mixtral.files import replace_file
+from mlx_mixtral.evaluation.figures import new_figure, png
 
-__all__ = ["plot_bench"]
+__all__ = ["draw_bench"]
 
 PANELS = (
     ("prefill", "prefill", "tokens of the prompt"),
@@ -18,35 +16,30 @@ PANELS = (
 )
 
 
-def plot_bench(place: Path, title: str, report: BenchReport) -> None:
-    """Write a PNG, whole or not at all: tok/s of every side by length of prompt, depth of context and rows.
+def draw_bench(title: str, report: BenchReport) -> bytes:
+    """A PNG of tok/s of every backend by length of prompt, depth of context and rows.
 
     Raises:
-        DestinationError, DiskSpaceError: it cannot be written.
+        MissingDependencyError: no matplotlib.
     """
-    from matplotlib.figure import Figure
-
     panels = [(name, label, rows) for kind, name, label in PANELS if (rows := report.of(kind))]
-    figure = Figure(figsize=(1 + 4.2 * len(panels), 4), layout="constrained")
+    figure = new_figure(1 + 4.2 * len(panels), 4)
     for axes, (name, label, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _draw(axes, report.sides, rows)
+        _draw(axes, report.backends, rows)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(label)
-    figure.suptitle(title, parse_math=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    replace_file(place, image.getvalue())
+    return png(figure, title)
 
 
-def _draw(axes: Any, sides: list[str], rows: list[Row]) -> None:
-    for side in sides:
-        measured = sorted((row for row in rows if row.timings[side]), key=lambda row: row.case.size)
+def _draw(axes: Any, backends: list[str], rows: list[Row]) -> None:
+    for name in backends:
+        measured = sorted((row for row in rows if row.timings[name]), key=lambda row: row.case.size)
         if not measured:
             continue
-        rates = [row.tok_s(side) for row in measured]
+        rates = [row.tok_s(name) for row in measured]
         errors = [[rate.median - rate.low for rate in rates], [rate.high - rate.median for rate in rates]]
         sizes = [row.case.size for row in measured]
-        axes.errorbar(sizes, [r.median for r in rates], errors, marker="o", markersize=4, capsize=3, label=side)
+        axes.errorbar(sizes, [r.median for r in rates], errors, marker="o", markersize=4, capsize=3, label=name)
     sizes = sorted({row.case.size for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])

@@ -1,4 +1,4 @@
-"""The order of a benchmark: every case on all sides in turn, a first time that does not count, then the repeats."""
+"""The order of a benchmark: every case on all backends in turn, once to warm up, then the repeats."""
 
 from __future__ import annotations
 
@@ -31,49 +31,49 @@ def run_bench(
     in_turn: bool = True,
     note: Notes = lambda _: None,
 ) -> None:
-    """Measure ``cases`` and fill ``report`` in as it goes, so that what an interrupt leaves is there.
+    """Measure ``cases`` and fill in ``report`` as it goes, so that an interrupted run keeps what it has.
 
     Args:
-        openers: load each side, by name; ours first.
-        in_turn: the sides take turns, which drifting clocks and temperatures then meet alike; it needs memory for all of them.
-            Without it each side is loaded when the one before was closed.
-        note: told what comes next.
+        openers: load each backend, by name; ours first.
+        in_turn: backends take turns, which drifting clocks and temperatures then meet alike; it needs memory for all of them.
+            Without it each backend is loaded when the one before was closed.
+        note: called with what comes next.
     """
-    report.sides, report.in_turn = list(openers), in_turn
+    report.backends, report.in_turn = list(openers), in_turn
     groups = [list(openers)] if in_turn else [[name] for name in openers]
     report.rows = {case: Row(case, {name: [] for name in openers}) for case in cases.list}
     for group in groups:
-        sides: dict[str, Backend] = {}
+        backends: dict[str, Backend] = {}
         try:
             for name in group:
                 note(f"loading {name}")
-                sides[name] = _open(name, openers[name], report)
-            with wired(current_device(), None, _budget(sides)):
-                _measure(sides, cases, vocab_size, report, note)
+                backends[name] = _open(name, openers[name], report)
+            with wired(current_device(), None, _budget(backends)):
+                _measure(backends, cases, vocab_size, report, note)
             if group == [OURS]:
                 report.peak_memory_bytes = mx.get_peak_memory()
         finally:
-            for side in sides.values():
-                side.close()
+            for backend in backends.values():
+                backend.close()
 
 
 def _open(name: str, opener: Opener, report: BenchReport) -> Backend:
     mx.reset_peak_memory()
     started = time.perf_counter()
-    side = opener()
+    backend = opener()
     report.load_s[name] = time.perf_counter() - started
-    report.weight_bytes[name] = side.nbytes
-    return side
+    report.weight_bytes[name] = backend.nbytes
+    return backend
 
 
-def _budget(sides: Mapping[str, Backend]) -> int | None:
+def _budget(backends: Mapping[str, Backend]) -> int | None:
     """What may be wired beside the recommended limit: our budget while nothing else is loaded."""
-    ours = sides.get(OURS)
-    return ours.model.residency.budget_bytes if isinstance(ours, Ours) and len(sides) == 1 else None
+    ours = backends.get(OURS)
+    return ours.model.residency.budget_bytes if isinstance(ours, Ours) and len(backends) == 1 else None
 
 
-def _measure(sides: Mapping[str, Backend], cases: Cases, vocab_size: int, report: BenchReport, note: Notes) -> None:
-    ours = sides.get(OURS)
+def _measure(backends: Mapping[str, Backend], cases: Cases, vocab_size: int, report: BenchReport, note: Notes) -> None:
+    ours = backends.get(OURS)
     traffic = TokenTraffic(ours.model) if isinstance(ours, Ours) else None
     if isinstance(ours, Ours):
         note("copying in memory")
@@ -84,14 +84,14 @@ def _measure(sides: Mapping[str, Backend], cases: Cases, vocab_size: int, report
             row.token_bytes = traffic.bytes_at(case.size + cases.tokens // 2)
         run = _preparing(case, cases, vocab_size, seed=number)
         for repeat in range(-1, cases.repeats):
-            for name, side in sides.items():
+            for name, backend in backends.items():
                 if name in row.skipped:
                     continue
                 note(
                     f"{case.kind} {case.size}: {name}, {'warming up' if repeat < 0 else f'{repeat + 1}/{cases.repeats}'}"
                 )
                 try:
-                    timing = run(side, repeat < 0)
+                    timing = run(backend, repeat < 0)
                 except Exception as error:
                     if name == OURS:
                         raise
@@ -105,24 +105,24 @@ def _measure(sides: Mapping[str, Backend], cases: Cases, vocab_size: int, report
                     row.skipped[name] = "the memory budget does not hold so many rows at once"
                 elif repeat >= 0:
                     row.timings[name].append(timing)
-        for side in sides.values():
-            side.go_to([])
+        for backend in backends.values():
+            backend.go_to([])
     if isinstance(ours, Ours):
         report.copies += copy_rates(ours.model.device.kind, COPY_REPEATS)
 
 
 def _preparing(case: Case, cases: Cases, vocab_size: int, seed: int) -> Callable[[Backend, bool], Timing | None]:
-    """What one measurement of a case is: called with a side and whether it only warms up."""
+    """What one measurement of a case is: called with a backend and whether it only warms up."""
     if case.kind == "batch":
         prompts = [random_prompt(vocab_size, cases.batch_prompt, seed=1000 * seed + row) for row in range(case.size)]
-        return lambda side, warms: side.batch(prompts, WARM_UP_TOKENS if warms else cases.tokens)
+        return lambda backend, warms: backend.batch(prompts, WARM_UP_TOKENS if warms else cases.tokens)
     prompt: Sequence[int] = random_prompt(vocab_size, case.size, seed)
     if case.kind == "prefill":
-        return lambda side, _: side.prefill(prompt)
+        return lambda backend, _: backend.prefill(prompt)
 
-    def decode(side: Backend, warms: bool) -> Timing:
+    def decode(backend: Backend, warms: bool) -> Timing:
         if warms:
-            side.go_to(prompt)
-        return side.decode(WARM_UP_TOKENS if warms else cases.tokens)
+            backend.go_to(prompt)
+        return backend.decode(WARM_UP_TOKENS if warms else cases.tokens)
 
     return decode

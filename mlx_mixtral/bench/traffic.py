@@ -37,12 +37,12 @@ def copy_rates(kind: str, repeats: int) -> list[float]:
 class TokenTraffic:
     """Of one token of a batch of one: attention, routers, norms and the head, the experts it is routed to, keys and values.
 
-    As they lie in memory, so in the compute type where that is not packed. Of an embedding table that is not the head too a
-    token reads one row, which does not count.
+    As they lie in memory, so in the compute type where that is not packed. An embedding table
+    that is not the head too is not counted: a token reads one row of it.
     """
 
     def __init__(self, model: Mixtral) -> None:
-        module, sizes = model.module, model.residency.planned.demands.sizes
+        module, sizes = model.module, model.residency.sizes
         trunk = sizes.trunk_bytes - (0 if module.lm_head is None else _nbytes(module.embed_tokens))
         self.weight_bytes = trunk + sum(sizes.expert_bytes) * sizes.num_experts_per_tok
         cache = module.make_cache()

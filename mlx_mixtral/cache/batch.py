@@ -95,7 +95,7 @@ class BatchCache:
         self._lengths = None
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Let go of all rows but these; the order stays, the places close up."""
+        """Drop all rows but these; the order stays, the places close up."""
         if list(rows) == list(range(self.rows)):
             return
         self.taken, self._padding = [self.taken[row] for row in rows], [self._padding[row] for row in rows]

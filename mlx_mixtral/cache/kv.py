@@ -29,6 +29,10 @@ class KVCache:
         left_padding: padding tokens of each row; None when there are none. Its length is the batch size.
         max_tokens: room is made for no more than these (in whole steps) until more are held.
         storage: how keys and values are held; plain numbers of ``dtype`` when None.
+
+    Example:
+        >>> cache = model.make_cache()
+        >>> logits = model.module(mx.array([[1, 415, 2936]]), cache)  # the cache holds 3 tokens now
     """
 
     def __init__(

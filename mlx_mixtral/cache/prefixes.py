@@ -9,14 +9,14 @@ from mlx_mixtral.cache.kv import KVCache
 
 __all__ = ["PrefixStore", "common_prefix"]
 
-LEAST_TOKENS = 16
+MIN_TOKENS = 16
 """A shorter beginning is not worth the bookkeeping."""
-LITTLE_LOST = 32
+MAX_LOST_TOKENS = 32
 """So many last tokens of a kept sequence are given up rather than copying all before them."""
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptPrefix:
     """A sequence and its cache, which holds just its tokens."""
 
     tokens: list[int]
@@ -37,7 +37,7 @@ class PrefixStore:
 
     def __init__(self, limit_bytes: int, *, has_memory: bool = True) -> None:
         self.limit_bytes, self.has_memory = limit_bytes, has_memory
-        self._kept: list[Kept] = []
+        self._kept: list[KeptPrefix] = []
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -55,13 +55,13 @@ class PrefixStore:
         return cache
 
     def put(self, tokens: Sequence[int], cache: KVCache) -> None:
-        """Keep ``cache``, which holds ``tokens``; whoever puts it must not use it any more."""
+        """Keep ``cache``, which holds ``tokens``; the caller must not use it any more."""
         assert cache.length == len(tokens), (cache.length, len(tokens))
         if not self.has_memory:
             self.clear()
         # What the new one begins with, it replaces.
         self._kept = [kept for kept in self._kept if common_prefix(kept.tokens, tokens) < len(kept.tokens)]
-        self._kept.append(Kept(list(tokens), cache))
+        self._kept.append(KeptPrefix(list(tokens), cache))
         while self._kept and self.nbytes > self.limit_bytes:
             self._kept.pop(0)
 
@@ -69,7 +69,7 @@ class PrefixStore:
         self._kept.clear()
 
     def _take(self, tokens: Sequence[int]) -> KVCache | None:
-        best, shared = None, LEAST_TOKENS - 1
+        best, shared = None, MIN_TOKENS - 1
         for kept in self._kept:
             length = min(common_prefix(kept.tokens, tokens), len(tokens) - 1)
             if length > shared:
@@ -77,7 +77,7 @@ class PrefixStore:
         if best is None:
             return None
         lost = len(best.tokens) - shared
-        is_lent = lost <= LITTLE_LOST or not self.has_memory
+        is_lent = lost <= MAX_LOST_TOKENS or not self.has_memory
         if lost > best.cache.trimmable or (not is_lent and not best.cache.is_whole):
             return None
         self._kept.remove(best)

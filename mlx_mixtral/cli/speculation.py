@@ -10,7 +10,7 @@ from mlx_mixtral.cli.options import F
 
 if TYPE_CHECKING:
     from mlx_mixtral.cli.progress import LoadedModel
-    from mlx_mixtral.runtime.speculation import Speculation
+    from mlx_mixtral.generation.request import Speculation
 
 __all__ = ["load_with_speculation", "speculation_options"]
 
@@ -60,7 +60,7 @@ def load_with_speculation(
     budget = None if options.get("memory") is None else parse_size(options["memory"])
     drafting = load_model(draft, dtype=options.get("dtype", "auto"))
     if budget is not None:
-        taken = drafting.model.residency.planned.demands.resident_bytes
+        taken = drafting.model.engine.plan.resident_bytes
         if taken >= budget:
             raise MemoryBudgetError(
                 f"a budget of {format_bytes(budget)} is too small: the draft model alone takes {format_bytes(taken)}; "
@@ -69,5 +69,5 @@ def load_with_speculation(
         options["memory"] = budget - taken
     loaded = load_model(model, **options)
     speculation = DraftModel(drafting.model)
-    speculation.check(loaded.model)
+    speculation.check(loaded.model.engine, loaded.model.piece_of)
     return loaded, speculation

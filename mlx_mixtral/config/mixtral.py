@@ -78,7 +78,7 @@ class MixtralConfig:
                 raise ConfigError(f"config: {name} is {value!r}; it must be a positive integer")
             if value > _MOST.get(name, _MOST_OF_ANYTHING):
                 limit = _MOST.get(name, _MOST_OF_ANYTHING)
-                raise ConfigError(f"config: {name} is {value}; more than {limit} is not believed of any model")
+                raise ConfigError(f"config: {name} is {value}; no model has more than {limit}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config: {self.num_attention_heads} attention heads do not divide over "

@@ -122,7 +122,7 @@ def _slots_from_disk(dtype: str) -> str:
     builder = Builder(config, checkpoint, "F32")
     builder.build()
     fills = [
-        item for item in builder.fills if item.info.name.startswith("model.layers.0.") and ".w2." in item.info.name
+        item for item in builder.ranges if item.info.name.startswith("model.layers.0.") and ".w2." in item.info.name
     ]
     whole = fills[0].array
     picked = [5, 1, 6]

@@ -10,15 +10,24 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.arguments import check_type
+from mlx_mixtral.arguments import check_integer, check_type
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 from mlx_mixtral.evaluation.texts import Text
 from mlx_mixtral.tokenizer import Tokenizer
 
-__all__ = ["DEFAULT_WINDOW", "Corpus", "Passage", "Window", "check_window", "encode_texts", "vocabulary_sha256"]
+__all__ = [
+    "DEFAULT_WINDOW",
+    "Corpus",
+    "Passage",
+    "TextWindow",
+    "TokenProgress",
+    "check_window",
+    "encode_texts",
+    "vocabulary_sha256",
+]
 
 DEFAULT_WINDOW = 2048
-LEAST_TOKENS = 2
+MIN_TOKENS = 2
 
 Ids = npt.NDArray[np.int32]
 
@@ -43,7 +52,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Window:
+class TextWindow:
     """A stretch of a passage that the model reads at once.
 
     It reads ``ids[start:stop]`` and predicts ``ids[first]`` to ``ids[stop]``; what comes before ``first`` is context only.
@@ -63,6 +72,14 @@ class Window:
     def tokens(self) -> int:
         """Tokens predicted."""
         return self.stop - self.first + 1
+
+
+@dataclass(frozen=True)
+class TokenProgress:
+    """How far a run over texts is, in tokens."""
+
+    done_tokens: int
+    total_tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +115,7 @@ class Corpus:
         """The same of each file: a JSONL file has many passages."""
         return _grouped(passage.text.file for passage in self.passages)
 
-    def windows(self, window: int, stride: int) -> list[Window]:
+    def windows(self, window: int, stride: int) -> list[TextWindow]:
         """Windows of ``window`` tokens that begin ``stride`` apart, those of one passage in order.
 
         With stride = window, window i predicts tokens iW + 1 to iW + W from token iW on. With less, each window predicts only
@@ -109,12 +126,12 @@ class Corpus:
             done = 0
             for start in range(0, passage.tokens, stride):
                 stop = min(start + window, passage.tokens)
-                found.append(Window(index, start, stop, done + 1))
+                found.append(TextWindow(index, start, stop, done + 1))
                 if (done := stop) == passage.tokens:
                     break
         return found
 
-    def contexts(self, windows: Sequence[Window]) -> npt.NDArray[np.int64]:
+    def contexts(self, windows: Sequence[TextWindow]) -> npt.NDArray[np.int64]:
         """``[tokens]``: how many tokens each is predicted from."""
         found, offsets = np.zeros(self.tokens, np.int64), self.offsets
         for window in windows:
@@ -145,10 +162,10 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[Text]) -> Corpus:
     for text in texts:
         check_type("a text", text, Text, "a Text, as read_texts gives them")
         ids = np.array(tokenizer.encode(text.text), np.int32)
-        if (own := len(ids) - has_bos) < LEAST_TOKENS:
+        if (own := len(ids) - has_bos) < MIN_TOKENS:
             raise InvalidRequestError(
                 f"text {text.name} of domain {text.domain!r} has {own or 'no'} token{'s' * (own != 1)}; "
-                f"at least {LEAST_TOKENS} are needed"
+                f"at least {MIN_TOKENS} are needed"
             )
         nbytes = text.nbytes if has_bos else text.nbytes - len(tokenizer.decode([int(ids[0])]).encode("utf-8"))
         passages.append(Passage(text, ids, nbytes))
@@ -177,8 +194,8 @@ def check_window(window: int | None, stride: int | None, limit: int, reserved: i
         InvalidRequestError, ContextLengthError: out of range.
     """
     for name, value in (("window", window), ("stride", stride)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise InvalidRequestError(f"{name} is {value!r}; it must be a number of tokens, at least 1")
+        if value is not None:
+            check_integer(name, value, 1, wanted="a number of tokens, at least 1")
     room = limit if reserved is None else min(limit, reserved)
     size = min(room, DEFAULT_WINDOW) if window is None else window
     if size > limit:

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.generation.prefill import prefill
 from mlx_mixtral.runtime.mixtral import Mixtral
 
-__all__ = ["Kept", "Scored", "context_limit", "predict", "score"]
+__all__ = ["Scored", "TopTokens", "context_limit", "hidden_states", "predict", "score"]
 
 # Numbers of logits computed at once: 16 MiB in float32.
 LOGITS = 2**22
@@ -25,7 +26,7 @@ Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 
-class Kept(NamedTuple):
+class TopTokens(NamedTuple):
     """Of each distribution K tokens' ids ``[n, K]``, their log-probabilities ``[n, K]``, and that of all others ``[n]``."""
 
     ids: Ids
@@ -38,14 +39,12 @@ class Scored(NamedTuple):
 
     logprobs: Floats
     best: Ids
-    kept: Kept | None
+    kept: TopTokens | None
 
 
 def context_limit(model: Mixtral) -> int:
     """Tokens a sequence may have: the model's own, or those a memory budget holds KV cache for."""
-    planned = model.residency.planned
-    own = model.config.max_position_embeddings
-    return own if planned.budget_bytes is None else min(own, planned.demands.context_capacity)
+    return model.engine.context_limit
 
 
 def score(
@@ -63,10 +62,10 @@ def score(
         ids: int32 ``[B, L - skip, K]``: keep these instead.
 
     Raises:
-        CheckpointError: the model gives no numbers.
+        CheckpointError: logits that are not finite.
     """
     parts: list[list[Scored]] = [[] for _ in rows]
-    for at, hidden in _hidden(model, rows, skip):
+    for at, hidden in hidden_states(model, rows, skip):
         places = slice(at - skip, at - skip + hidden.shape[1])
         found = predict(model, hidden, targets[:, places], top_k=top_k, ids=None if ids is None else ids[:, places])
         for part, piece in zip(parts, found, strict=True):
@@ -87,21 +86,13 @@ def predict(
     return [_joined(part) for part in parts]
 
 
-def _hidden(model: Mixtral, rows: Ids, skip: int) -> Iterator[tuple[int, mx.array]]:
+def hidden_states(model: Mixtral, rows: Ids, skip: int = 0) -> Iterator[tuple[int, mx.array]]:
     """Hidden states ``[B, n, D]`` from position ``skip`` on, a chunk of the prompt at a time, each with its position."""
-    module, chunk, length = model.module, model.residency.planned.chunk_tokens, rows.shape[1]
-    cache = module.make_cache(max_tokens=length)
-    for start in range(0, length, chunk):
-        tokens = mx.array(rows[:, start : start + chunk])
-        stop = start + tokens.shape[1]
-        if stop <= skip:
-            module.remember(tokens, cache)
-            mx.eval(cache.arrays)
-            continue
-        hidden = module.hidden(tokens, cache)
-        mx.eval(hidden, cache.arrays)
-        first = max(start, skip)
-        yield first, hidden[:, first - start :]
+    cache = model.module.make_cache(max_tokens=rows.shape[1])
+    for done, hidden in prefill(model.module, mx.array(rows), cache, model.engine.plan.chunk_tokens, first=skip):
+        if hidden is not None:
+            mx.eval(hidden, cache.arrays)
+            yield done - hidden.shape[1], hidden
 
 
 def _pieces(length: int, rows: int, vocab_size: int) -> Iterator[tuple[int, int]]:
@@ -137,7 +128,7 @@ def _scored(logits: mx.array, targets: mx.array, top_k: int | None, ids: mx.arra
             arrays[index] = (arrays[index] - shift).astype(np.float32)
     found = []
     for row in range(logits.shape[0]):
-        kept_row = Kept(*(array[row] for array in arrays[2:])) if len(arrays) > 2 else None
+        kept_row = TopTokens(*(array[row] for array in arrays[2:])) if len(arrays) > 2 else None
         found.append(Scored(arrays[0][row], arrays[1][row].astype(np.int32), kept_row))
     return found
 
@@ -160,4 +151,4 @@ def _joined(parts: Sequence[Scored]) -> Scored:
     kept = [part.kept for part in parts if part.kept is not None]
     if not kept:
         return Scored(logprobs, best, None)
-    return Scored(logprobs, best, Kept(*(np.concatenate(arrays) for arrays in zip(*kept, strict=True))))
+    return Scored(logprobs, best, TopTokens(*(np.concatenate(arrays) for arrays in zip(*kept, strict=True))))

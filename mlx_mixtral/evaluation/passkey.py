@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
 
-from mlx_mixtral.arguments import check_callbacks, check_type
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, is_number
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 from mlx_mixtral.evaluation.forward import context_limit
 from mlx_mixtral.evaluation.journal import Journal
@@ -138,7 +138,7 @@ def run_passkey(
     Args:
         limit: tokens of context.
         journal: where answers are kept, and found again.
-        progress: told prompts done and prompts in all.
+        progress: called with prompts done and prompts in all.
 
     Raises:
         InvalidRequestError, ContextLengthError: an argument out of range, before the first prompt.
@@ -212,16 +212,14 @@ def check_passkey(
         if not values:
             raise InvalidRequestError(f"{name} is empty; give at least one")
     for length in lengths:
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise InvalidRequestError(f"a length is {length!r}; it must be a number of tokens, at least 1")
+        check_integer("a length", length, 1, wanted="a number of tokens, at least 1")
         if length > limit:
             raise ContextLengthError(
                 f"a passkey prompt of {length} tokens was asked for; the model's context holds {limit}"
             )
     for depth in depths:
-        if not isinstance(depth, int | float) or isinstance(depth, bool) or not 0 <= depth <= 1:
+        if not is_number(depth) or not 0 <= depth <= 1:
             raise InvalidRequestError(f"a depth is {depth!r}; it must be from 0 (start) to 1 (end)")
-    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
-        raise InvalidRequestError(f"trials is {trials!r}; it must be an integer of at least 1")
+    check_integer("trials", trials, 1)
     check_type("seed", seed, int, "an integer")
     make_prompt(tokenizer, min(lengths), 0.5, seed)

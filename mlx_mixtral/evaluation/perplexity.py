@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,8 +13,8 @@ import numpy.typing as npt
 
 from mlx_mixtral.arguments import check_callbacks, check_type
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
-from mlx_mixtral.evaluation.corpus import Corpus, Window, check_window, encode_texts
-from mlx_mixtral.evaluation.forward import Kept, Scored, context_limit, score
+from mlx_mixtral.evaluation.corpus import Corpus, TextWindow, TokenProgress, check_window, encode_texts
+from mlx_mixtral.evaluation.forward import Scored, TopTokens, context_limit, score
 from mlx_mixtral.evaluation.journal import Journal, pack, unpack
 from mlx_mixtral.evaluation.reference import (
     DEFAULT_TOP_K,
@@ -31,18 +30,10 @@ from mlx_mixtral.files import check_destination
 from mlx_mixtral.machine.device import wired
 from mlx_mixtral.runtime.mixtral import Mixtral
 
-__all__ = ["EvaluationProgress", "evaluate"]
+__all__ = ["evaluate"]
 
 WORST_TOKENS = 10
 CONTEXT_SHOWN = 24
-
-
-@dataclass(frozen=True)
-class EvaluationProgress:
-    """How far an evaluation is, in predicted tokens."""
-
-    done_tokens: int
-    total_tokens: int
 
 
 def evaluate(
@@ -58,7 +49,7 @@ def evaluate(
     name: str = "",
     identity: str = "",
     journal: Journal | None = None,
-    progress: Callable[[EvaluationProgress], None] | None = None,
+    progress: Callable[[TokenProgress], None] | None = None,
 ) -> Evaluation:
     """Perplexity, bits per byte and, with a reference, KL divergence: overall, by domain and by file.
 
@@ -76,13 +67,13 @@ def evaluate(
         worst: how many of the tokens with the largest KL are shown.
         name, identity: what the file says it is of: a name to show, and what tells checkpoints apart.
         journal: where finished windows are kept, and found again.
-        progress: told after every batch, from this thread.
+        progress: called after every batch, from this thread.
 
     Raises:
         InvalidRequestError, ContextLengthError: an argument out of range, a text of fewer than two tokens, a reference of
             another vocabulary, text or windows.
         TokenizerError: a checkpoint without a tokenizer.
-        CheckpointError: a file that is no reference; logits that are not finite.
+        CheckpointError: a file that is not a reference; logits that are not finite.
         DestinationError, DiskSpaceError: a file cannot be written.
     """
     check_type("model", model, Mixtral, "a model that load() gave")
@@ -139,11 +130,11 @@ class _Run:
         self,
         model: Mixtral,
         corpus: Corpus,
-        windows: list[Window],
+        windows: list[TextWindow],
         reference: Reference | None,
         writer: ReferenceWriter | None,
         journal: Journal,
-        progress: Callable[[EvaluationProgress], None] | None,
+        progress: Callable[[TokenProgress], None] | None,
     ) -> None:
         self.model, self.corpus, self.windows = model, corpus, windows
         self.reference, self.writer, self.journal, self.progress = reference, writer, journal, progress
@@ -154,7 +145,7 @@ class _Run:
         self._part = "reference" if writer is not None else "model"
 
     def go(self) -> int:
-        """Do what the journal has not; tokens read."""
+        """Run the windows that the journal does not have; how many tokens were read."""
         # What an earlier run wrote into the reference file may be gone, and its journal with it.
         known = self.writer is None or not self.writer.is_new
         left = [index for index in range(len(self.windows)) if not (known and self._recall(index))]
@@ -171,7 +162,7 @@ class _Run:
 
     def _show(self, done: int) -> None:
         if self.progress is not None:
-            self.progress(EvaluationProgress(done, len(self.logprobs)))
+            self.progress(TokenProgress(done, len(self.logprobs)))
 
     def _batches(self, left: list[int]) -> Iterator[list[int]]:
         """Windows of one length and one stretch of context, as many as a chunk of a prompt has tokens."""
@@ -180,7 +171,7 @@ class _Run:
             window = self.windows[index]
             shapes.setdefault((window.length, window.tokens), []).append(index)
         for (length, _), members in shapes.items():
-            rows = max(1, self.model.residency.planned.chunk_tokens // length)
+            rows = max(1, self.model.engine.plan.chunk_tokens // length)
             for start in range(0, len(members), rows):
                 yield members[start : start + rows]
 
@@ -189,7 +180,7 @@ class _Run:
         ids = [self.corpus.passages[window.passage].ids for window in windows]
         rows = np.stack([own[window.start : window.stop] for own, window in zip(ids, windows, strict=True)])
         targets = np.stack([own[window.first : window.stop + 1] for own, window in zip(ids, windows, strict=True)])
-        theirs: list[Kept] = []
+        theirs: list[TopTokens] = []
         if self.reference is not None:
             theirs = [self.reference.kept(*self._places(window)) for window in windows]
         found = score(
@@ -206,7 +197,7 @@ class _Run:
             self.writer.flush()
         self.journal.add(self._part, [(index, self._entry(self.windows[index])) for index in batch])
 
-    def _keep(self, window: Window, scored: Scored, theirs: Kept | None) -> None:
+    def _keep(self, window: TextWindow, scored: Scored, theirs: TopTokens | None) -> None:
         places = slice(*self._places(window))
         self.logprobs[places], self.best[places] = scored.logprobs, scored.best
         if self.writer is not None:
@@ -217,7 +208,7 @@ class _Run:
             assert theirs is not None
             self.kl[places] = kl_divergence(theirs.logprobs, theirs.rest, scored.kept.logprobs, scored.kept.rest)
 
-    def _entry(self, window: Window) -> dict[str, str]:
+    def _entry(self, window: TextWindow) -> dict[str, str]:
         places = slice(*self._places(window))
         entry = {"logprobs": pack(self.logprobs[places]), "best": pack(self.best[places])}
         return entry if self.kl is None else entry | {"kl": pack(self.kl[places])}
@@ -233,7 +224,7 @@ class _Run:
             self.kl[places] = unpack(entry.get("kl"), "<f8", window.tokens)
         return True
 
-    def _places(self, window: Window) -> tuple[int, int]:
+    def _places(self, window: TextWindow) -> tuple[int, int]:
         offset = self._offsets[window.passage]
         return offset + window.first - 1, offset + window.stop
 

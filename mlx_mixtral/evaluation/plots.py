@@ -1,51 +1,33 @@
-"""Plots of an evaluation as PNG files; needs matplotlib, the extra ``plots``."""
+"""Plots of an evaluation as PNG; needs matplotlib, the extra ``plots``."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.errors import MissingDependencyError
+from mlx_mixtral.evaluation.figures import new_figure, png
 from mlx_mixtral.evaluation.passkey import PasskeyResult
 from mlx_mixtral.evaluation.results import Evaluation, LengthBucket
-from mlx_mixtral.files import replace_file
 
-__all__ = ["check_plotting", "draw_domains", "draw_long_context", "plot_long_context"]
+__all__ = ["draw_domains", "draw_long_context"]
 
 OWN, THEIRS = "#4477AA", "#BBBBBB"
 
 
-def check_plotting() -> None:
-    """Raise MissingDependencyError where there is no matplotlib."""
-    _figure()
-
-
-def plot_long_context(place: Path, title: str, passkeys: PasskeyResult | None, buckets: list[LengthBucket]) -> None:
-    """Write a PNG: the passkey heat map and perplexity by length of context, whichever there are, as in Mixtral's figure 4.
-
-    Raises:
-        MissingDependencyError: no matplotlib.
-        DestinationError, DiskSpaceError: it cannot be written.
-    """
-    replace_file(place, draw_long_context(title, passkeys, buckets))
-
-
 def draw_long_context(title: str, passkeys: PasskeyResult | None, buckets: Sequence[LengthBucket]) -> bytes:
-    """The PNG that ``plot_long_context`` writes.
+    """A PNG of the passkey heat map and perplexity by length of context, whichever there are, as in Mixtral's figure 4.
 
     Raises:
         MissingDependencyError: no matplotlib.
     """
     shown = (passkeys is not None) + bool(buckets)
-    figure = _figure()(figsize=(1 + 5.2 * shown, 4), layout="constrained")
+    figure = new_figure(1 + 5.2 * shown, 4)
     axes = figure.subplots(1, shown, squeeze=False)[0]
     if passkeys is not None:
         _heat_map(axes[0], passkeys)
     if buckets:
         _curve(axes[-1], buckets)
-    return _png(figure, title)
+    return png(figure, title)
 
 
 def draw_domains(title: str, reference: str | None, found: Evaluation) -> bytes:
@@ -57,7 +39,7 @@ def draw_domains(title: str, reference: str | None, found: Evaluation) -> bytes:
     rows = found.rows
     compared = {name: score.comparison for name, score in rows.items() if score.comparison is not None}
     panels = 2 if compared else 1
-    figure = _figure()(figsize=(1 + 5.2 * panels, 1.6 + 0.36 * len(rows)), layout="constrained")
+    figure = new_figure(1 + 5.2 * panels, 1.6 + 0.36 * len(rows))
     axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
     places, width = range(len(rows)), 0.4 if compared else 0.7
     own = [place - width / 2 for place in places] if compared else list(places)
@@ -76,7 +58,7 @@ def draw_domains(title: str, reference: str | None, found: Evaluation) -> bytes:
     axes[0].invert_yaxis()
     axes[0].set_title("perplexity", fontsize=10)
     axes[0].grid(alpha=0.3, axis="x")
-    return _png(figure, f"{title} against {reference}" if reference else title)
+    return png(figure, f"{title} against {reference}" if reference else title)
 
 
 def _heat_map(axes: Any, result: PasskeyResult) -> None:
@@ -103,19 +85,3 @@ def _curve(axes: Any, buckets: Sequence[LengthBucket]) -> None:
     axes.set_ylabel("perplexity")
     axes.grid(alpha=0.3)
     axes.set_title("perplexity by length of context", fontsize=10)
-
-
-def _png(figure: Any, title: str) -> bytes:
-    figure.suptitle(title, parse_math=False)  # a name may have dollars
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120, metadata={"Software": None})
-    return image.getvalue()
-
-
-def _figure() -> Any:
-    try:
-        # The object, not pyplot: no window system is asked for, and no state outlives the plot.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("plots need matplotlib: `pip install 'mlx-mixtral[plots]'`") from error
-    return Figure

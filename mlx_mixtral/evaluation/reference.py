@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.errors import CheckpointError, DestinationError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus
-from mlx_mixtral.evaluation.forward import Kept
+from mlx_mixtral.evaluation.forward import TopTokens
 from mlx_mixtral.files import explained, partial_path
 from mlx_mixtral.sizes import format_bytes
 
@@ -58,11 +59,9 @@ class ReferenceHeader:
         return sum(_nbytes(kind, shape) for kind, shape in self.arrays.values())
 
     def check_size(self) -> None:
-        """Raise InvalidRequestError for a K that is none, or makes a file beyond ``MAX_FILE_BYTES``."""
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or not 1 <= self.top_k <= self.vocab_size:
-            raise InvalidRequestError(
-                f"top_k is {self.top_k!r}; it must be 1 to {self.vocab_size}, the size of the vocabulary"
-            )
+        """Raise InvalidRequestError for a K out of range, or one that makes a file larger than ``MAX_FILE_BYTES``."""
+        size = self.vocab_size
+        check_integer("top_k", self.top_k, 1, size, wanted=f"1 to {size}, the size of the vocabulary")
         if self.nbytes > MAX_FILE_BYTES:
             most = (MAX_FILE_BYTES // self.tokens - 8) // (self.nbytes // self.tokens // self.top_k)
             advice = f"give --top-k {most} at most, or less text" if most >= 1 else "give less text"
@@ -129,7 +128,7 @@ class Reference:
         """``[N]``: the likeliest token of each distribution."""
         return np.asarray(self._file.get_slice("ids")[:, :1])[:, 0].astype(np.int32)
 
-    def kept(self, start: int, stop: int) -> Kept:
+    def kept(self, start: int, stop: int) -> TopTokens:
         """Distributions of predicted tokens ``start`` to ``stop``.
 
         Raises:
@@ -140,7 +139,7 @@ class Reference:
         rest = np.asarray(self._file.get_slice("rest")[start:stop])
         if (ids >= self.header.vocab_size).any() or np.isnan(logprobs).any() or np.isnan(rest).any():
             raise CheckpointError(f"{self.path} is damaged: tokens {start} to {stop} are no distributions")
-        return Kept(ids, logprobs, rest)
+        return TopTokens(ids, logprobs, rest)
 
 
 class ReferenceWriter:
@@ -180,7 +179,7 @@ class ReferenceWriter:
     ) -> None:
         self._arrays.clear()
 
-    def write(self, start: int, kept: Kept, target: npt.NDArray[np.float32]) -> None:
+    def write(self, start: int, kept: TopTokens, target: npt.NDArray[np.float32]) -> None:
         """Put distributions at predicted tokens from ``start`` on."""
         rows = slice(start, start + len(target))
         for name, values in zip(("ids", "logprobs", "rest", "target"), (*kept, target), strict=True):

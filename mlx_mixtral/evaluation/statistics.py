@@ -1,4 +1,4 @@
-"""Means over tokens and how far they can be trusted; perplexity, bits per byte, KL divergence."""
+"""Means over tokens with their standard errors; perplexity, bits per byte, KL divergence."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy.typing as npt
 __all__ = ["BLOCK_TOKENS", "Mean", "kl_divergence", "mean_of", "with_error"]
 
 BLOCK_TOKENS = 64
-LEAST_BLOCKS = 32
+MIN_BLOCKS = 32
 
 Floats = npt.NDArray[np.floating]
 
 
 class Mean(NamedTuple):
-    """A mean and its standard error; NaN where one value cannot tell."""
+    """A mean and its standard error; NaN for a single value."""
 
     value: float
     stderr: float
@@ -37,7 +37,7 @@ def mean_of(values: Floats, blocks: npt.NDArray[np.int64]) -> Mean:
     value = float(x.mean())
     deviations, count = x - value, len(x)
     starts = np.flatnonzero(np.concatenate([[True], blocks[1:] != blocks[:-1]]))
-    if len(starts) >= LEAST_BLOCKS:
+    if len(starts) >= MIN_BLOCKS:
         deviations = np.add.reduceat(deviations, starts)
     groups = len(deviations)
     if groups < 2:

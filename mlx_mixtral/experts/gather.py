@@ -94,7 +94,7 @@ class Prefetch:
     def begin(self, store: ExpertStore) -> None:
         """Start to read those that are missing; failures are left for the real read to report."""
         pool, layer = self._experts.pool, self._experts.layer
-        if pool is None or pool.ahead:
+        if pool is None or pool.prefetched:
             return
         pool.has_prefetched = True
         keys = [(layer, int(expert)) for expert in dict.fromkeys(np.asarray(self.predicted).reshape(-1).tolist())]
@@ -104,7 +104,7 @@ class Prefetch:
             if (slot := pool.acquire(keys)) is None:
                 return
             try:
-                pool.ahead[key] = store.start(*key, pool.bank.arrays, slot)
+                pool.prefetched[key] = store.start(*key, pool.bank.arrays, slot)
             except CheckpointError:
                 pool.release(slot)
                 return
@@ -146,7 +146,7 @@ class _Call:
             counters.predicted_needed += len(misses)
         try:
             result = self._take_turns(hits, misses)
-            pool.finish_ahead()
+            pool.finish_prefetched()
         except BaseException:
             self._abandon()
             raise
@@ -156,8 +156,8 @@ class _Call:
 
     def _take_turns(self, hits: list[int], misses: deque[int]) -> mx.array:
         pool = self.pool
-        for expert in [expert for expert in misses if self._key(expert) in pool.ahead]:
-            self.loading[expert] = pool.ahead.pop(self._key(expert))
+        for expert in [expert for expert in misses if self._key(expert) in pool.prefetched]:
+            self.loading[expert] = pool.prefetched.pop(self._key(expert))
             misses.remove(expert)
             self.store.counters.predicted_right += 1
         half = -(-pool.size // 2)
@@ -184,9 +184,9 @@ class _Call:
         while misses and len(self.loading) < limit:
             slot = self.pool.acquire(kept)
             if slot is None:
-                if not self.pool.ahead:
+                if not self.pool.prefetched:
                     return
-                self.pool.finish_ahead()
+                self.pool.finish_prefetched()
                 continue
             expert = misses.popleft()
             try:
@@ -237,7 +237,7 @@ class _Call:
             loading.wait()
             self.pool.release(loading.slot)
         self.loading.clear()
-        self.pool.finish_ahead()
+        self.pool.finish_prefetched()
         self.pool.wait()
 
     def _compute(self, experts: list[int]) -> None:

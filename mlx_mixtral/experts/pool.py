@@ -30,10 +30,10 @@ class SlotPool:
         self._slot_of: dict[Key, int] = {}
         self._free = list(range(size - 1, -1, -1))
         self._pending: list[mx.array] = []
-        self.ahead: dict[Key, Loading] = {}
+        self.prefetched: dict[Key, Loading] = {}
         """Experts on their way into a slot that nobody has asked for yet."""
         self.has_prefetched = False
-        """Whether look-ahead had its say since the last call."""
+        """Whether experts were prefetched, or found to be there, since the last call."""
 
     def __contains__(self, key: object) -> bool:
         return key in self._slot_of
@@ -91,16 +91,16 @@ class SlotPool:
             mx.eval(self._pending)
             self._pending.clear()
 
-    def finish_ahead(self) -> list[Key]:
+    def finish_prefetched(self) -> list[Key]:
         """Experts that were read ahead, now in their slots; a failed read is as if it had never been tried."""
         finished = []
-        for key, loading in self.ahead.items():
+        for key, loading in self.prefetched.items():
             if loading.wait() is None:
                 self.put(key, loading.slot)
                 finished.append(key)
             else:
                 self.release(loading.slot)
-        self.ahead.clear()
+        self.prefetched.clear()
         return finished
 
     def fill(self, slots: Mapping[Key, int]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mixtral.budget.demands import MemoryPlan
-from mlx_mixtral.budget.slots import ModelSizes, ResidencyPlan
+from mlx_mixtral.budget.plan import MemoryPlan
+from mlx_mixtral.budget.slots import ModelSizes
 from mlx_mixtral.experts.gather import GatheredExperts
 from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.pool import Key, SlotPool
@@ -30,7 +30,7 @@ class Residency:
     Args:
         layers: experts of every layer; empty for a dense model.
         overflow: pools that layers share, by kind.
-        planned: the plan they were allocated by.
+        plan: the plan they were allocated by; ``plan`` is the one in force.
         policy: which expert makes room, by name.
     """
 
@@ -40,27 +40,22 @@ class Residency:
         sizes: ModelSizes,
         layers: Sequence[GatheredExperts],
         overflow: Mapping[int, SlotPool],
-        planned: MemoryPlan,
+        plan: MemoryPlan,
         policy: str,
     ) -> None:
         self.store, self.sizes, self.layers, self.policy = store, sizes, layers, policy
         self.overflow = dict(overflow)
-        self.planned = planned
-
-    @property
-    def plan(self) -> ResidencyPlan | None:
-        """Slots as planned, with predictions; None when everything is resident."""
-        return self.planned.residency
+        self.plan = plan
 
     @property
     def budget_bytes(self) -> int | None:
         """What was asked for, or found where not everything fits; None when everything is resident without a budget."""
-        return self.planned.budget_bytes
+        return self.plan.budget_bytes
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes reserved for the KV cache of ``planned.demands.context`` tokens."""
-        return self.planned.demands.kv_bytes
+        """Bytes reserved for the KV cache of ``plan.context_tokens`` tokens."""
+        return self.plan.kv_bytes
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -121,9 +116,9 @@ class Residency:
             "budget_bytes": self.budget_bytes,
             "resident_bytes": self.resident_bytes,
             "kv_bytes": self.kv_bytes,
-            "working_bytes": self.planned.working_bytes,
-            "context": self.planned.demands.context,
-            "chunk_tokens": self.planned.chunk_tokens,
+            "working_bytes": plan.working_bytes,
+            "context": plan.context_tokens,
+            "chunk_tokens": plan.chunk_tokens,
             "slots": list(self.slots),
             "overflow_slots": sum(pool.size for pool in self.overflow.values()),
             "hits": self.hits,
@@ -131,7 +126,7 @@ class Residency:
             "readbacks": self.readbacks,
             "bytes_read": self.bytes_read,
             "disk_wait_s": self.disk_wait_s,
-            "predicted_tok_s": None if plan is None else plan.tok_s,
+            "predicted_tok_s": plan.tok_s,
         }
 
     def close(self) -> None:
@@ -139,10 +134,10 @@ class Residency:
         self.store.close()
 
     def release(self) -> None:
-        """Let go of all expert memory; the model is not used any more."""
+        """Free all expert memory; the model is not used any more."""
         self.layers, self.overflow = (), {}
 
-    def change(self, planned: MemoryPlan, allocate: AllocateBank) -> None:
+    def change(self, plan: MemoryPlan, allocate: AllocateBank) -> None:
         """Go over to another plan: layers that shrink first, so that memory is given before it is taken.
 
         An expert that is in memory and stays is copied, not read. If a read fails the layer at hand goes on streaming.
@@ -151,11 +146,10 @@ class Residency:
             CheckpointError: an expert of a layer that becomes resident cannot be read.
         """
         for pool in self._pools():
-            pool.finish_ahead()
+            pool.finish_prefetched()
             pool.wait()
-        plan, before = planned.residency, self.slots
-        after = (self.sizes.num_experts,) * len(before) if plan is None else plan.slots
-        shared = {} if plan is None else plan.overflow_slots
+        before, shared = self.slots, plan.overflow_slots
+        after = (self.sizes.num_experts,) * len(before) if plan.slots is None else plan.slots
         for kind, count in shared.items():
             layer = self.sizes.kinds.index(kind)
             if kind not in self.overflow:
@@ -165,7 +159,7 @@ class Residency:
                 for gathered in self.layers:
                     if gathered.pool is self.overflow[kind]:
                         gathered.make_streamed(self.overflow[kind])
-        self.planned = planned
+        self.plan = plan
         for layer in sorted(range(len(before)), key=lambda layer: after[layer] - before[layer]):
             if after[layer] != before[layer]:
                 self._change_layer(layer, after[layer], allocate)
@@ -187,11 +181,11 @@ class Residency:
         if slots < experts:
             return
         missing = [expert for expert in range(experts) if (layer, expert) not in pool]
-        fills = [item for expert in missing for item in self.store.fills(layer, expert, pool.bank.arrays, expert)]
-        files = {item.info.file for item in fills}
+        ranges = [item for expert in missing for item in self.store.ranges(layer, expert, pool.bank.arrays, expert)]
+        files = {item.info.file for item in ranges}
         for file in files:
             self.store.reader.check_unchanged(file)
-        fill(self.store.reader, fills)
+        fill(self.store.reader, ranges)
         for file in files:
             self.store.reader.check_unchanged(file)
         gathered.make_resident(pool.bank)

@@ -15,7 +15,7 @@ from mlx_mixtral.layers.expert_bank import ExpertBank
 __all__ = ["measure_speeds"]
 
 DISK_SECONDS = 0.25
-MOST_EXPERTS = 32
+MAX_EXPERTS = 32
 REPEATS = 5
 
 
@@ -40,7 +40,7 @@ def _disk_bytes_per_s(store: ExpertStore, bank: ExpertBank, layers: Sequence[int
     done, count, started = 0, 0, time.perf_counter()
     elapsed = 0.0
     num_experts = len(store.parts[layers[0]])
-    while count < min(MOST_EXPERTS, len(layers) * num_experts) and elapsed < DISK_SECONDS:
+    while count < min(MAX_EXPERTS, len(layers) * num_experts) and elapsed < DISK_SECONDS:
         layer, expert = layers[count % len(layers)], count // len(layers)
         loading = store.start(layer, expert, bank.arrays, 0)
         if (problem := loading.wait()) is not None:

@@ -65,10 +65,10 @@ class Counters:
     wait_s: float = 0.0
     """Time this thread waited for reads; the device may have computed meanwhile."""
     predicted: int = 0
-    """Experts that look-ahead read, and of these the ones that were needed."""
+    """Experts that were prefetched, and of these the ones that were needed."""
     predicted_right: int = 0
     predicted_needed: int = 0
-    """Experts that were missing when look-ahead had its say."""
+    """Experts that were missing when the guess was made."""
 
     @property
     def hit_rate(self) -> float:
@@ -143,7 +143,7 @@ class ExpertStore:
         largest = max(part.nbytes for layer in self.parts.values() for parts in layer for part in parts)
         return READ_THREADS * min(largest + 2 * BLOCK_BYTES, BOUNCE_BYTES)
 
-    def fills(self, layer: int, expert: int, arrays: Mapping[str, mx.array], slot: int) -> list[ReadRange]:
+    def ranges(self, layer: int, expert: int, arrays: Mapping[str, mx.array], slot: int) -> list[ReadRange]:
         """The reads that fill a slot of a bank's ``arrays``."""
         return [part.into(arrays[part.name], slot) for part in self.parts[layer][expert]]
 
@@ -154,8 +154,8 @@ class ExpertStore:
             CheckpointError: a file is not what it was when the model was loaded.
         """
         reader = self._reader
-        fills = self.fills(layer, expert, arrays, slot)
-        files = {item.info.file for item in fills}
+        ranges = self.ranges(layer, expert, arrays, slot)
+        files = {item.info.file for item in ranges}
 
         def check() -> None:
             for file in files:
@@ -165,13 +165,13 @@ class ExpertStore:
         gate_up, down = (
             [
                 self._pool.submit(fill_piece, reader, chunk)
-                for part, item in zip(self.parts[layer][expert], fills, strict=True)
+                for part, item in zip(self.parts[layer][expert], ranges, strict=True)
                 if part.is_down == is_down
                 for chunk in pieces(item)
             ]
             for is_down in (False, True)
         )
-        return Loading(slot, sum(item.nbytes for item in fills), gate_up, down, check)
+        return Loading(slot, sum(item.nbytes for item in ranges), gate_up, down, check)
 
     def finish_gate_up(self, loading: Loading) -> BaseException | None:
         """Wait for gate and up of an expert; what went wrong with them. Their time is counted."""
@@ -190,9 +190,6 @@ class ExpertStore:
             self.counters.bytes_read += loading.nbytes
         self.counters.wait_s += time.perf_counter() - started
         return problem
-
-    def files_of(self, layer: int) -> set[Path]:
-        return {part.info.file for parts in self.parts[layer] for part in parts}
 
     def close(self) -> None:
         """Close the files; they open again when an expert is read."""

@@ -2,91 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.meter import Meter
-from mlx_mixtral.generation.sampling import Sampled, Sampler
-from mlx_mixtral.generation.stats import GenerationStats, Token
-from mlx_mixtral.model.step import DecodeStep
-from mlx_mixtral.model.transformer import MixtralModel
+from mlx_mixtral.generation.prefill import prefill
+from mlx_mixtral.generation.request import Request
+from mlx_mixtral.generation.sampling import Sampled
+from mlx_mixtral.generation.stats import Token
 
-__all__ = ["PREFILL_CHUNK_TOKENS", "GenerationStats", "Token", "decode", "prefill", "read_token"]
-
-PREFILL_CHUNK_TOKENS = 1024
+__all__ = ["decode", "first_token", "read_token"]
 
 
-def decode(
-    model: MixtralModel,
-    compute: DecodeStep,
-    prompt: Sequence[int],
-    cache: KVCache,
-    sampler: Sampler,
-    max_tokens: int,
-    stats: GenerationStats,
-    *,
-    stream: mx.Stream,
-    prefill_chunk: int = PREFILL_CHUNK_TOKENS,
-    on_prefill: Callable[[int, int], None] | None = None,
-) -> Generator[Token, None, None]:
-    """Generate up to ``max_tokens`` tokens after ``prompt``; the caller stops iterating when it has seen enough.
+def decode(context: DecodeContext, request: Request, cache: KVCache) -> Generator[Token, None, None]:
+    """Generate up to ``request.max_tokens`` tokens; the caller stops iterating when it has seen enough.
 
-    Exactly ``len(prompt) + max_tokens - 1`` positions are computed when all tokens are taken: the last token is never fed
-    back. A caller that stops early on a token's value leaves one step in flight, which reading it ahead costs.
-
-    Args:
-        compute: the model's step, one token at a time.
-        cache: what came before the prompt; updated in place.
-        stats: filled in as it goes.
-        stream: the MLX stream for all work. One that any thread may use, as the iterator may be resumed from several.
-        prefill_chunk: tokens computed at once; bounds working memory.
-        on_prefill: told ``(done, total)`` prompt tokens after each chunk; raising from it cancels.
+    Of the prompt, what ``cache`` holds already is not computed; it must not hold all of it. Exactly ``max_tokens - 1``
+    positions beyond the prompt are computed when all tokens are taken: the last token is never fed back. A caller that stops
+    early on a token's value leaves one step in flight, which reading it ahead costs.
     """
-    meter = Meter(model, prompt, stats, on_prefill)
-    with mx.stream(stream):
-        hidden = prefill(model, prompt, cache, prefill_chunk, on_prefill)
-        ahead = sampler(model.head(hidden[:, -1]))
-        mx.async_eval(ahead.arrays)
+    model, sampler = context.model, request.sampler
+    meter = Meter(model, request, cache.length)
+    ahead = first_token(context, request, cache)
 
     def following(current: Sampled) -> Sampled:
-        with mx.stream(stream):
-            sampled = sampler(compute(current.token[None], cache)[:, -1])
+        with mx.stream(context.stream):
+            sampled = sampler(context.step(current.token[None], cache)[:, -1])
             mx.async_eval(sampled.arrays)
         return sampled
 
-    for step in range(max_tokens):
+    for made in range(1, request.max_tokens + 1):
         current = ahead
         # A forward that waits for experts would wait for this token too: nothing is gained by starting it early.
-        is_early = step + 1 < max_tokens and not model.is_streamed
+        is_early = made < request.max_tokens and not model.is_streamed
         if is_early:
             ahead = following(current)
         token = read_token(current)
-        meter.count(step + 1)
+        meter.count(made)
         yield token
-        if step + 1 < max_tokens and not is_early:
+        if made < request.max_tokens and not is_early:
             ahead = following(current)
 
 
-def prefill(
-    model: MixtralModel,
-    prompt: Sequence[int],
-    cache: KVCache,
-    chunk: int,
-    on_prefill: Callable[[int, int], None] | None,
-) -> mx.array:
-    """Hidden state of the prompt's last token ``[1, 1, D]``, lazily; all chunks but the last are computed and dropped."""
-    tokens = mx.array([list(prompt)], mx.int32)
-    start, before = 0, cache.length
-    while len(prompt) - start > chunk:
-        model.remember(tokens[:, start : start + chunk], cache)
-        mx.eval(cache.arrays)
-        start += chunk
-        if on_prefill is not None:
-            on_prefill(before + start, before + len(prompt))
-    return model.hidden(tokens[:, start:], cache, last_only=True)
+def first_token(context: DecodeContext, request: Request, cache: KVCache) -> Sampled:
+    """Compute what ``cache`` does not hold of the prompt, and schedule the token after it."""
+    before, total = cache.length, len(request.tokens)
+    with mx.stream(context.stream):
+        tokens = mx.array([list(request.tokens[before:])], mx.int32)
+        for done, hidden in prefill(context.model, tokens, cache, context.chunk_tokens):
+            if hidden is None and request.on_prefill is not None:
+                request.on_prefill(before + done, total)
+        assert hidden is not None
+        sampled = request.sampler(context.model.head(hidden[:, -1]))
+        mx.async_eval(sampled.arrays)
+    return sampled
 
 
 def read_token(sampled: Sampled) -> Token:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 
 from mlx_mixtral.experts.store import Counters
-from mlx_mixtral.generation.stats import GenerationStats
+from mlx_mixtral.generation.request import Request
 from mlx_mixtral.model.transformer import MixtralModel
 
 __all__ = ["Meter"]
@@ -15,24 +14,19 @@ __all__ = ["Meter"]
 class Meter:
     """Made when a generation starts; told how many tokens there are whenever one more was read.
 
+    ``request.on_prefill`` is told ``(total, total)`` prompt tokens with the first token.
+
     Args:
-        prompt: what of it is to be computed; ``stats.reused_tokens`` came before.
-        on_prefill: told ``(total, total)`` prompt tokens with the first token.
+        reused_tokens: of the prompt, what the cache holds already.
     """
 
-    def __init__(
-        self,
-        model: MixtralModel,
-        prompt: Sequence[int],
-        stats: GenerationStats,
-        on_prefill: Callable[[int, int], None] | None,
-    ) -> None:
-        self._stats, self._on_prefill = stats, on_prefill
+    def __init__(self, model: MixtralModel, request: Request, reused_tokens: int = 0) -> None:
+        self._stats, self._on_prefill = request.stats, request.on_prefill
         self._counters = model.counters if model.is_streamed else None
         self._before = None if self._counters is None else self._counters.copy()
         self._prompt_experts: Counters | None = None
         self._started = self._first_token_at = time.perf_counter()
-        stats.prompt_tokens = stats.reused_tokens + len(prompt)
+        self._stats.prompt_tokens, self._stats.reused_tokens = len(request.tokens), reused_tokens
 
     def count(self, tokens: int) -> None:
         stats, now = self._stats, time.perf_counter()

@@ -40,6 +40,9 @@ class SamplingParams:
 
     Raises:
         InvalidRequestError: a value out of its range.
+
+    Example:
+        >>> SamplingParams(temperature=0.7, top_p=0.95, seed=1)
     """
 
     temperature: float = 0.0

@@ -8,42 +8,33 @@ computed a chunk between two steps, so a long one delays the others by a chunk a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_mixtral.cache.batch import BatchCache
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.errors import ContextLengthError
-from mlx_mixtral.generation.loop import GenerationStats, Token, read_token
+from mlx_mixtral.generation.context import DecodeContext
+from mlx_mixtral.generation.loop import read_token
 from mlx_mixtral.generation.meter import Meter
-from mlx_mixtral.generation.sampling import Sampled, Sampler
-from mlx_mixtral.model.step import DecodeStep
-from mlx_mixtral.model.transformer import MixtralModel
+from mlx_mixtral.generation.prefill import Prefilled, prefill
+from mlx_mixtral.generation.request import Request
+from mlx_mixtral.generation.sampling import Sampled
+from mlx_mixtral.generation.stats import Token
 
-__all__ = ["Scheduler", "SequenceRequest"]
+__all__ = ["Scheduler"]
 
 # Prompts of different lengths are computed together when padding adds no more than this share, or so many tokens a row.
 PADDING_SHARE, PADDING_TOKENS = 0.25, 64
-LEAST_CHUNK_TOKENS = 32
-
-
-@dataclass
-class SequenceRequest:
-    """A prompt to continue by up to ``max_tokens`` tokens. ``stats`` is filled in as it goes."""
-
-    tokens: Sequence[int]
-    max_tokens: int
-    sampler: Sampler
-    stats: GenerationStats = field(default_factory=GenerationStats)
-    on_prefill: Callable[[int, int], None] | None = None
+MIN_CHUNK_TOKENS = 32
 
 
 @dataclass
 class _Row:
     ticket: int
-    request: SequenceRequest
+    request: Request
     meter: Meter
     unread: Sampled | None = None
     made: int = 0
@@ -62,37 +53,27 @@ class _Prefill:
     """Prompts that are being computed together, aligned at their ends."""
 
     rows: list[_Row]
-    tokens: mx.array
+    length: int
+    """Tokens of the longest prompt."""
     cache: KVCache
-    done: int = 0
+    chunks: Iterator[Prefilled]
 
 
 class Scheduler:
     """Carries out requests on one model. Use it from one thread at a time, and nothing else of the model meanwhile.
 
     Args:
-        compute: the model's step.
-        make_cache: an empty cache for rows with so much left padding each.
-        stream: the MLX stream for all work.
         max_rows: generations at once.
         max_columns: rows times columns of cache, as a memory budget allows; None for no limit.
-        prefill_chunk: tokens of prompts computed at once.
+        max_tokens: tokens of a sequence that room is made for at once; None for no limit.
     """
 
     def __init__(
-        self,
-        model: MixtralModel,
-        compute: DecodeStep,
-        make_cache: Callable[[Sequence[int]], KVCache],
-        *,
-        stream: mx.Stream,
-        max_rows: int,
-        max_columns: int | None,
-        prefill_chunk: int,
+        self, context: DecodeContext, *, max_rows: int, max_columns: int | None = None, max_tokens: int | None = None
     ) -> None:
-        self._model, self._compute, self._make_cache, self._stream = model, compute, make_cache, stream
-        self._max_rows, self._max_columns, self._prefill_chunk = max_rows, max_columns, prefill_chunk
-        window = model.kv.window(model.config)
+        self._context, self._model = context, context.model
+        self._max_rows, self._max_columns, self._max_tokens = max_rows, max_columns, max_tokens
+        window = self._model.kv.window(self._model.config)
         # Sinks are the first tokens of each row, and have to lie in the same columns.
         self._pads = window is None or not window.sinks
         self._waiting: deque[_Row] = deque()
@@ -112,7 +93,7 @@ class Scheduler:
         """Rows that are being generated or whose prompts are being computed."""
         return len(self._rows) + (len(self._prefilling.rows) if self._prefilling else 0)
 
-    def submit(self, request: SequenceRequest) -> int:
+    def submit(self, request: Request) -> int:
         """Put a request at the end of the queue; returns its ticket.
 
         Raises:
@@ -126,8 +107,7 @@ class Scheduler:
                 f"{columns}; the memory budget holds {self._max_columns}: reserve more with context=, or generate fewer"
             )
         self._tickets += 1
-        meter = Meter(self._model, request.tokens, request.stats, request.on_prefill)
-        self._waiting.append(_Row(self._tickets, request, meter))
+        self._waiting.append(_Row(self._tickets, request, Meter(self._model, request)))
         return self._tickets
 
     def finish(self, ticket: int) -> None:
@@ -144,7 +124,7 @@ class Scheduler:
         Raises:
             CheckpointError: an expert cannot be read; the scheduler is of no more use.
         """
-        with mx.stream(self._stream):
+        with mx.stream(self._context.stream):
             self._keep([place for place, row in enumerate(self._rows) if not row.is_finished])
             if self._rows and self._rows[0].unread is None:
                 self._advance()
@@ -170,7 +150,7 @@ class Scheduler:
         return self._model.kv.columns(self._model.config, tokens)
 
     def _keep(self, places: Sequence[int]) -> None:
-        """Let go of all rows but these."""
+        """Drop all rows but these."""
         if len(places) == len(self._rows):
             return
         self._rows = [self._rows[place] for place in places]
@@ -181,7 +161,7 @@ class Scheduler:
     def _advance(self) -> None:
         """Schedule the next token of every row."""
         assert self._cache is not None
-        logits = self._compute(self._last[:, None], self._cache)[:, -1]
+        logits = self._context.step(self._last[:, None], self._cache)[:, -1]
         self._last = self._sample(self._rows, logits)
         mx.async_eval(self._last, *[array for row in self._rows if row.unread for array in row.unread.arrays])
 
@@ -209,29 +189,22 @@ class Scheduler:
             if self._rows:
                 return
 
-    def _compute_chunk(self, prefill: _Prefill) -> None:
-        count, total = prefill.tokens.shape
-        chunk = max(LEAST_CHUNK_TOKENS, self._prefill_chunk // count)
-        end = min(prefill.done + chunk, total)
-        part = prefill.tokens[:, prefill.done : end]
-        prefill.done = end
-        if end < total:
-            self._model.remember(part, prefill.cache)
-            mx.eval(prefill.cache.arrays)
-            for row in prefill.rows:
+    def _compute_chunk(self, prompts: _Prefill) -> None:
+        done, hidden = next(prompts.chunks)
+        if hidden is None:
+            for row in prompts.rows:
                 if row.request.on_prefill is not None:
-                    ahead = total - end
-                    row.request.on_prefill(max(0, len(row.request.tokens) - ahead), len(row.request.tokens))
+                    total = len(row.request.tokens)
+                    row.request.on_prefill(max(0, total - (prompts.length - done)), total)
             return
-        hidden = self._model.hidden(part, prefill.cache, last_only=True)
-        tokens = self._sample(prefill.rows, self._model.head(hidden[:, -1]))
+        tokens = self._sample(prompts.rows, self._model.head(hidden[:, -1]))
         mx.async_eval(tokens)
         self._prefilling = None
         if self._cache is None:
-            self._cache = BatchCache(prefill.cache.storage, prefill.cache.window)
-        self._cache.join(prefill.cache)
+            self._cache = BatchCache(prompts.cache.storage, prompts.cache.window)
+        self._cache.join(prompts.cache)
         self._last = mx.concatenate([self._last, tokens]) if self._rows else tokens
-        self._rows += prefill.rows
+        self._rows += prompts.rows
 
     def _admit(self) -> _Prefill | None:
         """The next requests that fit, as many as go together well; None when the first in the queue has to wait."""
@@ -244,8 +217,10 @@ class Scheduler:
         padding = [longest - len(row.request.tokens) for row in chosen]
         for row in chosen:
             row.columns = self._columns(longest + row.request.max_tokens - 1)
-        tokens = [[0] * pad + list(row.request.tokens) for pad, row in zip(padding, chosen, strict=True)]
-        return _Prefill(chosen, mx.array(tokens, mx.int32), self._make_cache(padding))
+        padded = [[0] * pad + list(row.request.tokens) for pad, row in zip(padding, chosen, strict=True)]
+        cache = self._model.make_cache(padding, max_tokens=self._max_tokens)
+        chunk = max(MIN_CHUNK_TOKENS, self._context.chunk_tokens // len(chosen))
+        return _Prefill(chosen, longest, cache, prefill(self._model, mx.array(padded, mx.int32), cache, chunk))
 
     def _fits(self, joining: Sequence[_Row]) -> bool:
         count = len(self._rows) + len(joining)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_mixtral.experts.store import Counters
-from mlx_mixtral.generation.speculation.proposal import SpeculationStats
 
-__all__ = ["GenerationStats", "Token"]
+__all__ = ["GenerationStats", "SpeculationStats", "Token"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,44 @@ class Token:
 
 
 @dataclass
+class SpeculationStats:
+    """What speculation did in a generation so far, after its first token."""
+
+    forwards: int = 0
+    """Forwards of the model."""
+    tokens: int = 0
+    """Tokens they gave."""
+    proposed: int = 0
+    accepted: int = 0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """1 without speculation."""
+        return self.tokens / self.forwards if self.forwards else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the proposed tokens that were accepted; of those after the first wrong one none is."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+    def to_dict(self) -> dict[str, float | int]:
+        return {
+            "forwards": self.forwards,
+            "tokens_per_forward": self.tokens_per_forward,
+            "proposed_tokens": self.proposed,
+            "accepted_tokens": self.accepted,
+            "acceptance": self.acceptance,
+        }
+
+
+@dataclass
 class GenerationStats:
-    """What a generation cost so far. Seconds are wall-clock; rates are 0 before there is anything to divide."""
+    """What a generation cost so far. Seconds are wall-clock; rates are 0 before there is anything to divide.
+
+    Example:
+        >>> stats = model.generate("Mixtral is").stats
+        >>> f"{stats.prompt_tok_s:.1f} tok/s of prompt, {stats.decode_tok_s:.1f} tok/s after it"
+    """
 
     prompt_tokens: int = 0
     reused_tokens: int = 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
@@ -86,17 +84,6 @@ class ExpertBank(Module):
             for field in fields
             if (array := getattr(matrix, field)) is not None
         }
-
-    def with_arrays(self, arrays: Mapping[str, mx.array]) -> ExpertBank:
-        """A bank of the same packing with other arrays, named as in ``arrays``."""
-
-        def matrix(name: str, own: StackedLinear) -> StackedLinear:
-            prefix = f"{name}."
-            found = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
-            return StackedLinear(found, own.spec)
-
-        gate_up = [matrix(f"gate_up.{index}", own) for index, own in enumerate(self.gate_up)]
-        return ExpertBank(gate_up, matrix("down", self.down))
 
     def pairs(self, x: mx.array, slots: mx.array, *, is_sorted: bool) -> mx.array:
         """Row by row: ``x [P, 1, D]`` of ``token_rows`` through ``slots [P]`` gives ``[P, D]``.

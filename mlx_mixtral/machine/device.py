@@ -20,7 +20,7 @@ DTYPE_NAMES = {short: name for name, short in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class Device:
-    """A device of MLX. Bytes are None where MLX does not tell (CPU backend)."""
+    """A device of MLX. Bytes are None where MLX does not say (CPU backend)."""
 
     kind: str
     """``metal``, ``cuda`` or ``cpu``."""

@@ -19,9 +19,10 @@ from mlx_mixtral.experts.store import ExpertPart, ExpertStore
 from mlx_mixtral.layers.attention import Attention
 from mlx_mixtral.layers.expert_bank import ExpertBank, FeedForward
 from mlx_mixtral.layers.linear import Linear, StackedLinear
+from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.model.moe import SparseMoe
-from mlx_mixtral.model.transformer import DecoderLayer, MixtralModel, RMSNorm
+from mlx_mixtral.model.transformer import DecoderLayer, MixtralModel
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.direct import identities
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
@@ -61,7 +62,7 @@ class Builder:
         self.config, self.checkpoint, self.dtype, self.fuse = config, checkpoint, dtype, fuse
         self.page_cache, self.policy = page_cache, policy
         self.identities = identities(checkpoint)
-        self.fills: list[ReadRange] = []
+        self.ranges: list[ReadRange] = []
         self.overflow: dict[int, SlotPool] = {}
         self.matrices = {matrix.path: matrix for matrix in matrices(config)}
         self.norms = {norm.path: norm for norm in norms(config)}
@@ -108,7 +109,7 @@ class Builder:
     def build(
         self, slots: Sequence[int] | None = None, overflow_slots: Mapping[int, int] | None = None
     ) -> MixtralModel:
-        """The model, allocated; it is complete once ``fills`` are carried out.
+        """The model, allocated; it is complete once ``ranges`` are read.
 
         Args:
             slots: expert slots of each layer; all experts are resident when None. A layer with fewer than there are experts
@@ -167,7 +168,7 @@ class Builder:
             return gathered
         bank = self.bank(layer, slots)
         for expert in range(slots):
-            self.fills += self.store.fills(layer, expert, bank.arrays, expert)
+            self.ranges += self.store.ranges(layer, expert, bank.arrays, expert)
         if slots == self.config.num_local_experts:
             gathered.make_resident(bank)
         else:
@@ -231,7 +232,7 @@ class Builder:
             above = 0
             for part in parts:
                 (found,) = self._locations(part, field)
-                self.fills.append(ReadRange(array, above, dtype, self.checkpoint[found.name], found.start, found.stop))
+                self.ranges.append(ReadRange(array, above, dtype, self.checkpoint[found.name], found.start, found.stop))
                 above += part.out_features
         return Linear(arrays, spec)
 
@@ -290,5 +291,5 @@ class Builder:
     def _norm(self, path: str) -> RMSNorm:
         array = allocate((self.norms[path].size,), self.dtype)
         info = self.checkpoint[f"{path}.weight"]
-        self.fills.append(ReadRange(array, 0, self.dtype, info, 0, 1))
+        self.ranges.append(ReadRange(array, 0, self.dtype, info, 0, 1))
         return RMSNorm(array, self.config.rms_norm_eps)

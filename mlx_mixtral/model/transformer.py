@@ -17,21 +17,10 @@ from mlx_mixtral.experts.store import Counters
 from mlx_mixtral.layers.attention import Attention
 from mlx_mixtral.layers.expert_bank import FeedForward
 from mlx_mixtral.layers.linear import Linear
+from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.model.moe import SparseMoe
 
-__all__ = ["DecoderLayer", "MixtralModel", "RMSNorm"]
-
-
-class RMSNorm(Module):
-    """``x / rms(x) * weight`` over the last axis (arXiv 1910.07467); the mean accumulates in float32."""
-
-    def __init__(self, weight: mx.array, eps: float) -> None:
-        super().__init__()
-        self.weight = weight
-        self._eps = eps
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self.weight, self._eps)
+__all__ = ["DecoderLayer", "MixtralModel"]
 
 
 class DecoderLayer(Module):
@@ -137,16 +126,6 @@ class MixtralModel(Module):
     def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
         """Lazy logits ``[B, L, V]`` of ``tokens [B, L]`` (int32), following what ``cache`` holds."""
         return self.head(self.hidden(tokens, self.make_cache() if cache is None else cache))
-
-    def logits(self, tokens: Sequence[int], chunk_tokens: int) -> mx.array:
-        """Logits ``[L, V]`` of ``tokens``, evaluated, ``chunk_tokens`` at a time."""
-        parts, cache = [], self.make_cache()
-        for start in range(0, len(tokens), chunk_tokens):
-            parts.append(self(mx.array([tokens[start : start + chunk_tokens]], mx.int32), cache)[0])
-            mx.eval(parts[-1], cache.arrays)
-        result = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-        mx.eval(result)
-        return result
 
     @property
     def gathered(self) -> list[GatheredExperts]:

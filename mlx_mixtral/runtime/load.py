@@ -6,24 +6,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_mixtral.arguments import as_path, check_callbacks
-from mlx_mixtral.budget.demands import MemoryPlan
-from mlx_mixtral.budget.planner import Planner
+from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.options import DEFAULT_SINKS, KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import DtypeRangeError, InvalidRequestError, MissingDependencyError, TokenizerError
 from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.hub import resolve
-from mlx_mixtral.machine.device import DTYPE_NAMES, compute_dtype, current_device
+from mlx_mixtral.machine.device import DTYPE_NAMES, Device, compute_dtype, current_device
 from mlx_mixtral.model.build import Builder
+from mlx_mixtral.model.planning import make_planner
 from mlx_mixtral.model.prefetch import PrefetchControl
 from mlx_mixtral.model.transformer import MixtralModel
+from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.tokenizer import Tokenizer, load_tokenizer
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.fill import fill
+from mlx_mixtral.weights.fingerprint import checkpoint_identity
 from mlx_mixtral.weights.manifest import check_files, check_sizes
 
 __all__ = ["LoadProgress", "load", "load_module", "refuse_cpu_gather"]
@@ -31,7 +35,11 @@ __all__ = ["LoadProgress", "load", "load_module", "refuse_cpu_gather"]
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How far loading is, in bytes read from disk."""
+    """How far loading is, in bytes read from disk.
+
+    Example:
+        >>> load("mixtral-4bit", progress=lambda at: print(f"{at.done_bytes / at.total_bytes:.0%}"))
+    """
 
     done_bytes: int
     total_bytes: int
@@ -43,6 +51,7 @@ def load(
     memory: str | int | None = None,
     context: int | None = None,
     dtype: str = "auto",
+    device: str | None = None,
     revision: str | None = None,
     verify: bool = False,
     page_cache: bool = False,
@@ -65,6 +74,7 @@ def load(
             room for are read from disk when a token needs them; the answer is the same. What this machine can give when None.
         context: tokens the budget reserves KV cache for; the smaller of the model's and 4096 when left out.
         dtype: compute type: auto (by device), float32, float16 or bfloat16.
+        device: gpu or cpu; MLX's default device when None.
         verify: compare every file of one of our conversions with its sha256 first, which reads the weights once more. The
             sizes of its weight files are compared always.
         page_cache: let experts that are read from disk fill the operating system's page cache too; worth it where the machine
@@ -86,11 +96,15 @@ def load(
         CheckpointError, ConfigError, HubError: the model cannot be found, read or run.
         MemoryBudgetError: ``memory`` is below the least the model can do with.
         InvalidRequestError: an argument out of range.
+
+    Example:
+        >>> model = load("mixtral-4bit", memory="20GB")
+        >>> model.generate("Mixtral is", max_tokens=64).text
     """
     as_path("path", path)
     check_callbacks(progress=progress)
-    device = current_device()
-    kind = compute_dtype(dtype, device)
+    place = current_device(device)
+    kind = compute_dtype(dtype, place)
     control, _ = PrefetchControl(prefetch), make_policy(policy)
     kv = KVOptions(kv_bits, kv_size, kv_sinks)
     kept = prefix_cache if prefix_cache is None else 0 if prefix_cache in (0, "0") else parse_size(prefix_cache)
@@ -108,49 +122,57 @@ def load(
         tokenizer = TokenizerError(str(error))
     for name in (kind, "BF16"):
         builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy)
-        refuse_cpu_gather(builder)
-        planner = Planner(builder, device, kv=kv)
-        planned = planner.plan(memory, context)
+        refuse_cpu_gather(builder, place)
+        planner = make_planner(builder, place, kv=kv)
         try:
-            module, residency = load_module(planner, planned, progress)
+            with mx.stream(place.mlx):
+                module, residency = load_module(builder, planner.plan(memory, context), progress)
         except DtypeRangeError:
             if name != "F16" or dtype != "auto":
                 raise
             continue
-        return Mixtral(module, residency, planner, config, device, tokenizer, control, kept)
+        module.kv = kv
+        engine = Engine(
+            module,
+            residency,
+            planner,
+            place,
+            control,
+            allocate=builder.bank,
+            identity=lambda: checkpoint_identity(folder),
+            prefix_cache=kept,
+        )
+        return Mixtral(engine, tokenizer)
     raise AssertionError("bfloat16 has the range of float32")
 
 
 def load_module(
-    planner: Planner, planned: MemoryPlan, progress: Callable[[LoadProgress], None] | None
+    builder: Builder, plan: MemoryPlan, progress: Callable[[LoadProgress], None] | None
 ) -> tuple[MixtralModel, Residency]:
     """Allocate the model and read what stays in memory.
 
     Raises:
         CheckpointError: weights that cannot be read or held.
     """
-    builder, plan = planner.builder, planned.residency
-    slots, overflow = (None, None) if plan is None else (plan.slots, plan.overflow_slots)
-    module = builder.build(slots, overflow)
-    module.kv = planner.kv
-    total = sum(item.nbytes for item in builder.fills)
+    module = builder.build(plan.slots, plan.overflow_slots)
+    total = sum(item.nbytes for item in builder.ranges)
 
     def report(done_bytes: int) -> None:
         if progress is not None:
             progress(LoadProgress(done_bytes, total))
 
     with CheckpointReader(builder.checkpoint) as reader:
-        fill(reader, builder.fills, report)
-    builder.fills.clear()
-    residency = Residency(builder.store, planner.sizes, module.gathered, builder.overflow, planned, builder.policy)
+        fill(reader, builder.ranges, report)
+    builder.ranges.clear()
+    residency = Residency(builder.store, builder.sizes(), module.gathered, builder.overflow, plan, builder.policy)
     builder.overflow = {}
     return module, residency
 
 
-def refuse_cpu_gather(builder: Builder) -> None:
+def refuse_cpu_gather(builder: Builder, device: Device) -> None:
     """MLX's CPU ``gather_mm`` computes float32 only: say so at load, not in the first forward."""
     plain = any(m.part == "expert" and builder.specs[path] is None for path, m in builder.matrices.items())
-    if plain and not builder.config.is_dense and builder.dtype != "F32" and current_device().kind == "cpu":
+    if plain and not builder.config.is_dense and builder.dtype != "F32" and device.kind == "cpu":
         raise InvalidRequestError(
             f"unquantised experts cannot be computed in {DTYPE_NAMES[builder.dtype]} on MLX's CPU backend; "
             "use --dtype float32, or convert the checkpoint"

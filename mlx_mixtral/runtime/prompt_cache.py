@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,16 +13,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral.arguments import as_path
-from mlx_mixtral.budget.planner import Planner
+from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.prefixes import PrefixStore
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, PromptCacheError
-from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.files import check_destination, explained, partial_path
-from mlx_mixtral.generation.loop import prefill
-from mlx_mixtral.generation.stats import GenerationStats, Token
+from mlx_mixtral.generation.context import DecodeContext
+from mlx_mixtral.generation.prefill import last_hidden
 from mlx_mixtral.model.transformer import MixtralModel
-from mlx_mixtral.weights.fingerprint import checkpoint_identity
 from mlx_mixtral.weights.safetensors import read_header
 
 __all__ = ["DEFAULT_KEPT_BYTES", "PromptCache", "check_saved"]
@@ -35,74 +33,59 @@ class PromptCache:
     """Caches of one model's prompts.
 
     Args:
-        planner: knows the checkpoint.
-        limit_bytes: of what is kept. When None what was planned decides: under a budget one sequence is kept, in the memory of
-            the next one's cache.
+        plan: the plan in force.
+        limit_bytes: of what is kept. When None the plan decides: under a budget one sequence is kept, in the memory of the
+            next one's cache.
+        identity: tells the checkpoint from others; asked when a prompt is saved or loaded.
+
+    Raises:
+        PromptCacheError: by ``save`` and ``load``, where ``identity`` raises CheckpointError.
     """
 
-    def __init__(self, planner: Planner, residency: Residency, limit_bytes: int | None) -> None:
-        self._planner, self._residency, self._given = planner, residency, limit_bytes
-        self.fit()
+    def __init__(self, plan: MemoryPlan, limit_bytes: int | None, identity: Callable[[], str]) -> None:
+        self._given, self._identify = limit_bytes, identity
+        self.fit(plan)
 
-    def fit(self) -> None:
-        """Keep nothing, and from now on what the plan in force allows."""
-        planned = self._residency.planned
-        is_bound = planned.budget_bytes is not None or planned.residency is not None
-        limit = planned.demands.kv_bytes if is_bound else DEFAULT_KEPT_BYTES
+    def fit(self, plan: MemoryPlan) -> None:
+        """Keep nothing, and from now on what ``plan`` allows."""
+        limit = plan.kv_bytes if plan.is_bound else DEFAULT_KEPT_BYTES
         self.kept = PrefixStore(
-            limit if self._given is None else self._given, has_memory=self._given is not None or not is_bound
+            limit if self._given is None else self._given, has_memory=self._given is not None or not plan.is_bound
         )
 
-    def generate(
-        self,
-        tokens: Sequence[int],
-        make_cache: Callable[[], KVCache],
-        start: Callable[[Sequence[int], KVCache], Generator[Token, None, None]],
-        stats: GenerationStats,
-        stream: mx.Stream,
-    ) -> Generator[Token, None, None]:
-        """What ``start(rest, cache)`` generates after ``tokens``, ``cache`` holding what of them was computed before.
+    def take(self, tokens: Sequence[int]) -> KVCache | None:
+        """A cache of the longest beginning of ``tokens`` that is kept; it belongs to the caller. None when there is none."""
+        return self.kept.take(tokens)
 
-        The cache is kept for the next time, unless an error ended the generation.
-        """
-        with mx.stream(stream):
-            cache = self.kept.take(tokens) or make_cache()
-        stats.reused_tokens = cache.length
-        seen = list(tokens)
-        is_whole = False
-        try:
-            with contextlib.closing(start(tokens[cache.length :], cache)) as generated:
-                for token in generated:
-                    seen.append(token.token_id)
-                    # A caller that has seen enough closes us here.
-                    is_whole = True
-                    yield token
-                    is_whole = False
-            is_whole = True
-        finally:
-            if is_whole:
-                self.kept.put(seen[: cache.length], cache)
+    def put(self, tokens: Sequence[int], cache: KVCache) -> None:
+        """Keep ``cache``, which holds just ``tokens``; the caller must not use it any more."""
+        self.kept.put(tokens, cache)
 
-    def give_way(self) -> None:
-        """Before something else takes the memory of a generation's cache."""
+    def free(self) -> None:
+        """Give back what lies in the memory of the next generation's cache, which something else needs now."""
         if not self.kept.has_memory:
             self.kept.clear()
 
-    def save(self, path: str | Path, tokens: Sequence[int], module: MixtralModel, chunk_tokens: int) -> None:
+    def clear(self) -> None:
+        """Keep nothing of what there is."""
+        self.kept.clear()
+
+    def save(self, path: str | Path, tokens: Sequence[int], context: DecodeContext) -> None:
         """Write what ``tokens`` leave in a cache to a safetensors file; it appears whole or not at all.
 
         Raises:
             InvalidRequestError: more tokens than a cache of bounded size holds.
             DestinationError, DiskSpaceError: it cannot be written.
         """
-        place = check_destination("path", path)
+        place, module = check_destination("path", path), context.model
         window = module.kv.window(module.config)
         if window is not None and len(tokens) > window.columns:
             raise InvalidRequestError(
                 f"a prompt of {len(tokens)} tokens does not fit a KV cache of {window.size}; load it with a larger kv_size"
             )
         cache = self.kept.take(tokens) or module.make_cache(max_tokens=len(tokens))
-        mx.eval(prefill(module, tokens[cache.length :], cache, chunk_tokens, None))
+        rest = mx.array([list(tokens[cache.length :])], mx.int32)
+        mx.eval(last_hidden(module, rest, cache, context.chunk_tokens))
         arrays = {
             f"layers.{layer}.{index}": array
             for layer, held in enumerate(cache.fork(len(tokens)).layers)
@@ -171,7 +154,7 @@ class PromptCache:
     @cached_property
     def _identity(self) -> str:
         try:
-            return checkpoint_identity(self._planner.builder.checkpoint.folder)
+            return self._identify()
         except CheckpointError as error:
             raise PromptCacheError(f"the model's own files are needed to tell whose prompt it is: {error}") from None
 
@@ -205,7 +188,7 @@ def _compare(place: Path, key: str, found: str | None, expected: str) -> None:
 
 
 def _read_about(place: Path) -> tuple[dict[str, str], list[str]]:
-    """The metadata of a safetensors file, and the names of its tensors; sizes are checked before anything is believed."""
+    """The metadata of a safetensors file, and the names of its tensors; sizes are checked before anything is used."""
     try:
         names = list(read_header(place))
         with place.open("rb") as file:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypedDict
 
-from mlx_mixtral.arguments import check_callbacks, check_type
-from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError, TokenizerError
-from mlx_mixtral.experts.residency import Residency
+from mlx_mixtral.generation.request import PieceOf, Request, Speculation
 from mlx_mixtral.generation.sampling import Sampler, SamplingParams
 from mlx_mixtral.generation.stop import StopStrings
-from mlx_mixtral.runtime.speculation import DraftModel, PromptLookup, Speculation
+from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.stream import TextAssembler
 from mlx_mixtral.tokenizer import Tokenizer
 
-__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Request", "Requests"]
+__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Requests", "TextRequest"]
 
 DEFAULT_MAX_TOKENS = 256
 
 
 class GenerationOptions(TypedDict, total=False):
-    """What ``generate``, ``stream``, ``chat`` and ``stream_chat`` take beside the prompt. All may be left out."""
+    """What ``generate``, ``stream``, ``chat`` and ``stream_chat`` take beside the prompt. All may be left out.
+
+    Example:
+        >>> options: GenerationOptions = {"max_tokens": 64, "stop": ["\\n\\n"]}
+        >>> model.generate("Mixtral is", **options).text
+    """
 
     max_tokens: int
     """Most tokens to generate (256); the context ends it earlier when it is full."""
@@ -41,26 +46,22 @@ class GenerationOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Request:
-    """One generation to be done. ``sampler`` and ``text`` have state: a request is carried out once."""
+class TextRequest:
+    """A request to the engine, and what makes text of its tokens."""
 
-    tokens: list[int]
-    max_tokens: int
-    sampler: Sampler
+    request: Request
     text: TextAssembler
-    on_prefill: Callable[[int, int], None] | None = None
-    speculation: Speculation | None = None
 
 
 class Requests:
-    """Makes requests to one model, and knows what it can be asked.
+    """Makes requests to one model.
 
     Args:
         tokenizer: the checkpoint's, or why there is none.
     """
 
-    def __init__(self, config: MixtralConfig, residency: Residency, tokenizer: Tokenizer | TokenizerError) -> None:
-        self._config, self._residency, self._tokenizer = config, residency, tokenizer
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | TokenizerError) -> None:
+        self._engine, self._tokenizer = engine, tokenizer
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -70,10 +71,9 @@ class Requests:
         return self._tokenizer
 
     @property
-    def context_limit(self) -> int:
-        """Tokens a sequence may have: the model's own, or those a memory budget holds KV cache for."""
-        model, planned = self._config.max_position_embeddings, self._residency.planned
-        return model if planned.budget_bytes is None else min(model, planned.demands.context_capacity)
+    def piece_of(self) -> PieceOf | None:
+        """From a token id to its piece, None beyond the end of the vocabulary; None without a tokenizer."""
+        return None if isinstance(self._tokenizer, Exception) else partial(_piece, self._tokenizer)
 
     def request(
         self,
@@ -87,7 +87,7 @@ class Requests:
         on_prefill: Callable[[int, int], None] | None = None,
         speculation: Speculation | None = None,
         is_answer: bool = False,
-    ) -> Request:
+    ) -> TextRequest:
         """Check what ``GenerationOptions`` says, and put it with a prompt.
 
         ``is_answer``: the text starts afresh, so the space SentencePiece puts before a first word is taken off.
@@ -95,25 +95,29 @@ class Requests:
         Raises:
             InvalidRequestError, ContextLengthError, TokenizerError: as for ``Mixtral.generate``.
         """
-        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens is {max_tokens!r}; it must be an integer of at least 1")
+        check_integer("max_tokens", max_tokens, 1)
         check_type("sampling", sampling, (SamplingParams, type(None)), "SamplingParams, or None for greedy")
         check_type("stop", stop, (str, list, tuple), "text, or a list of texts")
         check_callbacks(cancelled=cancelled, on_prefill=on_prefill)
-        check_type("speculation", speculation, (PromptLookup, DraftModel, type(None)), "PromptLookup or DraftModel")
-        limit = min(max_tokens, self.room(len(tokens)))
+        check_type("speculation", speculation, (Speculation, type(None)), "PromptLookup or DraftModel")
+        engine, own = self._engine, None if isinstance(self._tokenizer, Exception) else self._tokenizer
+        limit = min(max_tokens, engine.room(len(tokens)))
         stops = StopStrings([stop] if isinstance(stop, str) else stop)
-        has_tokenizer = not isinstance(self._tokenizer, Exception)
-        if stop and not has_tokenizer:
+        if stop and own is None:
             _ = self.tokenizer  # stop strings need text: raises and says why there is none
-        stop_ids = frozenset(self.ids(stop_token_ids, "stop_token_ids")) | self._end_ids()
-        sampler = Sampler(sampling or SamplingParams(), tokens, self._config.vocab_size)
-        decoder = self.tokenizer.streaming_decoder(continues=not is_answer) if has_tokenizer else None
-        text = TextAssembler(decoder, limit, stop_ids, stops, cancelled)
-        return Request(tokens, limit, sampler, text, on_prefill, speculation)
+        stop_ids = {*engine.checked_ids(stop_token_ids, "stop_token_ids"), *engine.config.eos_token_ids}
+        if own is not None:
+            stop_ids |= own.eos_token_ids
+        if speculation is not None:
+            speculation.check(engine, self.piece_of)
+        sampler = Sampler(sampling or SamplingParams(), tokens, engine.vocab_size)
+        decoder = None if own is None else own.streaming_decoder(continues=not is_answer)
+        text = TextAssembler(decoder, limit, frozenset(stop_ids), stops, cancelled)
+        return TextRequest(Request(tokens, limit, sampler, speculation, on_prefill), text)
 
-    def batch(self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions) -> list[Request]:
+    def batch(self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions) -> list[TextRequest]:
         """A request for each of ``prompts``; an error names the prompt it is about by its number, from 0."""
+        check_type("prompts", prompts, (list, tuple), "a list of texts, or of lists of token ids")
         if options.get("speculation") is not None:
             raise InvalidRequestError("speculation is for one text at a time; leave it out for a batch")
         requests = []
@@ -132,48 +136,13 @@ class Requests:
             TokenizerError: text for a checkpoint without a tokenizer.
         """
         if isinstance(prompt, str):
-            tokens = self.ids(self.tokenizer.encode(prompt), "the prompt") if prompt else []
+            ids: Sequence[int] = self.tokenizer.encode(prompt) if prompt else []
         else:
-            tokens = self.ids(prompt, "the prompt")
-        if not tokens:
-            raise InvalidRequestError("the prompt is empty; give some text or token ids")
-        return tokens
+            ids = prompt
+        if tokens := self._engine.checked_ids(ids, "the prompt"):
+            return tokens
+        raise InvalidRequestError("the prompt is empty; give some text or token ids")
 
-    def ids(self, ids: Sequence[int], what: str) -> list[int]:
-        """``ids`` as a list of ints.
 
-        Raises:
-            InvalidRequestError: something else, or out of the vocabulary.
-        """
-        # Bytes are a sequence of small integers to Python, and text that was not decoded to whoever passes them.
-        if isinstance(ids, bytes | bytearray) or not isinstance(ids, Iterable):
-            raise InvalidRequestError(f"{what} is {type(ids).__name__}, not text or a list of token ids")
-        tokens, vocab_size = [], self._config.vocab_size
-        for given in ids:
-            token = int(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
-            if not 0 <= token < vocab_size:
-                raise InvalidRequestError(f"{what} holds token id {given!r}; ids go from 0 to {vocab_size - 1}")
-            tokens.append(token)
-        return tokens
-
-    def room(self, prompt_tokens: int) -> int:
-        """Tokens that can be generated after a prompt.
-
-        Raises:
-            ContextLengthError: none.
-        """
-        model, limit = self._config.max_position_embeddings, self.context_limit
-        if prompt_tokens < limit:
-            return limit - prompt_tokens
-        if limit == model:
-            raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens; the model's context holds {model}, and one must be left to generate"
-            )
-        raise ContextLengthError(
-            f"the prompt has {prompt_tokens} tokens; the memory budget holds KV cache for {limit}, and one must be left to "
-            f"generate: reserve more with --context or context= (the model's own is {model})"
-        )
-
-    def _end_ids(self) -> frozenset[int]:
-        known = frozenset(self._config.eos_token_ids)
-        return known if isinstance(self._tokenizer, Exception) else known | self._tokenizer.eos_token_ids
+def _piece(tokenizer: Tokenizer, token: int) -> str | None:
+    return tokenizer.id_to_piece(token) if token < tokenizer.vocab_size else None

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-import mlx.core as mx
-
 from mlx_mixtral.errors import BusyError
 from mlx_mixtral.generation.stats import GenerationStats, Token
 from mlx_mixtral.generation.stop import StopStrings
-from mlx_mixtral.machine.device import Device, wired
 from mlx_mixtral.tokenizer import StreamingDecoder
 
 __all__ = ["Chunk", "FinishReason", "Generation", "TextAssembler", "TextStream"]
@@ -27,6 +24,9 @@ class Chunk:
 
     ``logprob`` and ``top_logprobs`` (pairs of token id and log-probability) are there when ``SamplingParams.logprobs`` asks
     for them. ``finish_reason`` is set on the last chunk only.
+
+    Example:
+        >>> [chunk.text for chunk in model.stream("Mixtral is", max_tokens=3)]
     """
 
     text: str
@@ -38,7 +38,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished generation. ``token_ids`` holds every token produced, a stop token included; ``text`` leaves it out."""
+    """A finished generation. ``token_ids`` holds every token produced, a stop token included; ``text`` leaves it out.
+
+    Example:
+        >>> out = model.generate("Mixtral is", max_tokens=64)
+        >>> out.text, out.finish_reason, out.stats.decode_tok_s
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -64,33 +69,32 @@ class TextStream(Iterator[Chunk]):
 
     The model is busy from the first step until the stream ends or is closed. Steps may be taken from different threads, one
     at a time.
+
+    Example:
+        >>> with model.stream("Once upon a time") as stream:
+        ...     for chunk in stream:
+        ...         print(chunk.text, end="")
     """
 
-    def __init__(
-        self,
-        tokens: Callable[[GenerationStats], Generator[Token, None, None]],
-        text: TextAssembler,
-        guard: contextlib.AbstractContextManager[None],
-        device: Device,
-        stream: mx.Stream,
-        budget_bytes: int | None = None,
-    ) -> None:
-        self.stats = GenerationStats()
-        # The generator does not know this object: no cycle, so dropping the stream closes it at once.
-        self._steps = _run(tokens, text, guard, wired(device, stream, budget_bytes), self.stats, stream)
+    def __init__(self, tokens: Generator[Token, None, None], text: TextAssembler, stats: GenerationStats) -> None:
+        self.stats = stats
+        # Neither of them knows this object: no cycle, so dropping the stream closes the generator at once.
+        self._tokens, self._text = tokens, text
+        self._reading = threading.Lock()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Chunk:
+        if not self._reading.acquire(blocking=False):
+            raise BusyError("this stream is already being read on another thread; read it on one at a time")
         try:
-            return next(self._steps)
-        except ValueError as error:
-            if "already executing" in str(error):
-                raise BusyError(
-                    "this stream is already being read on another thread; read it on one at a time"
-                ) from None
-            raise
+            if self._text.is_finished:
+                self._tokens.close()
+                raise StopIteration
+            return self._text.chunk(next(self._tokens))
+        finally:
+            self._reading.release()
 
     def __enter__(self) -> Self:
         return self
@@ -102,7 +106,7 @@ class TextStream(Iterator[Chunk]):
 
     def close(self) -> None:
         """Stop generating and free the model for others. Does nothing the second time."""
-        self._steps.close()
+        self._tokens.close()
 
     def collect(self) -> Generation:
         """Run to the end."""
@@ -132,9 +136,18 @@ class TextAssembler:
     ) -> None:
         self._decoder, self._max_tokens, self._stop_ids = decoder, max_tokens, stop_ids
         self._stops, self._cancelled = stops, cancelled
+        self._tokens = 0
+        self.is_finished = False
+        """Whether the last chunk was made."""
 
-    def add(self, token_id: int, count: int) -> tuple[str, FinishReason | None]:
-        """Text to show for the ``count``-th token, and why generation ends with it, if it does."""
+    def chunk(self, token: Token) -> Chunk:
+        """What there is to show with a token; the last chunk has the reason."""
+        self._tokens += 1
+        text, reason = self._add(token.token_id)
+        self.is_finished = reason is not None
+        return Chunk(text, token.token_id, token.logprob, token.top_logprobs, reason)
+
+    def _add(self, token_id: int) -> tuple[str, FinishReason | None]:
         is_stop_token = token_id in self._stop_ids
         text = "" if is_stop_token or self._decoder is None else self._stops.add(self._decoder.add(token_id))
         if self._stops.is_stopped():
@@ -142,7 +155,7 @@ class TextAssembler:
         reason: FinishReason | None = None
         if is_stop_token:
             reason = "stop"
-        elif count == self._max_tokens:
+        elif self._tokens == self._max_tokens:
             reason = "length"
         elif self._cancelled is not None and self._cancelled():
             reason = "cancelled"
@@ -152,26 +165,3 @@ class TextAssembler:
                 return text, "stop"
             text += self._stops.finish()
         return text, reason
-
-
-def _run(
-    tokens: Callable[[GenerationStats], Generator[Token, None, None]],
-    text: TextAssembler,
-    guard: contextlib.AbstractContextManager[None],
-    memory: contextlib.AbstractContextManager[None],
-    stats: GenerationStats,
-    stream: mx.Stream,
-) -> Generator[Chunk, None, None]:
-    with guard, memory:
-        mx.reset_peak_memory()
-        try:
-            with contextlib.closing(tokens(stats)) as steps:
-                for count, token in enumerate(steps, start=1):
-                    stats.peak_memory_bytes = mx.get_peak_memory()
-                    shown, reason = text.add(token.token_id, count)
-                    yield Chunk(shown, token.token_id, token.logprob, token.top_logprobs, reason)
-                    if reason is not None:
-                        return
-        finally:
-            # The step scheduled ahead may still run: a program that ends now would take MLX's threads down under it.
-            mx.synchronize(stream)

@@ -6,8 +6,8 @@ type pass through a small buffer. Either way no second copy of the model ever ex
 Fresh memory costs as much as reading: the system clears each page when it is first written. Arrays are therefore asked for
 ahead of time and made while earlier ones are read.
 
-Threads that read get a view of an array's memory, never the array: two of them that wait for one array at once, as whoever
-asks for its memory does, can crash MLX.
+Threads that read get a view of an array's memory, never the array: asking an array for its memory waits for it, and two
+threads that wait for one array at once can crash MLX.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def _check(item: ReadPiece, values: np.ndarray[tuple[int, ...], np.dtype[np.gene
 
 
 def allocate(shape: tuple[int, ...], dtype: str) -> mx.array:
-    """An array of its final size, contents to be filled in. It is being made; whoever asks for its memory waits for it: one
-    thread at a time."""
+    """An array of its final size, contents to be filled in. It is still being made: asking for its memory waits for it, which
+    one thread at a time may do."""
     device = mx.default_device()
     array = mx.zeros(shape, MLX_DTYPES[dtype], stream=next(_streams(device.type == mx.DeviceType.cpu)))
     mx.async_eval(array)

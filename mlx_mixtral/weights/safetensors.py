@@ -1,4 +1,4 @@
-"""Reading safetensors by byte range: headers checked before they are believed, tensors never mapped.
+"""Reading safetensors by byte range: headers checked before they are used, tensors never mapped.
 
 The format is 8 bytes of header length (little endian), a JSON header, then the data; ``data_offsets`` count from the end of
 the header (https://github.com/huggingface/safetensors#format). The ``safetensors`` package opens files by mapping them,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from budgets import budget_of
 
 from mlx_mixtral import Mixtral, load
 
@@ -39,12 +40,6 @@ def outputs(model: Mixtral, prompt_tokens: int, steps: int) -> dict[str, bytes]:
     return found
 
 
-def budget_of(model: Mixtral, share: float) -> int:
-    """Bytes with which ``share`` of the experts stay in memory, 0 the least possible."""
-    demands = model._planner.demands(None)
-    return demands.min_bytes + int(share * sum(demands.sizes.expert_bytes) * demands.sizes.num_experts)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
@@ -56,7 +51,7 @@ def main() -> None:
     for folder in arguments.folders:
         with load(folder) as whole:
             wanted = outputs(whole, arguments.prompt, arguments.tokens)
-            budgets = [budget_of(whole, share) for share in arguments.shares]
+            budgets = [budget_of(whole.engine.planner, share) for share in arguments.shares]
         for share, budget in zip(arguments.shares, budgets, strict=True):
             with load(folder, memory=budget) as model:
                 got = outputs(model, arguments.prompt, arguments.tokens)

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from make_checkpoint import make
+from processes import run_json
 
 from mlx_mixtral import load
 from mlx_mixtral_convert import Recipe, convert
@@ -59,7 +58,7 @@ def prefill(folder: Path, bits: int | None, tokens: int, dtype: str) -> dict[str
         return {
             "weights": weights,
             "peak": mx.get_peak_memory(),
-            "chunk": model.residency.planned.chunk_tokens,
+            "chunk": model.residency.plan.chunk_tokens,
             "seconds": time.perf_counter() - started,
         }
 
@@ -95,15 +94,6 @@ def context(folder: Path, bits: int | None, tokens: int, dtype: str) -> dict[str
 TASKS = {"prefill": prefill, "prefill-mlx-lm": prefill_mlx_lm, "context": context}
 
 
-def in_its_own_process(task: str, bits: int | None, tokens: int, dtype: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", task, str(bits or 0), str(tokens), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{task} with {bits} bits failed:\n{done.stderr}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def show_prefill(tokens: int, dtype: str, bits_of: list[int], *, beside: bool) -> None:
     print(f"prefill of {tokens} tokens, peak of MLX beyond the weights, keys and values in ...")
     # mlx-lm holds what it computes with where it does not quantise.
@@ -111,7 +101,7 @@ def show_prefill(tokens: int, dtype: str, bits_of: list[int], *, beside: bool) -
     for task, kinds in (("prefill", bits_of), ("prefill-mlx-lm", theirs)):
         if task != "prefill" and not beside:
             continue
-        results = {bits: in_its_own_process(task, bits, tokens, dtype) for bits in kinds}
+        results = {bits: run_json(__file__, "--one", task, bits or 0, tokens, dtype) for bits in kinds}
         base = next(iter(results.values()))
         for bits, result in results.items():
             beyond = result["peak"] - result["weights"]
@@ -124,7 +114,7 @@ def show_prefill(tokens: int, dtype: str, bits_of: list[int], *, beside: bool) -
 
 
 def show_context(dtype: str) -> None:
-    results = {bits: in_its_own_process("context", bits, CONTEXT, dtype) for bits in (16, 8, 4)}
+    results = {bits: run_json(__file__, "--one", "context", bits, CONTEXT, dtype) for bits in (16, 8, 4)}
     print(f"{CONTEXT} tokens held")
     for bits, result in results.items():
         print(

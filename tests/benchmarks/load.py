@@ -15,13 +15,14 @@ import json
 import mmap
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from processes import peak_bytes, resident, run_json
 
 from mlx_mixtral.weights.fill import CHUNK_BYTES, READ_THREADS
 
@@ -88,12 +89,6 @@ def mlx_lm(folder: Path) -> Callable[[], dict[str, Any]]:
 SIDES = {"ours": ours, "plain read": plain, "mlx-lm": mlx_lm}
 
 
-def resident(key: str) -> int:
-    """A line of this process's memory, ``VmRSS`` or its peak ``VmHWM``, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
-
-
 def measure(side: str, folder: Path) -> dict[str, Any]:
     """One cold run of one side, in this process."""
     run = SIDES[side](folder)
@@ -106,17 +101,8 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
         "seconds": seconds,
         "cpu_s": time.process_time() - cpu,
         "base_bytes": base,
-        "peak_bytes": resident("VmHWM"),
+        "peak_bytes": peak_bytes(),
     }
-
-
-def in_its_own_process(side: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, str(folder), "--one", side]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{side} failed:\n{done.stderr}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def main() -> None:
@@ -136,7 +122,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(arguments.repeats):
         for side in sides:
-            runs[side].append(in_its_own_process(side, arguments.folder))
+            runs[side].append(run_json(__file__, arguments.folder, "--one", side))
     _print(runs, sum(file.stat().st_size for file in weight_files(arguments.folder)))
     if arguments.json:
         print(json.dumps(runs, indent=1))

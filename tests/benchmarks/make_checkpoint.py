@@ -130,22 +130,27 @@ def make(shape: str, folder: Path, *, layers: int | None = None, seed: int = 0) 
 
 
 def _write_shard(path: Path, shard: list[tuple[str, tuple[int, ...]]], pool: GaussianPool) -> int:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, dims in shard:
-        begin, end = end, end + 2 * prod(dims)
-        header[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.write(file_header(shard))
         for name, dims in shard:
             if "norm" in name:
                 file.write(np.full(dims, 0x3F80, np.uint16).tobytes())  # 1.0
                 continue
             for block in pool.blocks(prod(dims)):
                 block.tofile(file)
-    return end
+    return sum(2 * prod(dims) for _, dims in shard)
+
+
+def file_header(tensors: list[tuple[str, tuple[int, ...]]]) -> bytes:
+    """The beginning of a safetensors file of bfloat16 tensors in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dims in tensors:
+        begin, end = end, end + 2 * prod(dims)
+        header[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def main() -> None:

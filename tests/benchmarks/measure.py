@@ -6,12 +6,13 @@ python tests/benchmarks/measure.py TASK FOLDER [DEST]
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from processes import peak_bytes
 
 
 def _convert_ours(folder: Path, dest: Path) -> dict[str, Any]:
@@ -64,8 +65,7 @@ def main() -> None:
     started = time.perf_counter()
     result = TASKS[task](folder, dest)
     result["seconds"] = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result["peak_bytes"] = peak if sys.platform == "darwin" else peak * 1024
+    result["peak_bytes"] = peak_bytes()
     print(json.dumps(result))
 
 

@@ -16,9 +16,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from budgets import budget_of
 
 from mlx_mixtral import Mixtral, load
 from mlx_mixtral.demo import checkpoint_path
+from mlx_mixtral.evaluation.figures import new_figure, png
 from mlx_mixtral.experts.trace import RoutingTrace, hit_rates, simulate
 from mlx_mixtral_convert import Recipe, convert
 
@@ -54,9 +56,7 @@ def table(trace: RoutingTrace) -> dict[str, list[float]]:
 
 def looking_ahead(folder: Path, prompt: list[int]) -> None:
     with load(folder) as whole:
-        planner = whole._planner
-        sizes, least = planner.sizes, planner.demands(None).min_bytes
-        budget = least + sum(sizes.expert_bytes) * sizes.num_experts // 2
+        budget = budget_of(whole.engine.planner, 0.5)
     for mode in ("off", "on"):
         with load(folder, memory=budget, prefetch=mode) as model:
             before = model.residency.counters.copy()
@@ -75,21 +75,16 @@ def looking_ahead(folder: Path, prompt: list[int]) -> None:
 
 
 def plot(rates: dict[str, list[float]], first: int, experts: int, path: str, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     slots = range(first, experts)
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure = new_figure(6, 4)
+    axes = figure.subplots()
     for policy, values in rates.items():
         axes.plot(slots, values, marker="o", label={"lru": "LRU", "lfu": "LFU", "optimal": "optimal (offline)"}[policy])
     axes.plot(slots, [count / experts for count in slots], "--", color="grey", label="chance (slots / experts)")
-    axes.set(xlabel=f"slots a layer, of {experts} experts", ylabel="hit rate", ylim=(0, 1), title=title)
+    axes.set(xlabel=f"slots a layer, of {experts} experts", ylabel="hit rate", ylim=(0, 1))
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    Path(path).write_bytes(png(figure, title))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Convert, load, prefill and decode beside mlx-lm, in one run on one machine: medians, and the ratio of the two sides.
+"""Convert, load, prefill and decode beside mlx-lm, in one run on one machine: medians, and the ratio of the two.
 
     make bench                          the mid shape (hidden 512, 8 layers, 8 experts of width 1792)
     make bench BENCH_ARGS=--wide        also conversion and loading at full 8x7B width, 2 and 4 layers (needs 30 GB of disk)
@@ -15,19 +15,22 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 from make_checkpoint import make
+from processes import run_json
 
-HERE = Path(__file__).parent
-DATA = HERE.parents[1] / "bench-data"
+from mlx_mixtral import MixtralConfig, load
+from mlx_mixtral.bench.backend import Ours
+from mlx_mixtral.bench.cases import plan_cases
+from mlx_mixtral.bench.measurements import OURS, BenchReport
+from mlx_mixtral.bench.mlx_lm_backend import MlxLm
+from mlx_mixtral.bench.run import Opener, run_bench
+
+MEASURE = str(Path(__file__).parent / "measure.py")
+DATA = Path(__file__).parents[2] / "bench-data"
 # What else is measured, each by a script of its own.
 FURTHER = {
     "start.py": "imports and --help",
@@ -41,16 +44,6 @@ FURTHER = {
 }
 PROMPT_TOKENS = 128
 DECODE_TOKENS = 16
-
-
-def measured(task: str, *arguments: Path) -> dict[str, float]:
-    """Run one task in its own process."""
-    command = [sys.executable, str(HERE / "measure.py"), task, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def alternating(repeats: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
@@ -83,15 +76,19 @@ def converting_and_loading(table: Table, name: str, source: Path, repeats: int) 
     """Time and peak memory of conversion to 4 bits and of loading the result; returns our folder."""
     ours, theirs = DATA / f"{name}-ours", DATA / f"{name}-mlx-lm"
     done = alternating(
-        repeats, lambda: measured("convert-ours", source, ours), lambda: measured("convert-mlx-lm", source, theirs)
+        repeats,
+        lambda: run_json(MEASURE, "convert-ours", source, ours),
+        lambda: run_json(MEASURE, "convert-mlx-lm", source, theirs),
     )
-    table.add(f"convert {name}: time", *(median(side, "seconds") for side in done), "s")
-    table.add(f"convert {name}: peak memory", *(median(side, "peak_bytes") / 1e9 for side in done), "GB")
+    table.add(f"convert {name}: time", *(median(runs, "seconds") for runs in done), "s")
+    table.add(f"convert {name}: peak memory", *(median(runs, "peak_bytes") / 1e9 for runs in done), "GB")
     shutil.rmtree(theirs)
     # The same folder for both: what mlx-lm reads is what we wrote.
-    loaded = alternating(repeats, lambda: measured("load-ours", ours), lambda: measured("load-mlx-lm", ours))
-    table.add(f"load {name}: time", *(median(side, "seconds") for side in loaded), "s")
-    table.add(f"load {name}: peak memory", *(median(side, "peak_bytes") / 1e9 for side in loaded), "GB")
+    loaded = alternating(
+        repeats, lambda: run_json(MEASURE, "load-ours", ours), lambda: run_json(MEASURE, "load-mlx-lm", ours)
+    )
+    table.add(f"load {name}: time", *(median(runs, "seconds") for runs in loaded), "s")
+    table.add(f"load {name}: peak memory", *(median(runs, "peak_bytes") / 1e9 for runs in loaded), "GB")
     weights = loaded[0][0]["weight_bytes"] / 1e9
     print(
         f"    weights as they lie in memory {weights:.3f} GB, our peak {median(loaded[0], 'peak_bytes') / 1e9:.3f} GB"
@@ -100,42 +97,19 @@ def converting_and_loading(table: Table, name: str, source: Path, repeats: int) 
 
 
 def generating(table: Table, folder: Path, repeats: int, *, float32_only: bool) -> None:
-    """Prefill and decode of one folder in one process, the sides in turn."""
-    from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.utils import load_model
-
-    from mlx_mixtral import load
-
-    prompt = [int(i) for i in np.random.default_rng(0).integers(3, 32000, PROMPT_TOKENS)]
-    model = load(folder, prefix_cache=0)  # every prefill is computed
-
-    def ours() -> dict[str, float]:
-        out = model.generate(prompt, max_tokens=DECODE_TOKENS)
-        return {"prefill": out.stats.prompt_tok_s, "decode": out.stats.decode_tok_s}
-
-    def theirs(network: Any) -> dict[str, float]:
-        from mlx_lm.generate import generate_step
-
-        started = time.perf_counter()
-        steps = generate_step(
-            mx.array(prompt), network, max_tokens=DECODE_TOKENS, prompt_cache=make_prompt_cache(network)
-        )
-        next(steps)
-        first = time.perf_counter()
-        count = sum(1 for _ in steps)
-        return {"prefill": PROMPT_TOKENS / (first - started), "decode": count / (time.perf_counter() - first)}
-
-    single, _ = load_model(folder)
-    single.set_dtype(mx.float32)
-    sides = {"mlx-lm in float32": single}
+    """Prefill and decode of one folder as ``mlx-mixtral bench`` measures them, the backends in turn."""
+    openers: dict[str, Opener] = {OURS: lambda: Ours(load(folder)), "float32": lambda: MlxLm(folder, in_float32=True)}
     if not float32_only:
-        sides["mlx-lm as it comes"], _ = load_model(folder)
-    for label, network in sides.items():
-        ours(), theirs(network)
-        done = alternating(repeats, ours, lambda network=network: theirs(network))
-        for what in ("prefill", "decode"):
-            values = (median(side, what) for side in done)
-            table.add(f"{what}, against {label}", *values, "tok/s", higher_is_better=True)
+        openers["as it comes"] = lambda: MlxLm(folder)
+    config, report = MixtralConfig.from_folder(folder), BenchReport()
+    sizes = {"prompts": [PROMPT_TOKENS], "depths": [PROMPT_TOKENS], "batches": []}
+    cases = plan_cases(config.max_position_embeddings, **sizes, tokens=DECODE_TOKENS, repeats=repeats)
+    run_bench(openers, cases, config.vocab_size, report)
+    for theirs in list(openers)[1:]:
+        for what, row in (("prefill", report.of("prefill")[0]), ("decode", report.of("decode")[0])):
+            rates = row.tok_s(OURS).median, row.tok_s(theirs).median
+            label = "mlx-lm in float32" if theirs == "float32" else "mlx-lm as it comes"
+            table.add(f"{what}, against {label}", *rates, "tok/s", higher_is_better=True)
 
 
 def main() -> None:

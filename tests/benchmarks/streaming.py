@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,22 +27,23 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from budgets import budget_of
 from peers import PROCESS_BYTES, limited, llama_cpp, mlx_lm
+from processes import peak_bytes, run_json
 
 from mlx_mixtral import Mixtral, load
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.experts.pool import SlotPool
 from mlx_mixtral.experts.store import Loading
+from mlx_mixtral.machine.device import compute_dtype, current_device
+from mlx_mixtral.model.build import Builder
+from mlx_mixtral.model.planning import make_planner
+from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.fill import CHUNK_BYTES, READ_THREADS
 
 
-def peak_rss() -> int:
-    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
-    line = next((line for line in status.splitlines() if line.startswith("VmHWM")), "VmHWM: 0 kB")
-    return int(line.split()[1]) * 1024
-
-
 def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, prefetch: str) -> dict[str, Any]:
-    base = peak_rss()
+    base = peak_bytes()
     started = time.perf_counter()
     model = load(folder, memory=budget, context=1024, prefetch=prefetch)
     load_s = time.perf_counter() - started
@@ -70,7 +70,7 @@ def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, p
     result: dict[str, Any] = {
         "budget": budget,
         "slots": residency.slots,
-        "chunk_tokens": residency.planned.chunk_tokens,
+        "chunk_tokens": residency.plan.chunk_tokens,
         "load_s": load_s,
         "prefill_s": prefill_s,
         "prefill_tok_s": prompt_tokens / prefill_s,
@@ -78,11 +78,11 @@ def measure(folder: Path, budget: int | None, prompt_tokens: int, tokens: int, p
         "prefill_bytes": prefill_bytes,
         "prefill_missing_bytes": missing_bytes(model, calls),
         "prefill_reads_as_missing": all(call.reads_are_missing(prompt_reads) for call in calls),
-        "chunks": -(-prompt_tokens // residency.planned.chunk_tokens),
+        "chunks": -(-prompt_tokens // residency.plan.chunk_tokens),
         "decode_s": stats.decode_s / (tokens - 1),
-        "predicted_s": None if residency.plan is None else residency.plan.seconds_per_token,
+        "predicted_s": None if residency.plan.residency is None else residency.plan.residency.seconds_per_token,
         "peak_mlx": peak_mlx,
-        "peak_rss": peak_rss(),
+        "peak_rss": peak_bytes(),
         "base_rss": base,
         "token_ids": out.token_ids,
     }
@@ -148,7 +148,7 @@ def replay(model: Mixtral, experts: list[tuple[int, int]]) -> dict[str, float]:
     ours = theirs = nbytes = 0.0
     half = [experts[i : i + 2] for i in range(0, len(experts), 2)]
     for number, pair in enumerate(half):
-        fills = [item for layer, expert in pair for item in store.fills(layer, expert, pool.bank.arrays, 0)]
+        fills = [item for layer, expert in pair for item in store.ranges(layer, expert, pool.bank.arrays, 0)]
         sides = [lambda pair=pair: _ours(store, pool, pair), lambda fills=fills: _plain(fills)]
         times = {}
         # In turn, so that neither always meets what the other left in the drive's own cache.
@@ -207,52 +207,44 @@ def main() -> None:
     parser.add_argument("--mlx-lm", action="store_true")
     parser.add_argument("--llama-cpp", type=Path, metavar="FILE")
     parser.add_argument("--llama-python", default=sys.executable)
+    parser.add_argument("--budgets", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.budgets:
+        print(json.dumps(budgets(arguments.folder, arguments.shares)))
+        return
     if arguments.one is not None:
         one = arguments.one or None
         print(json.dumps(measure(arguments.folder, one, arguments.prompt, arguments.tokens, arguments.prefetch)))
         return
-    probe = [sys.executable, "-c", _PROBE, str(arguments.folder), *map(str, arguments.shares)]
-    budgets = json.loads(subprocess.run(probe, capture_output=True, text=True, check=True).stdout)
+    sizes = run_json(__file__, arguments.folder, "--budgets", "--shares", *arguments.shares)
     rows = []
-    for share, budget in zip(arguments.shares, budgets, strict=True):
+    for share, budget in zip(arguments.shares, sizes, strict=True):
         with limited(budget + PROCESS_BYTES) as prefix:
-            command = [*prefix, sys.executable, __file__, str(arguments.folder), "--one", str(budget)]
-            command += ["--prompt", str(arguments.prompt), "--tokens", str(arguments.tokens)]
-            command += ["--prefetch", arguments.prefetch]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"share {share}: failed ({done.returncode}): {done.stderr.strip()[-300:]}", flush=True)
-            continue
-        row = {"share": share, "limited": bool(prefix), **json.loads(done.stdout.splitlines()[-1])}
+            options = ["--prompt", arguments.prompt, "--tokens", arguments.tokens, "--prefetch", arguments.prefetch]
+            try:
+                found = run_json(__file__, arguments.folder, "--one", budget, *options, prefix=prefix)
+            except RuntimeError as error:
+                print(f"share {share}: failed: {str(error)[-300:]}", flush=True)
+                continue
+        row = {"share": share, "limited": bool(prefix), **found}
         rows.append(row)
         _print(row, rows[0])
         if arguments.mlx_lm:
             print(f"  {mlx_lm(arguments.folder, budget, arguments.tokens)}", flush=True)
         if arguments.llama_cpp is not None:
-            found = llama_cpp(arguments.llama_python, arguments.llama_cpp, budget, arguments.tokens)
-            print(f"  {found}", flush=True)
+            print(f"  {llama_cpp(arguments.llama_python, arguments.llama_cpp, budget, arguments.tokens)}", flush=True)
     if arguments.json:
         print(json.dumps(rows, indent=1))
 
 
-_PROBE = """
-import json, sys
-from pathlib import Path
-from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.machine.device import compute_dtype, current_device
-from mlx_mixtral.model.build import Builder
-from mlx_mixtral.budget.planner import Planner
-from mlx_mixtral.weights.checkpoint import Checkpoint
-folder, device = Path(sys.argv[1]), current_device()
-builder = Builder(MixtralConfig.from_folder(folder), Checkpoint(folder), compute_dtype("auto", device))
-demands = Planner(builder, device).demands(1024)
-experts = sum(demands.sizes.expert_bytes) * demands.sizes.num_experts
-print(json.dumps([demands.resident_bytes if float(s) >= 1 else demands.min_bytes + int(float(s) * experts) * (float(s) > 0)
-                  for s in sys.argv[2:]]))
-"""
+def budgets(folder: Path, shares: list[float]) -> list[int]:
+    """Bytes for each share, from headers alone; in a process of its own, as it opens MLX's device."""
+    device = current_device()
+    builder = Builder(MixtralConfig.from_folder(folder), Checkpoint(folder), compute_dtype("auto", device))
+    planner = make_planner(builder, device)
+    return [budget_of(planner, share, 1024) for share in shares]
 
 
 def _print(row: dict[str, Any], whole: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator
 from math import prod
@@ -23,7 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from make_checkpoint import GaussianPool
+from make_checkpoint import GaussianPool, file_header
 
 from mlx_mixtral import load
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header
@@ -67,15 +66,8 @@ def _write_weights(dense: Path, path: Path, config: dict[str, Any], pool: Gaussi
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}.block_sparse_moe.gate.weight"
         tensors.append((name, (EXPERTS, config["hidden_size"]), None))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape, _ in tensors:
-        begin, end = end, end + 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.write(file_header([(name, shape) for name, shape, _ in tensors]))
         for _, shape, info in tensors:
             for piece in pool.blocks(prod(shape)) if info is None else _pieces(info):
                 file.write(piece)

@@ -199,7 +199,7 @@ def test_16_bits_are_halves_of_what_is_computed_in_float32(model: Mixtral) -> No
 
 def test_a_bounded_text_goes_on_beyond_what_the_budget_holds(tiny: Path) -> None:
     with load(tiny, memory="60MB", context=64, kv_size=64) as model:
-        assert model.residency.planned.demands.kv_columns == 96
+        assert model.residency.plan.kv_columns == 96
         assert len(model.generate(_ids(model, 300), max_tokens=100, stop_token_ids=[]).token_ids) == 100
     with load(tiny, memory="60MB", context=64) as model, pytest.raises(ContextLengthError):
         model.generate(_ids(model, 300), max_tokens=100)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mixtral import Mixtral, load
-from mlx_mixtral.cache.prefixes import LITTLE_LOST, PrefixStore, common_prefix
+from mlx_mixtral.cache.prefixes import MAX_LOST_TOKENS, PrefixStore, common_prefix
 from mlx_mixtral.errors import DestinationError, InvalidRequestError, PromptCacheError
 
 
@@ -76,7 +76,7 @@ def test_two_questions_about_one_text_do_not_disturb_each_other(own: Mixtral, fo
             assert found.stats.reused_tokens == (
                 len(question) - 1 if turn else 101 if question is not questions[0] else 0
             )
-    assert len(own._prompt_cache.kept) == 3
+    assert len(own.engine.prompt_cache.kept) == 3
 
 
 def test_a_stream_that_is_closed_keeps_what_it_computed(own: Mixtral, forgetful: Mixtral) -> None:
@@ -95,7 +95,7 @@ def test_an_error_keeps_nothing(own: Mixtral) -> None:
 
     with pytest.raises(RuntimeError, match="no"):
         own.generate(_ids(own, 40), max_tokens=5, on_prefill=fail)
-    assert len(own._prompt_cache.kept) == 0
+    assert len(own.engine.prompt_cache.kept) == 0
 
 
 def test_the_least_recently_used_goes_first(tiny: Path) -> None:
@@ -103,9 +103,9 @@ def test_the_least_recently_used_goes_first(tiny: Path) -> None:
         prompts = [_ids(model, 100, seed=seed) for seed in range(4)]
         for index in (0, 1, 2, 3, 1, 0):
             model.generate(prompts[index], max_tokens=5)
-            assert model._prompt_cache.kept.nbytes <= 800_000
-        each = model._prompt_cache.kept.nbytes // len(model._prompt_cache.kept)
-        assert len(model._prompt_cache.kept) == 800_000 // each < 4
+            assert model.engine.prompt_cache.kept.nbytes <= 800_000
+        each = model.engine.prompt_cache.kept.nbytes // len(model.engine.prompt_cache.kept)
+        assert len(model.engine.prompt_cache.kept) == 800_000 // each < 4
         reused = [bool(model.generate(prompts[index], max_tokens=1).stats.reused_tokens) for index in (0, 1)]
         assert reused == [True, True]
 
@@ -127,12 +127,12 @@ def test_under_a_budget_one_is_kept_in_the_memory_of_the_next(tiny: Path, forget
         for index, reused in ((0, 0), (0, 79), (1, 0), (0, 0)):
             found = model.generate(prompts[index], max_tokens=10)
             assert (found.token_ids, found.stats.reused_tokens) == (expected[index], reused)
-            assert len(model._prompt_cache.kept) == 1
+            assert len(model.engine.prompt_cache.kept) == 1
         model.logits(prompts[0])
-        assert len(model._prompt_cache.kept) == 0
+        assert len(model.engine.prompt_cache.kept) == 0
         model.generate(prompts[0], max_tokens=2)
         model.set_memory("30MB")
-        assert len(model._prompt_cache.kept) == 0
+        assert len(model.engine.prompt_cache.kept) == 0
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=80), min_size=1, max_size=8))
@@ -156,8 +156,8 @@ def test_a_copy_is_made_only_where_much_would_be_lost(model: Mixtral) -> None:
     tokens = _ids(model, 100)
     model.module.remember(mx.array([tokens]), cache)
     store.put(tokens, cache)
-    assert store.take([*tokens[: 99 - LITTLE_LOST], 4, 5]) is not cache
-    assert store.take([*tokens[: 100 - LITTLE_LOST], 4, 5]) is cache
+    assert store.take([*tokens[: 99 - MAX_LOST_TOKENS], 4, 5]) is not cache
+    assert store.take([*tokens[: 100 - MAX_LOST_TOKENS], 4, 5]) is cache
     assert len(store) == 0
 
 

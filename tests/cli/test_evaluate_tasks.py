@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mlx_mixtral.cli.evaluate.task_tables import print_tasks
-from mlx_mixtral.evaluation.harness.backend import Backend
 from mlx_mixtral.evaluation.harness.published import PUBLISHED, published_for
+from mlx_mixtral.evaluation.harness.responder import Responder
 from mlx_mixtral.evaluation.harness.tasks import TaskResults, TaskScore
 
 from .conftest import Invoke, assert_one_error
@@ -73,9 +73,9 @@ def test_an_interrupted_run_goes_on_where_it_was(
         tmp_path / "a.json", "--json",
     )  # fmt: skip
     whole = json.loads(invoke(*command).stdout)
-    original, answered = Backend.generate_until, 0
+    original, answered = Responder.generate_until, 0
 
-    def interrupted(self: Backend, requests: Any, done: Any, known: Any) -> Any:
+    def interrupted(self: Responder, requests: Any, done: Any, known: Any) -> Any:
         def stop(index: int, answer: Any) -> None:
             nonlocal answered
             done(index, answer)
@@ -85,7 +85,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 
         return original(self, requests, stop, known)
 
-    monkeypatch.setattr(Backend, "generate_until", interrupted)
+    monkeypatch.setattr(Responder, "generate_until", interrupted)
     result = invoke(*command)
     assert result.exit_code == 130, result.stderr
     assert "the same command goes on from there" in result.stderr
@@ -139,7 +139,7 @@ def test_requests_that_lost_their_start_are_counted(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (("--task-path", "missing"), "missing is no folder"),
+        (("--task-path", "missing"), "missing is not a folder"),
         (("--shots", "-1"), "shots is -1"),
         (("--limit", "0"), "limit is 0"),
         (("--batch-size", "0"), "batch-size is 0"),

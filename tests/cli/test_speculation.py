@@ -50,7 +50,7 @@ def test_chat_speculates(invoke: Invoke, quantised: Path) -> None:
 
 def test_a_drafts_memory_is_part_of_the_budget(invoke: Invoke, quantised: Path) -> None:
     with load(quantised) as model:
-        everything, least = model.residency.planned.demands.resident_bytes, model.min_memory_bytes
+        everything, least = model.residency.plan.resident_bytes, model.min_memory_bytes
     arguments = ("generate", quantised, "-p", PROMPT, "-n", 8, "--json", "--draft", quantised, "--memory")
     whole = json.loads(invoke(*arguments, 2 * everything).stdout)
     streamed = json.loads(invoke(*arguments, everything + least).stdout)

@@ -19,9 +19,9 @@ from mlx_mixtral.errors import (
     TokenizerError,
 )
 from mlx_mixtral.evaluation import perplexity
-from mlx_mixtral.evaluation.corpus import encode_texts
+from mlx_mixtral.evaluation.corpus import TokenProgress, encode_texts
 from mlx_mixtral.evaluation.journal import Journal
-from mlx_mixtral.evaluation.perplexity import EvaluationProgress, evaluate
+from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.reference import Reference
 from mlx_mixtral.evaluation.texts import Text
 
@@ -124,7 +124,7 @@ def test_streamed_experts_and_short_chunks_give_the_same(tiny: Path, model: Mixt
         streamed.set_memory(streamed.min_memory_bytes, context=64)
         assert streamed.module.is_streamed
         # Some chunks are context alone, of which nothing is predicted.
-        streamed.residency.planned = replace(streamed.residency.planned, chunk_tokens=16)
+        streamed.residency.plan = replace(streamed.residency.plan, chunk_tokens=16)
         found = evaluate(streamed, TEXTS[:2], window=48, stride=8)
         assert streamed.residency.bytes_read > 0
     wanted = evaluate(model, TEXTS[:2], window=48, stride=8)
@@ -153,12 +153,12 @@ def test_an_interrupted_run_goes_on_from_its_journal(
     place = tmp_path / "run.journal"
     stop_at = 50
 
-    def interrupt(at: EvaluationProgress) -> None:
+    def interrupt(at: TokenProgress) -> None:
         if at.done_tokens > stop_at:
             raise KeyboardInterrupt
 
     # A window at a time, where a chunk would take them all.
-    monkeypatch.setattr(model.residency, "planned", replace(model.residency.planned, chunk_tokens=20))
+    monkeypatch.setattr(model.residency, "plan", replace(model.residency.plan, chunk_tokens=20))
     interrupted = pytest.raises(KeyboardInterrupt)
     with interrupted as caught, Journal(place, identity) as journal:
         evaluate(model, TEXTS, window=20, **save, journal=journal, progress=interrupt)
@@ -188,7 +188,7 @@ def test_an_interrupted_run_goes_on_from_its_journal(
 def test_windows_are_done_again_when_the_file_they_went_into_is_gone(model: Mixtral, tmp_path: Path) -> None:
     place = tmp_path / "run.journal"
 
-    def interrupt(at: EvaluationProgress) -> None:
+    def interrupt(at: TokenProgress) -> None:
         if at.done_tokens:
             raise KeyboardInterrupt
 

@@ -24,14 +24,13 @@ def converted(folder: Path, **recipe: Any) -> Path:
 
 def budget(model: Mixtral, share: float, context: int | None = None) -> int:
     """Bytes with which this share of the experts stays in memory, 0 the least possible."""
-    planner = model._planner
-    demands, sizes = planner.demands(context), planner.sizes
+    needs, sizes = model.engine.planner.needs(context), model.residency.sizes
     experts = sum(sizes.expert_bytes) * sizes.num_experts
-    return demands.min_bytes + int(share * experts) if share else demands.min_bytes
+    return needs.min_bytes + int(share * experts)
 
 
 def least(model: Mixtral) -> int:
-    return min_expert_bytes(model._planner.sizes)
+    return min_expert_bytes(model.residency.sizes)
 
 
 def streamed(folder: Path, share: float, **options: Any) -> Mixtral:

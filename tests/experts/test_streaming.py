@@ -202,7 +202,7 @@ def test_a_resident_model_never_reads_back(whole: Mixtral) -> None:
 def test_each_expert_is_read_once_a_chunk_of_the_prompt(folder: Path) -> None:
     with streamed(folder, 0.0) as model:
         residency = model.residency
-        chunk = residency.planned.chunk_tokens
+        chunk = residency.plan.chunk_tokens
         tokens = (TOKENS * 20)[: min(2 * chunk, 200)]
         before = residency.misses
         model.generate(tokens, max_tokens=1)
@@ -310,7 +310,7 @@ def test_memory_can_be_changed_under_a_loaded_model(folder: Path, whole: Mixtral
 
 def test_a_prompt_beyond_the_reserved_context_is_refused_by_name(folder: Path) -> None:
     with load(folder, memory="50MB", context=10) as model:
-        limit = model._requests.context_limit
+        limit = model.engine.context_limit
         model.generate([5] * (limit - 1), max_tokens=1)
         if limit < model.config.max_position_embeddings:
             with pytest.raises(ContextLengthError, match=r"the memory budget holds KV cache for \d+.*--context"):
@@ -399,7 +399,7 @@ def test_a_failing_read_ends_one_generation_only(folder: Path, whole: Mixtral, m
 
 
 @pytest.mark.parametrize("mode", ["on", "auto"])
-def test_looking_ahead_changes_nothing_and_reports_itself(deep: Path, mode: str) -> None:
+def test_prefetching_changes_nothing_and_reports_itself(deep: Path, mode: str) -> None:
     tokens = TOKENS
     with load(deep) as whole:
         wanted = whole.generate(tokens, max_tokens=80).token_ids
@@ -408,7 +408,7 @@ def test_looking_ahead_changes_nothing_and_reports_itself(deep: Path, mode: str)
         counters = model.residency.counters
         assert 0 < counters.predicted_right <= counters.predicted
         assert counters.predicted_right <= counters.predicted_needed
-        assert model._prefetch.is_decided
+        assert model.engine.prefetch.is_decided
         model.set_memory(budget(model, 0.3))
         assert model.generate(tokens, max_tokens=20).token_ids == wanted[:20]
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from mlx_mixtral import GenerationStats, Mixtral, SamplingParams
-from mlx_mixtral.generation import loop
-from mlx_mixtral.generation.loop import Token, decode
+from mlx_mixtral.generation.context import DecodeContext
+from mlx_mixtral.generation.loop import decode
+from mlx_mixtral.generation.request import Request
 from mlx_mixtral.generation.sampling import Sampler
+from mlx_mixtral.generation.stats import Token
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.model.transformer import MixtralModel
 
@@ -43,13 +45,17 @@ class Watched:
 
 
 def _run(
-    model: Mixtral, prompt: Sequence[int], max_tokens: int, take: int | None = None, **options: Any
+    model: Mixtral,
+    prompt: Sequence[int],
+    max_tokens: int,
+    take: int | None = None,
+    prefill_chunk: int = 1024,
+    **options: Any,
 ) -> tuple[list[Token], Watched, GenerationStats]:
-    watched, stats = Watched(model.module), GenerationStats()
-    sampler = Sampler(SamplingParams(), prompt, model.config.vocab_size)
-    steps = decode(
-        watched, watched.step, prompt, model.make_cache(), sampler, max_tokens, stats, stream=model._stream, **options
-    )  # type: ignore[arg-type]
+    watched = Watched(model.module)
+    context = DecodeContext(watched, watched.step, model.engine.stream, prefill_chunk)  # type: ignore[arg-type]
+    request = Request(prompt, max_tokens, Sampler(SamplingParams(), prompt, model.config.vocab_size), **options)
+    steps = decode(context, request, model.make_cache())
     tokens = []
     for token in steps:
         tokens.append(token)
@@ -57,7 +63,7 @@ def _run(
         if take is not None and len(tokens) == take:
             steps.close()
             break
-    return tokens, watched, stats
+    return tokens, watched, request.stats
 
 
 @pytest.fixture
@@ -124,7 +130,3 @@ def test_stats_count_what_happened(model: Mixtral, prompt: list[int]) -> None:
     assert stats.decode_tok_s == pytest.approx(3 / stats.decode_s)
     assert GenerationStats().decode_tok_s == 0
     assert set(stats.to_dict()) >= {"prompt_tokens", "tokens", "time_to_first_token_s", "prompt_tok_s", "decode_tok_s"}
-
-
-def test_default_chunk_bounds_what_is_computed_at_once(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loop.PREFILL_CHUNK_TOKENS <= 2048

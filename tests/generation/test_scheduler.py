@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from mlx_mixtral import Mixtral, SamplingParams, load
 from mlx_mixtral.errors import BusyError, ContextLengthError, InvalidRequestError
+from mlx_mixtral.generation.context import DecodeContext
+from mlx_mixtral.generation.request import Request
 from mlx_mixtral.generation.sampling import Sampler
-from mlx_mixtral.generation.scheduler import Scheduler, SequenceRequest
+from mlx_mixtral.generation.scheduler import Scheduler
 from mlx_mixtral.model.step import DecodeStep
 
 RECORDED = Path(__file__).parents[1] / "goldens" / "transformers"
@@ -116,17 +118,17 @@ class _Watched:
     def __init__(self, model: Mixtral, **limits: Any) -> None:
         self.model, self.tokens = model, dict[int, list[int]]()
         self.running: list[tuple[int, ...]] = []
-        self.scheduler = Scheduler(
+        context = DecodeContext(
             model.module,
-            DecodeStep(model.module, compiled=False),
-            model.make_cache,
-            stream=mx.default_stream(mx.default_device()),
-            **{"max_rows": 8, "max_columns": None, "prefill_chunk": 1024} | limits,
+            limits.pop("step", DecodeStep(model.module, compiled=False)),
+            mx.default_stream(mx.default_device()),
+            limits.pop("prefill_chunk", 1024),
         )
+        self.scheduler = Scheduler(context, **{"max_rows": 8} | limits)
 
     def submit(self, prompt: Sequence[int], max_tokens: int) -> int:
         sampler = Sampler(SamplingParams(), prompt, self.model.config.vocab_size)
-        ticket = self.scheduler.submit(SequenceRequest(prompt, max_tokens, sampler))
+        ticket = self.scheduler.submit(Request(prompt, max_tokens, sampler))
         self.tokens[ticket] = []
         return ticket
 
@@ -211,14 +213,13 @@ def test_a_long_prompt_delays_others_by_a_chunk_at_a_time(model: Mixtral) -> Non
 
 def test_no_step_is_computed_for_rows_that_have_all_they_asked_for(model: Mixtral) -> None:
     computed: list[int] = []
-    watched = _Watched(model)
-    compute = watched.scheduler._compute
+    step = DecodeStep(model.module, compiled=False)
 
     def counted(tokens: mx.array, cache: Any) -> mx.array:
         computed.append(tokens.shape[0])
-        return compute(tokens, cache)
+        return step(tokens, cache)
 
-    watched.scheduler._compute = counted  # type: ignore[assignment]
+    watched = _Watched(model, step=counted)
     for max_tokens in (1, 2, 4):
         watched.submit(_prompt(model, 6, seed=max_tokens), max_tokens)
     watched.run()

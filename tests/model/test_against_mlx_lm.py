@@ -85,7 +85,7 @@ def test_fused_and_apart_agree(tiny: Path, model: Mixtral, ids: np.ndarray[Any, 
     builder = Builder(config, checkpoint, "F32", fuse=False)
     apart = builder.build()
     with CheckpointReader(checkpoint) as reader:
-        fill(reader, builder.fills)
+        fill(reader, builder.ranges)
     assert len(apart.layers[0].attention.qkv) == 3
     assert len(model.module.layers[0].attention.qkv) == 1
     np.testing.assert_allclose(apart(mx.array(ids)), model.module(mx.array(ids)), atol=1e-5)

@@ -285,7 +285,7 @@ def test_context_is_named_when_the_prompt_does_not_fit(model: Mixtral) -> None:
 def test_logits_of_a_long_text_are_those_of_one_forward(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [1, *(int(i) for i in np.random.default_rng(3).integers(3, 4096, 60))]
     whole = np.asarray(model.module(mx.array([ids])))[0]
-    monkeypatch.setattr(model.residency, "planned", replace(model.residency.planned, chunk_tokens=16))
+    monkeypatch.setattr(model.residency, "plan", replace(model.residency.plan, chunk_tokens=16))
     logits = model.logits(ids)
     assert logits.shape == (61, 4096)
     np.testing.assert_allclose(np.asarray(logits), whole, atol=2e-4)

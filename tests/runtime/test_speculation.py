@@ -133,7 +133,7 @@ def test_cancelled_or_closed_both_models_are_free_again(model: Mixtral, draft: M
 def test_a_draft_is_loaded_from_its_folder(model: Mixtral, packed: Path) -> None:
     speculation = DraftModel(str(packed), max_tokens=2)
     assert isinstance(speculation.model, Mixtral)
-    with speculation.loaded:
+    with speculation.model:
         assert model.generate(PROMPT, max_tokens=4, speculation=speculation).token_ids
     with pytest.raises(ClosedError, match="the draft model was closed"):
         model.generate(PROMPT, max_tokens=4, speculation=speculation)

@@ -56,7 +56,7 @@ def soak(generations: int, seed: int, folder: Path, checkpoint: Path | None = No
     with load(model_folder) as whole:
         prompts = [whole.tokenizer.encode(text) * (1 + index % 3) for index, text in enumerate(TEXTS)]
         wanted = [whole.generate(prompt, max_tokens=TOKENS).token_ids for prompt in prompts]
-        everything = whole.residency.planned.demands.resident_bytes
+        everything = whole.residency.plan.resident_bytes
         least = whole.min_memory_bytes
     del whole
     options = {"policy": chance.choice(("lru", "lfu")), "prefetch": chance.choice(("off", "on"))}

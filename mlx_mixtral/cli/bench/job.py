@@ -13,14 +13,14 @@ from mlx_mixtral.bench.backend import Ours
 from mlx_mixtral.bench.cases import Cases, plan_cases
 from mlx_mixtral.bench.measurements import OURS, BenchReport
 from mlx_mixtral.bench.mlx_lm_backend import MlxLm, check_mlx_lm, mlx_lm_version
-from mlx_mixtral.bench.plots import plot_bench
+from mlx_mixtral.bench.plots import draw_bench
 from mlx_mixtral.bench.run import Opener, run_bench
 from mlx_mixtral.cli.bench.tables import print_bench
 from mlx_mixtral.cli.console import err_console
 from mlx_mixtral.cli.progress import fetch, load_model
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
-from mlx_mixtral.evaluation.plots import check_plotting
-from mlx_mixtral.files import check_destination
+from mlx_mixtral.evaluation.figures import check_plotting
+from mlx_mixtral.files import check_destination, replace_file
 from mlx_mixtral.info.estimate import BUILT_IN
 from mlx_mixtral.info.macs import BANDWIDTH_SOURCE, chips_of, measured_on_such
 from mlx_mixtral.machine.device import DTYPE_NAMES, Device, compute_dtype, current_device
@@ -120,7 +120,7 @@ class BenchJob:
             DestinationError, DiskSpaceError: it cannot be written.
         """
         if self._place is not None:
-            plot_bench(self._place, f"{self.name} on {self.device.name}, {self.dtype}", self.report)
+            replace_file(self._place, draw_bench(f"{self.name} on {self.device.name}, {self.dtype}", self.report))
 
     def _plan(self, context: int | None, wanted: dict[str, Any]) -> Cases:
         own = self.config.max_position_embeddings

@@ -10,7 +10,7 @@ from mlx_mixtral.cli.chat.conversation import Conversation
 from mlx_mixtral.cli.console import note, one_line, terminal_safe
 from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
 from mlx_mixtral.errors import ContextLengthError, MixtralError
-from mlx_mixtral.runtime.speculation import Speculation
+from mlx_mixtral.generation.request import Speculation
 
 __all__ = ["Session"]
 

@@ -16,10 +16,11 @@ from mlx_mixtral.cli.evaluate.tables import print_evaluation, print_lengths, pri
 from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window
+from mlx_mixtral.evaluation.figures import check_plotting
 from mlx_mixtral.evaluation.journal import Journal
 from mlx_mixtral.evaluation.passkey import DEFAULT_DEPTHS, PasskeyResult, check_passkey, default_lengths, passkey
 from mlx_mixtral.evaluation.perplexity import evaluate
-from mlx_mixtral.evaluation.plots import check_plotting, plot_long_context
+from mlx_mixtral.evaluation.plots import draw_long_context
 from mlx_mixtral.evaluation.reference import DEFAULT_TOP_K, Reference, check_replaceable
 from mlx_mixtral.evaluation.results import Evaluation
 from mlx_mixtral.files import check_destination, replace_file
@@ -114,7 +115,7 @@ class EvaluationJob:
             self._evaluate(journal, reference)
             if self.plot is not None:
                 buckets = self.evaluation.by_length if self.evaluation is not None and self.by_length else []
-                plot_long_context(self.plot, self.subject.name, self.passkeys, buckets)
+                replace_file(self.plot, draw_long_context(self.subject.name, self.passkeys, buckets))
             found = self._result(reference)
             if self.output is not None:
                 replace_file(self.output, (json_text(found) + "\n").encode())

@@ -11,9 +11,9 @@ from typing import Any
 from mlx_mixtral import Mixtral, MixtralConfig, Tokenizer
 from mlx_mixtral.cli.progress import count_progress, fetch, load_model
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
-from mlx_mixtral.evaluation.corpus import Corpus, check_window, encode_texts, vocabulary_sha256
+from mlx_mixtral.evaluation.corpus import Corpus, TokenProgress, check_window, encode_texts, vocabulary_sha256
 from mlx_mixtral.evaluation.journal import Journal
-from mlx_mixtral.evaluation.perplexity import EvaluationProgress, evaluate
+from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.reference import Reference, ReferenceHeader
 from mlx_mixtral.evaluation.texts import Text, read_texts
 from mlx_mixtral.tokenizer import load_tokenizer
@@ -123,6 +123,6 @@ class Subject:
         return Reference(place)
 
 
-def predicted(show: Callable[[int, int], None]) -> Callable[[EvaluationProgress], None]:
+def predicted(show: Callable[[int, int], None]) -> Callable[[TokenProgress], None]:
     """A bar of counts told how far an evaluation is."""
     return lambda at: show(at.done_tokens, at.total_tokens)

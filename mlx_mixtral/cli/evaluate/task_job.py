@@ -71,8 +71,8 @@ class TaskJob:
 
     def run(self) -> dict[str, Any]:
         """The result as JSON has it; files are written."""
-        from mlx_mixtral.evaluation.harness.backend import DEFAULT_BATCH
         from mlx_mixtral.evaluation.harness.lm import HarnessLM
+        from mlx_mixtral.evaluation.harness.responder import DEFAULT_BATCH
 
         with Journal(self.journal_path, self._identity, restart=self.restart) as journal:
             with self.subject.load(self.loading) as model, count_progress("asking") as show:

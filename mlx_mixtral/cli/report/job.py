@@ -19,9 +19,9 @@ from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.cli.routing.job import published_beside
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, MissingDependencyError
 from mlx_mixtral.evaluation.corpus import check_window
+from mlx_mixtral.evaluation.figures import check_plotting
 from mlx_mixtral.evaluation.passkey import DEFAULT_DEPTHS, PasskeyResult, check_passkey, passkey
 from mlx_mixtral.evaluation.perplexity import evaluate
-from mlx_mixtral.evaluation.plots import check_plotting
 from mlx_mixtral.evaluation.reference import DEFAULT_TOP_K, Reference, ReferenceHeader
 from mlx_mixtral.evaluation.report import SECTION_FILE, Contents, Run, report_files
 from mlx_mixtral.evaluation.report.contents import fills_window

@@ -39,8 +39,8 @@ LAYERS = number_list(int, "layers", "0,15,31")
     metavar="FILE",
     help="Keep what was recorded; as MODEL/routing.trace, memory budgets of MODEL are planned with it.",
 )
-@click.option("--plot", metavar="FILE", help="PNG of all figures.")
-@click.option("--html", metavar="FILE", help="One self-contained page with everything.")
+@click.option("--plot", metavar="FILE", help="PNG of all figures; needs matplotlib.")
+@click.option("--html", metavar="FILE", help="One self-contained page with everything; needs matplotlib.")
 @loading_options
 @json_option
 def routing(model: str | None, as_json: bool, **options: Any) -> None:

@@ -9,11 +9,11 @@ from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.cli.routing.tables import print_excerpts, print_routing
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, check_window
-from mlx_mixtral.evaluation.plots import check_plotting
+from mlx_mixtral.evaluation.figures import check_plotting
 from mlx_mixtral.evaluation.routing.analysis import RoutingAnalysis, analyse
 from mlx_mixtral.evaluation.routing.excerpt import excerpts
 from mlx_mixtral.evaluation.routing.page import routing_page
-from mlx_mixtral.evaluation.routing.plots import plot_routing
+from mlx_mixtral.evaluation.routing.plots import draw_routing
 from mlx_mixtral.evaluation.routing.published import PUBLISHED_LAYERS, mean_published, published_for
 from mlx_mixtral.evaluation.routing.record import RoutingRecord, trace_file_bytes
 from mlx_mixtral.evaluation.routing.recording import record_texts, stretches
@@ -54,7 +54,7 @@ class RoutingJob:
         if len(set(found.values())) < len(found):
             raise InvalidRequestError(f"{', '.join(found)} name one file; give each its own")
         self.plot, self.html, self.save_trace = (found.get(name) for name in places)
-        if self.plot is not None:
+        if self.plot is not None or self.html is not None:
             check_plotting()
         self.record: RoutingRecord | None = None
         self.corpus: Corpus | None = None
@@ -126,7 +126,7 @@ class RoutingJob:
             self.record.save(self.save_trace)
         self.analysis = found = analyse(self.record)
         if self.plot is not None:
-            plot_routing(self.plot, found, self.layers)
+            replace_file(self.plot, draw_routing(found, self.layers))
         if self.html is not None:
             sample = PAGE_SAMPLE if self.sample is None else self.sample
             page = routing_page(found, excerpts(self.record, sample) if self.keep_text else [], self.layers)

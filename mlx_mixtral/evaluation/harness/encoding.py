@@ -1,7 +1,7 @@
 """Requests of lm_eval as token ids, split where its Hugging Face backend splits them; BOS stands once, at the start.
 
-Contexts and continuations are plain text, in which nothing is a control token. A context that ``render_chat`` made is known
-again by its text, and stands for the ids of the chat format: lm_eval hands prompts around as text.
+Contexts and continuations are plain text, in which nothing is a control token. A context that ``render_chat`` made is
+recognised by its text, and stands for the ids of the chat format: lm_eval hands prompts around as text.
 """
 
 from __future__ import annotations
@@ -84,19 +84,11 @@ class Encoder:
         return Pair(tuple(before) or (self.prefix_id,), tuple(after))
 
     def windows(self, text: str, size: int) -> list[Pair]:
-        """A text cut so that every token is predicted once, the first from BOS, none from more than ``size`` tokens.
+        """A text cut so that every token is predicted once, the first from BOS, none from more than ``size`` tokens."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        The first window predicts ``size`` tokens. Each later one does too, from the token before it; the last, which has
-        fewer left, has a whole window of context.
-        """
-        ids = [self.prefix_id, *self.text(text)]
-        pairs = []
-        done = 0
-        while (end := min(done + size, len(ids) - 1)) > done:
-            start = max(0, end - size)
-            pairs.append(Pair(tuple(ids[start : done + 1]), tuple(ids[done + 1 : end + 1])))
-            done = end
-        return pairs
+        rolling = get_rolling_token_windows(self.text(text), self.prefix_id, size, context_len=1)
+        return [Pair(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, rolling)]
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """A conversation as text, remembered with its ids. Without generation prompt the last message is left unfinished.

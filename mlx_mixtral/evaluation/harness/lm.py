@@ -14,7 +14,7 @@ from lm_eval.api.model import LM
 
 from mlx_mixtral.arguments import check_callbacks
 from mlx_mixtral.evaluation.corpus import vocabulary_sha256
-from mlx_mixtral.evaluation.harness.backend import DEFAULT_BATCH, Backend
+from mlx_mixtral.evaluation.harness.responder import DEFAULT_BATCH, Responder
 from mlx_mixtral.evaluation.harness.scoring import Answer
 from mlx_mixtral.evaluation.journal import Journal
 from mlx_mixtral.runtime.mixtral import Mixtral
@@ -23,12 +23,12 @@ __all__ = ["HarnessLM"]
 
 
 class HarnessLM(LM):  # type: ignore[misc]  # lm_eval has no types
-    """Hands requests on to a ``Backend``; see there for arguments and errors.
+    """Hands requests on to a ``Responder``; see there for arguments and errors.
 
     Args:
         name: of the model, for caches of requests.
         journal: where answers are kept, and found again.
-        progress: told how many requests of a kind are done, of how many.
+        progress: called with how many requests of a kind are done, of how many.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class HarnessLM(LM):  # type: ignore[misc]  # lm_eval has no types
     ) -> None:
         super().__init__()
         check_callbacks(progress=progress)
-        self.backend = Backend(model, batch_size=batch_size, max_length=max_length)
+        self.responder = Responder(model, batch_size=batch_size, max_length=max_length)
         self.name = name
         self.is_asked = False
         """Whether an answer is being computed: an error is this model's then, not the task's."""
@@ -52,22 +52,22 @@ class HarnessLM(LM):  # type: ignore[misc]  # lm_eval has no types
     @property
     def max_length(self) -> int:
         """Tokens of context."""
-        return self.backend.max_length
+        return self.responder.max_length
 
     @property
     def tokenizer_name(self) -> str:
         """What lm_eval tells its caches of requests apart by: the model, its vocabulary and its chat format."""
-        tokenizer = self.backend.model.tokenizer
+        tokenizer = self.responder.model.tokenizer
         chat = hashlib.sha256(tokenizer.chat_source.encode()).hexdigest()
         return f"{self.name.replace('/', '__')}-{vocabulary_sha256(tokenizer)[:16]}-{chat[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's text, or the name of a native format; lm_eval keeps it with results, and its hash."""
-        return None if chat_template is False else self.backend.model.tokenizer.chat_source
+        return None if chat_template is False else self.responder.model.tokenizer.chat_source
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as a prompt, which the methods below know again."""
-        return self.backend.encoder.render_chat(chat_history, add_generation_prompt=add_generation_prompt)
+        return self.responder.encoder.render_chat(chat_history, add_generation_prompt=add_generation_prompt)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         """For each (context, continuation): its log-probability, and whether greedy decoding would write it."""
@@ -106,7 +106,9 @@ class HarnessLM(LM):  # type: ignore[misc]  # lm_eval has no types
 
         self._show(done, len(requests))
         self.is_asked = True
-        answers: list[Any] = getattr(self.backend, kind)([argument(request.args) for request in requests], keep, known)
+        answers: list[Any] = getattr(self.responder, kind)(
+            [argument(request.args) for request in requests], keep, known
+        )
         self.is_asked = False
         return answers
 

@@ -12,10 +12,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.errors import ContextLengthError
 from mlx_mixtral.evaluation.forward import Scored, predict, score
 from mlx_mixtral.evaluation.harness.encoding import Pair
+from mlx_mixtral.generation.prefill import last_hidden
 from mlx_mixtral.runtime.mixtral import Mixtral
 
 __all__ = ["Answer", "score_pairs", "truncated"]
@@ -54,7 +54,7 @@ def truncated(pair: Pair, size: int) -> Pair:
 
 
 def score_pairs(model: Mixtral, pairs: Sequence[Pair], rows: int, done: Callable[[int, Answer], None]) -> None:
-    """Tell ``done`` the answer to every pair, with its number, longest first; none is longer than the model's context.
+    """Call ``done`` with the number of every pair and its answer, longest first; none is longer than the model's context.
 
     Args:
         rows: most rows of a batch; fewer where a chunk of a prompt or the memory budget's KV cache holds no more.
@@ -85,19 +85,19 @@ def score_pairs(model: Mixtral, pairs: Sequence[Pair], rows: int, done: Callable
 
 def _can_share(model: Mixtral, columns: int) -> bool:
     """Whether nothing of a context is overwritten, and its KV cache may be held twice."""
-    planned = model.residency.planned
-    fits = planned.budget_bytes is None or planned.demands.kv_columns >= 2 * columns
+    plan = model.engine.plan
+    fits = plan.budget_bytes is None or plan.kv_columns >= 2 * columns
     return fits and model.module.kv.window(model.config) is None
 
 
 def _batches(model: Mixtral, items: Sequence[T], length: Callable[[T], int], rows: int) -> Iterator[list[T]]:
     """Items in their order, longest first, as many as a chunk of a prompt has tokens, about equally long."""
-    planned = model.residency.planned
+    plan = model.engine.plan
     batch: list[T] = []
     for item in items:
         longest = length(batch[0]) if batch else length(item)
         columns = (len(batch) + 1) * longest
-        fits = columns <= planned.chunk_tokens and length(item) >= (1 - PADDING_SHARE) * longest
+        fits = columns <= plan.chunk_tokens and length(item) >= (1 - PADDING_SHARE) * longest
         if batch and (len(batch) == rows or not fits):
             yield batch
             batch = []
@@ -125,7 +125,9 @@ def _score_shared(
     padding = [longest - len(group.context) for group in groups]
     tokens = np.array([[0] * pad + list(group.context) for pad, group in zip(padding, groups, strict=True)], np.int32)
     cache = model.module.make_cache(padding, max_tokens=longest)
-    last = _read(model, tokens, cache)  # [G, 1, D]
+    chunk = max(1, model.engine.plan.chunk_tokens // len(groups))
+    last = last_hidden(model.module, mx.array(tokens), cache, chunk)  # [G, 1, D]
+    mx.eval(last, cache.arrays)
     members = [(place, index) for place, group in enumerate(groups) for index in group.members]
     members.sort(key=lambda member: -len(pairs[member[1]].continuation))
     while members:
@@ -146,25 +148,11 @@ def _score_shared(
 
 def _rows(model: Mixtral, context: int, groups: int, continuation: int, rows: int) -> int:
     """Continuations to read at once."""
-    planned = model.residency.planned
-    count = min(rows, planned.chunk_tokens // continuation)
-    if planned.budget_bytes is not None:
-        count = min(count, planned.demands.kv_columns // (context + continuation) - groups)
+    plan = model.engine.plan
+    count = min(rows, plan.chunk_tokens // continuation)
+    if plan.budget_bytes is not None:
+        count = min(count, plan.kv_columns // (context + continuation) - groups)
     return max(1, count)
-
-
-def _read(model: Mixtral, tokens: npt.NDArray[np.int32], cache: KVCache) -> mx.array:
-    """Take ``tokens [G, L]`` into the cache; the last hidden state of each row, ``[G, 1, D]``."""
-    chunk = max(1, model.residency.planned.chunk_tokens // len(tokens))
-    length = tokens.shape[1]
-    for start in range(0, length, chunk):
-        part = mx.array(tokens[:, start : start + chunk])
-        if start + chunk < length:
-            model.module.remember(part, cache)
-            mx.eval(cache.arrays)
-    last = model.module.hidden(part, cache, last_only=True)
-    mx.eval(last, cache.arrays)
-    return last
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int) -> npt.NDArray[np.int32]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_mixtral.arguments import as_path, check_callbacks, check_type
+from mlx_mixtral.arguments import as_path, check_callbacks, check_integer, check_type
 from mlx_mixtral.errors import HubError, InvalidRequestError, MissingDependencyError, MixtralError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def load_tasks(
     Args:
         shots: examples in front of each question; the task's own number when None. A task that is fixed to none stays so.
         path: folder of task files (YAML) that come before lm_eval's own of the same name.
-        progress: told how many tasks are loaded, of how many.
+        progress: called with how many tasks are loaded, of how many.
 
     Raises:
         MissingDependencyError: no lm_eval.
@@ -109,7 +109,8 @@ def load_tasks(
     """
     check_type("names", names, (list, tuple), "a list of names")
     check_callbacks(progress=progress)
-    _check_count("shots", shots, 0)
+    if shots is not None:
+        check_integer("shots", shots, 0)
     if not names:
         raise InvalidRequestError("no task was named; give at least one, such as hellaswag")
     folder = None if path is None else _task_folder(path)
@@ -149,14 +150,15 @@ def run_tasks(
 
     Raises:
         InvalidRequestError: a task whose questions cannot be made.
-        Anything that the model's ``Backend`` raises.
+        Anything that the model's ``Responder`` raises.
     """
     import lm_eval
     from lm_eval.evaluator import evaluate
 
-    _check_count("limit", limit, 1)
+    if limit is not None:
+        check_integer("limit", limit, 1)
     started = time.perf_counter()
-    before = model.backend.truncated
+    before = model.responder.truncated
     model.is_asked = False  # an error of the run before left it set
     with _quiet(), _seeded():
         try:
@@ -179,18 +181,13 @@ def run_tasks(
                 f"tasks {names} cannot be run: {_first_line(error)}; check their files"
             ) from error
     seconds = time.perf_counter() - started
-    return TaskResults(tuple(_scores(found)), model.backend.truncated - before, seconds, str(lm_eval.__version__))
-
-
-def _check_count(name: str, value: int | None, least: int) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-        raise InvalidRequestError(f"{name} is {value!r}; it must be an integer of at least {least}")
+    return TaskResults(tuple(_scores(found)), model.responder.truncated - before, seconds, str(lm_eval.__version__))
 
 
 def _task_folder(path: str | Path) -> Path:
     folder = as_path("the folder of tasks", path)
     if not folder.is_dir():
-        raise InvalidRequestError(f"{folder} is no folder; give one that holds task files (.yaml)")
+        raise InvalidRequestError(f"{folder} is not a folder; give one that holds task files (.yaml)")
     if next(folder.glob("**/*.yaml"), None) is None:
         raise InvalidRequestError(f"folder {folder} holds no tasks: there is no .yaml file in it")
     return folder

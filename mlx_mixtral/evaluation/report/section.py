@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 from mlx_mixtral.evaluation.passkey import PasskeyResult
 from mlx_mixtral.evaluation.plots import draw_domains, draw_long_context
-from mlx_mixtral.evaluation.report.checkpoint import checkpoint_part, memory_part
 from mlx_mixtral.evaluation.report.contents import PLOTS, Contents
+from mlx_mixtral.evaluation.report.facts import checkpoint_part, memory_part
 from mlx_mixtral.evaluation.report.markdown import escaped, fenced, image, table
 from mlx_mixtral.evaluation.results import Evaluation
 from mlx_mixtral.evaluation.routing.analysis import RoutingAnalysis
@@ -18,7 +18,7 @@ from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS, with_error
 __all__ = ["SECTION_FILE", "report_files", "section"]
 
 SECTION_FILE = "README-section.md"
-MOST_EXPERTS = 16
+MAX_EXPERTS = 16
 
 
 def report_files(contents: Contents, *, with_plots: bool = True) -> dict[str, bytes]:
@@ -162,7 +162,7 @@ def _routing(contents: Contents, with_plot: bool) -> Iterator[str]:
 
 
 def _shares(found: RoutingAnalysis) -> Iterator[str]:
-    if found.num_experts > MOST_EXPERTS:
+    if found.num_experts > MAX_EXPERTS:
         return
     yield (
         f"Share of assignments to each expert over all texts (figure 7; uniform {1 / found.num_experts:.1%}), and how many "

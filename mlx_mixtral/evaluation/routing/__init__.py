@@ -2,13 +2,12 @@
 
 from mlx_mixtral.evaluation.routing.analysis import DomainRouting, Estimate, RoutingAnalysis, analyse
 from mlx_mixtral.evaluation.routing.record import RoutingRecord
-from mlx_mixtral.evaluation.routing.recording import RoutingProgress, record_texts
+from mlx_mixtral.evaluation.routing.recording import record_texts
 
 __all__ = [
     "DomainRouting",
     "Estimate",
     "RoutingAnalysis",
-    "RoutingProgress",
     "RoutingRecord",
     "analyse",
     "record_texts",

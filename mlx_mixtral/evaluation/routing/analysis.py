@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from mlx_mixtral.arguments import check_type
 from mlx_mixtral.evaluation.routing.record import RoutingRecord
-from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS, LEAST_BLOCKS
+from mlx_mixtral.evaluation.statistics import BLOCK_TOKENS, MIN_BLOCKS
 from mlx_mixtral.experts.trace import chance_of_repeat
 
 __all__ = ["ALL", "DomainRouting", "Estimate", "RoutingAnalysis", "analyse", "expected_pairs"]
 
 ALL = "all"
-LEAST_EXPECTED = 20
+MIN_EXPECTED = 20
 FITTING_ROUNDS = 2000
 
 Floats = npt.NDArray[np.float64]
@@ -59,7 +59,7 @@ class DomainRouting:
             second choice"). Random: 1 - 6/8 * 5/7, about 46%, for 2 of 8.
         pairs: ``[L, E, E]``, share of tokens that chose both experts, symmetric; the diagonal is 0. Each token has
             K (K - 1) / 2 pairs.
-        entropy: ``[L]``, mean entropy in bits of the gate's softmax over all E experts; log2 E where the gate does not care.
+        entropy: ``[L]``, mean entropy in bits of the gate's softmax over all E experts; log2 E where the gate is indifferent.
     """
 
     tokens: int
@@ -85,7 +85,7 @@ class DomainRouting:
     @cached_property
     def clear_lift(self) -> Floats:
         """``pair_lift``, NaN too for pairs that chance would give fewer than 20 tokens: their lift is mostly noise."""
-        return np.where(self._expected * self.tokens >= LEAST_EXPECTED, self.pair_lift, np.nan)
+        return np.where(self._expected * self.tokens >= MIN_EXPECTED, self.pair_lift, np.nan)
 
     def clear_pairs(self, layer: int) -> list[tuple[int, int]]:
         """Pairs of experts by ``clear_lift``, largest first."""
@@ -148,6 +148,23 @@ class RoutingAnalysis:
         """The domains, and all of them where there are several."""
         return self.domains if len(self.domains) == 1 else {**self.domains, ALL: self.overall}
 
+    @property
+    def repeats_first(self) -> dict[str, Estimate]:
+        """By domain."""
+        return {name: domain.repeats_first for name, domain in self.domains.items()}
+
+    @property
+    def repeats_either(self) -> dict[str, Estimate]:
+        """By domain."""
+        return {name: domain.repeats_either for name, domain in self.domains.items()}
+
+    @property
+    def entropies(self) -> dict[str, Estimate]:
+        """By domain; none where they were not recorded, or there is no choice."""
+        if self.num_experts == 1:
+            return {}
+        return {name: domain.entropy for name, domain in self.domains.items() if domain.entropy is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: arrays are nested lists with the layer first, but for ``choice_shares``: choice, layer, expert."""
         return {
@@ -187,13 +204,15 @@ def _domain(record: RoutingRecord, stretches: Ints) -> DomainRouting:
     before, after = places[~is_last], places[~is_last] + 1
     _, layers, per_token = record.trace.experts.shape
     size = record.trace.num_experts
-    shares, choices, pairs, first, either, entropy = [], [], [], [], [], []
+    shares, pairs, first, either, entropy = [], [], [], [], []
+    choices: list[list[Estimate]] = [[] for _ in range(per_token)]
     for layer in range(layers):
         experts = record.trace.experts[:, layer].astype(np.int64)  # [all T, K]
         own = experts[places]
         by_choice = [tokens.count(own[:, choice], size) for choice in range(per_token)]  # [G, E] each
         shares.append(tokens.mean(sum(by_choice[1:], by_choice[0]) / per_token))
-        choices.append([tokens.mean(counts) for counts in by_choice])
+        for found, counts in zip(choices, by_choice, strict=True):
+            found.append(tokens.mean(counts))
         together = np.zeros((tokens.blocks, size * size))
         for a in range(per_token):
             for b in range(a + 1, per_token):
@@ -205,15 +224,11 @@ def _domain(record: RoutingRecord, stretches: Ints) -> DomainRouting:
         either.append(follows.mean(follows.add(shared)))
         if record.entropy is not None:
             entropy.append(tokens.mean(tokens.add(record.entropy[places, layer].astype(np.float64))))
-    swapped = [[layer[choice] for layer in choices] for choice in range(per_token)]
     return DomainRouting(
         len(places),
         len(before),
         _stacked(shares),
-        Estimate(
-            np.stack([_stacked(choice).value for choice in swapped]),
-            np.stack([_stacked(choice).stderr for choice in swapped]),
-        ),
+        _stacked([_stacked(choice) for choice in choices]),
         _stacked(first),
         _stacked(either),
         _stacked(pairs),
@@ -232,7 +247,7 @@ class _Blocks:
         keys = np.stack([stretch, within // BLOCK_TOKENS])
         is_new = np.ones(len(stretch), bool)
         is_new[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
-        if is_new.sum() < LEAST_BLOCKS:
+        if is_new.sum() < MIN_BLOCKS:
             is_new[:] = True
         self._block = np.cumsum(is_new) - 1
         self.blocks = int(is_new.sum())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +51,6 @@ def expert_colour(expert: int, num_experts: int) -> str:
     return f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}"
 
 
-def domain_colour(index: int, palette: Sequence[str] = DOMAINS) -> str:
+def domain_colour(index: int) -> str:
     """Of the domain of this number."""
-    return palette[index % len(palette)]
+    return DOMAINS[index % len(DOMAINS)]

@@ -8,9 +8,9 @@ from html import escape
 
 from mlx_mixtral.evaluation.routing.excerpt import Excerpt, expert_colour
 
-__all__ = ["MOST_LAYERS", "coloured_text"]
+__all__ = ["MAX_LAYERS", "coloured_text"]
 
-MOST_LAYERS = 8
+MAX_LAYERS = 8
 """Layers to choose from; more that were asked for are left out here."""
 
 # Control characters, which HTML cannot hold, become visible.
@@ -22,7 +22,7 @@ def coloured_text(excerpts: Sequence[Excerpt], layers: Sequence[int], num_expert
     """The section, with its own style sheet; "" without text."""
     if not excerpts:
         return ""
-    shown = list(zip(string.ascii_lowercase, layers[:MOST_LAYERS], strict=False))
+    shown = list(zip(string.ascii_lowercase, layers[:MAX_LAYERS], strict=False))
     experts = sorted({int(e) for excerpt in excerpts for _, layer in shown for e in excerpt.experts[:, layer]})
     rules, inputs, labels = [], [], []
     for index, (letter, layer) in enumerate(shown):

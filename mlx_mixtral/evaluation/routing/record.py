@@ -23,9 +23,9 @@ from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral.experts.trace import FORMAT, MAX_FILE_BYTES, RoutingTrace
 from mlx_mixtral.files import check_destination, replace_file
 
-__all__ = ["MOST_DOMAINS", "RoutingRecord", "trace_file_bytes"]
+__all__ = ["MAX_DOMAINS", "RoutingRecord", "trace_file_bytes"]
 
-MOST_DOMAINS = 256
+MAX_DOMAINS = 256
 HEADER_BYTES = 2**16
 
 
@@ -53,9 +53,9 @@ class RoutingRecord:
 
     def __post_init__(self) -> None:
         shape = self.trace.experts.shape
-        if not self.domains or len(self.domains) > MOST_DOMAINS or len(set(self.domains)) < len(self.domains):
+        if not self.domains or len(self.domains) > MAX_DOMAINS or len(set(self.domains)) < len(self.domains):
             raise InvalidRequestError(
-                f"routing of {len(self.domains)} domains; it must have 1 to {MOST_DOMAINS}, each name once"
+                f"routing of {len(self.domains)} domains; it must have 1 to {MAX_DOMAINS}, each name once"
             )
         if self.segments.shape != (len(self.starts),) or self.segments.dtype != np.int64:
             raise InvalidRequestError(
@@ -160,7 +160,7 @@ def _pieces(text: npt.NDArray[Any], ends: npt.NDArray[Any]) -> tuple[str, ...]:
 
 
 def trace_file_bytes(tokens: int, layers: int, per_token: int, text_bytes: int, stretches: int = 1) -> int:
-    """Bytes of a file, at most: known before a model is run.
+    """An upper bound of a file's bytes, known before a model is run.
 
     Raises:
         InvalidRequestError: more than what is read.

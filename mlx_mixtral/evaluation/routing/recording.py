@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.arguments import check_callbacks, check_type
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.evaluation.corpus import Corpus, check_window, encode_texts
-from mlx_mixtral.evaluation.forward import context_limit
+from mlx_mixtral.evaluation.corpus import Corpus, TokenProgress, check_window, encode_texts
+from mlx_mixtral.evaluation.forward import context_limit, hidden_states
 from mlx_mixtral.evaluation.routing.record import RoutingRecord
 from mlx_mixtral.evaluation.texts import Text
 from mlx_mixtral.experts.trace import RoutingTrace
@@ -21,17 +21,9 @@ from mlx_mixtral.model.routing import Routed, RoutingObserver
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.tokenizer import Tokenizer
 
-__all__ = ["RoutingProgress", "Stretch", "record_texts", "stretches"]
+__all__ = ["Stretch", "record_texts", "stretches"]
 
 Ids = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class RoutingProgress:
-    """How far a recording is, in tokens."""
-
-    done_tokens: int
-    total_tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +47,10 @@ def stretches(corpus: Corpus, before: Sequence[int], window: int, max_tokens: in
         max_tokens: of each domain, from its beginning; all when None.
 
     Raises:
-        InvalidRequestError, ContextLengthError: a window that has no room, or a limit that is none.
+        InvalidRequestError, ContextLengthError: a window that has no room, or a limit out of range.
     """
-    if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 2):
-        raise InvalidRequestError(f"max_tokens is {max_tokens!r}; it must be a number of tokens, at least 2")
+    if max_tokens is not None:
+        check_integer("max_tokens", max_tokens, 2, wanted="a number of tokens, at least 2")
     if (room := window - len(before)) < 2:
         raise InvalidRequestError(f"window is {window}; it must hold at least {2 + len(before)} tokens")
     found, taken = [], dict.fromkeys(corpus.domains, 0)
@@ -82,7 +74,7 @@ def record_texts(
     max_tokens: int | None = None,
     keep_text: bool = True,
     name: str = "",
-    progress: Callable[[RoutingProgress], None] | None = None,
+    progress: Callable[[TokenProgress], None] | None = None,
 ) -> RoutingRecord:
     """What the routers choose for texts, by domain, with the gate's entropy. Streamed experts give the same.
 
@@ -95,12 +87,12 @@ def record_texts(
         max_tokens: of each domain, from its beginning; all when None.
         keep_text: keep each token's text, for coloured text; it is saved with the record.
         name: of the model, for reports.
-        progress: told after every window, from this thread.
+        progress: called after every window, from this thread.
 
     Raises:
         InvalidRequestError, ContextLengthError: an argument out of range, a text of fewer than two tokens, a dense model.
         TokenizerError: a checkpoint without a tokenizer.
-        CheckpointError: a router gives no numbers.
+        CheckpointError: gate logits that are not finite.
     """
     check_type("model", model, Mixtral, "a model that load() gave")
     check_callbacks(progress=progress)
@@ -120,7 +112,7 @@ def record_texts(
                 entropy.append(routed.entropy.astype(np.float16))
             done += len(part.ids)
             if progress is not None:
-                progress(RoutingProgress(done, total))
+                progress(TokenProgress(done, total))
     starts = np.cumsum([0, *(len(part.ids) for part in parts)])[:-1]
     domains = tuple(corpus.domains)
     return RoutingRecord(
@@ -134,14 +126,9 @@ def record_texts(
 
 
 def _read(model: Mixtral, part: Stretch, observer: RoutingObserver) -> Iterator[Routed]:
-    module, chunk = model.module, model.residency.planned.chunk_tokens
-    ids, skip = np.array([[*part.before, *part.ids.tolist()]], np.int32), len(part.before)
-    cache = module.make_cache(max_tokens=ids.shape[1])
-    for start in range(0, ids.shape[1], chunk):
-        tokens = mx.array(ids[:, start : start + chunk])
-        mx.eval(module.hidden(tokens, cache), cache.arrays)
-        routed = observer.take()
-        unwanted = max(0, skip - start)
+    ids = np.array([[*part.before, *part.ids.tolist()]], np.int32)
+    for start, _ in hidden_states(model, ids):
+        routed, unwanted = observer.take(), max(0, len(part.before) - start)
         yield Routed(routed.experts[unwanted:], routed.entropy[unwanted:])
 
 

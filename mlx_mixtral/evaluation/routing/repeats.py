@@ -10,7 +10,7 @@ import numpy as np
 from mlx_mixtral.evaluation.routing.analysis import ALL, Estimate, RoutingAnalysis
 from mlx_mixtral.evaluation.routing.published import PUBLISHED_LAYERS, PUBLISHED_MODEL, mean_published, published_for
 
-__all__ = ["RepeatTable", "repeat_tables"]
+__all__ = ["RepeatTable", "repeat_tables", "with_percent"]
 
 
 class RepeatTable(NamedTuple):
@@ -40,7 +40,7 @@ def repeat_tables(found: RoutingAnalysis, layers: Sequence[int], *, with_details
         for name, domain in found.rows.items():
             estimate = domain.repeats_first if kind == "first" else domain.repeats_either
             row = [name, *([f"{domain.tokens:,}"] if with_details else [])]
-            row += [_percent(estimate, layer, with_error=with_details) for layer in layers]
+            row += [with_percent(estimate, (layer,), with_error=with_details) for layer in layers]
             if comparable:
                 other = mean_published() if name == ALL and len(found.domains) > 1 else published_for(name)
                 figures = () if other is None else (other.first if kind == "first" else other.either)
@@ -52,8 +52,9 @@ def repeat_tables(found: RoutingAnalysis, layers: Sequence[int], *, with_details
     return tables
 
 
-def _percent(estimate: Estimate, layer: int, *, with_error: bool) -> str:
-    value, error = estimate.value[layer], estimate.stderr[layer]
+def with_percent(estimate: Estimate, place: tuple[int, ...], *, with_error: bool = True) -> str:
+    """``14.9% ± 0.3``, of one of the estimate's shares."""
+    value, error = estimate.value[place], estimate.stderr[place]
     if not np.isfinite(value):
         return "–"
     return f"{value:.1%} ± {100 * error:.1f}" if with_error and np.isfinite(error) else f"{value:.1%}"

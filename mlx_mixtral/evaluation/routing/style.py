@@ -22,17 +22,12 @@ a{color:var(--accent)}small,.theirs{color:var(--soft)}
 .charts.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,9.5rem),1fr))}
 figure{margin:0;max-width:34rem}figcaption{font-weight:600;font-size:.9rem;margin-bottom:.2rem}
 figure p{font-size:.85rem;color:var(--soft);margin:.2rem 0}
-.chart{display:block;width:100%;height:auto;font:11px system-ui,sans-serif}
-.small .chart{font-size:18px}
-.chart text{fill:var(--soft)}.chart .end{text-anchor:end}.chart .note{paint-order:stroke;stroke:var(--paper);stroke-width:3px}
-.chart .mid{text-anchor:middle}
-.chart .num{text-anchor:middle;fill:var(--text);font-size:11px;pointer-events:none}
-.grid{stroke:var(--line)}.chance{stroke:var(--text);stroke-width:1.2;stroke-dasharray:5 4}
-.hi{fill:var(--hi)}.lo{fill:var(--lo)}
+.chart{display:block;width:100%;height:auto;stroke-linejoin:round}
+.chart text{font-family:system-ui,sans-serif!important}
 .key{display:inline-block;width:1em;height:1em;border-radius:3px;vertical-align:-.15em}
-.key.hi{background:var(--hi)}.key.lo{background:var(--lo)}
+.key{opacity:.75}.key.hi{background:var(--hi)}.key.lo{background:var(--lo)}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;padding:0;margin:.4rem 0 .8rem;font-size:.9rem}
-.legend svg{width:1.9rem;height:.9rem;vertical-align:-.1rem;margin-right:.35rem}
+.legend i{font-style:normal;margin-right:.35rem;letter-spacing:-.1em}
 .wide{overflow-x:auto;margin:1rem 0}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;white-space:nowrap}
 caption{text-align:left;font-weight:600;padding-bottom:.3rem;position:sticky;left:0}

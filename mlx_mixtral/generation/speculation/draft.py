@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.generation.context import DecodeContext
+from mlx_mixtral.generation.prefill import last_hidden
 from mlx_mixtral.generation.sampling import Sampler
 from mlx_mixtral.generation.speculation.accept import DRAFT_STREAM
 from mlx_mixtral.generation.speculation.proposal import Guess, Proposal
-from mlx_mixtral.model.transformer import MixtralModel
 
 __all__ = ["DraftProposer"]
-
-Step = Callable[[mx.array, KVCache], mx.array]
 
 
 class DraftProposer:
@@ -24,26 +22,16 @@ class DraftProposer:
     k proposals it holds k - 1 of them: the last was never fed to it.
 
     Args:
-        step: the draft's decode step: one token ``[1, 1]`` to its logits ``[1, 1, V]``.
+        context: the draft model's own.
         max_tokens: positions the draft's cache may take; beyond them nothing is proposed.
         max_proposed: largest number of tokens that ``propose`` is asked for.
-        chunk_tokens: tokens of a long prompt computed at once.
     """
 
-    def __init__(
-        self,
-        model: MixtralModel,
-        step: Step,
-        prompt: Sequence[int],
-        *,
-        max_tokens: int,
-        max_proposed: int,
-        chunk_tokens: int,
-    ) -> None:
-        self._model, self._step = model, step
+    def __init__(self, context: DecodeContext, prompt: Sequence[int], *, max_tokens: int, max_proposed: int) -> None:
+        self._context = context
         self._tokens = list(prompt)
-        self._max_tokens, self._max_proposed, self._chunk_tokens = max_tokens, max_proposed, chunk_tokens
-        self.cache = model.make_cache(max_tokens=max_tokens)
+        self._max_tokens, self._max_proposed = max_tokens, max_proposed
+        self.cache = context.model.make_cache(max_tokens=max_tokens)
 
     def guess(self) -> Guess | None:
         """None once the draft's context is full."""
@@ -67,7 +55,7 @@ class DraftProposer:
             # Begins now, while Python prepares the next step.
             mx.async_eval(token)
             sampler.record(token)
-            logits = self._step(token[None], self.cache)[:, -1]
+            logits = self._context.step(token[None], self.cache)[:, -1]
 
     def take(self, tokens: Sequence[int], accepted: int = 0) -> None:
         # A proposal that was fed to the draft and refused, and all after it, are in the cache and not in the sequence.
@@ -78,13 +66,9 @@ class DraftProposer:
 
     def _catch_up(self) -> mx.array:
         """Logits ``[1, V]`` after all tokens taken; the cache holds them then."""
-        model, cache = self._model, self.cache
-        while len(self._tokens) - cache.length > self._chunk_tokens:
-            start = cache.length
-            model.remember(mx.array([self._tokens[start : start + self._chunk_tokens]], mx.int32), cache)
-            mx.eval(cache.arrays)
+        model, cache = self._context.model, self.cache
         missing = mx.array([self._tokens[cache.length :]], mx.int32)
         # After a round one token is missing, or two: the last one proposed was not fed. Those are the sizes worth a graph.
         if missing.size <= 2:
-            return self._step(missing, cache)[:, -1]
-        return model.head(model.hidden(missing, cache, last_only=True)[:, -1])
+            return self._context.step(missing, cache)[:, -1]
+        return model.head(last_hidden(model, missing, cache, self._context.chunk_tokens)[:, -1])

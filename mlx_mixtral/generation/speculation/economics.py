@@ -25,7 +25,7 @@ __all__ = ["Acceptance", "Economics", "expected_tokens"]
 ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MEMORY = 0.95
 KEPT_TIMES = 5
-RETRY_TOKENS, MOST_RETRY_TOKENS = 64, 1024
+RETRY_TOKENS, MAX_RETRY_TOKENS = 64, 1024
 TRIAL_ROUNDS = 3
 # What a plain step must be beaten by: below it the difference is noise.
 MARGIN = 1.03
@@ -40,7 +40,7 @@ class Acceptance:
     """Probability that a proposed token is right: the mean of what was seen, of which each new trial makes the rest fade.
 
     Args:
-        expected: taken for granted at first, with the weight of two trials.
+        expected: the prior, with the weight of two trials.
     """
 
     def __init__(self, expected: float) -> None:
@@ -68,7 +68,7 @@ class Economics:
     measured being forgotten: the text or the machine may have changed.
 
     Args:
-        most: largest k.
+        max_tokens: largest k.
         predicted_s: the cost model's seconds of a round of k, and of a plain step for 0.
         expected_acceptance: before anything was measured.
         uses_clock: measured seconds count. Without them decisions depend on the text alone: rejection sampling gives other
@@ -78,7 +78,7 @@ class Economics:
 
     def __init__(
         self,
-        most: int,
+        max_tokens: int,
         predicted_s: Callable[[int], float],
         *,
         expected_acceptance: float,
@@ -86,7 +86,7 @@ class Economics:
         is_adaptive: bool = True,
     ) -> None:
         self._is_adaptive = is_adaptive
-        self._choices = [*(rows - 1 for rows in ROWS if rows - 1 < most), most]
+        self._choices = [*(rows - 1 for rows in ROWS if rows - 1 < max_tokens), max_tokens]
         self._predicted_s = predicted_s
         self._expected, self._uses_clock = expected_acceptance, uses_clock
         self._acceptance: dict[int, Acceptance] = {}
@@ -94,11 +94,11 @@ class Economics:
         self._trials = TRIAL_ROUNDS
         self._idle, self._retry_tokens = 0, RETRY_TOKENS
 
-    def choose(self, kind: int, most: int) -> int:
-        """How many tokens to propose, at most ``most``; asking changes nothing."""
-        choices = [k for k in self._choices if k <= most]
+    def choose(self, kind: int, limit: int) -> int:
+        """How many tokens to propose, at most ``limit``; asking changes nothing."""
+        choices = [k for k in self._choices if k <= limit]
         if not self._is_adaptive:
-            return min(most, self._choices[-1])
+            return min(limit, self._choices[-1])
         # What a plain step takes has to be known first.
         if not choices or (self._uses_clock and not self._times.get(0)):
             return 0
@@ -127,7 +127,7 @@ class Economics:
         self._timed(0, seconds)
         self._idle += 1
         if self._idle >= self._retry_tokens:
-            self._retry_tokens = min(2 * self._retry_tokens, MOST_RETRY_TOKENS)
+            self._retry_tokens = min(2 * self._retry_tokens, MAX_RETRY_TOKENS)
             self._idle, self._trials = 0, TRIAL_ROUNDS
             self._times = {k: times for k, times in self._times.items() if k == 0}
             for acceptance in self._acceptance.values():

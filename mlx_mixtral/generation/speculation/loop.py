@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral.cache.kv import KVCache
-from mlx_mixtral.generation.loop import PREFILL_CHUNK_TOKENS, prefill, read_token
+from mlx_mixtral.generation.context import DecodeContext
+from mlx_mixtral.generation.loop import first_token, read_token
 from mlx_mixtral.generation.meter import Meter
+from mlx_mixtral.generation.request import Request
 from mlx_mixtral.generation.sampling import Sampled, Sampler
 from mlx_mixtral.generation.speculation.accept import VerifiedTokens, verify
 from mlx_mixtral.generation.speculation.economics import Economics
-from mlx_mixtral.generation.speculation.proposal import Guess, Proposer, SpeculationStats
-from mlx_mixtral.generation.stats import GenerationStats, Token
-from mlx_mixtral.model.step import DecodeStep
-from mlx_mixtral.model.transformer import MixtralModel
+from mlx_mixtral.generation.speculation.proposal import Guess, Proposer
+from mlx_mixtral.generation.stats import SpeculationStats, Token
 
 __all__ = ["speculate"]
 
 
 def speculate(
-    model: MixtralModel,
-    compute: DecodeStep,
-    prompt: Sequence[int],
-    cache: KVCache,
-    sampler: Sampler,
-    max_tokens: int,
-    stats: GenerationStats,
-    *,
-    proposer: Proposer,
-    economics: Economics,
-    stream: mx.Stream,
-    prefill_chunk: int = PREFILL_CHUNK_TOKENS,
-    on_prefill: Callable[[int, int], None] | None = None,
+    context: DecodeContext, request: Request, cache: KVCache, *, proposer: Proposer, economics: Economics
 ) -> Generator[Token, None, None]:
     """As ``decode``, with the same tokens where plain decoding draws them (greedy, lookup), else of the same distribution.
 
@@ -52,25 +40,19 @@ def speculate(
     When the generator ends or is closed the cache holds the prompt and tokens that were yielded, perhaps without the last.
 
     Args:
-        compute: the model's step, over one token or a round.
         proposer: knows all tokens up to the prompt's last.
         economics: proposes no more at once than a window of the cache can take back.
-        stats: ``stats.speculation`` is set.
-        prompt, cache, sampler, max_tokens, stream, prefill_chunk, on_prefill: as for ``decode``.
     """
-    meter, start, done = Meter(model, prompt, stats, on_prefill), cache.length, 0
-    rounds = _Rounds(compute, cache, sampler, proposer, economics, stream)
-    stats.speculation = rounds.stats
+    meter, done, max_tokens = Meter(context.model, request, cache.length), 0, request.max_tokens
+    rounds = _Rounds(context, request.sampler, cache, proposer, economics)
+    request.stats.speculation = rounds.stats
     try:
-        with mx.stream(stream):
-            hidden = prefill(model, prompt, cache, prefill_chunk, on_prefill)
-            ahead = sampler(model.head(hidden[:, -1]))
-            mx.async_eval(ahead.arrays)
+        ahead = first_token(context, request, cache)
         while True:
             guess, proposed = rounds.choose(max_tokens - done - 1)
             following = None
             # A forward that waits for experts would wait for this token too: nothing is gained by starting it early.
-            if done + 1 < max_tokens and not proposed and not model.is_streamed:
+            if done + 1 < max_tokens and not proposed and not context.model.is_streamed:
                 following = rounds.plain(ahead.token)
             last = read_token(ahead)
             rounds.take_plain(last.token_id, guess, is_first=done == 0)
@@ -92,7 +74,7 @@ def speculate(
                 return
             ahead = following
     finally:
-        excess = cache.length - (start + len(prompt) + done)
+        excess = cache.length - (len(request.tokens) + done)
         if excess > 0:
             cache.trim(excess)
 
@@ -101,16 +83,10 @@ class _Rounds:
     """Plain steps and rounds of one generation, and their bookkeeping."""
 
     def __init__(
-        self,
-        compute: DecodeStep,
-        cache: KVCache,
-        sampler: Sampler,
-        proposer: Proposer,
-        economics: Economics,
-        stream: mx.Stream,
+        self, context: DecodeContext, sampler: Sampler, cache: KVCache, proposer: Proposer, economics: Economics
     ) -> None:
-        self._compute, self._cache, self._sampler = compute, cache, sampler
-        self._proposer, self._economics, self._stream = proposer, economics, stream
+        self._compute, self._stream = context.step, context.stream
+        self._sampler, self._cache, self._proposer, self._economics = sampler, cache, proposer, economics
         self.stats = SpeculationStats()
         self._resumed = time.perf_counter()
 

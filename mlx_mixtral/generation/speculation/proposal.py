@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_mixtral.generation.sampling import Sampler
 
-__all__ = ["Guess", "Proposal", "Proposer", "SpeculationStats"]
+__all__ = ["Guess", "Proposal", "Proposer"]
 
 
 @dataclass(frozen=True)
@@ -44,34 +44,3 @@ class Proposer(Protocol):
 
     def take(self, tokens: Sequence[int], accepted: int = 0) -> None:
         """The sequence goes on with ``tokens``, of which the first ``accepted`` were proposed just now."""
-
-
-@dataclass
-class SpeculationStats:
-    """What speculation did in a generation so far, after its first token."""
-
-    forwards: int = 0
-    """Forwards of the model."""
-    tokens: int = 0
-    """Tokens they gave."""
-    proposed: int = 0
-    accepted: int = 0
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """1 without speculation."""
-        return self.tokens / self.forwards if self.forwards else 0.0
-
-    @property
-    def acceptance(self) -> float:
-        """Share of the proposed tokens that were accepted; of those after the first wrong one none is."""
-        return self.accepted / self.proposed if self.proposed else 0.0
-
-    def to_dict(self) -> dict[str, float | int]:
-        return {
-            "forwards": self.forwards,
-            "tokens_per_forward": self.tokens_per_forward,
-            "proposed_tokens": self.proposed,
-            "accepted_tokens": self.accepted,
-            "acceptance": self.acceptance,
-        }

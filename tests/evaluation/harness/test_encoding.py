@@ -43,6 +43,7 @@ def test_a_tokenizer_that_adds_no_bos_has_it_before_an_empty_context_only(tiny: 
     folder = with_template(tmp_path / "copy", "")
     place = folder / "tokenizer_config.json"
     place.write_text(place.read_text().replace('"add_bos_token": true', '"add_bos_token": false'))
+    pytest.importorskip("lm_eval")  # for windows
     encoder = Encoder(load_tokenizer(folder))
     assert 1 not in encoder.pair("And God", " said").context
     assert encoder.pair("", "And God").context == (1,)
@@ -51,6 +52,7 @@ def test_a_tokenizer_that_adds_no_bos_has_it_before_an_empty_context_only(tiny: 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
 def test_windows_predict_every_token_once_from_no_more_than_size(native: Tokenizer, size: int) -> None:
+    pytest.importorskip("lm_eval")
     encoder = Encoder(native)
     text = "And God said, Let there be light: and there was light."
     windows = encoder.windows(text, size)

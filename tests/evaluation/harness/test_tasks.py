@@ -90,7 +90,7 @@ def test_tasks_in_a_chat_format_equal_the_recorded_ones(chatting: Mixtral) -> No
     names = list(GOLDEN["chat"]["tasks"])
     asked: list[Any] = []
     lm = harness(chatting)
-    lm.backend.generate_until = _kept(lm.backend.generate_until, asked)
+    lm.responder.generate_until = _kept(lm.responder.generate_until, asked)
     results = run_tasks(lm, load_tasks(names, path=TASKS), chat_template=True)
     for name in names:
         assert metrics(results.scores, name) == recorded(GOLDEN["chat"]["tasks"][name])
@@ -131,7 +131,7 @@ def test_an_unknown_task_names_those_that_are_like_it(own_tasks_only: None) -> N
 
 
 def test_folders_without_tasks_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="is no folder"):
+    with pytest.raises(InvalidRequestError, match="is not a folder"):
         load_tasks(["x"], path=tmp_path / "missing")
     with pytest.raises(InvalidRequestError, match=r"holds no tasks: there is no .yaml file in it"):
         load_tasks(["x"], path=tmp_path)
@@ -198,10 +198,10 @@ def test_an_error_of_the_model_stays_its_own(model: Mixtral, monkeypatch: pytest
         raise ZeroDivisionError
 
     lm = harness(model)
-    monkeypatch.setattr("mlx_mixtral.evaluation.harness.backend.score_pairs", fail)
+    monkeypatch.setattr("mlx_mixtral.evaluation.harness.responder.score_pairs", fail)
     with pytest.raises(ZeroDivisionError):
         run_tasks(lm, load_tasks(["tiny_endings"], path=TASKS), limit=1)
-    monkeypatch.setattr("mlx_mixtral.evaluation.harness.backend.score_pairs", _raise_checkpoint_error)
+    monkeypatch.setattr("mlx_mixtral.evaluation.harness.responder.score_pairs", _raise_checkpoint_error)
     with pytest.raises(CheckpointError):
         run_tasks(lm, load_tasks(["tiny_endings"], path=TASKS), limit=1)
     tasks = load_tasks(["t"], path=write_task(tmp_path, doc_to_text='"{{ 1 // (answer - 1) }}"'))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,18 @@ def test_what_is_wrong_is_said_before_the_work(
     order = np.random.default_rng(0).random((5, 3, 4)).argsort(axis=2)[..., :2]
     RoutingTrace(order.astype(np.uint16), 4).save(tmp_path / "other.trace")
     assert "3 layers with 2 of 4 experts" in refused(tiny, "--trace", tmp_path / "other.trace")
+
+
+@pytest.mark.parametrize("option", ["--html", "--plot"])
+def test_without_matplotlib_it_says_so_before_the_work(
+    option: str, saved: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("mlx_mixtral.cli.routing.job.RoutingRecord.load", None)
+    assert "plots need matplotlib: `pip install 'mlx-mixtral[plots]'`" in refused(
+        "--trace", saved[0], option, tmp_path / "r"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,10 @@ import pytest
 from mlx_mixtral.evaluation.routing import RoutingRecord, analyse
 from mlx_mixtral.evaluation.routing.excerpt import excerpts, expert_colour
 from mlx_mixtral.evaluation.routing.page import routing_page
-from mlx_mixtral.evaluation.routing.plots import plot_routing
+from mlx_mixtral.evaluation.routing.plots import draw_routing
 from mlx_mixtral.experts.trace import RoutingTrace
+
+pytest.importorskip("matplotlib")
 
 VOID = {"meta", "input", "br"}
 EVIL = "</b><script>alert(1)</script>&\"'\u202e"
@@ -29,6 +30,9 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.ids: list[str] = []
         self.text: dict[str, str] = {}
+        self.shapes: dict[str, dict[str, str | None]] = {}
+        """By its title, each shape of a figure."""
+        self._shape: dict[str, str | None] = {}
         self.feed(html)
         self.close()
         assert self.open == []
@@ -39,6 +43,7 @@ class Page(HTMLParser):
         self.links += [found[name] or "" for name in ("href", "src", "xlink:href", "action") if name in found]
         self.ids += [found["id"] or ""] if "id" in found else []
         assert not any(name.startswith("on") for name in found)
+        self._shape = found if tag in ("use", "path") else self._shape
         if tag not in VOID:
             self.open.append(tag)
 
@@ -51,6 +56,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         at = "s" if "s" in self.open else self.open[-1] if self.open else ""
+        if at == "title" and "svg" in self.open:
+            self.shapes[data] = self._shape
         self.text[at] = self.text.get(at, "") + data
 
 
@@ -77,8 +84,10 @@ def page(made: RoutingRecord, tokens: int = 20, layers: tuple[int, ...] | None =
 
 def test_it_is_one_whole_file_that_fetches_and_runs_nothing() -> None:
     found = Page(page(record()))
-    assert found.links == ["https://arxiv.org/abs/2401.04088"]
-    assert not {"script", "link", "img", "iframe", "object", "form"} & set(found.tags)
+    own = [link for link in found.links if link.startswith("#")]
+    assert [link for link in found.links if link not in own] == ["https://arxiv.org/abs/2401.04088"]
+    assert {link[1:] for link in own} <= set(found.ids)
+    assert not {"script", "link", "img", "iframe", "object", "form", "image"} & set(found.tags)
     assert len(set(found.ids)) == len(found.ids)
     assert "url(" not in found.text["style"]
     assert "@import" not in found.text["style"]
@@ -108,7 +117,53 @@ def test_figures_stand_in_the_tables() -> None:
             assert f"{value:.1%} <small>± {100 * error:.1f}</small>" in html, name
     assert ">14.9%<" in html  # GitHub's, beside "code"
     assert ">46.4%<" in html
-    assert f"layer 3, expert 5: {found.overall.shares.value[3, 5]:.1%}" in html
+
+
+def test_every_figure_says_and_shows_what_was_found() -> None:
+    made = record(domains=("code", EVIL))
+    found = analyse(made)
+    shapes = Page(page(made)).shapes
+    shown: dict[str, float] = {}
+    for name, domain in found.domains.items():
+        for layer in range(4):
+            assert domain.entropy is not None
+            bits = domain.entropy.value[layer]
+            assert f"{name}, layer {layer}: {bits:.2f}" in shapes
+            shown[f"{name}, layer {layer}: {domain.repeats_either.value[layer]:.1%}"] = domain.repeats_either.value[
+                layer
+            ]
+        for expert, share in enumerate(domain.shares.value[3]):
+            assert f"{name}, expert {expert}: {share:.1%}" in shapes
+            assert f"layer 3, expert {expert}: {share:.1%}" in shapes
+    # Heights are those values on one scale.
+    heights = [float(shapes[title]["y"] or "") for title in shown]
+    assert np.corrcoef(heights, list(shown.values()))[0, 1] == pytest.approx(-1, abs=1e-6)
+    bars = {
+        f"{name}, expert {e}: {share:.1%}": share
+        for name, d in found.domains.items()
+        for e, share in enumerate(d.shares.value[3])
+    }
+    heights = [min(map(float, re.findall(r"[ML] \S+ (\S+)", shapes[title]["d"] or ""))) for title in bars]
+    assert np.corrcoef(heights, list(bars.values()))[0, 1] == pytest.approx(-1, abs=1e-6)
+    lift, pairs = found.overall.clear_lift[3], found.overall.pairs.value[3]
+    for a, b in np.argwhere(np.isfinite(lift)):
+        cell = shapes[f"{a} and {b}: {pairs[a, b]:.2%} of tokens, {lift[a, b]:.2f} of chance"]
+        assert f"fill: var(--{'hi' if lift[a, b] >= 1 else 'lo'})" in (cell["style"] or "")
+
+
+def test_the_same_record_gives_the_same_bytes() -> None:
+    assert page(record()) == page(record())
+
+
+def test_figures_follow_light_and_dark_and_the_width() -> None:
+    html = page(record())
+    figures = re.findall("<svg.*?</svg>", html)
+    assert len(figures) == len(re.findall("<svg", html)) > 10
+    for figure in figures:
+        assert re.match(r'<svg class="chart" viewBox="0 0 \d+ \d+" role="img" aria-label="[^"]+">', figure)
+        assert "var(--soft)" in figure
+        assert "<style" not in figure  # it would hold for the whole page
+        assert not {"#000000", "#ffffff", "data:"} & set(re.findall(r"#\w{6}|data:", figure))
 
 
 @pytest.mark.parametrize(
@@ -121,17 +176,13 @@ def test_figures_stand_in_the_tables() -> None:
     ],
 )
 def test_any_shape_gives_a_page_and_a_picture(
-    num_experts: int, per_token: int, layers: int, domains: tuple[str, ...], tmp_path: Path
+    num_experts: int, per_token: int, layers: int, domains: tuple[str, ...]
 ) -> None:
-    pytest.importorskip("matplotlib")
     made = record(num_experts, per_token, layers, domains)
     html = page(made)
     Page(html)
-    assert "nan" not in html
-    place = tmp_path / "plot.png"
-    plot_routing(place, analyse(made))
-    assert place.read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+    assert "nan" not in html.lower()
+    assert draw_routing(analyse(made)).startswith(b"\x89PNG")
 
 
 def test_without_text_there_is_no_coloured_text() -> None:

@@ -14,13 +14,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mlx_mixtral import Mixtral, load
-from mlx_mixtral.budget.planner import TRACE_FILE
 from mlx_mixtral.errors import CheckpointError, ContextLengthError, DestinationError, InvalidRequestError, MixtralError
-from mlx_mixtral.evaluation.routing import RoutingProgress, RoutingRecord, record_texts
+from mlx_mixtral.evaluation.corpus import TokenProgress
+from mlx_mixtral.evaluation.routing import RoutingRecord, record_texts
 from mlx_mixtral.evaluation.routing.record import trace_file_bytes
 from mlx_mixtral.evaluation.texts import Text
 from mlx_mixtral.experts import trace as trace_module
 from mlx_mixtral.experts.trace import FORMAT, RoutingTrace, hit_rates
+from mlx_mixtral.model.planning import TRACE_FILE
 from mlx_mixtral.model.routing import RoutingObserver, ordered_choice
 
 from .support import beginnings
@@ -74,7 +75,7 @@ def test_every_token_but_bos_is_recorded_once_in_windows_after_bos(model: Mixtra
 def test_streamed_experts_and_short_chunks_give_the_same(tiny: Path, model: Mixtral, made: RoutingRecord) -> None:
     with load(tiny, memory=model.min_memory_bytes + 2_000_000) as small:
         assert small.residency.is_streamed
-        assert small.residency.planned.chunk_tokens < 50
+        assert small.engine.plan.chunk_tokens < 50
         again = record_texts(small, beginnings(300), max_tokens=80, window=50, name="tiny")
     assert np.array_equal(again.trace.experts, made.trace.experts)
     assert again.entropy is not None
@@ -83,9 +84,9 @@ def test_streamed_experts_and_short_chunks_give_the_same(tiny: Path, model: Mixt
 
 
 def test_progress_counts_tokens(model: Mixtral) -> None:
-    seen: list[RoutingProgress] = []
+    seen: list[TokenProgress] = []
     record_texts(model, beginnings(60)[:2], max_tokens=10, progress=seen.append)
-    assert seen == [RoutingProgress(10, 20), RoutingProgress(20, 20)]
+    assert seen == [TokenProgress(10, 20), TokenProgress(20, 20)]
 
 
 def test_a_record_comes_back_and_is_a_trace_too(made: RoutingRecord, tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_a_record_comes_back_and_is_a_trace_too(made: RoutingRecord, tmp_path: P
 def test_budgets_are_planned_with_a_record_beside_the_weights(checkpoint: Path, made: RoutingRecord) -> None:
     made.save(checkpoint / TRACE_FILE)
     with load(checkpoint) as model:
-        assert np.array_equal(model._planner.hit_rates, hit_rates(made.trace, model._planner.builder.policy))
+        assert np.array_equal(model.engine.planner.hit_rates, hit_rates(made.trace, "lru"))
 
 
 @pytest.fixture

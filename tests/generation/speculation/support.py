@@ -14,7 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral import GenerationStats, SamplingParams
+from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.loop import decode
+from mlx_mixtral.generation.request import Request
 from mlx_mixtral.generation.sampling import Sampler
 from mlx_mixtral.generation.speculation.economics import Economics
 from mlx_mixtral.generation.speculation.loop import speculate
@@ -125,22 +127,22 @@ def speculated(
     take: int | None = None,
 ) -> tuple[list[Token], GenerationStats]:
     """Tokens with speculation, closed after ``take`` of them."""
-    stats = GenerationStats()
+    request = Request(prompt, max_tokens, Sampler(params or SamplingParams(), prompt, vocab_of(model)))
     steps = speculate(
-        model,
-        step or model,
-        prompt,
+        context_of(model, step),
+        request,
         model.make_cache() if cache is None else cache,
-        Sampler(params or SamplingParams(), prompt, vocab_of(model)),
-        max_tokens,
-        stats,
         proposer=proposer,
         economics=economics or always(most),
-        stream=mx.default_stream(mx.default_device()),
     )
     tokens = list(itertools.islice(steps, take))
     steps.close()
-    return tokens, stats
+    return tokens, request.stats
+
+
+def context_of(model: Any, step: Any = None, chunk_tokens: int = 1024) -> DecodeContext:
+    """What loops work with; a model of tests is its own step."""
+    return DecodeContext(model, step or model, mx.default_stream(mx.default_device()), chunk_tokens)
 
 
 def plain(
@@ -152,11 +154,10 @@ def plain(
     step: Any = None,
     cache: Any = None,
 ) -> list[Token]:
-    """Tokens of the plain loop."""
+    """Tokens of the plain loop; ``cache`` holds a beginning of the prompt."""
     cache = model.make_cache() if cache is None else cache
     sampler = Sampler(params or SamplingParams(), prompt, vocab_of(model))
-    stream = mx.default_stream(mx.default_device())
-    return list(decode(model, step or model, prompt, cache, sampler, max_tokens, GenerationStats(), stream=stream))
+    return list(decode(context_of(model, step), Request(prompt, max_tokens, sampler), cache))
 
 
 def vocab_of(model: Any) -> int:

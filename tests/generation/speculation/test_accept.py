@@ -19,6 +19,7 @@ from tests.generation.speculation.support import (
     Chain,
     assert_follows,
     chain,
+    context_of,
     ids_of,
     plain,
     sequence_probabilities,
@@ -39,7 +40,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 
 def _drafted_by(draft: Chain, most: int) -> Proposer:
-    return DraftProposer(draft, draft, PROMPT, max_tokens=64, max_proposed=most, chunk_tokens=8)  # type: ignore[arg-type]
+    return DraftProposer(context_of(draft, chunk_tokens=8), PROMPT, max_tokens=64, max_proposed=most)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tests.generation.speculation.support import (
     Told,
     always,
     chain,
+    context_of,
     dense_of,
     ids_of,
     plain,
@@ -55,8 +56,8 @@ def draft(
 
 
 def drafting(draft: Mixtral, prompt: list[int], *, max_tokens: int = 256, most: int = 4) -> DraftProposer:
-    step = DecodeStep(draft.module, compiled=False)
-    return DraftProposer(draft.module, step, prompt, max_tokens=max_tokens, max_proposed=most, chunk_tokens=16)
+    context = context_of(draft.module, DecodeStep(draft.module, compiled=False), chunk_tokens=16)
+    return DraftProposer(context, prompt, max_tokens=max_tokens, max_proposed=most)
 
 
 def on_model(model: Mixtral, prompt: list[int], proposer: Any, max_tokens: int, *args: Any, **options: Any) -> Any:
@@ -110,7 +111,7 @@ def test_closed_anywhere_the_cache_goes_on_from_what_was_yielded(model: Mixtral,
     held = cache.length - len(verse)
     assert take - 1 <= held <= take
     rest = wanted[held:take] or wanted[take : take + 1]
-    ahead = plainly(model, rest, 4, cache=cache)
+    ahead = plainly(model, [*verse, *wanted[:held], *rest], 4, cache=cache)
     assert ids_of(ahead) == wanted[held + len(rest) :][:4]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mlx_mixtral.budget.slots import ModelSizes, ResidencyPlan, min_expert_bytes
+from mlx_mixtral.budget.slots import ModelSizes, min_expert_bytes
 from mlx_mixtral.cache.options import STEP_TOKENS, KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import MemoryBudgetError
@@ -16,7 +16,6 @@ __all__ = [
     "MIN_CHUNK_TOKENS",
     "RESIDENT_CHUNK_TOKENS",
     "MemoryNeeds",
-    "MemoryPlan",
 ]
 
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -31,7 +30,7 @@ class MemoryNeeds:
     """Bytes a model needs beside its weights.
 
     Args:
-        context: tokens of KV cache.
+        context_tokens: tokens of KV cache.
         item_bytes: of a number in the compute type.
         keeps_scores: whether attention holds the scores of a chunk, as on the CPU backend; kernels of GPUs do not.
         reading_bytes: buffers of the threads that read experts.
@@ -40,7 +39,7 @@ class MemoryNeeds:
 
     config: MixtralConfig
     sizes: ModelSizes
-    context: int
+    context_tokens: int
     item_bytes: int
     keeps_scores: bool
     reading_bytes: int = 0
@@ -48,15 +47,15 @@ class MemoryNeeds:
 
     @property
     def context_capacity(self) -> int:
-        """Tokens a sequence can have: ``context`` in whole steps, or the model's context where a window bounds memory."""
-        if self.kv_columns < -(-self.context // STEP_TOKENS) * STEP_TOKENS:
+        """Tokens a sequence can have: ``context_tokens`` in whole steps, or the model's own where a window bounds memory."""
+        if self.kv_columns < -(-self.context_tokens // STEP_TOKENS) * STEP_TOKENS:
             return self.config.max_position_embeddings
         return self.kv_columns
 
     @property
     def kv_columns(self) -> int:
         """Tokens the KV cache is allocated for at most."""
-        return self.kv.columns(self.config, self.context)
+        return self.kv.columns(self.config, self.context_tokens)
 
     @property
     def kv_bytes(self) -> int:
@@ -67,12 +66,12 @@ class MemoryNeeds:
     def working_bytes(self, chunk_tokens: int) -> int:
         """What computing needs for a while: a chunk of the prompt, one step's logits and their sampling."""
         c = self.config
-        tokens = min(chunk_tokens, self.context)
+        tokens = min(chunk_tokens, self.context_tokens)
         unpacked = self.kv.unpacked_bytes(c, self.item_bytes, self.kv_columns + tokens)
         heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
         attention = 2 * heads + 3 * c.num_attention_heads * c.head_dim
         if self.keeps_scores:
-            attention += 3 * c.num_attention_heads * self.context
+            attention += 3 * c.num_attention_heads * self.context_tokens
         experts = c.num_experts_per_tok * (3 * c.hidden_size + 4 * c.intermediate_size)
         a_token = (max(attention, experts) + 6 * c.hidden_size) * self.item_bytes
         return tokens * a_token + unpacked + 16 * 4 * c.vocab_size
@@ -90,8 +89,8 @@ class MemoryNeeds:
 
     def chunk_tokens(self, budget_bytes: int) -> int:
         """The chunk a budget that cannot hold everything has room for."""
-        least = self.working_bytes(MIN_CHUNK_TOKENS)
-        room = min(least + int(WORKING_SHARE * budget_bytes), least + budget_bytes - self.min_bytes)
+        smallest = self.working_bytes(MIN_CHUNK_TOKENS)
+        room = min(smallest + int(WORKING_SHARE * budget_bytes), smallest + budget_bytes - self.min_bytes)
         chunk = MAX_CHUNK_TOKENS
         while chunk > MIN_CHUNK_TOKENS and self.working_bytes(chunk) > room:
             chunk //= 2
@@ -106,11 +105,11 @@ class MemoryNeeds:
         if budget_bytes < self.min_bytes:
             parts = [
                 f"{format_bytes(self.sizes.trunk_bytes)} of weights that are always needed",
-                f"{format_bytes(self.kv_bytes)} of KV cache for {self.context} tokens",
+                f"{format_bytes(self.kv_bytes)} of KV cache for {self.context_tokens} tokens",
                 f"{format_bytes(self.working_bytes(MIN_CHUNK_TOKENS) + self.reading_bytes)} of working memory",
             ]
-            if least := min_expert_bytes(self.sizes):
-                parts.insert(1, f"{format_bytes(least)} for the experts of one token")
+            if experts := min_expert_bytes(self.sizes):
+                parts.insert(1, f"{format_bytes(experts)} for the experts of one token")
             raise MemoryBudgetError(
                 f"a budget of {format_bytes(budget_bytes)} is too small: the least is {format_bytes_up(self.min_bytes)}: "
                 f"{', '.join(parts)}; give more, or a smaller context"
@@ -119,17 +118,3 @@ class MemoryNeeds:
 
     def _fixed_bytes(self, chunk_tokens: int) -> int:
         return self.sizes.trunk_bytes + self.kv_bytes + self.working_bytes(chunk_tokens) + self.reading_bytes
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What stays in memory under a budget. ``residency`` is None where all of it does, ``budget_bytes`` where none was set."""
-
-    demands: MemoryNeeds
-    budget_bytes: int | None
-    chunk_tokens: int
-    residency: ResidencyPlan | None
-
-    @property
-    def working_bytes(self) -> int:
-        return self.demands.working_bytes(self.chunk_tokens) + self.demands.reading_bytes

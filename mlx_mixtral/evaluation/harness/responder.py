@@ -1,4 +1,4 @@
-"""What lm_eval asks of a model, answered by a ``Mixtral``; nothing of lm_eval is needed here."""
+"""What lm_eval asks of a model, answered by a ``Mixtral``; of lm_eval only its rolling windows are needed here."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mixtral.arguments import check_callbacks, check_type
-from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type
+from mlx_mixtral.errors import ContextLengthError
 from mlx_mixtral.evaluation.forward import context_limit
 from mlx_mixtral.evaluation.harness.encoding import Encoder, Pair
+from mlx_mixtral.evaluation.harness.generation_kwargs import GenerationSettings
 from mlx_mixtral.evaluation.harness.scoring import Answer, score_pairs, truncated
-from mlx_mixtral.evaluation.harness.settings import GenerationSettings
 from mlx_mixtral.machine.device import wired
 from mlx_mixtral.runtime.mixtral import Mixtral
 
-__all__ = ["DEFAULT_BATCH", "Backend"]
+__all__ = ["DEFAULT_BATCH", "Responder"]
 
 DEFAULT_BATCH = 16
 
 Done = Callable[[int, Any], None]
-"""Told the number of a request and its answer, in the order in which they are found."""
+"""Called with the number of a request and its answer, in the order they are found."""
 
 NONE: Mapping[int, Any] = {}
 
 
 def _ignore(index: int, answer: Any) -> None:
-    """Nobody wants to know early."""
+    """What ``done`` is when none is given."""
 
 
-class Backend:
+class Responder:
     """Log-probabilities and greedy or sampled texts, as lm_eval's Hugging Face backend computes them.
 
     A sequence longer than ``max_length`` loses tokens at its left; ``truncated`` counts such requests. Every method takes
@@ -51,8 +51,8 @@ class Backend:
     def __init__(self, model: Mixtral, *, batch_size: int = DEFAULT_BATCH, max_length: int | None = None) -> None:
         check_type("model", model, Mixtral, "a model that load() gave")
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise InvalidRequestError(f"{name} is {value!r}; it must be an integer of at least 1")
+            if value is not None:
+                check_integer(name, value, 1)
         limit = context_limit(model)
         if max_length is not None and max_length > limit:
             raise ContextLengthError(f"max_length is {max_length} tokens; the model's context holds {limit}")

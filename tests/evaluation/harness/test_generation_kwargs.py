@@ -8,7 +8,7 @@ import pytest
 
 from mlx_mixtral import SamplingParams
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.evaluation.harness.settings import GenerationSettings
+from mlx_mixtral.evaluation.harness.generation_kwargs import GenerationSettings
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_mixtral.arguments import is_number
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.generation.sampling import SamplingParams
 
@@ -32,7 +33,7 @@ class GenerationSettings:
         """From ``generation_kwargs``.
 
         Raises:
-            InvalidRequestError: a setting that is not known, or of no use.
+            InvalidRequestError: a setting that is not known, or has no effect here.
         """
         left = {name: value for name, value in given.items() if value is not None}
         until = left.pop("until", [])
@@ -73,6 +74,6 @@ class GenerationSettings:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise InvalidRequestError(f"generation_kwargs of a task: {name} is {value!r}; it must be a number")
     return float(value)

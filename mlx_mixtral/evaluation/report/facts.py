@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mlx_mixtral.arguments import is_number
 from mlx_mixtral.evaluation.report.contents import Contents
 from mlx_mixtral.evaluation.report.markdown import escaped, table
 from mlx_mixtral.sizes import format_bytes
@@ -54,7 +55,7 @@ def memory_part(contents: Contents) -> Iterator[str]:
     rows = []
     for row in facts["fits"]:
         (longest,) = row["context"].values()
-        # Nothing more to say of larger ones.
+        # Larger Macs would repeat this row.
         is_all = longest >= facts["context"]
         memory = f"{row['memory_gib']} GB{' and more' * is_all}"
         rows.append([memory, format_bytes(row["usable_bytes"]), _context(longest)])
@@ -78,7 +79,7 @@ def _shape(facts: Mapping[str, Any]) -> str:
 
 
 def _provenance(conversion: Mapping[str, Any]) -> list[str]:
-    """What a ``conversion.json`` says; it may come from anybody, so nothing of it is taken for granted."""
+    """What a ``conversion.json`` says; it may come from anyone, so nothing in it is trusted."""
     lines = []
     source = _mapping(conversion.get("source"))
     if isinstance(name := source.get("name"), str) and name:
@@ -123,7 +124,7 @@ def _errors(conversion: Mapping[str, Any]) -> Iterator[str]:
     entries = []
     for path, entry in _mapping(conversion.get("errors")).items():
         error = _mapping(entry).get("relative_rms")
-        if isinstance(error, int | float) and not isinstance(error, bool):
+        if is_number(error):
             entries.append((float(error), str(path), str(entry.get("spec", ""))))
     if not entries:
         return

@@ -1,4 +1,4 @@
-"""The backend against lm_eval's own for Hugging Face models, on the same weights; lm_eval itself is not needed."""
+"""Answers against those of lm_eval's own backend for Hugging Face models, on the same weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mlx_mixtral import Mixtral, load
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
-from mlx_mixtral.evaluation.harness.backend import Backend
+from mlx_mixtral.evaluation.harness.responder import Responder
 from mlx_mixtral.evaluation.harness.scoring import Answer
 
 from .support import GOLDEN, requests_and_answers
@@ -27,10 +27,10 @@ def assert_close(found: list[Answer], recorded: list[Any]) -> None:
 
 
 def test_single_log_likelihoods_equal_the_recorded_ones_and_cut_contexts_are_counted(model: Mixtral) -> None:
-    backend = Backend(model, max_length=LENGTH)
+    responder = Responder(model, max_length=LENGTH)
     recorded = GOLDEN["pairs"]
-    assert_close(backend.loglikelihood([tuple(pair) for pair in recorded["requests"]]), recorded["answers"])
-    assert backend.truncated == 2
+    assert_close(responder.loglikelihood([tuple(pair) for pair in recorded["requests"]]), recorded["answers"])
+    assert responder.truncated == 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -41,7 +41,7 @@ def test_choices_of_tasks_equal_the_recorded_ones_whatever_the_batch(model: Mixt
         requests, answers = requests_and_answers(GOLDEN["tasks"][name])
         asked += requests[:24]
         recorded += answers[:24]
-    assert_close(Backend(model, batch_size=batch_size, max_length=LENGTH).loglikelihood(asked), recorded)
+    assert_close(Responder(model, batch_size=batch_size, max_length=LENGTH).loglikelihood(asked), recorded)
 
 
 def test_a_shared_context_is_read_once(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,15 +59,15 @@ def test_a_shared_context_is_read_once(model: Mixtral, monkeypatch: pytest.Monke
     monkeypatch.setattr(type(model.module), "hidden", counted(hidden))
     monkeypatch.setattr(type(model.module), "remember", counted(remember))
     context = "In the beginning God created the heaven and the earth. And the earth was without form, and"
-    backend = Backend(model, max_length=LENGTH)
-    length = len(backend.encoder.prompt(context))
-    backend.loglikelihood([(context, " void"), (context, " good"), (context, " it"), (context, " the")])
+    responder = Responder(model, max_length=LENGTH)
+    length = len(responder.encoder.prompt(context))
+    responder.loglikelihood([(context, " void"), (context, " good"), (context, " it"), (context, " the")])
     assert length <= read < length + 16
 
 
 def test_a_whole_text_has_one_bos_and_every_token_is_predicted_once(model: Mixtral) -> None:
     recorded = GOLDEN["rolling"]
-    found = Backend(model, max_length=LENGTH).loglikelihood_rolling(recorded["requests"])
+    found = Responder(model, max_length=LENGTH).loglikelihood_rolling(recorded["requests"])
     assert found == pytest.approx(recorded["answers"], abs=TOLERANCE)
     assert all(abs(one - two) > 1 for one, two in zip(found, recorded["two_bos"], strict=True))
 
@@ -84,45 +84,45 @@ def test_windows_of_a_short_context_equal_a_plain_loop(model: Mixtral) -> None:
             row = logits[at - 1 - start]
             expected += (row[ids[at]] - row.logsumexp()).item()
         done = end
-    assert Backend(model, max_length=size).loglikelihood_rolling([text]) == pytest.approx([expected], abs=TOLERANCE)
+    assert Responder(model, max_length=size).loglikelihood_rolling([text]) == pytest.approx([expected], abs=TOLERANCE)
 
 
 def test_an_empty_text_has_probability_one(model: Mixtral) -> None:
     told: list[tuple[int, float]] = []
-    assert Backend(model, max_length=LENGTH).loglikelihood_rolling([""], lambda *answer: told.append(answer)) == [0.0]
+    assert Responder(model, max_length=LENGTH).loglikelihood_rolling([""], lambda *answer: told.append(answer)) == [0.0]
     assert told == [(0, 0.0)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_generated_texts_equal_the_recorded_ones(model: Mixtral, batch_size: int) -> None:
-    backend = Backend(model, batch_size=batch_size, max_length=LENGTH)
+    responder = Responder(model, batch_size=batch_size, max_length=LENGTH)
     recorded = GOLDEN["generations"]
-    assert backend.generate_until([tuple(request) for request in recorded["requests"]]) == recorded["answers"]
-    assert backend.truncated == 1
+    assert responder.generate_until([tuple(request) for request in recorded["requests"]]) == recorded["answers"]
+    assert responder.truncated == 1
 
 
 def test_generated_texts_of_tasks_equal_the_recorded_ones(model: Mixtral) -> None:
     for name in GENERATED:
         requests, answers = requests_and_answers(GOLDEN["tasks"][name])
-        assert Backend(model, max_length=LENGTH).generate_until(requests) == answers
+        assert Responder(model, max_length=LENGTH).generate_until(requests) == answers
 
 
 def test_sampling_is_the_same_in_every_run_and_another_text_each_time_it_is_asked(model: Mixtral) -> None:
     settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12, "until": []}
-    found = Backend(model, max_length=LENGTH).generate_until([("And God said", settings)] * 3)
+    found = Responder(model, max_length=LENGTH).generate_until([("And God said", settings)] * 3)
     assert len(set(found)) == 3
-    again = Backend(model, max_length=LENGTH).generate_until([("And God said", settings)] * 3, known={1: found[1]})
+    again = Responder(model, max_length=LENGTH).generate_until([("And God said", settings)] * 3, known={1: found[1]})
     assert again == found
 
 
 def test_known_answers_are_given_back_and_not_computed(model: Mixtral) -> None:
     told: list[int] = []
     pairs = [("And God", " said"), ("And God", " saw"), ("", "Amen.")]
-    backend = Backend(model, max_length=LENGTH)
-    found = backend.loglikelihood(pairs, lambda index, _: told.append(index), {1: Answer(-7.0, True)})
+    responder = Responder(model, max_length=LENGTH)
+    found = responder.loglikelihood(pairs, lambda index, _: told.append(index), {1: Answer(-7.0, True)})
     assert found[1] == Answer(-7.0, True)
     assert sorted(told) == [0, 2]
-    assert backend.loglikelihood_rolling(["Amen.", "And God"], known={0: -1.0, 1: -2.0}) == [-1.0, -2.0]
+    assert responder.loglikelihood_rolling(["Amen.", "And God"], known={0: -1.0, 1: -2.0}) == [-1.0, -2.0]
 
 
 @pytest.fixture(scope="module")
@@ -134,29 +134,29 @@ def budgeted(tiny: Path) -> Iterator[Mixtral]:
 
 
 def test_a_memory_budget_bounds_the_context_and_changes_no_answer(budgeted: Mixtral, model: Mixtral) -> None:
-    backend = Backend(budgeted)
-    assert backend.max_length < model.config.max_position_embeddings
+    responder = Responder(budgeted)
+    assert responder.max_length < model.config.max_position_embeddings
     requests, answers = requests_and_answers(GOLDEN["tasks"]["tiny_endings"])
-    assert_close(backend.loglikelihood(requests), answers)
+    assert_close(responder.loglikelihood(requests), answers)
 
 
 def test_a_window_of_attention_is_honoured(tiny: Path) -> None:
     context = GOLDEN["rolling"]["requests"][2]
     pairs = [(context, " Dieu"), (context, " la terre")]
     with load(tiny, kv_size=64) as bounded:
-        found = Backend(bounded).loglikelihood(pairs)
-        alone = [Backend(bounded).loglikelihood([pair])[0] for pair in pairs]
+        found = Responder(bounded).loglikelihood(pairs)
+        alone = [Responder(bounded).loglikelihood([pair])[0] for pair in pairs]
     assert [answer.logprob for answer in found] == pytest.approx([answer.logprob for answer in alone], abs=1e-4)
 
 
 def test_a_continuation_needs_a_token_and_room(model: Mixtral) -> None:
-    backend = Backend(model, max_length=8)
+    responder = Responder(model, max_length=8)
     with pytest.raises(InvalidRequestError, match="adds no token to its context 'And God'"):
-        backend.loglikelihood([("And God", "")])
+        responder.loglikelihood([("And God", "")])
     with pytest.raises(ContextLengthError, match="the model's context holds 8"):
-        backend.loglikelihood([("And", " God said, Let there be light: and there was light.")])
+        responder.loglikelihood([("And", " God said, Let there be light: and there was light.")])
     with pytest.raises(ContextLengthError, match="asks for up to 8 tokens; the model's context holds 8"):
-        backend.generate_until([("And", {"max_gen_toks": 8})])
+        responder.generate_until([("And", {"max_gen_toks": 8})])
 
 
 @pytest.mark.parametrize(
@@ -169,4 +169,4 @@ def test_a_continuation_needs_a_token_and_room(model: Mixtral) -> None:
 )
 def test_arguments_out_of_range_are_refused(model: Mixtral, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
-        Backend(model, **options)
+        Responder(model, **options)

@@ -1,0 +1,52 @@
+"""The one loop over a prompt: chunk by chunk through the model, so that working memory does not grow with its length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.model.transformer import MixtralModel
+
+__all__ = ["Prefilled", "last_hidden", "prefill"]
+
+
+class Prefilled(NamedTuple):
+    """A chunk that is done: ``done`` tokens are in the cache, and ``hidden [B, n, D]`` is there where it was wanted."""
+
+    done: int
+    hidden: mx.array | None
+
+
+def prefill(
+    model: MixtralModel, tokens: mx.array, cache: KVCache, chunk_tokens: int, *, first: int | None = None
+) -> Iterator[Prefilled]:
+    """Take ``tokens [B, L]`` (int32) into ``cache``, at most ``chunk_tokens`` of each row at a time.
+
+    Hidden states are given from position ``first`` on, of the last token alone when None. A chunk is evaluated before the next
+    one begins; the last one is lazy, so that what follows from it can be scheduled with it.
+    """
+    length = tokens.shape[1]
+    for start in range(0, length, chunk_tokens):
+        part = tokens[:, start : start + chunk_tokens]
+        done = start + part.shape[1]
+        if done == length and first is None:
+            yield Prefilled(done, model.hidden(part, cache, last_only=True))
+        elif first is None or done <= first:
+            model.remember(part, cache)
+            mx.eval(cache.arrays)
+            yield Prefilled(done, None)
+        else:
+            hidden = model.hidden(part, cache)
+            if done < length:
+                mx.eval(hidden, cache.arrays)
+            yield Prefilled(done, hidden[:, max(first - start, 0) :])
+
+
+def last_hidden(model: MixtralModel, tokens: mx.array, cache: KVCache, chunk_tokens: int) -> mx.array:
+    """``prefill`` to the end: the hidden state of each row's last token, ``[B, 1, D]``, lazy."""
+    *_, last = prefill(model, tokens, cache, chunk_tokens)
+    assert last.hidden is not None
+    return last.hidden

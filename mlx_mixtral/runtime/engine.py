@@ -1,0 +1,301 @@
+"""The engine: token ids in, tokens out. It knows nothing of text; applications, programs and servers are built on it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_mixtral.arguments import check_integer
+from mlx_mixtral.budget.plan import MemoryPlan
+from mlx_mixtral.budget.planner import Planner
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.errors import BusyError, ClosedError, ContextLengthError, InvalidRequestError
+from mlx_mixtral.experts.residency import AllocateBank, Residency
+from mlx_mixtral.generation.context import DecodeContext
+from mlx_mixtral.generation.loop import decode
+from mlx_mixtral.generation.prefill import prefill
+from mlx_mixtral.generation.request import Decoder, Request
+from mlx_mixtral.generation.scheduler import Scheduler
+from mlx_mixtral.generation.speculation.cost import ForwardCost
+from mlx_mixtral.generation.stats import Token
+from mlx_mixtral.machine.device import Device, wired
+from mlx_mixtral.model.prefetch import PrefetchControl
+from mlx_mixtral.model.step import DecodeStep
+from mlx_mixtral.model.transformer import MixtralModel
+from mlx_mixtral.runtime.prompt_cache import PromptCache
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """A model in memory and everything it takes to generate with it; one user at a time.
+
+    Use it from any thread. MLX's work goes to a stream of its own on ``device``, which is entered for one step at a time,
+    because steps may be taken from different threads.
+
+    Args:
+        residency: what of it stays in memory, with the plan in force.
+        planner: makes other plans of it.
+        allocate: a bank of expert slots, for when the plan changes.
+        identity: tells the checkpoint from others; asked when a prompt is saved or loaded.
+        prefix_cache: bytes of earlier prompts that are kept; what the plan allows when None.
+
+    Example:
+        >>> engine = load("mixtral-4bit").engine
+        >>> request = Request([1, 415, 2936], max_tokens=8, sampler=Sampler(SamplingParams(), [], engine.vocab_size))
+        >>> [token.token_id for token in engine.generate(request)]
+    """
+
+    def __init__(
+        self,
+        module: MixtralModel,
+        residency: Residency,
+        planner: Planner,
+        device: Device,
+        prefetch: PrefetchControl,
+        *,
+        allocate: AllocateBank,
+        identity: Callable[[], str],
+        prefix_cache: int | None = None,
+    ) -> None:
+        self.config: MixtralConfig = module.config
+        self.device, self.residency = device, residency
+        self.prompt_cache = PromptCache(residency.plan, prefix_cache, identity)
+        # MLX streams belong to the thread that made them, except for this kind: it lets a model be loaded on one thread and
+        # used on another, and a generation be resumed from several. The lock below keeps it to one user at a time.
+        self.stream = mx.new_thread_unsafe_stream(device.mlx)
+        self.planner, self.prefetch, self._allocate = planner, prefetch, allocate
+        self._busy = threading.Lock()
+        self._step: DecodeStep | None = None
+        self._module: MixtralModel | None = module
+        self._begin(module)
+
+    @property
+    def context(self) -> DecodeContext:
+        """What loops work with, under the plan in force.
+
+        Raises:
+            ClosedError: the model was closed.
+        """
+        if self._module is None or self._step is None:
+            raise ClosedError("this model was closed; load it again")
+        return DecodeContext(self._module, self._step, self.stream, self.plan.chunk_tokens)
+
+    @property
+    def module(self) -> MixtralModel:
+        """The network itself; raises ClosedError as ``context`` does."""
+        return self.context.model
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What a memory budget, or the machine, lets it take."""
+        return self.residency.plan
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens a sequence may have: the model's own, or those a memory budget holds KV cache for."""
+        own = self.config.max_position_embeddings
+        return own if self.plan.budget_bytes is None else min(own, self.plan.context_capacity)
+
+    def room(self, prompt_tokens: int) -> int:
+        """Tokens that can be generated after a prompt.
+
+        Raises:
+            ContextLengthError: none.
+        """
+        own, limit = self.config.max_position_embeddings, self.context_limit
+        if prompt_tokens < limit:
+            return limit - prompt_tokens
+        if limit == own:
+            raise ContextLengthError(
+                f"the prompt has {prompt_tokens} tokens; the model's context holds {own}, and one must be left to generate"
+            )
+        raise ContextLengthError(
+            f"the prompt has {prompt_tokens} tokens; the memory budget holds KV cache for {limit}, and one must be left to "
+            f"generate: reserve more with --context or context= (the model's own is {own})"
+        )
+
+    def checked_ids(self, ids: Iterable[int], what: str) -> list[int]:
+        """``ids`` as a list of ints.
+
+        Raises:
+            InvalidRequestError: something else, or out of the vocabulary; ``what`` names them.
+        """
+        # Bytes are a sequence of small integers to Python, and undecoded text to the caller.
+        if isinstance(ids, bytes | bytearray) or not isinstance(ids, Iterable):
+            raise InvalidRequestError(f"{what} is {type(ids).__name__}, not text or a list of token ids")
+        tokens = []
+        for given in ids:
+            token = int(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
+            if not 0 <= token < self.vocab_size:
+                raise InvalidRequestError(f"{what} holds token id {given!r}; ids go from 0 to {self.vocab_size - 1}")
+            tokens.append(token)
+        return tokens
+
+    def forward_cost(self) -> ForwardCost:
+        """What a forward over several tokens costs, as far as the plan in force tells."""
+        sizes, plan = self.residency.sizes, self.plan.residency
+        if plan is None:
+            return ForwardCost(sizes)
+        return ForwardCost(sizes, self.planner.speeds, plan.slots, plan.hit_rates)
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Nobody else generates meanwhile.
+
+        Raises:
+            BusyError: somebody does.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise BusyError("this model is already generating; finish or close that stream first, or load it twice")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """``exclusive``, with weights wired, and everything that was scheduled done at the end.
+
+        A step scheduled ahead may still run when its reader has seen enough: a program that ended then would take MLX's
+        threads down under it.
+        """
+        with self.exclusive(), wired(self.device, self.stream, self.plan.budget_bytes):
+            mx.reset_peak_memory()
+            try:
+                yield
+            finally:
+                mx.synchronize(self.stream)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[DecodeContext]:
+        """For other work than generating: ``running``, on the engine's stream, with the memory of kept prompts given back.
+
+        The block must not be left by a ``yield``: whatever else ran in between would run on this stream.
+        """
+        context = self.context
+        with self.running(), mx.stream(self.stream):
+            self.prompt_cache.free()
+            yield context
+
+    def generate(self, request: Request) -> Generator[Token, None, None]:
+        """Carry out a request: its tokens one by one, the model being busy from the first until the generator is closed.
+
+        Keys and values of an earlier prompt that begins alike are used again, and these are kept for the next one unless an
+        error ends the generation.
+
+        Raises:
+            ClosedError: the model was closed.
+            BusyError: with the first token: another generation is running.
+            CheckpointError: an expert cannot be read.
+        """
+        speculation = request.speculation
+        decoder = decode if speculation is None else speculation.decoder(self, request)
+        return self._generated(self.context, decoder, request)
+
+    def scheduler(self, max_rows: int) -> Scheduler:
+        """For several requests at once, within the memory budget. Use it in a block of ``running`` only.
+
+        Raises:
+            InvalidRequestError: not a number of rows.
+            ClosedError: the model was closed.
+        """
+        check_integer("max_rows", max_rows, 1)
+        columns = None if self.plan.budget_bytes is None else self.plan.kv_columns
+        return Scheduler(self.context, max_rows=max_rows, max_columns=columns, max_tokens=self.context_limit)
+
+    def logits(self, tokens: Sequence[int]) -> mx.array:
+        """Logits ``[L, V]`` (in the compute type, evaluated) for every position of ``tokens``.
+
+        Raises:
+            InvalidRequestError, ContextLengthError, BusyError: no tokens, too many, or a generation is running.
+        """
+        if not tokens:
+            raise InvalidRequestError("token_ids is empty; give at least one token")
+        own = self.config.max_position_embeddings
+        if len(tokens) > own:
+            raise ContextLengthError(f"{len(tokens)} tokens were given; the model's context holds {own}")
+        with self.computing() as context:
+            cache, parts = context.model.make_cache(), []
+            for _, hidden in prefill(
+                context.model, mx.array([list(tokens)], mx.int32), cache, context.chunk_tokens, first=0
+            ):
+                assert hidden is not None
+                parts.append(context.model.head(hidden)[0])
+                mx.eval(parts[-1])
+            result = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            mx.eval(result)
+        return result
+
+    def save_prompt(self, path: str | Path, tokens: Sequence[int]) -> None:
+        """Compute a prompt and save its keys and values. Raises as ``PromptCache.save``, and BusyError."""
+        self.room(len(tokens))
+        with self.exclusive(), mx.stream(self.stream):
+            self.prompt_cache.save(path, tokens, self.context)
+
+    def load_prompt(self, path: str | Path) -> list[int]:
+        """Load a saved prompt and return its tokens. Raises as ``PromptCache.load``, and BusyError."""
+        with self.exclusive(), mx.stream(self.stream):
+            return self.prompt_cache.load(path, self.module)
+
+    def set_memory(self, memory: str | int | None, *, context: int | None = None) -> None:
+        """Go over to another budget: banks of experts shrink or grow. Raises as ``Mixtral.set_memory``."""
+        with self.exclusive(), mx.stream(self.stream):
+            module = self.module
+            plan = self.planner.plan(memory, self.plan.context_tokens if context is None else context)
+            try:
+                self.residency.change(plan, self._allocate)
+            finally:
+                self.prompt_cache.fit(self.plan)
+                self._begin(module)
+
+    def close(self) -> None:
+        """Release the weights; nothing can be generated afterwards.
+
+        Raises:
+            BusyError: a generation is running; close it first.
+        """
+        with self.exclusive():
+            self._module = self._step = None
+            self.prompt_cache.clear()
+            self.residency.close()
+            self.residency.release()
+        mx.clear_cache()
+
+    def _begin(self, module: MixtralModel) -> None:
+        """Look at the banks there are now: the step's graph holds them, and layers that prefetch look at the next one's."""
+        self.prefetch.connect(module.layers)
+        self._step = DecodeStep(module, compiled=self.device.kind != "cpu")
+
+    def _generated(self, context: DecodeContext, decoder: Decoder, request: Request) -> Generator[Token, None, None]:
+        busy = contextlib.nullcontext() if request.speculation is None else request.speculation.busy()
+        with self.running(), busy:
+            request.stats.predicted_tok_s = self.plan.tok_s
+            with mx.stream(self.stream):
+                cache = self.prompt_cache.take(request.tokens) or self._new_cache(context)
+            seen, is_whole = list(request.tokens), False
+            try:
+                with contextlib.closing(decoder(context, request, cache)) as tokens:
+                    for token in tokens:
+                        seen.append(token.token_id)
+                        request.stats.peak_memory_bytes = mx.get_peak_memory()
+                        # A caller that has seen enough closes us here.
+                        is_whole = True
+                        yield token
+                        is_whole = False
+                is_whole = True
+            finally:
+                if is_whole:
+                    self.prompt_cache.put(seen[: cache.length], cache)
+
+    def _new_cache(self, context: DecodeContext) -> KVCache:
+        return context.model.make_cache(max_tokens=self.context_limit)
