@@ -1,5 +1,6 @@
 # make demo   convert the bundled checkpoint to 4 bits and generate with it
-# make test   run the whole suite        make lint    ruff and mypy
+# make test   run the whole suite, on the CPU device
+# make test-device   on the device MLX chooses, in its type    make lint    ruff and mypy
 # make bench  side by side with mlx-lm   make clean   remove what these targets made
 # make fuzz   convert 20,000 mutated files
 # make soak   2,000 generations with changing budgets and failing disks
@@ -19,14 +20,17 @@ TEST_EXTRAS := $(if $(EXTRAS),[$(MLX_BACKEND)$(comma)tokenizers],[tokenizers])
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 
-.PHONY: demo test lint bench fuzz soak clean
+.PHONY: demo test test-device lint bench fuzz soak clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	@$(BIN)/mlx-mixtral demo
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not device" $(PYTEST_ARGS)
+
+test-device: $(VENV)/.tests
+	MLX_MIXTRAL_TEST_DEVICE=default $(BIN)/python -m pytest tests/device $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

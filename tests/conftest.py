@@ -1,10 +1,21 @@
-"""Fixtures the whole suite shares: the bundled checkpoint, its recorded outputs, and quantised copies made by mlx-lm."""
+"""Fixtures the whole suite shares: the bundled checkpoint, its recorded outputs, smaller models, and mlx-lm's copies.
+
+Everything runs on MLX's CPU device in float32, whatever this machine has: goldens, and comparisons to the bit of shapes that
+kernels of GPUs sum in another order. What must hold on a GPU too is in ``tests/device`` (``make test-device``).
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Workers are as many as cores: threads of matrix products would wait for one another. Before numpy is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlx.core as mx
 import numpy as np
@@ -12,10 +23,25 @@ import pytest
 
 from mlx_mixtral import Mixtral, load
 from mlx_mixtral.demo import checkpoint_path
+from tests.processes import HOOKS
+from tests.shared import SharedFolders, random_checkpoint, short_checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens"
+IN_MEMORY = Path("/dev/shm")
+LEAST_BYTES = 4 * 2**30
+
+mx.set_default_device(mx.cpu)
 
 MlxLmFolder = Callable[..., Path]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that tests start compute on the CPU too; temporary folders lie in memory where the system has such a place."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(HOOKS) not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HOOKS), *paths]))
+    if os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > LEAST_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -31,6 +57,44 @@ def tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> SharedFolders:
+    """Makes folders for all workers of this run: ``shared("name", make)``."""
+    base = tmp_path_factory.getbasetemp()
+    return SharedFolders((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared")
+
+
+@pytest.fixture(scope="session")
+def short(shared: SharedFolders) -> Path:
+    """Two layers of the bundled checkpoint, with its tokenizer: for what needs text, not sense."""
+    return shared("short", short_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def short_model(short: Path) -> Iterator[Mixtral]:
+    with load(short) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def small(shared: SharedFolders) -> Path:
+    """Two narrow layers of eight experts, 256 tokens, random weights, no tokenizer: twenty times faster than the bundled."""
+    return shared("small", random_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def small_model(small: Path) -> Iterator[Mixtral]:
+    with load(small) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def disk_path() -> Iterator[Path]:
+    """A temporary folder that is not in memory, where the disk is the point."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp" if Path("/var/tmp").is_dir() else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
 def recorded() -> dict[str, np.ndarray[Any, Any]]:
     """transformers' float32 outputs for the bundled checkpoint: ids, logits, router_logits."""
     return read_npz(GOLDENS / "tiny-mixtral" / "reference.npz")
@@ -43,19 +107,16 @@ def model(tiny: Path) -> Iterator[Mixtral]:
 
 
 @pytest.fixture(scope="session")
-def mlx_lm_folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> MlxLmFolder:
+def mlx_lm_folder(tiny: Path, shared: SharedFolders) -> MlxLmFolder:
     """Makes folders with mlx-lm's own converter: ``mlx_lm_folder(q_bits=4, q_group_size=64)``; each made once."""
     from mlx_lm import convert  # type: ignore[attr-defined]
 
-    made: dict[str, Path] = {}
-
     def make(source: Path | None = None, **options: Any) -> Path:
-        key = repr((source, sorted((k, getattr(v, "__name__", v)) for k, v in options.items())))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("mlx-lm") / "model"
-            convert(str(source or tiny), mlx_path=str(folder), quantize=True, **options)
-            made[key] = folder
-        return made[key]
+        name = repr((source, sorted((k, getattr(v, "__name__", v)) for k, v in options.items())))
+        return shared(
+            f"mlx-lm {name}",
+            lambda folder: convert(str(source or tiny), mlx_path=str(folder), quantize=True, **options),
+        )
 
     return make
 

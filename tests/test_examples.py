@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import PYTHONPATH
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 
@@ -17,7 +19,7 @@ EXAMPLES = ROOT / "examples"
 def run(name: str, *arguments: object) -> str:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")]),
+        "PYTHONPATH": PYTHONPATH,
         "PYTHONIOENCODING": "utf-8",
         "PYTHONWARNINGS": "error",
     }

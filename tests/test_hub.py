@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,9 +17,10 @@ import pytest
 
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError
 from mlx_mixtral.hub import Source, resolve, wanted_files
+from tests.forks import run_python
+from tests.processes import PYTHONPATH
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-ROOT = Path(__file__).parents[1]
 FILES = {
     "config.json": b'{"model_type": "mixtral"}',
     "generation_config.json": b'{"eos_token_id": 2}',
@@ -147,16 +146,9 @@ def ask(home: Path, url: str, *args: Any, settings: dict[str, str] | None = None
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {
         "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_ETAG_TIMEOUT": "2", "PYTHONPATH": str(ROOT), "NO_PROXY": "*",
+        "HF_HUB_ETAG_TIMEOUT": "2", "PYTHONPATH": PYTHONPATH, "NO_PROXY": "*",
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(args), json.dumps(options)],
-        env=environment | (settings or {}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(SCRIPT, [json.dumps(args), json.dumps(options)], environment | (settings or {}))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert isinstance(result, dict)

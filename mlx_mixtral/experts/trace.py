@@ -6,6 +6,7 @@ room for another. A bank is touched in the order of the token's choice.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from math import comb
@@ -231,6 +232,7 @@ def chance_of_repeat(num_experts: int, per_token: int) -> float:
     return 1.0 - comb(num_experts - per_token, per_token) / comb(num_experts, per_token)
 
 
+@functools.lru_cache(maxsize=4)
 def published_trace(
     num_layers: int, num_experts: int, per_token: int, tokens: int = 4096, seed: int = 0
 ) -> RoutingTrace:
@@ -256,4 +258,5 @@ def published_trace(
             order[kept, before[kept, random.integers(per_token, size=len(kept))]] = -1.0
         before = random.permuted(order.argsort(axis=1)[:, :per_token], axis=1)
         experts[token] = before
+    experts.flags.writeable = False  # whoever asks again gets the same
     return RoutingTrace(experts, num_experts)

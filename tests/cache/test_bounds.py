@@ -27,6 +27,16 @@ SIZE, SINKS = 40, 3
 Logits = npt.NDArray[np.float32]
 
 
+@pytest.fixture(scope="module")
+def tiny(small: Path) -> Path:
+    return small
+
+
+@pytest.fixture(scope="module")
+def model(small_model: Mixtral) -> Mixtral:
+    return small_model
+
+
 class Rounded(PlainStorage):
     """Plain numbers, each token's rounded to 4 or 8 bits as it comes."""
 

@@ -19,6 +19,16 @@ from mlx_mixtral.cache.prefixes import MAX_LOST_TOKENS, PrefixStore, common_pref
 from mlx_mixtral.errors import DestinationError, InvalidRequestError, PromptCacheError
 
 
+@pytest.fixture(scope="module")
+def tiny(small: Path) -> Path:
+    return small
+
+
+@pytest.fixture(scope="module")
+def model(small_model: Mixtral) -> Mixtral:
+    return small_model
+
+
 @pytest.fixture
 def own(tiny: Path) -> Iterator[Mixtral]:
     with load(tiny) as loaded:
@@ -89,13 +99,13 @@ def test_an_error_keeps_nothing(own: Mixtral) -> None:
 
 
 def test_the_least_recently_used_goes_first(tiny: Path) -> None:
-    with load(tiny, prefix_cache="3MB") as model:
+    with load(tiny, prefix_cache="800KB") as model:
         prompts = [_ids(model, 100, seed=seed) for seed in range(4)]
         for index in (0, 1, 2, 3, 1, 0):
             model.generate(prompts[index], max_tokens=5)
-            assert model.engine.prompt_cache.kept.nbytes <= 3_000_000
+            assert model.engine.prompt_cache.kept.nbytes <= 800_000
         each = model.engine.prompt_cache.kept.nbytes // len(model.engine.prompt_cache.kept)
-        assert len(model.engine.prompt_cache.kept) == 3_000_000 // each < 4
+        assert len(model.engine.prompt_cache.kept) == 800_000 // each < 4
         reused = [bool(model.generate(prompts[index], max_tokens=1).stats.reused_tokens) for index in (0, 1)]
         assert reused == [True, True]
 

@@ -15,8 +15,7 @@ from click.testing import CliRunner, Result
 
 from mlx_mixtral.cli.app import app
 from mlx_mixtral.demo import checkpoint_path
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import PYTHONPATH
 
 Invoke = Callable[..., Result]
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
@@ -62,13 +61,12 @@ def spawn() -> Any:
     running: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: object, before: str = "", **options: Any) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join([str(ROOT), str(ROOT / "convert")])
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH.format(before=before), *map(str, arguments)],
             stdin=options.pop("stdin", subprocess.PIPE),
             stdout=options.pop("stdout", subprocess.PIPE),
             stderr=options.pop("stderr", subprocess.PIPE),
-            env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error", **options.pop("env", {})},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "error", **options.pop("env", {})},
             **options,
         )
         running.append(process)

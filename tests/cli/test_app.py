@@ -11,10 +11,11 @@ import pytest
 
 from mlx_mixtral import __version__
 from mlx_mixtral.cli.app import COMMANDS, app
+from tests.processes import PYTHONPATH
 
-from .conftest import ROOT, Invoke, Spawn, assert_one_error
+from .conftest import Invoke, Spawn, assert_one_error
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH}
 
 
 HEAVY = (
@@ -112,7 +113,7 @@ def test_closed_streams_are_empty_input_and_lost_output(tiny: Path) -> None:
     def run(redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         program = "from mlx_mixtral.cli import main; main()"
         command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", program, *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])}
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
     assert run("<&-", "chat", tiny).returncode == 0

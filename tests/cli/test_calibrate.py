@@ -11,23 +11,24 @@ import pytest
 from mlx_mixtral import QuantizationSpec
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral_convert import Calibration
+from tests.shared import SharedFolders, short_checkpoint
 
 from .conftest import Invoke, assert_one_error
 
 
 def test_a_calibration_is_written_with_progress_to_the_end_and_may_be_replaced(
-    invoke: Invoke, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    invoke: Invoke, shared: SharedFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two candidates of twelve: each is a forward through the rest of the model for every group of matrices.
-    few = (QuantizationSpec(3, 64), QuantizationSpec(8, 64))
-    monkeypatch.setattr("mlx_mixtral_convert.calibration.sensitivity.CANDIDATES", few)
+    # One layer, one candidate of twelve: each is a forward through the rest of the model for every group of matrices.
+    monkeypatch.setattr("mlx_mixtral_convert.calibration.sensitivity.CANDIDATES", (QuantizationSpec(3, 64),))
+    short = shared("one layer of the bundled checkpoint", lambda folder: short_checkpoint(folder, 1))
     flags = ("--tokens", 1024, "--json")
-    result = invoke("calibrate", tiny, tmp_path / "file", *flags)
+    result = invoke("calibrate", short, tmp_path / "file", *flags)
     assert json.loads(result.stdout)["tokens"] == 1024
-    assert result.stderr.splitlines()[-2:] == ["calibrate: layer 6/6", "calibrate: sensitivities"]
+    assert result.stderr.splitlines()[-2:] == ["calibrate: layer 1/1", "calibrate: sensitivities"]
     assert Calibration.load(tmp_path / "file").losses
-    again = invoke("calibrate", tiny, tmp_path / "file", *flags, "--no-sensitivities")
-    assert again.stderr.splitlines()[-1] == "calibrate: layer 6/6"
+    again = invoke("calibrate", short, tmp_path / "file", *flags, "--no-sensitivities")
+    assert again.stderr.splitlines()[-1] == "calibrate: layer 1/1"
     assert not Calibration.load(tmp_path / "file").losses
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

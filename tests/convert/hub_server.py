@@ -12,8 +12,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -24,10 +22,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.forks import run_python
+from tests.processes import PYTHONPATH
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BREAKS = ("drop", "503", "short", "429")
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt")
-ROOT = Path(__file__).parents[2]
 # Pieces are small so that there are many. ``home`` is all this process may write to beside the destination.
 SCRIPT = """
 import json, os, signal, sys, threading, time
@@ -35,7 +35,8 @@ from pathlib import Path
 from mlx_mixtral.errors import MixtralError
 from mlx_mixtral_convert import Recipe, convert
 from mlx_mixtral_convert.sources.storage import ranges, remote
-ranges.PIECE_BYTES, ranges.WAIT_S, ranges.TIMEOUT_S, home = 12000, 0.001, 5.0, Path(sys.argv[1])
+ranges.PIECE_BYTES, ranges.WAIT_S, home = 12000, 0.001, Path(sys.argv[1])
+ranges.TIMEOUT_S = float(os.environ.get("MLX_MIXTRAL_TEST_TIMEOUT_S", "5"))
 remote.RemoteStorage.ahead_bytes = 30000
 readers, stop_at, sizes = [], int(sys.argv[4]), []
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -243,17 +244,11 @@ def run_all(
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hub"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_ETAG_TIMEOUT": "2", "NO_PROXY": "*", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")]),
+        "HF_HUB_ETAG_TIMEOUT": "2", "NO_PROXY": "*", "PYTHONPATH": PYTHONPATH,
         "TMPDIR": str(home / "tmp"),
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(home), source, json.dumps(conversions, default=str), str(stop_at)],
-        env=environment | (settings or {}),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    arguments = [str(home), source, json.dumps(conversions, default=str), str(stop_at)]
+    done = run_python(SCRIPT, arguments, environment | (settings or {}))
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -104,11 +104,13 @@ def make_packed(
     config = CONFIG | changes
     meant = weights(config)
     tensors: dict[str, npt.NDArray[Any]] = {}
-    for module in packed_modules(config, head=head):
+    modules = packed_modules(config, head=head)
+    for module in modules:
         fields, meant[f"{module}.weight"] = pack(module, meant[f"{module}.weight"])
         tensors |= {f"{module}.{field}": np.ascontiguousarray(value) for field, value in fields.items()}
-    plain = {name: value.astype(np.float16) for name, value in meant.items() if f"{name.removesuffix('.weight')}" not in
-             packed_modules(config, head=head)}  # fmt: skip
+    plain = {
+        name: value.astype(np.float16) for name, value in meant.items() if name.removesuffix(".weight") not in modules
+    }
     meant |= {name: value.astype(np.float32) for name, value in plain.items()}
     tensors |= plain
     folder.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -41,7 +42,13 @@ def rounded(values: Floats) -> Floats:
 
 
 def weights(config: dict[str, Any], seed: int = 0) -> dict[str, Floats]:
-    """Random weights under their per-expert (or dense) hub names."""
+    """Random weights under their per-expert (or dense) hub names, the caller's own."""
+    return {name: values.copy() for name, values in _weights(json.dumps(config, sort_keys=True), seed).items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _weights(written: str, seed: int) -> dict[str, Floats]:
+    config = json.loads(written)
     random = np.random.default_rng(seed)
     hidden, width, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]

@@ -16,8 +16,8 @@ from mlx_mixtral.errors import DestinationError
 from mlx_mixtral_convert import convert
 from mlx_mixtral_convert.output.journal import JOURNAL
 from tests.convert.support import hashes, make_checkpoint
+from tests.processes import PYTHONPATH
 
-ROOT = Path(__file__).parents[2]
 LAYERS = 6
 KILLS = int(os.environ.get("MLX_MIXTRAL_TEST_KILLS", "5"))
 # Slow enough to be killed in the middle, and able to kill itself at a given call that changes the disk.
@@ -61,7 +61,7 @@ def start(source: Path, dest: Path, die_at: int = 0) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(source), str(dest), str(die_at)],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "convert")])},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"

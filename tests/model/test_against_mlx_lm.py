@@ -60,9 +60,9 @@ def _assert_equal_to_rounding(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any
 
 @pytest.mark.parametrize("options", FORMATS, ids=_name)
 def test_every_format_computes_what_mlx_lm_computes(
-    options: dict[str, Any], mlx_lm_folder: MlxLmFolder, mlx_lm_logits: Logits, ids: np.ndarray[Any, Any]
+    options: dict[str, Any], short: Path, mlx_lm_folder: MlxLmFolder, mlx_lm_logits: Logits, ids: np.ndarray[Any, Any]
 ) -> None:
-    folder = mlx_lm_folder(**options)
+    folder = mlx_lm_folder(short, **options)
     _assert_equal_to_rounding(_ours(folder, ids), mlx_lm_logits(folder, ids))
 
 

@@ -23,13 +23,13 @@ KINDS: dict[str, dict[str, Any]] = {"plain": {}, "8 bits": {"kv_bits": 8}, "a ri
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_the_last_token_alone(tiny: Path, tmp_path: Path, packing: str, kind: str) -> None:
+def test_the_last_token_alone(small: Path, tmp_path: Path, packing: str, kind: str) -> None:
     overrides = PACKINGS[packing]
     if overrides is not None:
-        convert(tiny, tmp_path / "model", recipe=Recipe(bits=4, overrides=overrides))
-        tiny = tmp_path / "model"
-    tokens = mx.array(np.random.default_rng(0).integers(3, 4096, (2, 40)), mx.int32)
-    with load(tiny, **KINDS[kind]) as model:
+        convert(small, tmp_path / "model", recipe=Recipe(bits=4, overrides=overrides))
+        small = tmp_path / "model"
+    tokens = mx.array(np.random.default_rng(0).integers(3, 256, (2, 40)), mx.int32)
+    with load(small, **KINDS[kind]) as model:
         module, whole, last, remembered = model.module, *(model.make_cache([0, 3]) for _ in range(3))
         for start, stop in ((0, 20), (20, 37), (37, 40)):
             part = tokens[:, start:stop]

@@ -48,11 +48,11 @@ class SoakReport:
     open_files: list[int] = field(default_factory=list)
 
 
-def soak(generations: int, seed: int, folder: Path) -> SoakReport:
-    """Run it on a 4-bit copy of the bundled checkpoint made in ``folder``."""
+def soak(generations: int, seed: int, folder: Path, checkpoint: Path | None = None) -> SoakReport:
+    """Run it on a 4-bit copy made in ``folder`` of a checkpoint, the bundled one if none is given."""
     chance, report = random.Random(seed), SoakReport()
     model_folder = folder / "model"
-    convert(checkpoint_path(), model_folder, recipe=Recipe(4))
+    convert(checkpoint or checkpoint_path(), model_folder, recipe=Recipe(4))
     with load(model_folder) as whole:
         prompts = [whole.tokenizer.encode(text) * (1 + index % 3) for index, text in enumerate(TEXTS)]
         wanted = [whole.generate(prompt, max_tokens=TOKENS).token_ids for prompt in prompts]
@@ -63,7 +63,7 @@ def soak(generations: int, seed: int, folder: Path) -> SoakReport:
     with load(model_folder, memory=least, **options) as model:
         for number in range(generations):
             if chance.random() < 0.15:
-                model.set_memory(chance.choice((least, everything, chance.randint(least, least + 4_500_000))))
+                model.set_memory(chance.choice((least, everything, chance.randint(least, everything))))
                 report.outcomes["budgets changed"] += 1
             index = chance.randrange(len(prompts))
             _generate(model, prompts[index], wanted[index], chance, report, model_folder)

@@ -52,6 +52,12 @@ def walked(folder: Path, ids: Any, *, full: bool = False) -> tuple[Walk, dict[st
     return walk, sums | walk.head_sum()
 
 
+@pytest.fixture(scope="module")
+def tiny(short: Path) -> Path:
+    """Two layers say of calibrating what six do."""
+    return short
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     return make_checkpoint(tmp_path / "source", dtype="F32")
@@ -148,9 +154,9 @@ def test_it_is_saved_and_read_back_and_two_runs_are_the_same_bytes(
 
 
 def test_nearly_all_experts_meet_the_default_text(calibrated: Calibration) -> None:
-    """A fifth of it is measured here; of all of it, two experts of 48 still meet nothing."""
+    """A fifth of it is measured here; of all of it, two experts of the 48 of all six layers still meet nothing."""
     counts = np.concatenate([found for name, found in calibrated.routed.items() if name.endswith("gate_proj")])
-    assert len(counts) == 48
+    assert len(counts) == 16
     assert (counts >= 4).mean() > 0.85
 
 
@@ -164,7 +170,7 @@ def test_the_default_text_shares_nothing_with_the_held_out_text() -> None:
 
 def test_rare_experts_lean_on_the_average(calibrated: Calibration, tiny: Path) -> None:
     config = open_source(tiny).config
-    matrix = next(m for m in matrices(config) if m.path.endswith("layers.2.block_sparse_moe.switch_mlp.down_proj"))
+    matrix = next(m for m in matrices(config) if m.path.endswith("layers.1.block_sparse_moe.switch_mlp.down_proj"))
     squares, routed = calibrated.mean_squares[matrix.path], calibrated.routed[matrix.path]
     never = Calibration(
         "", calibrated.tokens, {matrix.path: squares}, {matrix.path: np.where(np.arange(8) == 3, 0, routed)}, {}
@@ -189,14 +195,14 @@ def test_a_calibrated_search_differs_and_is_recorded(tiny: Path, calibrated: Cal
 
 
 def test_gptq_conversions_repeat_and_differ_from_search(tmp_path: Path, tiny: Path, calibrated: Calibration) -> None:
-    recipe = Recipe(3, overrides={"*": None, "*.layers.2.*down_proj": {"bits": 3}}, rounding="gptq")
+    recipe = Recipe(3, overrides={"*": None, "*.layers.1.*down_proj": {"bits": 3}}, rounding="gptq")
     for name in "ab":
         convert(tiny, tmp_path / name, recipe=recipe, calibration=calibrated)
     convert(
         tiny, tmp_path / "c", recipe=Recipe(3, overrides=recipe.overrides, rounding="search"), calibration=calibrated
     )
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
-    path = "model.layers.2.block_sparse_moe.switch_mlp.down_proj.weight"
+    path = "model.layers.1.block_sparse_moe.switch_mlp.down_proj.weight"
     gptq, search = (np.array(read_output(tmp_path / name)[path]) for name in "ac")
     same = [np.array_equal(x, y) for x, y in zip(gptq, search, strict=True)]
     few = calibrated.routed[path.removesuffix(".weight")] < 96

