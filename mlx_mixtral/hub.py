@@ -23,7 +23,7 @@ from mlx_mixtral.files import read_json
 
 __all__ = ["Source", "download", "hub_errors", "is_unreachable", "resolve", "wanted_files"]
 
-Progress = Callable[[int, int], None]
+BytesDone = Callable[[int, int], None]
 
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^\s@:]+))?(?::([^\s/:]+\.gguf))?")
 _GGUF_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
@@ -84,7 +84,7 @@ class Source:
             )
         return cls(str(source), repository=match[1], revision=match[2] or revision, file=match[3])
 
-    def resolve(self, *, weights: bool = True, convertible: bool = False, progress: Progress | None = None) -> Path:
+    def resolve(self, *, weights: bool = True, convertible: bool = False, progress: BytesDone | None = None) -> Path:
         """The folder it lies in, downloaded to the Hub's cache first if it is a repository; the file, if it names one.
 
         Args:
@@ -126,7 +126,7 @@ def resolve(
     revision: str | None = None,
     weights: bool = True,
     convertible: bool = False,
-    progress: Progress | None = None,
+    progress: BytesDone | None = None,
 ) -> Path:
     """``Source.parse`` and ``Source.resolve`` in one."""
     return Source.parse(source, revision).resolve(weights=weights, convertible=convertible, progress=progress)
@@ -197,7 +197,7 @@ def download(
     repository: str,
     revision: str | None,
     choose: Callable[[Iterable[str]], list[str]],
-    progress: Progress | None = None,
+    progress: BytesDone | None = None,
 ) -> Path:
     """The folder with those files of a repository that ``choose`` picks by name, out of the Hub's cache.
 
@@ -323,7 +323,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _silent_bar(total: int, progress: Progress | None) -> Any:
+def _silent_bar(total: int, progress: BytesDone | None) -> Any:
     """A tqdm class that draws nothing and passes the bytes written on to ``progress``."""
     base: Any = importlib.import_module("tqdm").tqdm
     done = 0

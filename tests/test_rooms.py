@@ -113,3 +113,22 @@ def test_no_cycle_between_files() -> None:
 
 def test_a_cycle_would_be_found() -> None:
     assert set(cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+
+
+def _classes(module: str) -> Iterator[str]:
+    """Names of the classes of a module, and of types it names; those of plain numpy arrays say the same everywhere."""
+    for node in ast.parse(FILES[module].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, value = node.targets[0].id, ast.unparse(node.value)
+            if name[0].isupper() and not name.isupper() and "NDArray" not in value and "TypeVar" not in value:
+                yield name
+
+
+def test_no_two_classes_have_the_same_name() -> None:
+    found: dict[str, list[str]] = {}
+    for module in GRAPH:
+        for name in _classes(module):
+            found.setdefault(name, []).append(module)
+    assert {name: modules for name, modules in found.items() if len(modules) > 1} == {}

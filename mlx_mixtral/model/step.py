@@ -35,7 +35,7 @@ class DecodeStep:
 
     def __init__(self, model: MixtralModel, *, compiled: bool) -> None:
         self._model, self._is_compiled = model, compiled
-        self._compiled: dict[Kind, Run] = {}
+        self._compiled: dict[Kind, StepFunction] = {}
 
     def __call__(self, tokens: mx.array, cache: StepCache, *, last_only: bool = True) -> mx.array:
         """Lazy logits ``[B, L, V]`` of ``tokens [B, L]`` int32, of the last token ``[B, 1, V]`` when ``last_only``."""
@@ -47,7 +47,7 @@ class DecodeStep:
         cache.advance(L, lengths)
         return logits
 
-    def _run(self, kind: Kind) -> Run:
+    def _run(self, kind: Kind) -> StepFunction:
         run = partial(_step, self._model, kind)
         if not self._is_compiled or self._model.is_streamed:
             return run
@@ -89,7 +89,7 @@ class Kind(NamedTuple):
     last_only: bool
 
 
-Run = Callable[
+StepFunction = Callable[
     [mx.array, list[LayerArrays], mx.array, mx.array | None, mx.array | None],
     tuple[mx.array, list[LayerArrays], mx.array],
 ]
