@@ -575,6 +575,6 @@ def test_any_json_in_any_key_gives_a_config_or_a_config_error(changes: dict[str,
 @pytest.mark.parametrize(
     ("key", "limit"), [("num_hidden_layers", 1024), ("num_local_experts", 1024), ("vocab_size", 2**24)]
 )
-def test_counts_nobody_believes_are_refused_before_anything_is_enumerated(key: str, limit: int) -> None:
-    with pytest.raises(ConfigError, match=rf"{key} is 1000000000; more than {limit}"):
+def test_absurd_counts_are_refused_before_anything_is_enumerated(key: str, limit: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} is 1000000000; the limit is {limit}"):
         MixtralConfig.from_hf({**MIXTRAL, key: 10**9})
