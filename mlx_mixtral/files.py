@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +39,8 @@ def check_destination(name: str, path: str | Path) -> Path:
         if place.is_dir():
             raise DestinationError(f"{place} is a folder; give a file")
         _check_parent(place, f"{place} cannot be written")
+        # Permissions do not tell everything: some file systems take no new files.
+        tempfile.TemporaryFile(dir=place.parent).close()
     return place
 
 

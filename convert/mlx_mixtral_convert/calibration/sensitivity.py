@@ -66,9 +66,9 @@ def reference(in_features: int) -> QuantizationSpec:
     return next((spec for spec in fitting if spec.group_size == 64), fitting[0])
 
 
-def packed(weight: mx.array, spec: QuantizationSpec, importance: npt.NDArray[np.float32] | None = None) -> mx.array:
+def packed(weight: mx.array, spec: QuantizationSpec) -> mx.array:
     """``weight`` as it comes back from ``spec``, float32; scales as a bfloat16 conversion has them."""
-    named = search(weight.astype(mx.bfloat16), spec, None if importance is None else mx.array(importance))
+    named = search(weight.astype(mx.bfloat16), spec)
     scales, biases = (named[field].astype(mx.float32) for field in ("scales", "biases"))
     return mx.dequantize(named["weight"], scales, biases, spec.group_size, spec.bits)
 
