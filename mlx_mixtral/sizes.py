@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["format_bytes", "format_bytes_up", "parse_size"]
@@ -22,7 +23,7 @@ def parse_size(size: str | int) -> int:
         InvalidRequestError: not a size, or not positive.
     """
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if isinstance(size, int) and not isinstance(size, bool):
+    if is_integer(size):
         count = size
     elif match is not None and match[2].lower() in _UNITS:
         count = int(Fraction(match[1]) * _UNITS[match[2].lower()])
