@@ -37,6 +37,12 @@ class _Weights(Module):
         self.scales = arrays.get("scales")
         self.biases = arrays.get("biases")
 
+    def _extra_repr(self) -> str:
+        *lead, rows, columns = self.weight.shape
+        inputs = columns if self.spec is None else columns * 32 // self.spec.bits
+        packed = self.weight.dtype if self.spec is None else self.spec
+        return f"{' x '.join(map(str, (*lead, rows, inputs)))}, {packed}"
+
     @property
     def _packed(self) -> _Packed:
         assert self.spec is not None
