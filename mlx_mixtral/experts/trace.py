@@ -258,5 +258,5 @@ def published_trace(
             order[kept, before[kept, random.integers(per_token, size=len(kept))]] = -1.0
         before = random.permuted(order.argsort(axis=1)[:, :per_token], axis=1)
         experts[token] = before
-    experts.flags.writeable = False  # whoever asks again gets the same
+    experts.flags.writeable = False  # shared by all who ask
     return RoutingTrace(experts, num_experts)

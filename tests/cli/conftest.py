@@ -41,6 +41,17 @@ def slow(*arguments):
 safetensors.read_into = slow
 """
 
+# So that an answer cannot end before a signal reaches the program, however busy the machine is.
+SLOW_TOKENS = """
+import time
+import mlx_mixtral.generation.loop as loop
+read_token = loop.read_token
+def slow(*arguments):
+    time.sleep(0.03)
+    return read_token(*arguments)
+loop.read_token = slow
+"""
+
 
 @pytest.fixture
 def invoke() -> Invoke:

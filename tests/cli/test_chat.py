@@ -15,7 +15,7 @@ import pytest
 
 from mlx_mixtral import SamplingParams, load
 
-from .conftest import SLOW_READS, Invoke, Spawn, assert_one_error
+from .conftest import SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
 
 SEED = ("--seed", 1, "-n", 12)
 # Ctrl-C is a signal to the processes whose controlling terminal it is typed at.
@@ -142,7 +142,8 @@ def test_models_that_cannot_chat_are_refused_before_anything_is_typed(invoke: In
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(spawn: Spawn, tiny: Path, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
-    process = spawn("chat", tiny, "--seed", 1, "-n", 900, "--logit-bias", "2=-100", env={"PYTHONIOENCODING": "utf-8"})
+    options = ("--seed", 1, "-n", 900, "--logit-bias", "2=-100")
+    process = spawn("chat", tiny, *options, env={"PYTHONIOENCODING": "utf-8"}, before=SLOW_TOKENS)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(b"Hello\n")

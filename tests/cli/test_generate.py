@@ -12,7 +12,7 @@ import pytest
 from mlx_mixtral import SamplingParams, load
 from mlx_mixtral.cli.console import terminal_safe
 
-from .conftest import SLOW_READS, Invoke, Spawn, assert_one_error
+from .conftest import SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
 
 PROMPT = "And it came to pass,"
 
@@ -171,7 +171,7 @@ def test_names_from_a_checkpoint_cannot_steer_the_terminal(invoke: Invoke, check
 
 
 def test_ctrl_c_while_generating_keeps_the_text_so_far(spawn: Spawn, tiny: Path) -> None:
-    process = spawn("generate", tiny, "-p", PROMPT, "-n", 1000, "--logit-bias", "2=-100")
+    process = spawn("generate", tiny, "-p", PROMPT, "-n", 1000, "--logit-bias", "2=-100", before=SLOW_TOKENS)
     assert process.stdout is not None
     begun = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
