@@ -224,3 +224,11 @@ def test_no_step_is_computed_for_rows_that_have_all_they_asked_for(model: Mixtra
         watched.submit(_prompt(model, 6, seed=max_tokens), max_tokens)
     watched.run()
     assert computed == [2, 1, 1]
+
+
+def test_under_a_budget_there_are_no_more_rows_than_asked_for(small_model: Mixtral) -> None:
+    watched = _Watched(small_model, max_rows=2, max_columns=10 * 256)
+    for index in range(4):
+        watched.submit(_prompt(small_model, 5, seed=index), 4)
+    watched.run()
+    assert max(map(len, watched.running)) == 2
