@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cache.quantized import QuantizedStorage
 from mlx_mixtral.cache.storage import KVStorage, PlainStorage
 from mlx_mixtral.cache.window import Window
@@ -37,13 +38,12 @@ class KVOptions:
     sinks: int = DEFAULT_SINKS
 
     def __post_init__(self) -> None:
-        if self.bits not in (None, 4, 8, 16) or isinstance(self.bits, bool):
+        if self.bits not in (None, 4, 8, 16):
             raise InvalidRequestError(f"kv_bits is {self.bits!r}; a KV cache has 4, 8 or 16 bits")
-        for name, value, least in (("kv_size", self.size, 1), ("kv_sinks", self.sinks, 0)):
+        for name, value, minimum in (("kv_size", self.size, 1), ("kv_sinks", self.sinks, 0)):
             if value is None and name == "kv_size":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InvalidRequestError(f"{name} is {value!r}; it must be a number of tokens, at least {least}")
+            check_integer(name, value, minimum, wanted=f"a number of tokens, at least {minimum}")
         if self.size is not None and self.size <= self.sinks:
             raise InvalidRequestError(
                 f"kv_size is {self.size} and kv_sinks {self.sinks}; the cache has to hold more tokens than its sinks: "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_mixtral.arguments import is_integer, is_number
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["Sampled", "Sampler", "SamplingParams"]
@@ -71,7 +72,7 @@ class SamplingParams:
         self._integer("seed", None, None, "an integer")
         self._integer("logprobs", 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
         for token, bias in (self.logit_bias or {}).items():
-            if not _is_integer(token) or token < 0 or not _is_number(bias) or math.isnan(bias) or bias == math.inf:
+            if not is_integer(token) or token < 0 or not is_number(bias) or math.isnan(bias) or bias == math.inf:
                 raise InvalidRequestError(f"logit_bias holds {token!r}: {bias!r}; it maps token ids to numbers")
 
     @property
@@ -80,14 +81,14 @@ class SamplingParams:
 
     def _number(self, name: str, low: float, high: float, allowed: str) -> None:
         value = getattr(self, name)
-        if not _is_number(value) or not low <= value <= high or math.isinf(value) or math.isnan(value):
+        if not is_number(value) or not low <= value <= high or math.isinf(value) or math.isnan(value):
             raise InvalidRequestError(f"{name} is {value!r}; it must be {allowed}")
 
     def _integer(self, name: str, low: int | None, high: int | None, allowed: str) -> None:
         value = getattr(self, name)
         if value is None and name != "top_k":
             return
-        if not _is_integer(value) or (low is not None and value < low) or (high is not None and value > high):
+        if not is_integer(value) or (low is not None and value < low) or (high is not None and value > high):
             raise InvalidRequestError(f"{name} is {value!r}; it must be {allowed}")
 
 
@@ -248,11 +249,3 @@ def _unsigned(seed: object) -> int:
     """Negative seeds are fine with users, not with numpy: fold the sign into the lowest bit."""
     assert isinstance(seed, int)
     return 2 * seed if seed >= 0 else -2 * seed - 1
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
