@@ -231,14 +231,14 @@ def test_an_interrupt_shows_what_was_measured(
 
 
 def test_a_batch_beyond_the_memory_budget_is_left_out(invoke: Invoke, quantised: Path) -> None:
-    result = invoke("bench", quantised, *SHORT, "--batch", "1,2", "--memory", "6MB", "--json")
+    result = invoke("bench", quantised, *SHORT, "--batch", "1,2", "--memory", "4MB", "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["batch"][0]["sides"]["mlx-mixtral"]["tok_s"]["median"] > 0
     assert found["batch"][1]["sides"]["mlx-mixtral"] == {
         "not_measured": "the memory budget does not hold so many rows at once"
     }
-    # Streamed: some experts come from disk.
+    # Streamed, with so few slots that a second prompt of the same tokens still finds most of its experts on disk.
     assert found["prefill"][0]["sides"]["mlx-mixtral"]["read_bytes_per_token"] > 0
     assert "read_bytes_per_token" in found["decode"][0]["sides"]["mlx-mixtral"]
     assert found["peak_memory_bytes"] > 0
