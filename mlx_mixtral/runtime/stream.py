@@ -92,7 +92,13 @@ class TextStream(Iterator[Chunk]):
             if self._text.is_finished:
                 self._tokens.close()
                 raise StopIteration
-            return self._text.chunk(next(self._tokens))
+            token = next(self._tokens)
+            try:
+                return self._text.chunk(token)
+            except BaseException:
+                # The caller's ``cancelled`` may raise; a stream that is still held must not hold the model.
+                self._tokens.close()
+                raise
         finally:
             self._reading.release()
 

@@ -160,3 +160,14 @@ def test_the_device_is_chosen_by_name(tiny: Path, model: Mixtral) -> None:
     if not mx.is_available(mx.gpu):
         with pytest.raises(InvalidRequestError, match="MLX finds no GPU on this machine; use cpu"):
             load(tiny, device="gpu")
+
+
+def test_a_callback_that_raises_frees_the_model_though_the_stream_is_still_held(model: Mixtral) -> None:
+    def cancelled() -> bool:
+        raise RuntimeError("the caller's own")
+
+    stream = model.stream(PROMPT, max_tokens=5, cancelled=cancelled)
+    with pytest.raises(RuntimeError, match="the caller's own"):
+        next(stream)
+    assert model.generate(PROMPT, max_tokens=2).token_ids
+    assert list(stream) == []
