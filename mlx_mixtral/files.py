@@ -19,7 +19,7 @@ from mlx_mixtral.sizes import format_bytes
 
 __all__ = [
     "Journal", "atomic_write", "check_destination", "check_folder", "disk_error", "disk_errors", "parse_json", "partial_path",
-    "read_json", "replace_file", "swap_folder", "sync_folder", "write_folder",
+    "put_in_place", "read_json", "replace_file", "swap_folder", "sync_folder", "write_folder",
 ]  # fmt: skip
 
 MAX_JSON_BYTES = 256 * 2**20
@@ -65,14 +65,22 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         try:
             with partial.open("wb") as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(place)
-            sync_folder(place.parent)
+            put_in_place(partial, place)
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
+
+
+def put_in_place(partial: Path, place: Path) -> None:
+    """A file that is whole becomes ``place``, its bytes on the disk before its name. Raises OSError."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    partial.replace(place)
+    sync_folder(place.parent)
 
 
 def replace_file(path: Path, data: bytes) -> None:

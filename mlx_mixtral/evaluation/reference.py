@@ -21,7 +21,7 @@ from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.errors import CheckpointError, DestinationError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus
 from mlx_mixtral.evaluation.forward import TopTokens
-from mlx_mixtral.files import disk_errors, partial_path
+from mlx_mixtral.files import disk_errors, partial_path, put_in_place
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["DEFAULT_TOP_K", "MAX_FILE_BYTES", "Reference", "ReferenceHeader", "ReferenceWriter", "check_replaceable"]
@@ -196,7 +196,7 @@ class ReferenceWriter:
         self.flush()
         self._arrays.clear()
         with disk_errors(self.path):
-            self.partial.replace(self.path)
+            put_in_place(self.partial, self.path)
 
     def discard(self) -> None:
         """Leave nothing behind."""

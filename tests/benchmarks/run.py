@@ -35,7 +35,6 @@ DATA = Path(__file__).parents[2] / "bench-data"
 FURTHER = {
     "start.py": "imports and --help",
     "steps.py": "GPU kernels a layer, Python's time a token",
-    "batches.py FOLDER": "decode of 1 to 16 rows together",
     "load.py FOLDER --mlx-lm": "loading with cold caches, against a plain parallel read",
     "kv.py": "memory of keys and values, a saved prompt",
     "speculation.py": "tokens a forward with prompt lookup",
