@@ -111,11 +111,10 @@ def mlx_lm_folder(tiny: Path, shared: SharedFolders) -> MlxLmFolder:
     """Makes folders with mlx-lm's own converter: ``mlx_lm_folder(q_bits=4, q_group_size=64)``; each made once."""
     from mlx_lm import convert  # type: ignore[attr-defined]
 
-    def make(source: Path | None = None, **options: Any) -> Path:
-        name = repr((source, sorted((k, getattr(v, "__name__", v)) for k, v in options.items())))
+    def make(**options: Any) -> Path:
+        name = repr(sorted((k, getattr(v, "__name__", v)) for k, v in options.items()))
         return shared(
-            f"mlx-lm {name}",
-            lambda folder: convert(str(source or tiny), mlx_path=str(folder), quantize=True, **options),
+            f"mlx-lm {name}", lambda folder: convert(str(tiny), mlx_path=str(folder), quantize=True, **options)
         )
 
     return make
