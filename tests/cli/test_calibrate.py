@@ -19,7 +19,8 @@ from .conftest import Invoke, assert_one_error
 def test_a_calibration_is_written_with_progress_to_the_end_and_may_be_replaced(
     invoke: Invoke, shared: SharedFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One layer, one candidate of twelve: each is a forward through the rest of the model for every group of matrices.
+    # One layer, one candidate of twelve, one sequence of four: each is a forward for every group of matrices.
+    monkeypatch.setattr("mlx_mixtral_convert.calibration.run.SENSITIVITY_TOKENS", 256)
     monkeypatch.setattr("mlx_mixtral_convert.calibration.sensitivity.CANDIDATES", (QuantizationSpec(3, 64),))
     short = shared("one layer of the bundled checkpoint", lambda folder: short_checkpoint(folder, 1))
     flags = ("--tokens", 1024, "--json")
