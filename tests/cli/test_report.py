@@ -205,8 +205,15 @@ def test_parts_that_do_not_apply_are_left_out_with_the_reason(
     assert_one_error(invoke(*flags[:-1], "--overwrite", "--lengths", 64), "64 tokens", "no room")
 
 
-@pytest.mark.parametrize("error", [CheckpointError("the weights are damaged"), KeyboardInterrupt()])
-@pytest.mark.parametrize("where", ["passkey", "analyse", "report_files", "write_folder"])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("passkey", CheckpointError("the weights are damaged")),
+        ("analyse", KeyboardInterrupt()),
+        ("report_files", KeyboardInterrupt()),
+        ("write_folder", CheckpointError("the weights are damaged")),
+    ],
+)
 def test_nothing_is_left_behind_by_what_ends_it_in_the_middle(
     invoke: Invoke,
     quantised: Path,
