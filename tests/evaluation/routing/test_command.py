@@ -105,12 +105,15 @@ def test_coloured_text_has_numbers_where_there_are_no_colours(saved: tuple[Path,
     assert "coloured" not in run("--trace", place, "--no-text").stdout
 
 
-def test_files_are_written_whole(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_files_are_written_whole(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    result = run("--trace", saved[0], "--html", tmp_path / "r.html", "--plot", tmp_path / "r.png", "--json")
+    from .test_page import record
+
+    record(layers=1, domains=("code",)).save(tmp_path / "r.trace")
+    result = run("--trace", tmp_path / "r.trace", "--html", tmp_path / "r.html", "--plot", tmp_path / "r.png", "--json")
     assert result.exit_code == 0
     assert (tmp_path / "r.html").read_text(encoding="utf-8").endswith("</html>\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.png", "r.trace"]
 
 
 def test_a_trace_without_text_holds_none(tiny: Path, texts: Path, tmp_path: Path) -> None:
