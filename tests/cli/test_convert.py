@@ -59,9 +59,9 @@ def test_json_is_the_converters_report(invoke: Invoke, tiny: Path, tmp_path: Pat
     ],
 )
 def test_options_reach_the_recipe(
-    invoke: Invoke, tiny: Path, tmp_path: Path, flags: list[str], bits: int, group_size: int, mode: str
+    invoke: Invoke, short: Path, tmp_path: Path, flags: list[str], bits: int, group_size: int, mode: str
 ) -> None:
-    assert invoke("convert", tiny, tmp_path / "out", *flags, "--json").exit_code == 0
+    assert invoke("convert", short, tmp_path / "out", *flags, "--json").exit_code == 0
     entry = quantization(tmp_path / "out")
     assert (entry["bits"], entry["group_size"], entry.get("mode", "affine")) == (bits, group_size, mode)
 

@@ -161,10 +161,10 @@ def test_an_interrupted_comparison_keeps_the_reference(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "texts"]
 
 
-def test_passkeys_are_a_heat_map(invoke: Invoke, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passkeys_are_a_heat_map(invoke: Invoke, short: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    arguments = ("--passkey", "--lengths", "128,256", "--depths", "0,1", "--trials", 2, "--plot", tmp_path / "p.png")
-    shown = invoke("evaluate", tiny, *arguments).stdout
+    arguments = ("--passkey", "--lengths", "120,128", "--depths", "0,1", "--trials", 2, "--plot", tmp_path / "p.png")
+    shown = invoke("evaluate", short, *arguments).stdout
     assert "Passkeys found, 0% of all" in shown
     assert "8 prompts, 2 each, seed 0" in shown
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

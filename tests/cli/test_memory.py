@@ -22,7 +22,7 @@ def least(quantised: Path) -> int:
 
 def test_generate_streams_within_a_budget_and_says_so(invoke: Invoke, quantised: Path, least: int) -> None:
     whole = json.loads(invoke("generate", quantised, *PROMPT, "--json").stdout)
-    for options in ((), ("--page-cache",), ("--policy", "lfu"), ("--lookahead", "auto")):
+    for options in ((), ("--page-cache", "--policy", "lfu", "--lookahead", "auto")):
         result = invoke("generate", quantised, *PROMPT, "--json", "--memory", least + 1_000_000, *options)
         streamed = json.loads(result.stdout)
         assert streamed["token_ids"] == whole["token_ids"]
