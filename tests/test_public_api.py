@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,16 @@ import pytest
 import mlx_mixtral
 
 PACKAGE = Path(mlx_mixtral.__file__).parent
-RUNTIME = {
-    path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if "cli" not in path.relative_to(PACKAGE).parts
-}
+
+
+@cache
+def runtime() -> dict[str, ast.Module]:
+    """Every module but the command line's."""
+    return {
+        path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if "cli" not in path.relative_to(PACKAGE).parts
+    }
 
 
 def _type_checking_imports() -> dict[str, str]:
@@ -100,13 +106,13 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 
 def test_the_runtime_imports_neither_the_converter_nor_the_cli() -> None:
     far = ("mlx_mixtral_convert", "mlx_mixtral.cli", "rich", "click")
-    found = [(path, name) for path, tree in RUNTIME.items() for name in _imports(tree) if name.startswith(far)]
+    found = [(path, name) for path, tree in runtime().items() for name in _imports(tree) if name.startswith(far)]
     assert {path for path, _ in found} == {"__main__.py"}, found  # the program itself
 
 
 def test_the_runtime_never_prints_and_reads_no_environment() -> None:
     found = []
-    for path, tree in RUNTIME.items():
+    for path, tree in runtime().items():
         for node in ast.walk(tree):
             names: set[str] = set()
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -120,5 +126,5 @@ def test_the_runtime_never_prints_and_reads_no_environment() -> None:
 
 
 def test_every_module_opens_with_what_it_is() -> None:
-    assert len(RUNTIME) > 100
-    assert [path for path, tree in RUNTIME.items() if not ast.get_docstring(tree)] == []
+    assert len(runtime()) > 100
+    assert [path for path, tree in runtime().items() if not ast.get_docstring(tree)] == []
