@@ -18,7 +18,7 @@ from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.storage import PlainStorage
 from mlx_mixtral.cache.window import Window
 from mlx_mixtral.demo import reference_path
-from mlx_mixtral.doctor import CheckResult, Diagnosis, run_doctor
+from mlx_mixtral.doctor import CheckResult, run_doctor
 from mlx_mixtral.doctor import checks as checks_module
 from mlx_mixtral.doctor.checks import CHECKS, CheckFailedError
 from mlx_mixtral.errors import CheckpointError
@@ -42,23 +42,17 @@ NOT_IN_16_BITS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def diagnosed() -> tuple[Diagnosis, list[str]]:
-    """One run of everything, with small bandwidth measurements; and what progress was told."""
-    told: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks_module, "ROOM_TOKENS", ROOM_TOKENS)
-        patch.setattr("mlx_mixtral.doctor.memory_bandwidth", lambda: memory_bandwidth(4 * MIB, 2))
-        patch.setattr("mlx_mixtral.doctor.disk_bandwidth", lambda: disk_bandwidth(8 * MIB))
-        return run_doctor(told.append), told
-
-
 def _run(name: str, dtype: str = "F32") -> str:
     return next(check for check in CHECKS if check.name == name).run(dtype)
 
 
-def test_every_check_passes_on_this_machine(diagnosed: tuple[Diagnosis, list[str]]) -> None:
-    diagnosis, told = diagnosed
+def test_every_check_passes_on_this_machine_and_the_diagnosis_is_json(monkeypatch: Patch) -> None:
+    """One run of everything, with small bandwidth measurements."""
+    told: list[str] = []
+    monkeypatch.setattr(checks_module, "ROOM_TOKENS", ROOM_TOKENS)
+    monkeypatch.setattr("mlx_mixtral.doctor.memory_bandwidth", lambda: memory_bandwidth(4 * MIB, 2))
+    monkeypatch.setattr("mlx_mixtral.doctor.disk_bandwidth", lambda: disk_bandwidth(8 * MIB))
+    diagnosis = run_doctor(told.append)
     assert [(r.name, r.passed, r.measured) for r in diagnosis.results if not r.passed] == []
     assert diagnosis.passed
     assert [result.name for result in diagnosis.results] == NAMES
@@ -67,10 +61,6 @@ def test_every_check_passes_on_this_machine(diagnosed: tuple[Diagnosis, list[str
         assert result.measured
         assert result.failure_means
         assert result.seconds >= 0
-
-
-def test_the_diagnosis_is_json_with_the_machine_and_every_result(diagnosed: tuple[Diagnosis, list[str]]) -> None:
-    diagnosis, _ = diagnosed
     read = json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))
     assert read["passed"] is True
     assert read["mlx_version"] == mx.__version__  # type: ignore[attr-defined]
