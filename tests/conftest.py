@@ -6,10 +6,11 @@ kernels of GPUs sum in another order. What must hold on a GPU too is in ``tests/
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HOOKS), *paths]))
     if os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > LEAST_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Thousands of tests and what they import stay to the end: no garbage collection looks through them while tests run."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -111,11 +124,10 @@ def mlx_lm_folder(tiny: Path, shared: SharedFolders) -> MlxLmFolder:
     """Makes folders with mlx-lm's own converter: ``mlx_lm_folder(q_bits=4, q_group_size=64)``; each made once."""
     from mlx_lm import convert  # type: ignore[attr-defined]
 
-    def make(source: Path | None = None, **options: Any) -> Path:
-        name = repr((source, sorted((k, getattr(v, "__name__", v)) for k, v in options.items())))
+    def make(**options: Any) -> Path:
+        name = repr(sorted((k, getattr(v, "__name__", v)) for k, v in options.items()))
         return shared(
-            f"mlx-lm {name}",
-            lambda folder: convert(str(source or tiny), mlx_path=str(folder), quantize=True, **options),
+            f"mlx-lm {name}", lambda folder: convert(str(tiny), mlx_path=str(folder), quantize=True, **options)
         )
 
     return make

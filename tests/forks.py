@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -28,6 +29,11 @@ IMPORTED = (
     "numpy", "mlx.core", "mlx_mixtral.hub", "mlx_mixtral_convert.conversion", "mlx_mixtral_convert.calibration",
     "mlx_mixtral_convert.sources.storage.remote", "httpx2", "httpx", "anyio", "tqdm", "yaml", "filelock", "truststore",
     "http.server", "asyncio", "zipfile", "csv",
+    # What huggingface_hub itself imports, and the converter when it looks at a folder.
+    "anyio.to_thread", "anyio.streams.tls", "h11", "httpcore2", "filelock._soft", "tqdm.asyncio", "uuid", "shlex",
+    *(f"mlx_mixtral_convert.sources.{name}" for name in (
+        "gguf.source", "hf", "mlx", "native", "packed.awq", "packed.fp8", "packed.gptq", "torch.hf_bin",
+    )),
 )  # fmt: skip
 TIMEOUT_S = 120.0
 
@@ -91,6 +97,8 @@ def _serve() -> None:
             importlib.import_module(name)
     assert "huggingface_hub" not in sys.modules
     assert threading.active_count() == 1
+    # A child need not look through what is here already.
+    gc.freeze()
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()

@@ -31,25 +31,23 @@ PATHS: dict[str, tuple[Callable[[Any, Path], object], str]] = {
 
 
 @pytest.mark.parametrize("value", NO_PATHS, ids=repr)
-@pytest.mark.parametrize("call", PATHS)
-def test_what_is_no_path_is_named_with_its_type(tmp_path: Path, call: str, value: Any) -> None:
-    run, begins = PATHS[call]
+def test_what_is_no_path_is_named_with_its_type(value: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        run(value, tmp_path / "out")
+        as_path("path", value)
     said = str(caught.value)
-    assert said.startswith(begins)
+    assert said.startswith("path is")
     assert repr(value) in said
     assert type(value).__name__ in said
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("call", PATHS)
-def test_the_home_of_nobody_is_an_error(tmp_path: Path, call: str) -> None:
+def test_every_function_checks_its_paths_first(tmp_path: Path, call: str) -> None:
     run, begins = PATHS[call]
-    with pytest.raises(
-        InvalidRequestError, match=f"^{begins} '~nobody-here/x', and there is no user '~nobody-here' here"
-    ):
+    with pytest.raises(InvalidRequestError, match=f"^{begins} 5, of type int"):
+        run(5, tmp_path / "out")
+    with pytest.raises(InvalidRequestError, match=f"^{begins} '~nobody-here/x', and there is no user '~nobody-here'"):
         run("~nobody-here/x", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,14 +60,11 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     ("options", "message"),
     [
         ({"max_tokens": "5"}, r"max_tokens is '5'; it must be an integer"),
-        ({"max_tokens": None}, r"max_tokens is None"),
         (
             {"sampling": {"temperature": 1}},
             r"sampling is \{'temperature': 1\}, of type dict; it must be SamplingParams",
         ),
-        ({"sampling": "hot"}, r"sampling is 'hot', of type str"),
         ({"stop": 5}, r"stop is 5, of type int; it must be text, or a list of texts"),
-        ({"stop": None}, r"stop is None"),
         ({"stop": b"x"}, r"stop is b'x'"),
         ({"stop": [5]}, r"stop string 5"),
         ({"stop_token_ids": 5}, r"stop_token_ids is int"),
@@ -82,7 +77,7 @@ def test_options_of_a_generation(model: Mixtral, options: dict[str, Any], messag
         model.generate("And", **options)
 
 
-@pytest.mark.parametrize("prompt", [None, 3, 1.5, b"And", bytearray(b"And"), object()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("prompt", [None, 3, b"And", bytearray(b"And")], ids=lambda p: type(p).__name__)
 def test_a_prompt_is_text_or_token_ids(model: Mixtral, prompt: Any) -> None:
     message = rf"{type(prompt).__name__}, not text or a list of token ids"
     with pytest.raises(InvalidRequestError, match=f"^the prompt is {message}"):
@@ -107,7 +102,7 @@ def test_what_cannot_be_decoded(model: Mixtral, ids: Any, message: str) -> None:
         model.tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("context", [[], 0, "4k", 1.5])
+@pytest.mark.parametrize("context", [0, "4k"])
 def test_another_budget_for_no_number_of_tokens(model: Mixtral, context: Any) -> None:
     with pytest.raises(InvalidRequestError, match="context is"):
         model.set_memory(None, context=context)
@@ -134,7 +129,6 @@ def test_progress_of_loading_is_checked_before_the_weights_are_read(
     [
         ({"recipe": {"bits": 4}}, r"recipe is \{'bits': 4\}, of type dict; it must be a Recipe, or None"),
         ({"calibration": 5}, "calibration is 5"),
-        ({"calibration": {}}, r"calibration is \{\}"),
         ({"progress": 5}, "progress is 5"),
         ({"cancelled": True}, "cancelled is True"),
         ({"dtype": []}, r"dtype \[\] is unknown"),
@@ -161,7 +155,6 @@ def test_options_of_a_conversion(tiny: Path, tmp_path: Path, options: dict[str, 
         (lambda folder, _: calibrate(folder, "text.txt"), r"texts is 'text\.txt'"),
         (lambda folder, _: calibrate(folder, progress=5), "progress is 5"),
         (lambda *_: named_recipe(5), "name_or_file is 5"),  # type: ignore[arg-type]
-        (lambda *_: named_recipe(["a"]), r"name_or_file is \['a'\]"),  # type: ignore[arg-type]
     ],
 )
 def test_options_of_the_other_functions(tiny: Path, tmp_path: Path, run: Any, message: str) -> None:
@@ -174,11 +167,9 @@ def test_options_of_the_other_functions(tiny: Path, tmp_path: Path, run: Any, me
     ("options", "message"),
     [
         ({"bits": "4"}, "bits is '4', not an integer"),
-        ({"bits": 4.0}, r"bits is 4\.0, not an integer"),
         ({"bits": True}, "bits is True, not an integer"),
         ({"group_size": "64"}, "group_size is '64', not an integer"),
         ({"overrides": 5}, "overrides is 5; it maps patterns"),
-        ({"overrides": ["lm_head"]}, r"overrides is \['lm_head'\]; it maps patterns"),
         ({"overrides": {5: None}}, r"overrides is \{5: None\}; it maps patterns"),
     ],
 )

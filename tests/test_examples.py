@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forks import run_python
 from tests.processes import PYTHONPATH
 
 ROOT = Path(__file__).parents[1]
@@ -17,14 +16,14 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(name: str, *arguments: object) -> str:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": PYTHONPATH,
-        "PYTHONIOENCODING": "utf-8",
-        "PYTHONWARNINGS": "error",
-    }
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=120)
+    """As ``python examples/NAME arguments…`` does, warnings being errors."""
+    code = f"""
+import runpy, sys, warnings
+sys.argv[0] = {str(EXAMPLES / name)!r}
+warnings.simplefilter("error")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    done = run_python(code, list(map(str, arguments)), {**os.environ, "PYTHONPATH": PYTHONPATH})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,16 @@ import pytest
 import mlx_mixtral
 
 PACKAGE = Path(mlx_mixtral.__file__).parent
-RUNTIME = sorted(path for path in PACKAGE.rglob("*.py") if "cli" not in path.relative_to(PACKAGE).parts)
 
 
-def _id(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
+@cache
+def runtime() -> dict[str, ast.Module]:
+    """Every module but the command line's."""
+    return {
+        path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if "cli" not in path.relative_to(PACKAGE).parts
+    }
 
 
 def _type_checking_imports() -> dict[str, str]:
@@ -98,25 +104,27 @@ def _imports(tree: ast.AST) -> Iterator[str]:
             yield str(node.module)
 
 
-@pytest.mark.parametrize("path", RUNTIME, ids=_id)
-def test_the_runtime_imports_neither_the_converter_nor_the_cli(path: Path) -> None:
-    if path == PACKAGE / "__main__.py":
-        return  # the program itself
-    for name in _imports(ast.parse(path.read_text(encoding="utf-8"))):
-        assert not name.startswith(("mlx_mixtral_convert", "mlx_mixtral.cli", "rich", "click")), name
+def test_the_runtime_imports_neither_the_converter_nor_the_cli() -> None:
+    far = ("mlx_mixtral_convert", "mlx_mixtral.cli", "rich", "click")
+    found = [(path, name) for path, tree in runtime().items() for name in _imports(tree) if name.startswith(far)]
+    assert {path for path, _ in found} == {"__main__.py"}, found  # the program itself
 
 
-@pytest.mark.parametrize("path", RUNTIME, ids=_id)
-def test_the_runtime_never_prints_and_reads_no_environment(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in ("print", "input", "breakpoint"), f"line {node.lineno}"
-        if isinstance(node, ast.Attribute):
-            assert node.attr not in ("environ", "getenv"), f"line {node.lineno}"
-        if isinstance(node, ast.ImportFrom) and node.module == "os":
-            assert not {alias.name for alias in node.names} & {"environ", "getenv"}, f"line {node.lineno}"
+def test_the_runtime_never_prints_and_reads_no_environment() -> None:
+    found = []
+    for path, tree in runtime().items():
+        for node in ast.walk(tree):
+            names: set[str] = set()
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                names = {node.func.id} & {"print", "input", "breakpoint"}
+            elif isinstance(node, ast.Attribute):
+                names = {node.attr} & {"environ", "getenv"}
+            elif isinstance(node, ast.ImportFrom) and node.module == "os":
+                names = {alias.name for alias in node.names} & {"environ", "getenv"}
+            found += [f"{path}:{getattr(node, 'lineno', 0)} {name}" for name in names]
+    assert found == []
 
 
-@pytest.mark.parametrize("path", RUNTIME, ids=_id)
-def test_every_module_opens_with_what_it_is(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+def test_every_module_opens_with_what_it_is() -> None:
+    assert len(runtime()) > 100
+    assert [path for path, tree in runtime().items() if not ast.get_docstring(tree)] == []

@@ -21,10 +21,10 @@ RECORDED = Path(__file__).parents[1] / "goldens" / "transformers"
 ATOL = 2e-4
 
 
-@pytest.fixture(scope="module", params=["tiny", "sliding_window"])
-def either(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Mixtral]:
+@pytest.fixture(scope="module", params=["small", "sliding_window"])
+def either(request: pytest.FixtureRequest, small: Path) -> Iterator[Mixtral]:
     """Full attention and a window of 8 tokens."""
-    with load(tiny if request.param == "tiny" else RECORDED / request.param) as loaded:
+    with load(small if request.param == "small" else RECORDED / request.param) as loaded:
         yield loaded
 
 

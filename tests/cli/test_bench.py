@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,18 @@ NORM = b"model.norm.weight"
 SHORT = ("--tokens", 2, "--repeats", 2, "--prompt", "3,5", "--depth", "4", "--batch", "2")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_copies() -> Iterator[None]:
+    """Half a gigabyte is written before copying is measured, which takes longer than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_mixtral.bench.traffic.COPY_BYTES", 2**22)
+        yield
+
+
 @pytest.fixture
-def small_context(quantised: Path, tmp_path: Path) -> Path:
+def small_context(two_layers: Path, tmp_path: Path) -> Path:
     """A model whose context is 48 tokens."""
-    folder = Path(shutil.copytree(quantised, tmp_path / "small" / "model"))
+    folder = Path(shutil.copytree(two_layers, tmp_path / "small" / "model"))
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 48}))
     return folder
@@ -147,7 +156,6 @@ def test_a_plot_is_written_and_default_lists_are_cut_to_the_context(
         (("--tokens", 47), ("tokens is 47", "context holds 48")),
         (("--context", 0), ("context is 0",)),
         (("--context", 49), ("context is 49", "own is 48")),
-        (("--memory", "lots"), ("'lots' is not a size",)),
         (("--plot", ""), ("empty name",)),
         (("--plot", "/nowhere/at/all.png"), ("cannot be written", "no folder /nowhere/at")),
     ],
@@ -168,10 +176,6 @@ def test_what_is_no_list_of_numbers_is_a_usage_error(invoke: Invoke, small_conte
     result = invoke("bench", small_context, "--depth", value)
     assert result.exit_code == 2
     assert "is not a list of numbers" in result.stderr
-
-
-def test_a_plot_is_not_put_where_a_folder_is(invoke: Invoke, small_context: Path, tmp_path: Path) -> None:
-    assert_one_error(invoke("bench", small_context, "--plot", tmp_path), "is a folder")
 
 
 def test_without_mlx_lm_there_is_nothing_to_compare(
@@ -200,14 +204,14 @@ def _rename_a_tensor(path: Path) -> None:
 
 
 def test_what_mlx_lm_cannot_compute_is_said_and_ours_goes_on(
-    invoke: Invoke, quantised: Path, monkeypatch: pytest.MonkeyPatch
+    invoke: Invoke, two_layers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr("mlx_mixtral.bench.mlx_lm_backend.MlxLm.prefill", fail)
     only = ("--repeats", 1, "--prompt", 3, "--depth", "none", "--batch", "none")
-    result = invoke("bench", quantised, *only, "--compare", "mlx-lm", "--json")
+    result = invoke("bench", two_layers, *only, "--compare", "mlx-lm", "--json")
     assert result.exit_code == 0, result.stderr
     sides = json.loads(result.stdout)["prefill"][0]["sides"]
     assert sides["mlx-lm"] == {"not_measured": "RuntimeError: no such kernel"}
@@ -215,13 +219,13 @@ def test_what_mlx_lm_cannot_compute_is_said_and_ours_goes_on(
 
 
 def test_an_interrupt_shows_what_was_measured(
-    invoke: Invoke, quantised: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    invoke: Invoke, two_layers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Ours, "decode", interrupt)
-    result = invoke("bench", quantised, *SHORT, "--json", "--plot", tmp_path / "bench.png")
+    result = invoke("bench", two_layers, *SHORT, "--json", "--plot", tmp_path / "bench.png")
     assert result.exit_code == 130
     assert result.stderr == "interrupted\n"
     found = json.loads(result.stdout)

@@ -19,7 +19,8 @@ from .conftest import Invoke, assert_one_error
 def test_a_calibration_is_written_with_progress_to_the_end_and_may_be_replaced(
     invoke: Invoke, shared: SharedFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One layer, one candidate of twelve: each is a forward through the rest of the model for every group of matrices.
+    # One layer, one candidate of twelve, one sequence of four: each is a forward for every group of matrices.
+    monkeypatch.setattr("mlx_mixtral_convert.calibration.run.SENSITIVITY_TOKENS", 256)
     monkeypatch.setattr("mlx_mixtral_convert.calibration.sensitivity.CANDIDATES", (QuantizationSpec(3, 64),))
     short = shared("one layer of the bundled checkpoint", lambda folder: short_checkpoint(folder, 1))
     flags = ("--tokens", 1024, "--json")
@@ -42,8 +43,6 @@ def test_places_that_cannot_be_written_are_refused_before_the_run(
     before = (checkpoint_copy / "config.json").read_bytes()
     assert_one_error(invoke("calibrate", checkpoint_copy, thesis), "thesis.tex", "is not a calibration file")
     assert_one_error(invoke("calibrate", checkpoint_copy, checkpoint_copy / "config.json"), "lies in the source")
-    assert_one_error(invoke("calibrate", checkpoint_copy, checkpoint_copy), "is the source itself")
-    assert_one_error(invoke("calibrate", checkpoint_copy, tmp_path / "no" / "file"), "make it first")
     assert_one_error(invoke("calibrate", checkpoint_copy, "/proc/file"), "/proc/file cannot be written")
     assert_one_error(invoke("calibrate", checkpoint_copy, ""), "empty name")
     assert thesis.read_text() == "years of work"
@@ -51,15 +50,9 @@ def test_places_that_cannot_be_written_are_refused_before_the_run(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "thesis.tex"]
 
 
-def test_too_few_tokens_are_refused(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
-    assert_one_error(invoke("calibrate", tiny, tmp_path / "file", "--tokens", 10), "10 tokens", "at least 1024")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_trace_is_refused_before_the_run(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
     RoutingTrace(np.array([[[0, 1]] * 3], np.uint16), 8).save(tmp_path / "routing.trace")
     flags = ("calibrate", tiny, tmp_path / "file", "--trace")
     assert_one_error(invoke(*flags, tmp_path / "routing.trace"), "3 layers", "the model has 6", "--save-trace")
-    assert_one_error(invoke(*flags, tmp_path / "none.trace"), "none.trace", "cannot be read")
     assert invoke(*flags, tmp_path / "routing.trace", "--no-sensitivities").exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["routing.trace"]

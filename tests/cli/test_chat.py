@@ -71,13 +71,8 @@ def test_saved_conversations_are_loaded_again(invoke: Invoke, quantised: Path, t
     ("content", "named"),
     [
         (b"not json", "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
-        (b"[]", "not an object"),
         (b"{}", "no list of messages"),
-        (b'{"messages": [1]}', "messages[0]"),
         (b'{"messages": [{"role": "oracle", "content": "x"}]}', "'oracle'"),
-        (b'{"messages": [{"role": "user", "content": 3}]}', "int"),
-        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "user comes there"),
         (b'{"messages": [{"role": "user", "content": "x"}]}', "has no answer"),
     ],
 )
@@ -137,7 +132,6 @@ def test_a_conversation_past_the_context_says_so_and_goes_on(invoke: Invoke, qua
 def test_models_that_cannot_chat_are_refused_before_anything_is_typed(invoke: Invoke, without_tokenizer: Path) -> None:
     assert_one_error(invoke("chat", without_tokenizer, input="Hello\n"), "tokenizer")
     assert_one_error(invoke("chat", "no-such-folder", "--top-p", "1.5", input="Hello\n"), "top_p is 1.5")
-    assert_one_error(invoke("chat", "no-such-folder", "-n", "0", input="Hello\n"), "max_tokens is 0")
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(spawn: Spawn, tiny: Path, tmp_path: Path) -> None:

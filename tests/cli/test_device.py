@@ -40,7 +40,8 @@ def test_another_device_is_a_usage_error(invoke: Invoke) -> None:
     assert invoke("generate", "model", "-p", "x", "--device", "npu").exit_code == 2
 
 
-def test_results_name_the_device(invoke: Invoke, quantised: Path) -> None:
+def test_results_name_the_device(invoke: Invoke, quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_mixtral.bench.traffic.COPY_BYTES", 2**22)
     few = ("--prompt", 3, "--depth", "none", "--batch", "none", "--repeats", 1)
     found = json.loads(invoke("bench", quantised, *few, "--device", "cpu", "--json").stdout)
     assert (found["device"]["kind"], found["compute_dtype"]) == ("cpu", "float32")

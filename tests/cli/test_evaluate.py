@@ -161,10 +161,10 @@ def test_an_interrupted_comparison_keeps_the_reference(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "texts"]
 
 
-def test_passkeys_are_a_heat_map(invoke: Invoke, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passkeys_are_a_heat_map(invoke: Invoke, short: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    arguments = ("--passkey", "--lengths", "128,256", "--depths", "0,1", "--trials", 2, "--plot", tmp_path / "p.png")
-    shown = invoke("evaluate", tiny, *arguments).stdout
+    arguments = ("--passkey", "--lengths", "120,128", "--depths", "0,1", "--trials", 2, "--plot", tmp_path / "p.png")
+    shown = invoke("evaluate", short, *arguments).stdout
     assert "Passkeys found, 0% of all" in shown
     assert "8 prompts, 2 each, seed 0" in shown
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -174,22 +174,16 @@ def test_passkeys_are_a_heat_map(invoke: Invoke, tiny: Path, tmp_path: Path, mon
     ("arguments", "parts"),
     [
         (["--text", "{}/none.txt"], ["none.txt is not there"]),
-        (["--text", "{}/empty.txt"], ["empty.txt is empty"]),
         (["--text", "x={}/short.txt"], ["short.txt of domain 'x' has 1 token"]),
-        (["--text", "{}/latin.txt"], ["latin.txt is not UTF-8: byte 1"]),
         (["--text", "{}/good.txt", "--window", "2000"], ["window is 2000", "holds 1024"]),
-        (["--text", "{}/good.txt", "--stride", "0"], ["stride is 0"]),
         (["--text", "{}/good.txt", "--max-bytes", "0"], ["max-bytes is 0"]),
         (["--text", "{}/good.txt", "--reference", "{}/good.txt"], ["good.txt is not a reference"]),
-        (["--text", "{}/good.txt", "--reference", "{}/none"], ["none"]),
         (["--text", "{}/good.txt", "--save-reference", "{}/good.txt"], ["not a reference file"]),
         (["--text", "{}/good.txt", "--save-reference", "{}/r", "--top-k", "0"], ["top_k is 0"]),
         (["--text", "{}/good.txt", "--output", "{}"], ["is a folder"]),
         (["--text", "{}/good.txt", "--output", "{}/none/o"], ["there is no folder"]),
         (["--text", "{}/good.txt", "--output", "{}/o", "--save-reference", "{}/o"], ["name one file"]),
         (["--passkey", "--lengths", "1025"], ["1025 tokens", "holds 1024"]),
-        (["--passkey", "--lengths", "9"], ["no room for filler"]),
-        (["--passkey", "--depths", "2"], ["a depth is 2.0"]),
         (["--passkey", "--trials", "0"], ["trials is 0"]),
     ],
 )  # fmt: skip

@@ -140,7 +140,6 @@ def test_requests_that_lost_their_start_are_counted(capsys: pytest.CaptureFixtur
     ("options", "part"),
     [
         (("--task-path", "missing"), "missing is not a folder"),
-        (("--shots", "-1"), "shots is -1"),
         (("--limit", "0"), "limit is 0"),
         (("--batch-size", "0"), "batch-size is 0"),
         (("--output", "no/folder/a.json"), "no/folder"),
@@ -148,10 +147,6 @@ def test_requests_that_lost_their_start_are_counted(capsys: pytest.CaptureFixtur
 )
 def test_bad_input_is_one_line(invoke: Invoke, tiny: Path, local: None, options: tuple[str, ...], part: str) -> None:
     assert_one_error(invoke("evaluate", tiny, "--tasks", "tiny_sums", *options), part)
-
-
-def test_no_names_are_one_line(invoke: Invoke, tiny: Path, local: None) -> None:
-    assert_one_error(invoke("evaluate", tiny, "--tasks", " , "), "no task was named")
 
 
 def test_without_lm_eval_the_extra_is_named(invoke: Invoke, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

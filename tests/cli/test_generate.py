@@ -100,8 +100,6 @@ def test_token_ids_work_without_a_tokenizer_and_text_says_why_not(invoke: Invoke
     ("flags", "named"),
     [
         (["--temperature", "-0.1"], "temperature is -0.1"),
-        (["--temperature", "nan"], "temperature is nan"),
-        (["--top-p", "0"], "top_p is 0"),
         (["--top-p", "1.5"], "top_p is 1.5"),
         (["--max-tokens", "0"], "max_tokens is 0"),
         (["--top-k", "-1"], "top_k is -1"),
@@ -135,17 +133,9 @@ def test_malformed_options_are_usage_errors(invoke: Invoke, flags: list[str]) ->
 
 def test_bad_models_are_one_line(invoke: Invoke, tmp_path: Path, checkpoint_copy: Path) -> None:
     assert_one_error(invoke("generate", tmp_path / "absent", "-p", "x"), "absent", "no such folder")
-    (tmp_path / "empty").mkdir()
-    assert_one_error(invoke("generate", tmp_path / "empty", "-p", "x"), "empty", "not a checkpoint")
     assert_one_error(invoke("generate", checkpoint_copy, "--token-ids", "1,4096"), "4096", "0 to 4095")
-    assert_one_error(invoke("generate", checkpoint_copy, "-p", "x", "--memory", "1MB"), "1 MB", "weights")
-    assert_one_error(invoke("generate", checkpoint_copy, "-p", "x", "--memory", "lots"), "'lots'")
     assert_one_error(invoke("generate", checkpoint_copy, "-p", "x", "--context", "5000"), "1024")
     assert_one_error(invoke("generate", checkpoint_copy, "-p", "x " * 1100), "context", "1024")
-
-    config = checkpoint_copy / "config.json"
-    config.write_text(config.read_text().replace('"mixtral"', '"qwen2_moe"'))
-    assert_one_error(invoke("generate", checkpoint_copy, "-p", "x"), "qwen2_moe")
 
 
 def test_truncated_weights_are_one_line(invoke: Invoke, checkpoint_copy: Path) -> None:

@@ -22,7 +22,7 @@ def least(quantised: Path) -> int:
 
 def test_generate_streams_within_a_budget_and_says_so(invoke: Invoke, quantised: Path, least: int) -> None:
     whole = json.loads(invoke("generate", quantised, *PROMPT, "--json").stdout)
-    for options in ((), ("--page-cache",), ("--policy", "lfu"), ("--lookahead", "auto")):
+    for options in ((), ("--page-cache", "--policy", "lfu", "--lookahead", "auto")):
         result = invoke("generate", quantised, *PROMPT, "--json", "--memory", least + 1_000_000, *options)
         streamed = json.loads(result.stdout)
         assert streamed["token_ids"] == whole["token_ids"]
@@ -43,7 +43,6 @@ def test_too_little_memory_is_one_line_that_names_what_is_enough(invoke: Invoke,
     enough = result.stderr.split("the least is ")[1].split(":")[0].replace(" ", "")
     assert invoke("generate", quantised, *PROMPT, "--memory", enough).exit_code == 0
     assert_one_error(invoke("info", quantised, "--memory", "1MB"), "the least is")
-    assert_one_error(invoke("info", quantised, "--memory", "much"), "'much' is not a size")
 
 
 def test_info_plans_a_budget_without_loading(invoke: Invoke, quantised: Path, least: int) -> None:

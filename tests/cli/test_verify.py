@@ -49,10 +49,6 @@ def test_json_is_the_report(invoke: Invoke, damaged: Path, quantised: Path) -> N
     assert json.loads(sound.stdout)["problems"] == []
 
 
-def test_no_folder_is_one_error(invoke: Invoke, tmp_path: Path) -> None:
-    assert_one_error(invoke("verify", tmp_path / "absent"), "no such folder")
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -38,15 +38,19 @@ from mlx_mixtral_convert.sources.storage import ranges, remote
 ranges.PIECE_BYTES, ranges.WAIT_S, home = 12000, 0.001, Path(sys.argv[1])
 ranges.TIMEOUT_S = float(os.environ.get("MLX_MIXTRAL_TEST_TIMEOUT_S", "5"))
 remote.RemoteStorage.ahead_bytes = 30000
-readers, stop_at, sizes = [], int(sys.argv[4]), []
+readers, stop_at, sizes, reading = [], int(sys.argv[4]), [], threading.Event()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 class Counted(ranges.RangeReader):
     def __init__(self, listing):
         super().__init__(listing)
         readers.append(self)
+    def read_into(self, *arguments):
+        reading.set()
+        super().read_into(*arguments)
 remote.RangeReader = Counted
 def interrupt():
-    time.sleep(float(os.environ["MLX_MIXTRAL_TEST_INTERRUPT_S"]) + 1)
+    reading.wait()
+    time.sleep(float(os.environ["MLX_MIXTRAL_TEST_INTERRUPT_S"]))
     os.kill(os.getpid(), signal.SIGINT)
 if "MLX_MIXTRAL_TEST_INTERRUPT_S" in os.environ:
     threading.Thread(target=interrupt, daemon=True).start()

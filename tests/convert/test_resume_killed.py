@@ -16,6 +16,7 @@ from mlx_mixtral.errors import DestinationError
 from mlx_mixtral_convert import convert
 from mlx_mixtral_convert.output.journal import JOURNAL
 from tests.convert.support import hashes, make_checkpoint
+from tests.forks import run_python
 from tests.processes import PYTHONPATH
 
 LAYERS = 6
@@ -104,24 +105,31 @@ def test_killed_at_random_moments(tmp_path: Path, source: Path) -> None:
     print(f"{interrupted} of {KILLS} killed in the middle, {layers_kept} of {LAYERS * interrupted} layers kept")
 
 
-def _calls(source: Path, dest: Path) -> int:
-    process = start(source, dest, -1)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    return int(out.split()[1])
+def _converted(source: Path, dest: Path, die_at: int) -> subprocess.CompletedProcess[str]:
+    return run_python(SCRIPT, [str(source), str(dest), str(die_at)], {**os.environ, "PYTHONPATH": PYTHONPATH})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A conversion of ``source`` that nobody killed, and how many calls that change the disk it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = _converted(make_checkpoint(folder / "source", num_hidden_layers=LAYERS), folder / "out", -1)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", int(done.stdout.split()[-1])
 
 
 @pytest.mark.parametrize("from_the_end", range(0, 11, 2 if KILLS <= 5 else 1))
-def test_killed_at_each_step_of_the_end(tmp_path: Path, source: Path, from_the_end: int) -> None:
+def test_killed_at_each_step_of_the_end(
+    tmp_path: Path, source: Path, whole: tuple[Path, int], from_the_end: int
+) -> None:
     """Writing the small files, the rename that makes the destination, and what follows it."""
-    last = _calls(source, tmp_path / "whole")
-    process = start(source, tmp_path / "out", last - from_the_end)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    unbroken, last = whole
+    killed = _converted(source, tmp_path / "out", last - from_the_end)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     if (tmp_path / "out").exists():
         with pytest.raises(DestinationError, match="finished conversion already"):
             convert(source, tmp_path / "out")
     else:
         assert convert(source, tmp_path / "out").resumed_layers == LAYERS
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "whole"]
+    assert hashes(tmp_path / "out") == hashes(unbroken)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]

@@ -113,8 +113,9 @@ def test_closing_a_model_releases_what_its_graph_holds(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_kernels_of_a_layer(tiny: Path, tmp_path: Path, rows: int) -> None:
-    convert(tiny, tmp_path / "4bit", recipe=Recipe(bits=4))
+def test_kernels_of_a_layer(shared: SharedFolders, tmp_path: Path, rows: int) -> None:
+    three_layers = shared("three narrow layers", lambda folder: random_checkpoint(folder, num_hidden_layers=3))
+    convert(three_layers, tmp_path / "4bit", recipe=Recipe(bits=4))
     with load(tmp_path / "4bit", dtype="float16") as model:
         layers = model.module.layers
 

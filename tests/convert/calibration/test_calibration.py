@@ -194,23 +194,26 @@ def test_a_calibrated_search_differs_and_is_recorded(tiny: Path, calibrated: Cal
     assert (recorded["rounding"], recorded["calibration"]) == ("search", calibrated.digest)
 
 
-def test_gptq_conversions_repeat_and_differ_from_search(tmp_path: Path, tiny: Path, calibrated: Calibration) -> None:
-    recipe = Recipe(3, overrides={"*": None, "*.layers.1.*down_proj": {"bits": 3}}, rounding="gptq")
-    for name in "ab":
-        convert(tiny, tmp_path / name, recipe=recipe, calibration=calibrated)
-    convert(
-        tiny, tmp_path / "c", recipe=Recipe(3, overrides=recipe.overrides, rounding="search"), calibration=calibrated
-    )
-    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+def test_gptq_differs_from_search_where_an_expert_met_enough(
+    tmp_path: Path, tiny: Path, calibrated: Calibration
+) -> None:
+    """That it repeats, streamed or not: tests/convert/sources/test_streamed_kinds.py."""
+    for rounding in ("gptq", "search"):
+        recipe = Recipe(3, overrides={"*": None, "*.layers.1.*down_proj": {"bits": 3}}, rounding=rounding)
+        convert(tiny, tmp_path / rounding, recipe=recipe, calibration=calibrated)
     path = "model.layers.1.block_sparse_moe.switch_mlp.down_proj.weight"
-    gptq, search = (np.array(read_output(tmp_path / name)[path]) for name in "ac")
+    gptq, search = (np.array(read_output(tmp_path / name)[path]) for name in ("gptq", "search"))
     same = [np.array_equal(x, y) for x, y in zip(gptq, search, strict=True)]
     few = calibrated.routed[path.removesuffix(".weight")] < 96
     assert same == few.tolist()
     assert not all(same)
 
 
-def test_losses_rise_as_bits_fall_and_the_reference_is_the_measured_kl(small: Path) -> None:
+def test_losses_rise_as_bits_fall_and_the_reference_is_the_measured_kl(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = tuple(QuantizationSpec(bits, 64) for bits in (2, 3, 4, 6))
+    monkeypatch.setattr("mlx_mixtral_convert.calibration.sensitivity.CANDIDATES", few)
     source = open_source(small)
     walk, sensitivity = Walk(source, tokens()), Sensitivity(source, tokens(3))
     for layer, _ in walk.layers():
@@ -321,18 +324,18 @@ def test_a_save_that_fails_keeps_the_old_file_and_names_no_temporary_one(
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "value"),
     [
-        "model.embed_tokens.weight",
-        EXPERT,
-        "model.layers.1.self_attn.k_proj.weight",
-        "model.layers.0.block_sparse_moe.gate.weight",
-        "model.layers.1.post_attention_layernorm.weight",
-        "model.norm.weight",
-        "lm_head.weight",
+        ("model.embed_tokens.weight", np.nan),
+        (EXPERT, np.nan),
+        (EXPERT, np.inf),
+        ("model.layers.1.self_attn.k_proj.weight", np.nan),
+        ("model.layers.0.block_sparse_moe.gate.weight", np.inf),
+        ("model.layers.1.post_attention_layernorm.weight", np.inf),
+        ("model.norm.weight", np.nan),
+        ("lm_head.weight", np.inf),
     ],
 )
-@pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(tiny: Path, tmp_path: Path, name: str, value: float) -> None:
     def spoil(tensors: Tensors) -> None:
         tensors[name].reshape(-1)[-1] = value
@@ -344,7 +347,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tiny: Path, tmp_path: P
         calibrate(source, tokens=1024, sensitivities=False)
 
 
-@pytest.mark.parametrize("count", [-1, 0, 10, 1023])
+@pytest.mark.parametrize("count", [-1, 1023])
 def test_too_few_tokens_are_refused_with_the_least_there_may_be(tiny: Path, count: int) -> None:
     with pytest.raises(InvalidRequestError, match=f"{count} tokens are too few .* at least 1024, 4 sequences of 256"):
         calibrate(tiny, tokens=count)

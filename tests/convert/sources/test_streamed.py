@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral_convert import convert
 from tests.convert.hub_server import COMMIT, Hub, run, serve
 from tests.convert.support import hashes, make_checkpoint
@@ -171,8 +170,3 @@ def test_a_repository_without_weights_is_one_line(tmp_path: Path, hub: Hub, sour
         "HubError",
         "owner/model: the repository has no model*.safetensors weights (none); choose one that has",
     )
-
-
-def test_a_folder_is_not_streamed(tmp_path: Path, source: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="is not a hub repository; stream applies to those only"):
-        convert(source, tmp_path / "out", stream=True)

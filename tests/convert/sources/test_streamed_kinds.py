@@ -199,7 +199,7 @@ def measured(folder: Path) -> Calibration:
 @pytest.mark.parametrize("rounding", ["search", "gptq"])
 def test_a_calibration_serves_both_ways_alike(tmp_path: Path, rounding: str) -> None:
     """GPTQ reads every layer twice, the second time through a source of its own."""
-    repository = make_checkpoint(tmp_path / "repository")
+    repository = make_checkpoint(tmp_path / "repository", num_hidden_layers=1, intermediate_size=128)
     measured(repository).save(tmp_path / "calibration")
     both = {"calibration": tmp_path / "calibration", "recipe": {"rounding": rounding}}
     with serve(repository) as hub:

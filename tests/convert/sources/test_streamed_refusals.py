@@ -85,9 +85,14 @@ def test_it_is_one_line_and_nothing_is_left(
     assert result["peak"] < 50_000
 
 
-def test_a_gguf_on_this_machine_is_not_streamed(tmp_path: Path) -> None:
+def test_what_lies_on_this_machine_is_not_streamed(tmp_path: Path) -> None:
     of_gguf(tmp_path / "repository")
-    for source in (tmp_path / "repository" / "m.gguf", str(tmp_path / "absent.gguf"), "m.gguf"):
+    for source in (
+        tmp_path / "repository",
+        tmp_path / "repository" / "m.gguf",
+        str(tmp_path / "absent.gguf"),
+        "m.gguf",
+    ):
         with pytest.raises(InvalidRequestError, match="is not a hub repository; stream applies to those only"):
             convert(source, tmp_path / "out", stream=True)
 

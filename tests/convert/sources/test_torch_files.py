@@ -116,7 +116,7 @@ def dictionary(item: bytes) -> bytes:
 
 
 STORED = tensor_operations(View(ONE["weight"]), "0", "F32")
-NESTED = b"\x80\x02" + b")" * 1 + b"\x85" * 1_000_000
+NESTED = b"\x80\x02" + b")" * 1 + b"\x85" * 300_000
 BAD_PICKLES = {
     "runs code": (pickle.dumps(Runs(), 2), r"asks for (posix|nt)\.mkdir, which is not part of a tensor; it is refused"),
     "runs code, protocol 4": (pickle.dumps({"weight": Runs()}, 4), r"asks for posix\.mkdir"),

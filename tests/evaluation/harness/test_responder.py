@@ -33,7 +33,7 @@ def test_single_log_likelihoods_equal_the_recorded_ones_and_cut_contexts_are_cou
     assert responder.truncated == 2
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [3, 64])
 def test_choices_of_tasks_equal_the_recorded_ones_whatever_the_batch(model: Mixtral, batch_size: int) -> None:
     asked: list[Any] = []
     recorded: list[Any] = []

@@ -114,7 +114,7 @@ def test_text_is_there_once_in_the_colours_of_each_layer() -> None:
 
 
 def test_figures_stand_in_the_tables() -> None:
-    made = record(domains=("code", "fr"))
+    made = record(layers=1, domains=("code", "fr"))
     found = analyse(made)
     html = page(made)
     for name, domain in found.rows.items():
@@ -176,7 +176,7 @@ def test_figures_follow_light_and_dark_and_the_width(usual: str) -> None:
         (1, 1, 1, ("one",)),
         (8, 1, 2, ("a", "b")),
         (4, 3, 1, ("a", "b")),
-        (18, 4, 5, tuple(f"domain {number}" for number in range(9))),
+        (18, 4, 2, tuple(f"domain {number}" for number in range(9))),
     ],
 )
 def test_any_shape_gives_a_page_and_a_picture(
@@ -190,7 +190,7 @@ def test_any_shape_gives_a_page_and_a_picture(
 
 
 def test_without_text_there_is_no_coloured_text() -> None:
-    made = record()
+    made = record(layers=1, domains=("code",))
     assert 'id="text"' not in page(made, tokens=0)
     bare = RoutingRecord.of_trace(made.trace)
     html = page(bare)

@@ -62,8 +62,11 @@ def test_sequences_follow_the_models_own_distribution(proposes: str, params: dic
     assert_follows(seen, sequence_probabilities(model, PROMPT, 3, SamplingParams(**params)))
 
 
-@pytest.mark.parametrize("params", SAMPLINGS[:4], ids=str)
-@pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("shared", "params"),
+    [(share, SAMPLINGS[at]) for share, at in ((0.0, 0), (0.5, 1), (1.0, 2), (0.5, 2), (0.0, 3), (0.5, 3))],
+    ids=str,
+)
 def test_each_position_follows_p_however_far_q_is(shared: float, params: dict[str, Any]) -> None:
     """Proposals drawn from q, judged by p: from unrelated to equal distributions. Without penalties positions are apart."""
     p_logits, other = (np.random.default_rng(seed).standard_normal(VOCAB) * 1.5 for seed in (5, 6))

@@ -102,7 +102,10 @@ def test_a_round_of_right_proposals_is_one_forward() -> None:
 
 
 @pytest.mark.parametrize("take", range(1, 9))
-def test_closed_anywhere_the_cache_goes_on_from_what_was_yielded(model: Mixtral, verse: list[int], take: int) -> None:
+def test_closed_anywhere_the_cache_goes_on_from_what_was_yielded(
+    short_model: Mixtral, verse: list[int], take: int
+) -> None:
+    model = short_model
     wanted = ids_of(plainly(model, verse, 14))
     cache = model.make_cache()
     proposer = Told(wanted, 0.8, model.config.vocab_size, seed=2)
@@ -190,8 +193,9 @@ def test_a_draft_whose_context_is_full_proposes_no_more(model: Mixtral, packed: 
 
 
 @pytest.mark.parametrize("window", [9, 32])
-def test_a_cache_of_bounded_size_takes_refused_tokens_back(model: Mixtral, verse: list[int], window: int) -> None:
+def test_a_cache_of_bounded_size_takes_refused_tokens_back(short_model: Mixtral, verse: list[int], window: int) -> None:
     """The window is full when the prompt ends or soon after, and its columns are used again before the text ends."""
+    model = short_model
 
     def bounded() -> KVCache:
         c = model.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,12 +87,16 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_no_message_text_becomes_a_marker(chatml: MakeChatml, name: str) -> None:
     tokenizer = chatml(TEMPLATES[name])
+
+    def markers(first: str, second: str) -> list[int]:
+        messages = [says(first, "system"), says(second), says(first, "assistant"), says(second)]
+        return controls(tokenizer, tokenizer.encode_chat(messages))
+
+    harmless = functools.cache(markers)
     for evil in EVIL:
         for first, second in ((evil, "ok"), ("ok", evil), (evil, evil)):
-            messages = [says(first, "system"), says(second), says(first, "assistant"), says(second)]
-            found = controls(tokenizer, tokenizer.encode_chat(messages))
-            harmless = [says("ok" if "</think>" not in m["content"] else "</think>", m["role"]) for m in messages]
-            expected = controls(tokenizer, tokenizer.encode_chat(harmless))
+            found = markers(first, second)
+            expected = harmless(*("ok" if "</think>" not in text else "</think>" for text in (first, second)))
             # A template that branches on a text may lose a marker of its own to caution; it never gains one.
             assert found == expected or (name == "asks for a tag" and len(found) < len(expected)), (evil, found)
 
