@@ -24,6 +24,7 @@ import pytest
 
 from mlx_mixtral import Mixtral, load
 from mlx_mixtral.demo import checkpoint_path
+from mlx_mixtral.layers.linear import MLX
 from tests.processes import HOOKS
 from tests.shared import SharedFolders, random_checkpoint, short_checkpoint
 
@@ -34,6 +35,7 @@ LEAST_BYTES = 4 * 2**30
 mx.set_default_device(mx.cpu)
 
 MlxLmFolder = Callable[..., Path]
+Loader = Callable[..., Mixtral]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -117,6 +119,18 @@ def recorded() -> dict[str, np.ndarray[Any, Any]]:
 def model(tiny: Path) -> Iterator[Mixtral]:
     with load(tiny) as loaded:
         yield loaded
+
+
+@pytest.fixture(scope="session")
+def as_on_gpus() -> Loader:
+    """``load`` for models that leave everything to MLX's kernels, as on GPUs: only those can be compiled."""
+
+    def loaded(*arguments: Any, **options: Any) -> Mixtral:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mlx_mixtral.runtime.load.products_for", lambda device: MLX)
+            return load(*arguments, **options)
+
+    return loaded
 
 
 @pytest.fixture(scope="session")

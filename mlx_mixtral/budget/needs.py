@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mlx_mixtral.budget.slots import ModelSizes, min_expert_bytes
 from mlx_mixtral.cache.options import STEP_TOKENS, KVOptions
+from mlx_mixtral.cache.quantized import PACKED_QUERIES
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import MemoryBudgetError
 from mlx_mixtral.sizes import format_bytes, format_bytes_up
@@ -32,9 +33,10 @@ class MemoryNeeds:
     Args:
         context_tokens: tokens of KV cache.
         item_bytes: of a number in the compute type.
-        keeps_scores: whether attention holds the scores of a chunk, as on the CPU backend; kernels of GPUs do not.
+        keeps_scores: whether attention holds the scores of a step, as on the CPU backend; kernels of GPUs do not.
         reading_bytes: buffers of the threads that read experts.
         kv: how keys and values are kept.
+        product_bytes: buffers of the threads that multiply, which do it in float32; 0 where MLX's kernels do.
     """
 
     config: MixtralConfig
@@ -44,6 +46,7 @@ class MemoryNeeds:
     keeps_scores: bool
     reading_bytes: int = 0
     kv: KVOptions = field(default_factory=KVOptions)
+    product_bytes: int = 0
 
     @property
     def context_capacity(self) -> int:
@@ -70,11 +73,14 @@ class MemoryNeeds:
         unpacked = self.kv.unpacked_bytes(c, self.item_bytes, self.kv_columns + tokens)
         heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
         attention = 2 * heads + 3 * c.num_attention_heads * c.head_dim
-        if self.keeps_scores:
-            attention += 3 * c.num_attention_heads * self.context_tokens
         experts = c.num_experts_per_tok * (3 * c.hidden_size + 4 * c.intermediate_size)
-        a_token = (max(attention, experts) + 6 * c.hidden_size) * self.item_bytes
-        return tokens * a_token + unpacked + 16 * 4 * c.vocab_size
+        # A prompt's products are float32 on the CPU, whatever goes in and out.
+        item_bytes = self.item_bytes if not self.product_bytes else max(self.item_bytes, 4)
+        a_token = (max(attention, experts) + 6 * c.hidden_size) * item_bytes
+        scores = 3 * 4 * c.num_attention_heads * self.context_tokens if self.keeps_scores else 0
+        if self.kv.bits is not None:
+            scores *= min(tokens, PACKED_QUERIES)
+        return tokens * a_token + unpacked + scores + 16 * 4 * c.vocab_size + self.product_bytes
 
     @property
     def resident_bytes(self) -> int:

@@ -27,7 +27,8 @@ class Planner:
         sizes: bytes of the model in memory and on disk.
         item_bytes: of a number in the compute type.
         reading_bytes: buffers of the threads that read experts.
-        keeps_scores: whether attention holds the scores of a chunk, as on the CPU backend.
+        product_bytes: buffers of the threads that multiply.
+        keeps_scores: whether attention holds the scores of a step, as on the CPU backend.
         kv: how keys and values are kept.
         available_bytes: what this machine can give, None where that is not known; asked when no budget is named.
         speeds: disk, memory and read-backs; measured, and asked for, once a budget cannot hold everything.
@@ -41,6 +42,7 @@ class Planner:
         *,
         item_bytes: int,
         reading_bytes: int,
+        product_bytes: int = 0,
         keeps_scores: bool,
         kv: KVOptions,
         available_bytes: Callable[[], int | None],
@@ -48,7 +50,8 @@ class Planner:
         hit_rates: Callable[[], npt.NDArray[np.float64]],
     ) -> None:
         self.config, self.sizes, self.kv = config, sizes, kv
-        self._item_bytes, self._reading_bytes, self._keeps_scores = item_bytes, reading_bytes, keeps_scores
+        self._item_bytes, self._keeps_scores = item_bytes, keeps_scores
+        self._reading_bytes, self._product_bytes = reading_bytes, product_bytes
         self._available_bytes, self._measure, self._make_hit_rates = available_bytes, speeds, hit_rates
 
     def needs(self, context: int | None) -> MemoryNeeds:
@@ -64,7 +67,14 @@ class Planner:
                 raise ContextLengthError(f"context is {context}; the model's own is {own} tokens")
         tokens = context or min(own, DEFAULT_CONTEXT_TOKENS)
         return MemoryNeeds(
-            self.config, self.sizes, tokens, self._item_bytes, self._keeps_scores, self._reading_bytes, self.kv
+            self.config,
+            self.sizes,
+            tokens,
+            self._item_bytes,
+            self._keeps_scores,
+            self._reading_bytes,
+            self.kv,
+            self._product_bytes,
         )
 
     def plan(self, memory: str | int | None, context: int | None) -> MemoryPlan:

@@ -47,9 +47,9 @@ class PrefixStore:
         """Bytes of all caches kept."""
         return sum(kept.cache.nbytes for kept in self._kept)
 
-    def take(self, tokens: Sequence[int]) -> KVCache | None:
-        """A cache of the longest beginning of ``tokens`` that is kept, the last of them left out; None when there is none."""
-        cache = self._take(tokens)
+    def take(self, tokens: Sequence[int], left: int = 1) -> KVCache | None:
+        """A cache of the longest beginning of ``tokens`` that is kept, without the last ``left`` at least; or None."""
+        cache = self._take(tokens, left)
         if not self.has_memory:
             self.clear()
         return cache
@@ -68,10 +68,10 @@ class PrefixStore:
     def clear(self) -> None:
         self._kept.clear()
 
-    def _take(self, tokens: Sequence[int]) -> KVCache | None:
+    def _take(self, tokens: Sequence[int], left: int) -> KVCache | None:
         best, shared = None, MIN_TOKENS - 1
         for kept in self._kept:
-            length = min(common_prefix(kept.tokens, tokens), len(tokens) - 1)
+            length = min(common_prefix(kept.tokens, tokens), len(tokens) - left)
             if length > shared:
                 best, shared = kept, length
         if best is None:

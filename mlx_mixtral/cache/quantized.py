@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.storage import KVStorage, LayerArrays
+from mlx_mixtral.cache.storage import Kernel, KVStorage, LayerArrays
 from mlx_mixtral.cache.window import causal_mask
 from mlx_mixtral.errors import InvalidRequestError
 
-__all__ = ["QuantizedStorage"]
+__all__ = ["PACKED_QUERIES", "QuantizedStorage"]
 
 PACKED_QUERIES = 16
 """Up to so many tokens a row are computed from the packed numbers; for more, unpacking once pays."""
@@ -67,13 +67,20 @@ class QuantizedStorage(KVStorage):
         return tuple(packed)
 
     def attend(
-        self, held: LayerArrays, first: int, end: int, queries: mx.array, scale: float, mask: mx.array | str | None
+        self,
+        held: LayerArrays,
+        first: int,
+        end: int,
+        queries: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        attention: Kernel,
     ) -> mx.array:
         keys, values = self._columns(held[:3], first, end), self._columns(held[3:], first, end)
         if queries.shape[2] <= PACKED_QUERIES and not _is_cuda():
             return self._attend_packed(keys, values, queries, scale, mask)
-        plain = (self._unpacked(part, queries.dtype) for part in (keys, values))
-        return mx.fast.scaled_dot_product_attention(queries, *plain, scale=scale, mask=mask)
+        plain_keys, plain_values = (self._unpacked(part, queries.dtype) for part in (keys, values))
+        return attention(queries, plain_keys, plain_values, scale, mask)
 
     @staticmethod
     def _columns(part: LayerArrays, first: int, end: int) -> LayerArrays:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-__all__ = ["KVStorage", "LayerArrays", "PlainStorage", "grown", "joined", "written"]
+__all__ = ["KVStorage", "Kernel", "LayerArrays", "PlainStorage", "grown", "joined", "written"]
 
+Kernel = Callable[[mx.array, mx.array, mx.array, float, mx.array | str | None], mx.array]
+"""Attention of queries to keys and values, with a scale and a mask: what computes it."""
 LayerArrays = tuple[mx.array, ...]
 """What a storage keeps of one layer: arrays ``[B, KV, capacity, …]``."""
 
@@ -26,7 +29,14 @@ class KVStorage(ABC):
 
     @abstractmethod
     def attend(
-        self, held: LayerArrays, first: int, end: int, queries: mx.array, scale: float, mask: mx.array | str | None
+        self,
+        held: LayerArrays,
+        first: int,
+        end: int,
+        queries: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        attention: Kernel,
     ) -> mx.array:
         """Attention of ``queries [B, H, L, d]`` over columns ``first`` to ``end``, giving the same shape."""
 
@@ -55,10 +65,17 @@ class PlainStorage(KVStorage):
         return (keys.astype(self.dtype), values.astype(self.dtype))
 
     def attend(
-        self, held: LayerArrays, first: int, end: int, queries: mx.array, scale: float, mask: mx.array | str | None
+        self,
+        held: LayerArrays,
+        first: int,
+        end: int,
+        queries: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        attention: Kernel,
     ) -> mx.array:
         keys, values = (array[:, :, first:end].astype(queries.dtype) for array in held)
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        return attention(queries, keys, values, scale, mask)
 
 
 def written(held: LayerArrays, start: int, new: LayerArrays) -> LayerArrays:

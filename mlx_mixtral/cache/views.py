@@ -11,7 +11,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.storage import KVStorage, LayerArrays, joined, written
+from mlx_mixtral.cache.storage import Kernel, KVStorage, LayerArrays, joined, written
 from mlx_mixtral.cache.window import Window, causal_mask
 
 __all__ = ["CacheView", "DecodeView", "PrefillView", "RingPrefillView"]
@@ -34,8 +34,13 @@ class CacheView(Protocol):
         """Put rotated keys and values ``[B, KV, L, d]`` into the cache; once a layer, before ``attend``."""
         ...
 
-    def attend(self, layer: int, queries: mx.array, scale: float, *, last_only: bool = False) -> mx.array:
-        """Attention of rotated ``queries [B, H, L, d]`` over all they may see; ``last_only`` gives the last token's."""
+    def attend(
+        self, layer: int, queries: mx.array, scale: float, attention: Kernel, *, last_only: bool = False
+    ) -> mx.array:
+        """Attention of rotated ``queries [B, H, L, d]`` over all they may see, by ``attention``.
+
+        ``last_only`` gives the last token's.
+        """
         ...
 
 
@@ -66,12 +71,14 @@ class PrefillView:
     def update(self, layer: int, keys: mx.array, values: mx.array) -> None:
         self._layers[layer] = self._storage.put(self._layers[layer], self._start, keys, values)
 
-    def attend(self, layer: int, queries: mx.array, scale: float, *, last_only: bool = False) -> mx.array:
+    def attend(
+        self, layer: int, queries: mx.array, scale: float, attention: Kernel, *, last_only: bool = False
+    ) -> mx.array:
         mask = self._mask
         if last_only:
             queries = queries[:, :, -1:]
             mask = mask[..., -1:, :] if isinstance(mask, mx.array) else None
-        return self._storage.attend(self._layers[layer], self._first, self._end, queries, scale, mask)
+        return self._storage.attend(self._layers[layer], self._first, self._end, queries, scale, mask, attention)
 
 
 class RingPrefillView:
@@ -111,12 +118,14 @@ class RingPrefillView:
             held = written(held, column, tuple(array[:, :, first : first + count] for array in new))
         self._layers[layer] = held
 
-    def attend(self, layer: int, queries: mx.array, scale: float, *, last_only: bool = False) -> mx.array:
+    def attend(
+        self, layer: int, queries: mx.array, scale: float, attention: Kernel, *, last_only: bool = False
+    ) -> mx.array:
         seen, self._seen = self._seen, ()
         mask = self._mask
         if last_only:
             queries, mask = queries[:, :, -1:], mask[:, :, -1:]
-        return self._storage.attend(seen, 0, seen[0].shape[2], queries, scale, mask)
+        return self._storage.attend(seen, 0, seen[0].shape[2], queries, scale, mask, attention)
 
 
 class DecodeView:
@@ -152,8 +161,10 @@ class DecodeView:
     def update(self, layer: int, keys: mx.array, values: mx.array) -> None:
         self.layers[layer] = self._storage.scatter(self.layers[layer], self._columns, keys, values)
 
-    def attend(self, layer: int, queries: mx.array, scale: float, *, last_only: bool = False) -> mx.array:
+    def attend(
+        self, layer: int, queries: mx.array, scale: float, attention: Kernel, *, last_only: bool = False
+    ) -> mx.array:
         mask = self._mask
         if last_only:
             queries, mask = queries[:, :, -1:], mask[:, :, -1:]
-        return self._storage.attend(self.layers[layer], 0, self._capacity, queries, scale, mask)
+        return self._storage.attend(self.layers[layer], 0, self._capacity, queries, scale, mask, attention)

@@ -56,11 +56,14 @@ def doctor(given: DoctorOptions) -> None:
 
 
 def _print_machine() -> None:
+    from mlx_mixtral.layers.cpu import products_for
     from mlx_mixtral.machine.device import compute_dtype, current_device
 
     console, device = out_console(), current_device()
     dtype = compute_dtype("auto", device)
     console.print(f"MLX {version('mlx')} on {device.name} ({device.kind}), computing in {dtype}", soft_wrap=True)
+    if device.kind == "cpu":
+        console.print(products_for(device).description, soft_wrap=True)
     if device.memory_bytes:
         recommended = format_bytes(device.recommended_bytes) if device.recommended_bytes else "unknown"
         console.print(f"memory {format_bytes(device.memory_bytes)}, recommended working set {recommended}")

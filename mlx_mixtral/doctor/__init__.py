@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 from mlx_mixtral.doctor.checks import CHECKS, Check, CheckFailedError
+from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.bandwidth import disk_bandwidth, memory_bandwidth
 from mlx_mixtral.machine.device import Device, compute_dtype, current_device
 
@@ -51,6 +52,7 @@ class Diagnosis:
             "mlx_version": self.mlx_version,
             "device": vars(self.device),
             "compute_dtype": self.compute_dtype,
+            "products": products_for(self.device).description,
             "results": [vars(result) for result in self.results],
             "memory_bytes_per_s": self.memory_bytes_per_s,
             "disk_bytes_per_s": self.disk_bytes_per_s,

@@ -14,8 +14,10 @@ from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.demo import checkpoint_path, reference_path
 from mlx_mixtral.layers import expert_bank as bank
-from mlx_mixtral.layers.expert_bank import ExpertBank, gathers_sorted
-from mlx_mixtral.layers.linear import Linear, StackedLinear
+from mlx_mixtral.layers.cpu import products_for
+from mlx_mixtral.layers.expert_bank import ExpertBank
+from mlx_mixtral.layers.linear import MLX, Linear, StackedLinear, gathers_sorted
+from mlx_mixtral.machine.device import current_device
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.moe import route
 from mlx_mixtral.model.step import DecodeStep
@@ -82,6 +84,23 @@ def _fused_products(dtype: str) -> str:
         y = Linear(arrays, spec)(mx.array(x).astype(MLX_DTYPES[dtype]))
         worst = max(worst, _compare(y, x @ dense.T, dtype, f"quantized_matmul {spec}"))
     return f"{len(FORMATS)} formats, error at most {worst:.1e}"
+
+
+def _long_products(dtype: str) -> str:
+    """By whatever multiplies here: right, and on the CPU no row other for those beside it."""
+    products, worst = products_for(current_device()), 0.0
+    for spec in FORMATS:
+        generator = np.random.default_rng(spec.bits)
+        arrays, dense = _quantised(generator, (160, 256), spec, dtype)
+        layer = Linear(arrays, spec, products)
+        x = _rounded(generator.standard_normal((1, 70, 256)), dtype)
+        given = mx.array(x).astype(MLX_DTYPES[dtype])
+        y = layer(given)
+        worst = max(worst, _compare(y, x @ dense.T, dtype, f"70 rows, {spec}"))
+        parts = [layer(given[:, start:stop]) for start, stop in ((0, 2), (2, 33), (33, 70))]
+        if products is not MLX and not np.array_equal(_floats(mx.concatenate(parts, axis=1)), _floats(y)):
+            raise CheckFailedError(f"{spec}: rows of a product differ with those beside them")
+    return f"{len(FORMATS)} formats, {products.description}, error at most {worst:.1e}"
 
 
 def _gathered_products(dtype: str) -> str:
@@ -246,6 +265,7 @@ CHECKS: tuple[Check, ...] = (
         "MLX's quantised products are wrong in a format: text from such a model is wrong",
         _fused_products,
     ),
+    Check("long products", "prompts are misread, or differ with the chunks they come in", _long_products),
     Check(
         "gathered products", "experts compute wrongly in a format: text from such a model is wrong", _gathered_products
     ),

@@ -20,7 +20,7 @@ from mlx.nn.layers.base import Module
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.experts.pool import Key, SlotPool
 from mlx_mixtral.experts.store import Counters, ExpertStore, Loading
-from mlx_mixtral.layers.expert_bank import ExpertBank, gathers_sorted, token_rows
+from mlx_mixtral.layers.expert_bank import ExpertBank, token_rows
 
 __all__ = ["GatheredExperts", "Prefetch"]
 
@@ -126,7 +126,7 @@ class _Call:
         self.layer, self.num_experts = experts.layer, experts.num_experts
         self.pool, self.store = pool, store
         self.x, self.chosen, self.shape = x, chosen, shape
-        self.is_sorted = gathers_sorted(len(chosen), experts.num_experts)
+        self.is_sorted = pool.bank.sorts(shape, experts.num_experts)
         self.loading: dict[int, Loading] = {}
         self.outputs: list[mx.array] = []
         self.order: list[Indices] = []

@@ -28,10 +28,13 @@ def prefill(
     Hidden states are given from position ``first`` on, of the last token alone when None. A chunk is evaluated before the next
     one begins; the last one is lazy, so that what follows from it can be scheduled with it.
     """
-    length = tokens.shape[1]
-    for start in range(0, length, chunk_tokens):
-        part = tokens[:, start : start + chunk_tokens]
-        done = start + part.shape[1]
+    length, done = tokens.shape[1], 0
+    while done < length:
+        start, done = done, min(done + chunk_tokens, length)
+        # Too short a last chunk would be rounded as a decode step is: the one before it is shorter then.
+        if 0 < length - done < model.min_prompt_tokens:
+            done = max(length - model.min_prompt_tokens, start + 1)
+        part = tokens[:, start:done]
         if done == length and first is None:
             yield Prefilled(done, model.hidden(part, cache, last_only=True))
         elif first is None or done <= first:

@@ -19,6 +19,7 @@ from mlx_mixtral.errors import InvalidRequestError, MemoryBudgetError
 from mlx_mixtral.experts.trace import hit_rates, published_trace
 from mlx_mixtral.info.estimate import BUILT_IN, WIDTHS, Width, bytes_by_part, expert_bytes
 from mlx_mixtral.info.macs import Chip
+from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import compute_dtype, current_device
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.planning import make_planner
@@ -41,7 +42,8 @@ def checkpoint_plan(
         MemoryBudgetError: the budget is below the least; CheckpointError, ConfigError: the folder cannot be loaded.
     """
     device = current_device()
-    builder = Builder(MixtralConfig.from_folder(folder), Checkpoint(folder), compute_dtype("auto", device))
+    config, dtype = MixtralConfig.from_folder(folder), compute_dtype("auto", device)
+    builder = Builder(config, Checkpoint(folder), dtype, products=products_for(device))
     planner = make_planner(builder, device)
     if builder.config.is_dense:
         return _report("this model", planner.plan(memory, context), planner.sizes, None)

@@ -7,7 +7,7 @@ from mlx.nn.layers.base import Module
 
 from mlx_mixtral.cache.views import CacheView
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.layers.linear import Linear
+from mlx_mixtral.layers.linear import MLX, Linear, Products
 from mlx_mixtral.layers.rotary import Rotary
 
 __all__ = ["Attention"]
@@ -19,7 +19,9 @@ class Attention(Module):
     ``qkv`` is one matrix with the rows of q, k and v in that order, or three where the checkpoint packs them differently.
     """
 
-    def __init__(self, config: MixtralConfig, qkv: list[Linear], o_proj: Linear, rotary: Rotary) -> None:
+    def __init__(
+        self, config: MixtralConfig, qkv: list[Linear], o_proj: Linear, rotary: Rotary, products: Products = MLX
+    ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
@@ -29,6 +31,7 @@ class Attention(Module):
         self.qkv = qkv
         self.o_proj = o_proj
         self.rotary = rotary
+        self._products = products
         self._scale = config.head_dim**-0.5 * rotary.score_scale
 
     def __call__(self, x: mx.array, layer: int, view: CacheView, *, last_only: bool = False) -> mx.array:
@@ -36,7 +39,7 @@ class Attention(Module):
         queries = (
             self._update_for_last(x, layer, view) if last_only and x.shape[1] > 1 else self._update(x, layer, view)
         )
-        y = view.attend(layer, queries, self._scale, last_only=last_only)
+        y = view.attend(layer, queries, self._scale, self._products.attention, last_only=last_only)
         return self.o_proj(y.transpose(0, 2, 1, 3).reshape(x.shape[0], y.shape[2], -1))
 
     def remember(self, x: mx.array, layer: int, view: CacheView) -> None:

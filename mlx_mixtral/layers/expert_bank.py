@@ -5,28 +5,14 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from mlx_mixtral.layers.compiled import Compiled
-from mlx_mixtral.layers.linear import Linear, StackedLinear
+from mlx_mixtral.layers.linear import MLX, Linear, Products, StackedLinear
 
-__all__ = ["ExpertBank", "FeedForward", "gathers_sorted", "swiglu", "token_rows"]
+__all__ = ["ExpertBank", "FeedForward", "swiglu", "token_rows"]
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """``silu(gate) * up`` in one kernel."""
-    return _swiglu(gate, up)
-
-
-_swiglu = Compiled[[mx.array, mx.array], mx.array](lambda gate, up: gate * mx.sigmoid(gate) * up, shapeless=True)
-
-
-def gathers_sorted(pairs: int, num_experts: int) -> bool:
-    """Whether ``pairs`` token-expert pairs are sorted by expert before they are gathered.
-
-    MLX's grouped Metal kernel, which reads each expert once instead of once a pair, applies from 16 pairs and 4 a matrix on
-    (``GatherQMM::eval_gpu``). The rule asks the model's expert count, never the number of slots in memory: the path taken,
-    and so the rounding, must not depend on how much memory the user granted.
-    """
-    return pairs >= 16 and pairs >= 4 * num_experts
+    return MLX.swiglu(gate, up, is_long=False)
 
 
 def token_rows(x: mx.array, tokens: mx.array) -> mx.array:
@@ -41,13 +27,15 @@ def token_rows(x: mx.array, tokens: mx.array) -> mx.array:
 class FeedForward(Module):
     r"""SwiGLU network of a dense model: ``w2(silu(w1 x) * w3 x)``; ``gate_up`` as in ``ExpertBank``."""
 
-    def __init__(self, gate_up: list[Linear], down: Linear) -> None:
+    def __init__(self, gate_up: list[Linear], down: Linear, products: Products = MLX) -> None:
         super().__init__()
+        self._products = products
         self.gate_up = gate_up
         self.down = down
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down(_swiglu_of([projection(x) for projection in self.gate_up]))
+        gate, up = _gate_and_up([projection(x) for projection in self.gate_up])
+        return self.down(self._products.swiglu(gate, up, is_long=x.shape[-2] > 1))
 
 
 class ExpertBank(Module):
@@ -57,21 +45,26 @@ class ExpertBank(Module):
     them differently; ``down`` is ``[S, D, F]``.
     """
 
-    def __init__(self, gate_up: list[StackedLinear], down: StackedLinear) -> None:
+    def __init__(self, gate_up: list[StackedLinear], down: StackedLinear, products: Products = MLX) -> None:
         super().__init__()
+        self._products = products
         self.gate_up = gate_up
         self.down = down
 
     def __call__(self, x: mx.array, slots: mx.array, num_experts: int) -> mx.array:
         """Each token through each of its experts: ``x [B, L, D]``, ``slots [B, L, K]`` give ``[B, L, K, D]``."""
-        pairs, per_token = slots.size, slots.shape[-1]
-        if not gathers_sorted(pairs, num_experts):
+        per_token = slots.shape[-1]
+        if not self.sorts(slots.shape, num_experts):
             return self._experts(x[..., None, None, :], slots, is_sorted=False).squeeze(-2)
         order = mx.argsort(slots.reshape(-1))  # [P]
         back = mx.argsort(order)
         tokens = token_rows(x, order // per_token)  # [P, 1, D]
         y = self.pairs(tokens, slots.reshape(-1)[order], is_sorted=True)  # [P, D]
         return y[back].reshape(*slots.shape, x.shape[-1])
+
+    def sorts(self, shape: tuple[int, ...], num_experts: int) -> bool:
+        """Whether the pairs ``[B, L, K]`` of a whole call are sorted by expert: the same however many slots there are."""
+        return self._products.sorts(shape, num_experts)
 
     @property
     def arrays(self) -> dict[str, mx.array]:
@@ -94,12 +87,13 @@ class ExpertBank(Module):
 
     def inner(self, x: mx.array, slots: mx.array, *, is_sorted: bool) -> mx.array:
         """What ``down`` is multiplied with: ``x [..., 1, D]`` gives ``[..., 1, F]``."""
-        return _swiglu_of([projection(x, slots, is_sorted=is_sorted) for projection in self.gate_up])
+        gate, up = _gate_and_up([projection(x, slots, is_sorted=is_sorted) for projection in self.gate_up])
+        return self._products.swiglu(gate, up, is_long=is_sorted)
 
     def _experts(self, x: mx.array, slots: mx.array, *, is_sorted: bool) -> mx.array:
         return self.down(self.inner(x, slots, is_sorted=is_sorted), slots, is_sorted=is_sorted)
 
 
-def _swiglu_of(projected: list[mx.array]) -> mx.array:
+def _gate_and_up(projected: list[mx.array]) -> tuple[mx.array, mx.array]:
     gate, up = projected if len(projected) == 2 else mx.split(projected[0], 2, axis=-1)
-    return swiglu(gate, up)
+    return gate, up

@@ -1,8 +1,10 @@
-"""Matrix products with weights that are quantised or not, alone or stacked by expert."""
+"""Matrix products with weights that are quantised or not, alone or stacked by expert, and who computes them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -10,11 +12,12 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from mlx_mixtral.config.quantization import QuantizationSpec
+from mlx_mixtral.layers.compiled import Compiled
 
-__all__ = ["Linear", "StackedLinear"]
+__all__ = ["MLX", "Linear", "Products", "StackedLinear", "Weights", "gathers_sorted"]
 
 
-class _Packed(NamedTuple):
+class PackedArrays(NamedTuple):
     """What MLX's quantised operations take beside the packed weight, in their order."""
 
     scales: mx.array
@@ -24,74 +27,50 @@ class _Packed(NamedTuple):
     mode: str
 
 
-class _Weights(Module):
-    """Weight ``[..., out, in]``; when quantised, packed uint32 ``[..., out, in * bits / 32]`` with scales and biases.
+def gathers_sorted(pairs: int, num_experts: int) -> bool:
+    """Whether GPUs are given ``pairs`` token-expert pairs sorted by expert.
 
-    The arrays are allocated by the loader at their final size and filled in place, so that nothing is held twice.
+    MLX's grouped Metal kernel, which reads each expert once instead of once a pair, applies from 16 pairs and 4 a matrix on
+    (``GatherQMM::eval_gpu``). The rule asks the model's expert count, never the number of slots in memory: the path taken,
+    and so the rounding, must not depend on how much memory the user granted.
     """
+    return pairs >= 16 and pairs >= 4 * num_experts
 
-    def __init__(self, arrays: dict[str, mx.array], spec: QuantizationSpec | None) -> None:
-        super().__init__()
-        self.spec = spec
-        self.weight = arrays["weight"]
-        self.scales = arrays.get("scales")
-        self.biases = arrays.get("biases")
 
-    def _extra_repr(self) -> str:
-        *lead, rows, columns = self.weight.shape
-        inputs = columns if self.spec is None else columns * 32 // self.spec.bits
-        packed = self.weight.dtype if self.spec is None else self.spec
-        return f"{' x '.join(map(str, (*lead, rows, inputs)))}, {packed}"
+class Products:
+    """Who computes what takes a model's time: MLX's own kernels. ``layers.cpu`` has another for the CPU backend."""
 
     @property
-    def _packed(self) -> _Packed:
-        assert self.spec is not None
-        assert self.scales is not None
-        return _Packed(self.scales, self.biases, self.spec.group_size, self.spec.bits, self.spec.mode)
+    def description(self) -> str:
+        """What computes, and on how many threads."""
+        return "MLX's kernels"
 
+    def buffer_bytes(self, largest: int) -> int:
+        """Memory it keeps for itself, for matrices of at most ``largest`` numbers."""
+        return 0
 
-class Linear(_Weights):
-    r"""``y = x W^T`` for ``x [..., in]``, giving ``[..., out]``; no bias, as nowhere in this family."""
+    @property
+    def min_prompt_tokens(self) -> int:
+        """The fewest tokens a row that are computed as part of a prompt: fewer would be rounded as a decode step is."""
+        return 1
 
-    def __call__(self, x: mx.array) -> mx.array:
-        if self.spec is None:
-            return x @ self.weight.T
-        scales, biases, group_size, bits, mode = self._packed
-        return mx.quantized_matmul(x, self.weight, scales, biases, True, group_size, bits, mode)
+    def linear(self, x: mx.array, weights: Weights) -> mx.array:
+        """``x W^T`` for ``x [..., in]``, ``[..., out]``."""
+        if weights.spec is None:
+            return x @ weights.weight.T
+        scales, biases, group_size, bits, mode = weights.packed
+        return mx.quantized_matmul(x, weights.weight, scales, biases, True, group_size, bits, mode)
 
-    def part(self, start: int, stop: int) -> Linear:
-        """Its rows from ``start`` to ``stop`` as a matrix of their own: views, nothing is copied."""
-        arrays = {"weight": self.weight, "scales": self.scales, "biases": self.biases}
-        return Linear({name: array[start:stop] for name, array in arrays.items() if array is not None}, self.spec)
-
-    def rows(self, indices: mx.array, dtype: mx.Dtype) -> mx.array:
-        """Rows of the matrix, dequantised: an embedding look-up. ``indices [...]`` gives ``[..., in]``."""
-        if self.spec is None:
-            return self.weight[indices]
-        scales, biases, group_size, bits, mode = self._packed
-        picked = None if biases is None else biases[indices]
-        return mx.dequantize(self.weight[indices], scales[indices], picked, group_size, bits, mode, dtype=dtype)
-
-
-class StackedLinear(_Weights):
-    r"""One matrix a slot, ``[S, out, in]``: ``y_p = x_p W_{slot(p)}^T`` for each token-slot pair."""
-
-    def __call__(self, x: mx.array, slots: mx.array, *, is_sorted: bool) -> mx.array:
-        """Gather and multiply.
-
-        Args:
-            x: ``[..., 1, in]``, broadcast against ``slots [...]``.
-            slots: int, which matrix each row of ``x`` meets.
-            is_sorted: promise that ``slots`` ascends. On Metal a false promise gives wrong results, not an error.
-        """
+    def gathered(self, x: mx.array, weights: Weights, slots: mx.array, *, is_sorted: bool) -> mx.array:
+        """``x_p W_{slot(p)}^T``, arguments as of ``StackedLinear``."""
         # MLX's grouped kernel is for calls that leave the rows to it.
         rows = None if is_sorted else _every_row(x.shape[:-2])
-        if self.spec is None:
-            return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rows, slots, sorted_indices=is_sorted)
-        scales, biases, group_size, bits, mode = self._packed
+        if weights.spec is None:
+            return mx.gather_mm(x, weights.weight.swapaxes(-1, -2), rows, slots, sorted_indices=is_sorted)
+        scales, biases, group_size, bits, mode = weights.packed
         return mx.gather_qmm(
             x,
-            self.weight,
+            weights.weight,
             scales,
             biases,
             rows,
@@ -102,6 +81,104 @@ class StackedLinear(_Weights):
             mode=mode,
             sorted_indices=is_sorted,
         )
+
+    def sorts(self, shape: tuple[int, ...], num_experts: int) -> bool:
+        """Whether the token-expert pairs of a call, ``[B, L, K]``, are sorted by expert before they are gathered."""
+        return gathers_sorted(prod(shape), num_experts)
+
+    def swiglu(self, gate: mx.array, up: mx.array, *, is_long: bool) -> mx.array:
+        """``silu(gate) * up`` in one kernel; ``is_long`` says that the call it is part of has many rows."""
+        return _swiglu(gate, up)
+
+    def attention(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
+    ) -> mx.array:
+        """``softmax(scale q k^T) v`` of ``queries [B, H, L, d]`` over ``[B, KV, T, d]``."""
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+_swiglu = Compiled[[mx.array, mx.array], mx.array](lambda gate, up: gate * mx.sigmoid(gate) * up, shapeless=True)
+MLX = Products()
+
+
+class Weights(Module):
+    """Weight ``[..., out, in]``; when quantised, packed uint32 ``[..., out, in * bits / 32]`` with scales and biases.
+
+    The arrays are allocated by the loader at their final size and filled in place, so that nothing is held twice.
+    """
+
+    def __init__(self, arrays: dict[str, mx.array], spec: QuantizationSpec | None, products: Products = MLX) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = arrays["weight"]
+        self.scales = arrays.get("scales")
+        self.biases = arrays.get("biases")
+        self._products = products
+        self._cut: Callable[[], list[Weights]] | None = None
+
+    def rows_in(self, parts: int) -> list[Weights]:
+        """The matrix cut into ``parts`` by its rows: views, made once."""
+        if self._cut is None:
+            out = self.weight.shape[-2]
+            bounds = [out * index // parts for index in range(parts + 1)]
+            pieces = [
+                Weights({name: array[..., start:stop, :] for name, array in self.arrays.items()}, self.spec)
+                for start, stop in pairwise(bounds)
+            ]
+            mx.eval([piece.arrays for piece in pieces])
+            self._cut = lambda: pieces
+        return self._cut()
+
+    def _extra_repr(self) -> str:
+        *lead, rows, columns = self.weight.shape
+        inputs = columns if self.spec is None else columns * 32 // self.spec.bits
+        packed = self.weight.dtype if self.spec is None else self.spec
+        return f"{' x '.join(map(str, (*lead, rows, inputs)))}, {packed}"
+
+    @property
+    def packed(self) -> PackedArrays:
+        assert self.spec is not None
+        assert self.scales is not None
+        return PackedArrays(self.scales, self.biases, self.spec.group_size, self.spec.bits, self.spec.mode)
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """``weight``, and ``scales`` and ``biases`` where there are any."""
+        named = {"weight": self.weight, "scales": self.scales, "biases": self.biases}
+        return {name: array for name, array in named.items() if array is not None}
+
+
+class Linear(Weights):
+    r"""``y = x W^T`` for ``x [..., in]``, giving ``[..., out]``; no bias, as nowhere in this family."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._products.linear(x, self)
+
+    def part(self, start: int, stop: int) -> Linear:
+        """Its rows from ``start`` to ``stop`` as a matrix of their own: views, nothing is copied."""
+        return Linear({name: array[start:stop] for name, array in self.arrays.items()}, self.spec, self._products)
+
+    def rows(self, indices: mx.array, dtype: mx.Dtype) -> mx.array:
+        """Rows of the matrix, dequantised: an embedding look-up. ``indices [...]`` gives ``[..., in]``."""
+        if self.spec is None:
+            return self.weight[indices]
+        scales, biases, group_size, bits, mode = self.packed
+        picked = None if biases is None else biases[indices]
+        return mx.dequantize(self.weight[indices], scales[indices], picked, group_size, bits, mode, dtype=dtype)
+
+
+class StackedLinear(Weights):
+    r"""One matrix a slot, ``[S, out, in]``: ``y_p = x_p W_{slot(p)}^T`` for each token-slot pair."""
+
+    def __call__(self, x: mx.array, slots: mx.array, *, is_sorted: bool) -> mx.array:
+        """Gather and multiply.
+
+        Args:
+            x: ``[..., 1, in]``, broadcast against ``slots [...]``.
+            slots: int, which matrix each row of ``x`` meets.
+            is_sorted: promise that ``slots`` ascends. On Metal a false promise gives wrong results, not an error.
+        """
+        return self._products.gathered(x, self, slots, is_sorted=is_sorted)
 
 
 @lru_cache(maxsize=64)

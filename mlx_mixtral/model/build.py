@@ -18,7 +18,7 @@ from mlx_mixtral.experts.pool import SlotPool
 from mlx_mixtral.experts.store import ExpertPart, ExpertStore
 from mlx_mixtral.layers.attention import Attention
 from mlx_mixtral.layers.expert_bank import ExpertBank, FeedForward
-from mlx_mixtral.layers.linear import Linear, StackedLinear
+from mlx_mixtral.layers.linear import MLX, Linear, Products, StackedLinear
 from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.model.moe import SparseMoe
@@ -43,6 +43,7 @@ class Builder:
             same up to rounding; tests use it.
         page_cache: whether experts are streamed through the operating system's page cache.
         policy: which expert makes room for a streamed one, by name.
+        products: who multiplies.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape. Everything is checked before anything is allocated.
@@ -58,9 +59,10 @@ class Builder:
         fuse: bool = True,
         page_cache: bool = False,
         policy: str = "lru",
+        products: Products = MLX,
     ) -> None:
         self.config, self.checkpoint, self.dtype, self.fuse = config, checkpoint, dtype, fuse
-        self.page_cache, self.policy = page_cache, policy
+        self.page_cache, self.policy, self.products = page_cache, policy, products
         self.identities = identities(checkpoint)
         self.ranges: list[ReadRange] = []
         self.overflow: dict[int, SlotPool] = {}
@@ -79,6 +81,11 @@ class Builder:
     def item_bytes(self) -> int:
         """Bytes of one number in the compute type."""
         return ITEM_BYTES[self.dtype]
+
+    @property
+    def largest_matrix(self) -> int:
+        """Numbers of the largest matrix, an expert's counted by itself."""
+        return max(matrix.out_features * matrix.in_features for matrix in self.matrices.values())
 
     @property
     def memory_bytes(self) -> int:
@@ -133,6 +140,7 @@ class Builder:
             self._norm("model.norm"),
             None if config.tie_word_embeddings else self._matrix(["lm_head"]),
             MLX_DTYPES[self.dtype],
+            self.products.min_prompt_tokens,
         )
 
     @cached_property
@@ -146,11 +154,11 @@ class Builder:
     def _layer(self, index: int, rotary: Rotary, slots: int, overflow: SlotPool | None) -> DecoderLayer:
         path = layer_path(index)
         qkv = [self._matrix(paths) for paths in self._fused([f"{path}.self_attn.{name}_proj" for name in "qkv"])]
-        attention = Attention(self.config, qkv, self._matrix([f"{path}.self_attn.o_proj"]), rotary)
+        attention = Attention(self.config, qkv, self._matrix([f"{path}.self_attn.o_proj"]), rotary, self.products)
         moe: SparseMoe | FeedForward
         if self.config.is_dense:
             gate_up = [self._matrix(paths) for paths in self._fused([f"{path}.mlp.gate_proj", f"{path}.mlp.up_proj"])]
-            moe = FeedForward(gate_up, self._matrix([f"{path}.mlp.down_proj"]))
+            moe = FeedForward(gate_up, self._matrix([f"{path}.mlp.down_proj"]), self.products)
         else:
             gate = self._matrix([f"{path}.block_sparse_moe.gate"])
             experts = self._gathered(index, slots, overflow)
@@ -187,10 +195,10 @@ class Builder:
                 field: allocate((slots, rows, self._columns(matrix, field)), self._memory_dtype(spec, field))
                 for field in self._fields(matrix)
             }
-            return StackedLinear(arrays, spec)
+            return StackedLinear(arrays, spec, self.products)
 
         *gate_up, down = self._expert_matrices(layer)
-        return ExpertBank([stacked(paths) for paths in gate_up], stacked(down))
+        return ExpertBank([stacked(paths) for paths in gate_up], stacked(down), self.products)
 
     def _expert_matrices(self, layer: int) -> list[list[str]]:
         """Paths of the stacked matrices of a bank: gate and up, fused or apart, and down."""
@@ -234,7 +242,7 @@ class Builder:
                 (found,) = self._locations(part, field)
                 self.ranges.append(ReadRange(array, above, dtype, self.checkpoint[found.name], found.start, found.stop))
                 above += part.out_features
-        return Linear(arrays, spec)
+        return Linear(arrays, spec, self.products)
 
     def _memory_bytes(self, matrix: Matrix) -> int:
         spec, rows = self.specs[matrix.path], matrix.parameters // matrix.in_features

@@ -42,6 +42,7 @@ def make_planner(
         builder.sizes(),
         item_bytes=builder.item_bytes,
         reading_bytes=0 if builder.config.is_dense else builder.store.reading_bytes,
+        product_bytes=builder.products.buffer_bytes(builder.largest_matrix),
         keeps_scores=device.kind == "cpu",
         kv=kv,
         available_bytes=lambda: usable_bytes(device, read_system_memory()),

@@ -47,6 +47,7 @@ class MixtralModel(Module):
     """Token ids in, logits out. Built by ``mlx_mixtral.model.build``, which also fills the weights.
 
     ``lm_head`` is None when the output head is the embedding matrix itself. ``kv`` says how caches it makes are kept.
+    ``min_prompt_tokens`` of a row come together at least when they are part of a prompt: see ``Products``.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class MixtralModel(Module):
         norm: RMSNorm,
         lm_head: Linear | None,
         dtype: mx.Dtype,
+        min_prompt_tokens: int = 1,
     ) -> None:
         super().__init__()
         self.config = config
@@ -65,6 +67,7 @@ class MixtralModel(Module):
         self.layers = list(layers)
         self.norm = norm
         self.lm_head = lm_head
+        self.min_prompt_tokens = min_prompt_tokens
         self.kv = KVOptions()
 
     def make_cache(self, left_padding: Sequence[int] | None = None, *, max_tokens: int | None = None) -> KVCache:

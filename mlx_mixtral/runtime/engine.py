@@ -281,7 +281,8 @@ class Engine:
         with self.running(), busy:
             request.stats.predicted_tok_s = self.plan.tok_s
             with mx.stream(self.stream):
-                cache = self.prompt_cache.take(request.tokens) or self._new_cache(context)
+                kept = self.prompt_cache.take(request.tokens, context.model.min_prompt_tokens)
+                cache = kept or self._new_cache(context)
             seen, is_whole = list(request.tokens), False
             try:
                 with contextlib.closing(decoder(context, request, cache)) as tokens:

@@ -16,6 +16,7 @@ from mlx_mixtral.errors import DtypeRangeError, InvalidRequestError, MissingDepe
 from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.hub import resolve
+from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import DTYPE_NAMES, Device, compute_dtype, current_device
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.planning import make_planner
@@ -120,8 +121,9 @@ def load(
     except (MissingDependencyError, TokenizerError) as error:
         # A fresh error: a raised one keeps this frame alive by its traceback, and the weights with it.
         tokenizer = TokenizerError(str(error))
+    products = products_for(place)
     for name in (kind, "BF16"):
-        builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy)
+        builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy, products=products)
         refuse_cpu_gather(builder, place)
         planner = make_planner(builder, place, kv=kv)
         try:

@@ -52,9 +52,12 @@ class PromptCache:
             limit if self._given is None else self._given, has_memory=self._given is not None or not plan.is_bound
         )
 
-    def take(self, tokens: Sequence[int]) -> KVCache | None:
-        """A cache of the longest beginning of ``tokens`` that is kept; it belongs to the caller. None when there is none."""
-        return self.kept.take(tokens)
+    def take(self, tokens: Sequence[int], left: int = 1) -> KVCache | None:
+        """A cache of the longest beginning of ``tokens`` that is kept; it belongs to the caller. None when there is none.
+
+        ``left`` tokens at least are left to compute.
+        """
+        return self.kept.take(tokens, left)
 
     def put(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Keep ``cache``, which holds just ``tokens``; the caller must not use it any more."""
@@ -82,7 +85,7 @@ class PromptCache:
             raise InvalidRequestError(
                 f"a prompt of {len(tokens)} tokens does not fit a KV cache of {window.size}; load it with a larger kv_size"
             )
-        cache = self.kept.take(tokens) or module.make_cache(max_tokens=len(tokens))
+        cache = self.kept.take(tokens, module.min_prompt_tokens) or module.make_cache(max_tokens=len(tokens))
         rest = mx.array([list(tokens[cache.length :])], mx.int32)
         mx.eval(last_hidden(module, rest, cache, context.chunk_tokens))
         arrays = {

@@ -26,7 +26,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+import mlx_mixtral.runtime.load as runtime_load
 from mlx_mixtral import Mixtral, load
+from mlx_mixtral.layers.linear import MLX
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral_convert import Recipe, convert
 
@@ -88,6 +90,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    # The graph that GPUs are given, wherever this runs.
+    runtime_load.products_for = lambda device: MLX
     with tempfile.TemporaryDirectory() as folder:
         source, packed = Path(folder, "source"), Path(folder, "4bit")
         make_checkpoint.make("thin", source, layers=args.layers)

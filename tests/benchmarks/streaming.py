@@ -35,6 +35,7 @@ from mlx_mixtral import Mixtral, load
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.experts.pool import SlotPool
 from mlx_mixtral.experts.store import Loading
+from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import compute_dtype, current_device
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.planning import make_planner
@@ -242,7 +243,8 @@ def main() -> None:
 def budgets(folder: Path, shares: list[float]) -> list[int]:
     """Bytes for each share, from headers alone; in a process of its own, as it opens MLX's device."""
     device = current_device()
-    builder = Builder(MixtralConfig.from_folder(folder), Checkpoint(folder), compute_dtype("auto", device))
+    config, dtype = MixtralConfig.from_folder(folder), compute_dtype("auto", device)
+    builder = Builder(config, Checkpoint(folder), dtype, products=products_for(device))
     planner = make_planner(builder, device)
     return [budget_of(planner, share, 1024) for share in shares]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mlx_mixtral import load
 from mlx_mixtral.bench.backend import Ours
 from mlx_mixtral.cli.bench.tables import print_bench
 from mlx_mixtral.config.mixtral import MixtralConfig
@@ -235,7 +236,9 @@ def test_an_interrupt_shows_what_was_measured(
 
 
 def test_a_batch_beyond_the_memory_budget_is_left_out(invoke: Invoke, quantised: Path) -> None:
-    result = invoke("bench", quantised, *SHORT, "--batch", "1,2", "--memory", "4MB", "--json")
+    with load(quantised, context=35) as model:
+        memory = model.min_memory_bytes + 300_000
+    result = invoke("bench", quantised, *SHORT, "--batch", "1,2", "--memory", memory, "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["batch"][0]["sides"]["mlx-mixtral"]["tok_s"]["median"] > 0

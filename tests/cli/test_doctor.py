@@ -40,7 +40,7 @@ def test_what_ended_is_shown_when_a_later_check_does_not_end(invoke: Invoke, che
     checks(Check("first", "", passes), Check("second", "", interrupted))
     result = invoke("doctor")
     assert result.exit_code == 130
-    _, _, first, second = result.stdout.splitlines()
+    first, second = result.stdout.splitlines()[-2:]
     assert first.split() == ["first", "ok", "as", "it", "should"]
     assert second.split() == ["second"]
 
@@ -50,10 +50,13 @@ def test_a_failure_says_what_it_means(invoke: Invoke, checks: Callable[..., None
     result = invoke("doctor", env={"COLUMNS": "80"})
     assert (result.exit_code, result.stderr) == (1, "")
     lines = result.stdout.splitlines()
-    assert [line.split()[:2] for line in lines[2:4]] == [["good", "ok"], ["bad", "FAILED"]]
+    assert [line.split()[:2] for line in lines if line.split()[0] in ("good", "bad")] == [
+        ["good", "ok"],
+        ["bad", "FAILED"],
+    ]
     assert "nothing" not in result.stdout
     assert "text is wrong " * 9 in " ".join(result.stdout.split())
-    assert max(map(len, lines[1:])) <= 80
+    assert max(map(len, lines[2:])) <= 80
     assert lines[-2:] == ["memory copies at 2 GB/s, disk reads at 1 GB/s", "1 of 2 checks failed"]
 
 

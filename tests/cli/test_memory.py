@@ -46,7 +46,7 @@ def test_too_little_memory_is_one_line_that_names_what_is_enough(invoke: Invoke,
 
 
 def test_info_plans_a_budget_without_loading(invoke: Invoke, quantised: Path, least: int) -> None:
-    size = least + 2_000_000
+    size = least + 600_000
     plan = json.loads(invoke("info", quantised, "--memory", size, "--json").stdout)["memory"]
     assert plan["budget_bytes"] == size
     assert plan["resident_bytes"] + plan["kv_bytes"] + plan["working_bytes"] <= size

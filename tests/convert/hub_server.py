@@ -85,7 +85,7 @@ class Hub:
     """``failures`` of all range requests fail, in one of four ways; ``served`` has (file, start, bytes) of each answer.
 
     ``revisions`` are those files were asked for at; ``listed`` sizes the listing says in place of the true ones; ``large``
-    whether it knows the weights' sha256.
+    whether it knows the weights' sha256. The first pieces are answered when ``together`` of them are asked for at once.
     """
 
     folder: Path
@@ -102,9 +102,10 @@ class Hub:
     revisions: set[str] = field(default_factory=set)
     listed: dict[str, int] = field(default_factory=dict)
     large: bool = True
+    together: int = 1
     in_flight: int = 0
     most_in_flight: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Condition = field(default_factory=threading.Condition)
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir())
@@ -140,6 +141,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 with hub.lock:
                     hub.in_flight += 1
                     hub.most_in_flight = max(hub.most_in_flight, hub.in_flight)
+                    hub.lock.notify_all()
+                    if "Range" in self.headers:
+                        hub.lock.wait_for(lambda: hub.most_in_flight >= hub.together, timeout=30)
                 try:
                     revision, name = path.removeprefix("/owner/model/resolve/").split("/", 1)
                     hub.revisions.add(revision)

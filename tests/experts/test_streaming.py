@@ -404,7 +404,7 @@ def test_prefetching_changes_nothing_and_reports_itself(deep: Path, mode: str, c
     tokens = TOKENS
     with load(deep) as whole:
         wanted = whole.generate(tokens, max_tokens=count).token_ids
-    with streamed(deep, 0.5, prefetch=mode) as model:
+    with streamed(deep, 0.85, prefetch=mode) as model:
         assert model.generate(tokens, max_tokens=count).token_ids == wanted
         counters = model.residency.counters
         assert 0 < counters.predicted_right <= counters.predicted

@@ -26,6 +26,7 @@ class Watched:
         self.model, self.compute = model, DecodeStep(model, compiled=False)
         self.events: list[tuple[str, int]] = []
         self.is_streamed, self.counters = model.is_streamed, model.counters
+        self.min_prompt_tokens = model.min_prompt_tokens
 
     def hidden(self, tokens: mx.array, cache: Any, *, last_only: bool = False) -> mx.array:
         self.events.append(("forward", tokens.shape[1]))

@@ -9,14 +9,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mixtral import load
 from mlx_mixtral_convert import Recipe, convert
+from tests.conftest import Loader
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_rows_of_grouped_products_lie_one_behind_the_other(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int | None, *, is_streamed: bool
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    as_on_gpus: Loader,
+    bits: int | None,
+    *,
+    is_streamed: bool,
 ) -> None:
     """The axis of length 1 has the rows' distance as its stride, or GPUs read other rows (ml-explore/mlx issue 4253)."""
     if bits is not None:
@@ -37,9 +43,9 @@ def test_rows_of_grouped_products_lie_one_behind_the_other(
 
     for name in ("gather_mm", "gather_qmm"):
         monkeypatch.setattr(mx, name, watched(getattr(mx, name)))
-    with load(small) as model:
+    with as_on_gpus(small) as model:
         least = model.min_memory_bytes
-    with load(small, memory=least if is_streamed else None) as model:
+    with as_on_gpus(small, memory=least if is_streamed else None) as model:
         model.logits([int(i) for i in np.random.default_rng(0).integers(3, 256, 40)])
     assert seen
     for shape, strides in seen:

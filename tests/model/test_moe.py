@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mlx_mixtral import Mixtral
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.experts.gather import GatheredExperts
-from mlx_mixtral.layers.expert_bank import ExpertBank, gathers_sorted
-from mlx_mixtral.layers.linear import StackedLinear
+from mlx_mixtral.layers.expert_bank import ExpertBank
+from mlx_mixtral.layers.linear import StackedLinear, gathers_sorted
 from mlx_mixtral.model.moe import SparseMoe, route
 
 Floats = np.ndarray[Any, Any]

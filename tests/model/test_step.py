@@ -15,6 +15,7 @@ from mlx_mixtral.cache.options import STEP_TOKENS
 from mlx_mixtral.model import step as step_module
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral_convert import Recipe, convert
+from tests.conftest import Loader
 from tests.kernels import kernels
 from tests.shared import SharedFolders, random_checkpoint
 
@@ -24,8 +25,14 @@ BUNDLED_VOCAB = 4096
 
 
 @pytest.fixture(scope="module", params=["tiny", "sliding_window", "rope_dynamic", "one_expert", "tied_embeddings"])
-def each(request: pytest.FixtureRequest, tiny: Path) -> Iterator[Mixtral]:
-    with load(tiny if request.param == "tiny" else RECORDED / request.param) as loaded:
+def each(request: pytest.FixtureRequest, tiny: Path, as_on_gpus: Loader) -> Iterator[Mixtral]:
+    with as_on_gpus(tiny if request.param == "tiny" else RECORDED / request.param) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path, as_on_gpus: Loader) -> Iterator[Mixtral]:
+    with as_on_gpus(tiny) as loaded:
         yield loaded
 
 
@@ -113,10 +120,10 @@ def test_closing_a_model_releases_what_its_graph_holds(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_kernels_of_a_layer(shared: SharedFolders, tmp_path: Path, rows: int) -> None:
+def test_kernels_of_a_layer(shared: SharedFolders, tmp_path: Path, as_on_gpus: Loader, rows: int) -> None:
     three_layers = shared("three narrow layers", lambda folder: random_checkpoint(folder, num_hidden_layers=3))
     convert(three_layers, tmp_path / "4bit", recipe=Recipe(bits=4))
-    with load(tmp_path / "4bit", dtype="float16") as model:
+    with as_on_gpus(tmp_path / "4bit", dtype="float16") as model:
         layers = model.module.layers
 
         def graph(count: int) -> mx.array:

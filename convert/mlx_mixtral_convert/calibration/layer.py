@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -15,16 +16,17 @@ import numpy as np
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config.layout import Matrix, Norm, matrices, norms
 from mlx_mixtral.layers.attention import Attention
-from mlx_mixtral.layers.expert_bank import swiglu
-from mlx_mixtral.layers.linear import Linear
+from mlx_mixtral.layers.cpu import products_for
+from mlx_mixtral.layers.linear import Linear, Products
 from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.layers.rotary import Rotary
+from mlx_mixtral.machine.device import current_device
 from mlx_mixtral.model.moe import route
 from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.base import TensorSource, tensor_place
 
-__all__ = ["Expert", "Layer", "Routing", "plain", "read_matrix", "read_norm"]
+__all__ = ["Expert", "Layer", "Routing", "plain", "read_matrix", "read_norm", "times"]
 
 # Sequences attended to at once: scores of a full batch would be the largest thing in memory.
 ATTEND_AT_ONCE = 8
@@ -50,7 +52,17 @@ def _floats(values: Values, where: str) -> mx.array:
 
 
 def plain(weight: mx.array) -> Linear:
-    return Linear({"weight": weight}, None)
+    return Linear({"weight": weight}, None, _products())
+
+
+def times(x: mx.array, weight: mx.array) -> mx.array:
+    """``x W^T``."""
+    return plain(weight)(x)
+
+
+@cache
+def _products() -> Products:
+    return products_for(current_device())
 
 
 class _Tap(Linear):
@@ -75,8 +87,7 @@ class Expert:
     def __call__(self, x: mx.array, gate_up: tuple[mx.array, mx.array] | None = None) -> mx.array:
         """``silu(x W1) * (x W3)`` for ``x [N, D]``: what the down matrix meets; with other matrices when given."""
         gate, up = (self.gate, self.up) if gate_up is None else gate_up
-        result: mx.array = swiglu(x @ gate.T, x @ up.T)
-        return result
+        return _products().swiglu(times(x, gate), times(x, up), is_long=True)
 
 
 @dataclass(frozen=True)
@@ -114,8 +125,8 @@ class Layer:
             see: told the input of q, k, v and that of o, ``[B', L, …]``, a few sequences at a time.
         """
         held = self.attention | (weights or {})
-        out = _Tap({"weight": held["o"]}, None)
-        attention = Attention(self.config, [plain(held[name]) for name in "qkv"], out, self._rotary)
+        out = _Tap({"weight": held["o"]}, None, _products())
+        attention = Attention(self.config, [plain(held[name]) for name in "qkv"], out, self._rotary, _products())
         parts = []
         for start in range(0, x.shape[0], ATTEND_AT_ONCE):
             part = x[start : start + ATTEND_AT_ONCE]

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.config.quantization import AFFINE_BITS, QuantizationSpec
-from mlx_mixtral_convert.calibration.layer import Expert, Layer, Routing, read_matrix
+from mlx_mixtral_convert.calibration.layer import Expert, Layer, Routing, read_matrix, times
 from mlx_mixtral_convert.calibration.walk import Walk, embed
 from mlx_mixtral_convert.packing.measure import digits
 from mlx_mixtral_convert.packing.search import search
@@ -140,7 +140,7 @@ class Sensitivity:
             tokens, weights = routing.tokens[expert.index], routing.weights[expert.index]
             if not tokens.size:
                 continue
-            out = weights[:, None] * (expert(normed[tokens]) @ expert.down.T)
+            out = weights[:, None] * times(expert(normed[tokens]), expert.down)
             if own := int(owned[expert.index]):
                 part = Routing((tokens[:own],), (weights[:own],))
                 self._pack_expert(expert, normed, part, out[:own], changes, count, float(scales[expert.index]))
@@ -175,9 +175,9 @@ class Sensitivity:
 
         for spec in candidates_for(expert.gate.shape[1]):
             changed = expert(x, (packed(expert.gate, spec), packed(expert.up, spec)))
-            add("gate_up", spec, changed @ expert.down.T)
+            add("gate_up", spec, times(changed, expert.down))
         for spec in candidates_for(expert.down.shape[1]):
-            add("down", spec, inner @ packed(expert.down, spec).T)
+            add("down", spec, times(inner, packed(expert.down, spec)))
 
     def finish(self, walk: Walk) -> dict[str, dict[str, float]]:
         """Predicted KL of every group and packing, in nats a token."""
@@ -218,7 +218,7 @@ def _mean_kl(true: mx.array, other: mx.array, true_head: mx.array, other_head: m
     """``E KL(p ‖ p')`` over final states ``[B, L, D]``, a sequence at a time: logits are wide."""
     total = 0.0
     for row, other_row in zip(true, other, strict=True):
-        p, q = ((x @ head.T) for x, head in ((row, true_head), (other_row, other_head)))
+        p, q = (times(x, head) for x, head in ((row, true_head), (other_row, other_head)))
         log_p, log_q = p - mx.logsumexp(p, axis=-1, keepdims=True), q - mx.logsumexp(q, axis=-1, keepdims=True)
         total += float(np.array((mx.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()))
     return max(total / len(true), 0.0)

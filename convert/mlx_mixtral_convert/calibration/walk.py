@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, matrices, norms
 from mlx_mixtral.layers.rotary import Rotary
-from mlx_mixtral_convert.calibration.layer import Layer, read_matrix, read_norm
+from mlx_mixtral_convert.calibration.layer import Layer, read_matrix, read_norm, times
 from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
 from mlx_mixtral_convert.sources.base import TensorSource
 
@@ -70,7 +70,7 @@ class Walk:
                 inner = expert(x)
                 sums["gate_proj"][expert.index].add(x, mx.square(weights))
                 sums["down_proj"][expert.index].add(inner, mx.square(weights))
-                flat = flat.at[tokens].add(weights[:, None] * (inner @ expert.down.T))
+                flat = flat.at[tokens].add(weights[:, None] * times(inner, expert.down))
                 mx.eval(flat)
         self.hidden = flat.reshape(h.shape)
         self.next_layer += 1

@@ -22,6 +22,7 @@ from mlx_mixtral.errors import ContextLengthError
 from mlx_mixtral.evaluation.figures import check_plotting
 from mlx_mixtral.files import check_destination, replace_file
 from mlx_mixtral.info.macs import published_for
+from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import DTYPE_NAMES, compute_dtype, current_device
 from mlx_mixtral.machine.memory import read_system_memory, usable_bytes
 from mlx_mixtral.sizes import parse_size
@@ -80,6 +81,7 @@ class BenchJob:
             "model": self.subject.name,
             "device": {"kind": self.device.kind, "name": self.device.name, "memory_bytes": self.device.memory_bytes},
             "compute_dtype": self.dtype,
+            "products": products_for(self.device).description,
             "versions": versions,
             "tokens": self.cases.tokens,
             "repeats": self.cases.repeats,

@@ -29,6 +29,8 @@ def print_bench(found: Mapping[str, Any]) -> None:
         style="bold",
         soft_wrap=True,
     )
+    if device["kind"] == "cpu":
+        console.print(f"{OURS} computes {found['products']}", soft_wrap=True)
     for side, load in found["load"].items():
         label = f"{side} {found['versions'].get(side.split()[0], '')}".strip()
         console.print(f"{label}: {format_bytes(load['weight_bytes'])} of weights, loaded in {seconds(load['seconds'])}")

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_mixtral.budget.slots import ModelSizes, Speeds
-from mlx_mixtral.layers.expert_bank import gathers_sorted
+from mlx_mixtral.layers.linear import gathers_sorted
 
 __all__ = ["ForwardCost", "distinct_experts"]
 

@@ -52,13 +52,14 @@ def test_a_repository_is_converted_without_storing_its_weights(tmp_path: Path, h
 def test_every_weight_is_fetched_about_once_and_several_pieces_at_a_time(
     tmp_path: Path, hub: Hub, source: Path
 ) -> None:
+    hub.together = 3
     run(tmp_path / "home", hub, tmp_path / "out")
     weights = sum(path.stat().st_size for path in source.glob("model-*.safetensors"))
     fetched = sum(count for _, _, count in hub.served)
     assert weights * 0.99 < fetched < weights + 3 * 2**17
     assert {name for name, _, _ in hub.served} == {path.name for path in source.glob("model-*.safetensors")}
     assert not [name for name in hub.whole if name.endswith(".safetensors")]
-    assert hub.most_in_flight > 2
+    assert hub.most_in_flight >= 3
     assert hub.revisions == {COMMIT}
 
 
