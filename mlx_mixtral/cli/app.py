@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -40,12 +41,24 @@ class _App(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _WORDS:
+            return _WORDS[cmd_name]
         if cmd_name not in COMMANDS:
             return None
         module, _, name = COMMANDS[cmd_name][0].partition(":")
         command = getattr(importlib.import_module(module), name)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
+            advice = f"did you mean {near[0]}?" if near else "mlx-mixtral --help lists them"
+            ctx.fail(f"there is no command {one_line(name)!r}; {advice}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -81,6 +94,32 @@ class _App(click.Group):
 @click.version_option(__version__, "-V", "--version", message="mlx-mixtral %(version)s")
 def app() -> None:
     """Run Mixtral, the sparse mixture of experts, on the Mac you have."""
+
+
+@click.command("help")
+@click.argument("command", required=False)
+@click.pass_context
+def _help(ctx: click.Context, command: str | None) -> None:
+    """Show this list, or what a command takes."""
+    above = ctx.parent
+    assert above is not None
+    if command is None:
+        click.echo(above.get_help())
+        return
+    name, found, _ = app.resolve_command(above, [command])
+    assert found is not None
+    with click.Context(found, info_name=name, parent=above) as inner:
+        click.echo(found.get_help(inner))
+
+
+@click.command("version")
+def _version() -> None:
+    """Show the version."""
+    click.echo(f"mlx-mixtral {__version__}")
+
+
+# Words people type where options are meant.
+_WORDS: dict[str, click.Command] = {"help": _help, "version": _version}
 
 
 def _notes(error: BaseException) -> str:
