@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlx_mixtral.cli.fields import flag, option
+from mlx_mixtral.cli.fields import flag, group, option
 from mlx_mixtral.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from mlx_mixtral import SamplingParams
+    from mlx_mixtral.config.overrides import ConfigOverrides
 
 __all__ = [
     "LoadOptions",
+    "OverrideOptions",
     "RecordOptions",
     "SamplingOptions",
     "SpeculationOptions",
@@ -91,6 +93,36 @@ def revision_option() -> Any:
     return option("--revision REV", "Branch, tag or commit of a hub repository.")
 
 
+def parse_rope_scaling(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Option callback: refused before anything is downloaded."""
+    from mlx_mixtral.config.overrides import ConfigOverrides
+
+    ConfigOverrides(rope_scaling=value)
+    return value
+
+
+@dataclass(frozen=True)
+class OverrideOptions:
+    """What is computed otherwise than the checkpoint says, named as the fields of ``ConfigOverrides``."""
+
+    experts_per_token: int | None = option(
+        "--experts-per-token N", "Experts each token goes through.  [default: the model's own]"
+    )
+    rope_scaling: str | None = option(
+        "--rope-scaling KIND=FACTOR",
+        "Stretch the context: yarn, linear or dynamic, such as yarn=4.",
+        callback=parse_rope_scaling,
+    )
+    rope_theta: float | None = option("--rope-theta X", "Base of the rotary embedding.  [default: the model's own]")
+
+    @property
+    def checked(self) -> ConfigOverrides:
+        """As the library takes them; raises InvalidRequestError for values that are none."""
+        from mlx_mixtral.config.overrides import ConfigOverrides
+
+        return ConfigOverrides(**vars(self))
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """How a model is loaded, named as the arguments of ``load``."""
@@ -120,14 +152,17 @@ class LoadOptions:
         type=click.Choice(("off", "on", "auto")),
         default="off",
     )
+    overrides: OverrideOptions = group(OverrideOptions)
 
     def arguments(self) -> dict[str, Any]:
         """As ``load`` takes them, of a folder and for the device in force."""
-        return {name: value for name, value in vars(self).items() if name not in ("device", "revision")}
+        left_out = ("device", "revision", "overrides")
+        return {name: value for name, value in vars(self).items() if name not in left_out} | vars(self.overrides)
 
     def identity(self) -> dict[str, Any]:
         """What changes the numbers a model gives."""
         found = {name: value for name, value in vars(self).items() if name == "dtype" or name.startswith("kv_")}
+        found |= {name: value for name, value in vars(self.overrides).items() if value is not None}
         return found if self.device is None else found | {"device": self.device}
 
 

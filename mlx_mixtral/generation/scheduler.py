@@ -41,6 +41,7 @@ class _Row:
     is_finished: bool = False
     columns: int = 0
     """Columns of cache it takes by its end, padding included, in whole steps."""
+    is_alone: bool = False
 
     @property
     def goes_on(self) -> bool:
@@ -146,6 +147,10 @@ class Scheduler:
         row.meter.count(row.made)
         return token
 
+    def _is_alone(self, request: Request) -> bool:
+        """Whether a row may get so long that its rotary frequencies are others than those of the rows beside it."""
+        return self._model.config.rope.table_of(len(request.tokens) + request.max_tokens) != 0
+
     def _columns(self, tokens: int) -> int:
         return self._model.kv.columns(self._model.config, tokens)
 
@@ -217,6 +222,7 @@ class Scheduler:
         padding = [longest - len(row.request.tokens) for row in chosen]
         for row in chosen:
             row.columns = self._columns(longest + row.request.max_tokens - 1)
+            row.is_alone = self._is_alone(row.request)
         padded = [[0] * pad + list(row.request.tokens) for pad, row in zip(padding, chosen, strict=True)]
         cache = self._model.make_cache(padding, max_tokens=self._max_tokens)
         chunk = max(MIN_CHUNK_TOKENS, self._context.chunk_tokens // len(chosen))
@@ -224,6 +230,10 @@ class Scheduler:
 
     def _fits(self, joining: Sequence[_Row]) -> bool:
         count = len(self._rows) + len(joining)
+        if count > 1 and (
+            any(row.is_alone for row in self._rows) or any(self._is_alone(row.request) for row in joining)
+        ):
+            return False
         lengths = [len(row.request.tokens) for row in joining]
         waste = len(lengths) * max(lengths) - sum(lengths)
         if waste and not self._pads:

@@ -66,7 +66,7 @@ class Mixtral:
 
     @property
     def config(self) -> MixtralConfig:
-        """What ``config.json`` says."""
+        """What ``config.json`` says, and what ``load`` was told in its place."""
         return self.engine.config
 
     @property
