@@ -45,13 +45,14 @@ def test_text_past_the_trained_context_equals_the_recorded_one(
 def test_rows_of_a_batch_do_not_stretch_each_other(
     stretched: tuple[Mixtral, list[list[int]], list[list[int]]],
 ) -> None:
-    """The short row beside them stays within the trained context, where nothing is stretched."""
+    """Each has the frequencies of its own length, as it has alone."""
     model, prompts, wanted = stretched
-    alone = model.generate(prompts[0][:5], max_tokens=6).token_ids
-    longer = model.generate_batch([*prompts, prompts[0][:5]], max_tokens=len(wanted[0]))
-    assert [list(out.token_ids) for out in longer[:2]] == wanted
-    beside = model.generate_batch([prompts[0][:5], prompts[1][:7]], max_tokens=6)
-    assert beside[0].token_ids == alone
+    short = [prompts[0][:5], prompts[1][:7]]
+    alone = [list(model.generate(prompt, max_tokens=len(wanted[0])).token_ids) for prompt in short]
+    beside = model.generate_batch([*prompts, *short], max_tokens=len(wanted[0]))
+    assert [list(out.token_ids) for out in beside] == [*wanted, *alone]
+    within = model.generate_batch(short, max_tokens=6)
+    assert [list(out.token_ids) for out in within] == [text[:6] for text in alone]
 
 
 def test_chunks_of_a_prompt_are_turned_by_the_length_of_all_of_it(
@@ -74,6 +75,7 @@ def test_a_kept_prefix_serves_no_sequence_of_another_table(
     model, prompts, wanted = stretched
     recorded = read_npz((DYNAMIC if model.config.rope.kind == "dynamic" else LONGROPE) / "reference.npz")
     row = recorded["ids"][0].tolist()
+    model.engine.prompt_cache.clear()
     model.generate(row, max_tokens=2)
     short = model.generate(prompts[0], max_tokens=len(wanted[0]))
     assert list(short.token_ids) == wanted[0]
