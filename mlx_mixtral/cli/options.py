@@ -59,6 +59,11 @@ def parse_logit_bias(ctx: click.Context, param: click.Parameter, values: tuple[s
     return biases
 
 
+def parse_breakers(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    r"""Option callback: ``\n`` and ``\t`` may be typed."""
+    return tuple(value.replace(r"\n", "\n").replace(r"\t", "\t") for value in values)
+
+
 def parse_seed(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Option callback: a seed out of its range is refused as any other sampling value is."""
     try:
@@ -182,13 +187,34 @@ class SamplingOptions:
     logit_bias: Mapping[int, float] = option(
         "--logit-bias ID=VALUE", "Added to a token's logit; repeatable.", callback=parse_logit_bias, multiple=True
     )
+    xtc_probability: float = option(
+        "--xtc-probability", "How often the likeliest tokens are left out (XTC).", default=0.0, show_default=False
+    )
+    xtc_threshold: float = option("--xtc-threshold", "Of XTC: how likely those are, but for the last.", default=0.1)
+    dry_multiplier: float = option(
+        "--dry-multiplier", "Penalty on repeating a sequence (DRY); off at 0.", default=0.0, show_default=False
+    )
+    dry_base: float = option("--dry-base", "Of DRY: times as much for each token repeated.", default=1.75)
+    dry_allowed_length: int = option("--dry-allowed-length", "Of DRY: tokens that may be repeated.", default=2)
+    dry_penalty_last_n: int = option("--dry-penalty-last-n", "Of DRY: tokens looked at; -1 is all.", default=-1)
+    dry_sequence_breakers: tuple[str, ...] = option(
+        "--dry-sequence-breaker TEXT",
+        'Of DRY: no repetition is followed past it; repeatable, none for none.  [default: line break, colon, ", *]',
+        callback=parse_breakers,
+        multiple=True,
+    )
     seed: int | None = option("--seed INTEGER", "Same seed, same prompt, same text.", type=str, callback=parse_seed)
 
     def params(self, logprobs: int | None = None) -> SamplingParams:
         """Checked, before any model is loaded."""
         from mlx_mixtral import SamplingParams
 
-        return SamplingParams(**{**vars(self), "logit_bias": self.logit_bias or None}, logprobs=logprobs)
+        given = vars(self) | {"logit_bias": self.logit_bias or None}
+        if not given["dry_sequence_breakers"]:
+            del given["dry_sequence_breakers"]
+        elif given["dry_sequence_breakers"] == ("none",):
+            given["dry_sequence_breakers"] = ()
+        return SamplingParams(**given, logprobs=logprobs)
 
 
 @dataclass(frozen=True)

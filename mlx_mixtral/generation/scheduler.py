@@ -133,7 +133,7 @@ class Scheduler:
             reading = [(row, row.unread) for row in self._rows if not row.is_finished]
             self._keep([place for place, row in enumerate(self._rows) if row.goes_on])
             # A forward that waits for experts would wait for these tokens too: nothing is gained by starting it early.
-            if self._model.is_streamed:
+            if self._model.is_streamed or any(row.request.sampler.is_host for row in self._rows):
                 for row in self._rows:
                     row.unread = None
             elif self._rows:
@@ -173,13 +173,14 @@ class Scheduler:
     @staticmethod
     def _sample(rows: Sequence[_Row], logits: mx.array) -> mx.array:
         """A token for each row of ``logits [B, V]``; returns them, ``[B]``. Rows that want the likeliest share a kernel."""
-        likeliest = mx.argmax(logits.astype(mx.float32), axis=-1) if any(_is_plain(row) for row in rows) else None
+        is_plain = [row.request.sampler.is_plain for row in rows]
+        likeliest = mx.argmax(logits.astype(mx.float32), axis=-1) if any(is_plain) else None
         for place, row in enumerate(rows):
-            if likeliest is not None and _is_plain(row):
+            if likeliest is not None and is_plain[place]:
                 row.unread = Sampled(likeliest[place : place + 1])
             else:
                 row.unread = row.request.sampler(logits[place : place + 1])
-        if likeliest is not None and all(map(_is_plain, rows)):
+        if likeliest is not None and all(is_plain):
             return likeliest
         return mx.concatenate([row.unread.token for row in rows if row.unread is not None])
 
@@ -246,10 +247,3 @@ class Scheduler:
         most = self._columns(max(row.request.max_tokens for row in joining) + max(lengths) - 1)
         columns = max([most, *(row.columns for row in self._rows)])
         return count <= self._max_rows and count * columns <= self._max_columns
-
-
-def _is_plain(row: _Row) -> bool:
-    """Whether the row's next token is the likeliest one, and nothing else is asked of it."""
-    p = row.request.sampler.params
-    adjusts = p.logit_bias or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
-    return p.is_greedy and p.logprobs is None and not adjusts

@@ -138,7 +138,8 @@ class Mixtral:
         """Continue ``prompt``: text, sent as it is after BOS, or token ids, sent as they are.
 
         Args:
-            options: max_tokens, sampling, stop, stop_token_ids, cancelled, on_prefill, speculation: see ``GenerationOptions``.
+            options: max_tokens, sampling, stop, stop_token_ids, cancelled, on_prefill, logits_processors, speculation: see
+                ``GenerationOptions``.
 
         Raises:
             InvalidRequestError: an empty prompt, a token id or an argument out of range.
