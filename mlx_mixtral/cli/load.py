@@ -30,6 +30,7 @@ class LoadedModel:
 def load_model(source: str | Path, options: LoadOptions | None = None) -> LoadedModel:
     """``mlx_mixtral.load``, with bars on stderr when that is a terminal."""
     options = options or LoadOptions()
+    _ = options.overrides.checked  # before anything is downloaded
     folder = fetch(str(source), revision=options.revision)
     started = time.perf_counter()
     with byte_progress("loading") as show:

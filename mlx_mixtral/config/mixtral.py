@@ -15,9 +15,9 @@ from typing import Any
 
 from mlx_mixtral.arguments import is_integer, is_number
 from mlx_mixtral.config.quantization import QuantizationConfig
-from mlx_mixtral.config.rope import RopeConfig
+from mlx_mixtral.config.rope import EXTENDING_KINDS, MAX_CONTEXT_TOKENS, RopeConfig
 from mlx_mixtral.config.supported import refuse_contradiction, refuse_unsupported, shown
-from mlx_mixtral.errors import CheckpointError, ConfigError
+from mlx_mixtral.errors import CheckpointError, ConfigError, ContextLengthError
 from mlx_mixtral.files import read_json
 
 __all__ = ["MixtralConfig", "stop_ids"]
@@ -37,7 +37,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
 }
 # Counts from a stranger's file are bounded before anything is enumerated by them; real models are far below.
 _MAX = {"num_hidden_layers": 1024, "num_local_experts": 1024, "num_experts_per_tok": 1024}
-_MAX_OTHER = 2**24
+_MAX_OTHER = MAX_CONTEXT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,23 @@ class MixtralConfig:
     def is_dense(self) -> bool:
         """Whether the model has no router: one feed-forward network a layer."""
         return self.architecture != "mixtral"
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Tokens a sequence may have: ``max_position_embeddings``, or what rope scaling makes of it."""
+        return max(self.max_position_embeddings, self.rope.max_context_tokens)
+
+    def check_context(self, context: int) -> None:
+        """Raise ContextLengthError for more tokens than a sequence may have."""
+        own = self.max_context_tokens
+        if context <= own:
+            return
+        kind = self.rope.kind if self.rope.kind in EXTENDING_KINDS else "yarn"
+        factor = -(-context // self.rope.original)
+        raise ContextLengthError(
+            f"context is {context}; the model's own is {own} tokens: give no more, or stretch it with --rope-scaling "
+            f"{kind}={factor} (rope_scaling= in Python) if you know that it bears it"
+        )
 
     def kv_bytes_per_token(self, item_bytes: int = 2) -> int:
         """Bytes of keys and values one token leaves in all layers, at ``item_bytes`` a number."""

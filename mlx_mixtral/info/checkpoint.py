@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_mixtral.config.layout import FIELDS, locate, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.overrides import ConfigOverrides
 from mlx_mixtral.errors import CheckpointError, MissingDependencyError, MixtralError, TokenizerError
 from mlx_mixtral.files import read_json
 from mlx_mixtral.info.estimate import PARTS, bytes_per_token
@@ -24,7 +25,9 @@ __all__ = ["checkpoint_report"]
 KINDS = {"SentencePieceTokenizer": "SentencePiece", "JsonTokenizer": "tokenizer.json"}
 
 
-def checkpoint_report(folder: Path, chips: Sequence[Chip], *, downloaded: bool = False) -> dict[str, Any]:
+def checkpoint_report(
+    folder: Path, chips: Sequence[Chip], *, downloaded: bool = False, overrides: ConfigOverrides | None = None
+) -> dict[str, Any]:
     """All that ``info FOLDER`` shows, as ``--json`` prints it.
 
     Of a repository (``downloaded``) only the small files are fetched: unless its weights are in the hub's cache already,
@@ -34,7 +37,7 @@ def checkpoint_report(folder: Path, chips: Sequence[Chip], *, downloaded: bool =
     Raises:
         CheckpointError, ConfigError: the folder has no configuration, or one of another architecture.
     """
-    config = MixtralConfig.from_folder(folder)
+    config = (overrides or ConfigOverrides()).apply(MixtralConfig.from_folder(folder))
     report: dict[str, Any] = {
         **facts_of(config),
         "kv_cache": kv_cache(config),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,6 +13,7 @@ from mlx_mixtral.arguments import as_path, check_callbacks
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.options import DEFAULT_SINKS, KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.overrides import ConfigOverrides, settings_of
 from mlx_mixtral.errors import DtypeRangeError, InvalidRequestError, MissingDependencyError, TokenizerError
 from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.residency import Residency
@@ -62,6 +64,9 @@ def load(
     kv_size: int | None = None,
     kv_sinks: int = DEFAULT_SINKS,
     prefix_cache: str | int | None = None,
+    experts_per_token: int | None = None,
+    rope_scaling: str | Mapping[str, Any] | None = None,
+    rope_theta: float | None = None,
     progress: Callable[[LoadProgress], None] | None = None,
 ) -> Mixtral:
     """Load a model from a folder or a hub repository.
@@ -91,6 +96,12 @@ def load(
             like one of them is computed from where it differs. When None 1 GB where no budget binds; under a budget that of the
             last generation alone, in the memory reserved for the next. 0 keeps none. What is given here comes on top of
             ``memory``.
+        experts_per_token: experts each token goes through, in place of the checkpoint's own number: fewer are faster, and
+            budgets and predictions follow. It was trained with its own number.
+        rope_scaling: longer contexts than the checkpoint declares: "yarn=4", "linear=2" or "dynamic=2" stretch the one it was
+            pretrained with by the factor, in place of its own scaling; or a mapping as ``rope_scaling`` in config.json.
+        rope_theta: base of the rotary embedding in place of the checkpoint's; without ``rope_scaling`` ``context`` may then be
+            any.
         progress: told the bytes read so far, from this thread.
 
     Raises:
@@ -106,6 +117,7 @@ def load(
     check_callbacks(progress=progress)
     place = current_device(device)
     kind = compute_dtype(dtype, place)
+    overrides = ConfigOverrides(experts_per_token, rope_scaling, rope_theta)
     control, _ = PrefetchControl(prefetch), make_policy(policy)
     kv = KVOptions(kv_bits, kv_size, kv_sinks)
     kept = prefix_cache if prefix_cache is None else 0 if prefix_cache in (0, "0") else parse_size(prefix_cache)
@@ -113,7 +125,8 @@ def load(
     check_sizes(folder)
     if verify:
         check_files(folder)
-    config = MixtralConfig.from_folder(folder)
+    own_config = MixtralConfig.from_folder(folder)
+    config = overrides.apply(own_config, context)
     checkpoint = Checkpoint(folder)
     tokenizer: Tokenizer | TokenizerError
     try:
@@ -143,6 +156,7 @@ def load(
             allocate=builder.bank,
             identity=lambda: checkpoint_identity(folder),
             prefix_cache=kept,
+            settings=settings_of(config, own_config),
         )
         return Mixtral(engine, tokenizer)
     raise AssertionError("bfloat16 has the range of float32")

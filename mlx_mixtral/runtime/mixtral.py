@@ -66,7 +66,7 @@ class Mixtral:
 
     @property
     def config(self) -> MixtralConfig:
-        """What ``config.json`` says."""
+        """What ``config.json`` says, and what ``load`` was told in its place."""
         return self.engine.config
 
     @property
@@ -138,7 +138,8 @@ class Mixtral:
         """Continue ``prompt``: text, sent as it is after BOS, or token ids, sent as they are.
 
         Args:
-            options: max_tokens, sampling, stop, stop_token_ids, cancelled, on_prefill, speculation: see ``GenerationOptions``.
+            options: max_tokens, sampling, stop, stop_token_ids, cancelled, on_prefill, logits_processors, speculation: see
+                ``GenerationOptions``.
 
         Raises:
             InvalidRequestError: an empty prompt, a token id or an argument out of range.

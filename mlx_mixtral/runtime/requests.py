@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from mlx_mixtral.arguments import check_callbacks, check_integer, check_type
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError, TokenizerError
+from mlx_mixtral.generation.processors import LogitsProcessor, check_processors
 from mlx_mixtral.generation.request import PieceOf, Request, Speculation
 from mlx_mixtral.generation.sampling import Sampler, SamplingParams
 from mlx_mixtral.generation.stop import StopStrings
 from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.stream import TextAssembler
 from mlx_mixtral.tokenizer import Tokenizer
+from mlx_mixtral.tokenizer.breakers import completing_sequences
 
 __all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Requests", "TextRequest"]
 
@@ -41,6 +43,10 @@ class GenerationOptions(TypedDict, total=False):
     """Asked after every token; True ends the generation with ``finish_reason`` "cancelled"."""
     on_prefill: Callable[[int, int], None] | None
     """Told ``(done, total)`` prompt tokens while the prompt is computed."""
+    logits_processors: Sequence[LogitsProcessor] | Sequence[Sequence[LogitsProcessor]] | None
+    """Functions called for every token with the ids so far ``[n]`` (int32, prompt first) and the logits ``[V]`` (float32, after
+    penalties), which return other logits; one after the other. They may be called for tokens that are then not taken, so what
+    they return should follow from what they are given. For a batch also a list of them for each prompt."""
     speculation: Speculation | None
     """Propose tokens by ``PromptLookup`` or ``DraftModel`` and verify several at once; the text stays what it is without."""
 
@@ -62,6 +68,7 @@ class Requests:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | TokenizerError) -> None:
         self._engine, self._tokenizer = engine, tokenizer
+        self._known_breakers: tuple[tuple[str, ...], frozenset[tuple[int, ...]]] | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -85,6 +92,7 @@ class Requests:
         stop_token_ids: Sequence[int] = (),
         cancelled: Callable[[], bool] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        logits_processors: Sequence[Any] | None = None,
         speculation: Speculation | None = None,
         is_answer: bool = False,
     ) -> TextRequest:
@@ -110,20 +118,59 @@ class Requests:
             stop_ids |= own.eos_token_ids
         if speculation is not None:
             speculation.check(engine, self.piece_of)
-        sampler = Sampler(sampling or SamplingParams(), tokens, engine.vocab_size)
+        sampler = self._sampler(sampling or SamplingParams(), tokens, stop_ids, check_processors(logits_processors))
         decoder = None if own is None else own.streaming_decoder(continues=not is_answer)
         text = TextAssembler(decoder, limit, frozenset(stop_ids), stops, cancelled)
         return TextRequest(Request(tokens, limit, sampler, speculation, on_prefill), text)
+
+    def _sampler(
+        self, params: SamplingParams, tokens: list[int], stop_ids: Set[int], processors: Sequence[LogitsProcessor]
+    ) -> Sampler:
+        own = None if isinstance(self._tokenizer, Exception) else self._tokenizer
+        special, breakers = set(stop_ids), frozenset[tuple[int, ...]]()
+        if params.xtc_probability and own is not None:
+            special |= set(own.encode("\n", bos=False))
+        if params.repels and params.dry_sequence_breakers:
+            breakers = self._breakers(tuple(params.dry_sequence_breakers))
+        return Sampler(
+            params,
+            tokens,
+            self._engine.vocab_size,
+            xtc_special_tokens=special,
+            dry_breakers=breakers,
+            processors=processors,
+        )
+
+    def _breakers(self, texts: tuple[str, ...]) -> frozenset[tuple[int, ...]]:
+        """Looks at the whole vocabulary: once for the same texts."""
+        if self._known_breakers is None or self._known_breakers[0] != texts:
+            try:
+                self._known_breakers = (texts, completing_sequences(self.tokenizer, texts))
+            except TokenizerError as error:
+                raise TokenizerError(
+                    f"dry_sequence_breakers are texts: give none, () or none on the command line; {error}"
+                ) from None
+        return self._known_breakers[1]
 
     def batch(self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions) -> list[TextRequest]:
         """A request for each of ``prompts``; an error names the prompt it is about by its number, from 0."""
         check_type("prompts", prompts, (list, tuple), "a list of texts, or of lists of token ids")
         if options.get("speculation") is not None:
             raise InvalidRequestError("speculation is for one text at a time; leave it out for a batch")
+        processors = options.get("logits_processors")
+        is_listed = isinstance(processors, list | tuple) and any(isinstance(each, list | tuple) for each in processors)
+        if is_listed and processors is not None and len(processors) != len(prompts):
+            raise InvalidRequestError(
+                f"logits_processors has {len(processors)} lists for {len(prompts)} prompts; give one for each, or functions for "
+                "all of them"
+            )
         requests = []
         for index, prompt in enumerate(prompts):
+            own = GenerationOptions(**options)
+            if is_listed and processors is not None:
+                own["logits_processors"] = processors[index]  # type: ignore[typeddict-item]
             try:
-                requests.append(self.request(self.prompt(prompt), **options))
+                requests.append(self.request(self.prompt(prompt), **own))
             except (InvalidRequestError, ContextLengthError) as error:
                 raise type(error)(f"prompt {index}: {error}") from None
         return requests

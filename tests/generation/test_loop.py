@@ -28,13 +28,13 @@ class Watched:
         self.is_streamed, self.counters = model.is_streamed, model.counters
         self.min_prompt_tokens = model.min_prompt_tokens
 
-    def hidden(self, tokens: mx.array, cache: Any, *, last_only: bool = False) -> mx.array:
+    def hidden(self, tokens: mx.array, cache: Any, *, last_only: bool = False, total: int = 0) -> mx.array:
         self.events.append(("forward", tokens.shape[1]))
-        return self.model.hidden(tokens, cache, last_only=last_only)
+        return self.model.hidden(tokens, cache, last_only=last_only, total=total)
 
-    def remember(self, tokens: mx.array, cache: Any) -> None:
+    def remember(self, tokens: mx.array, cache: Any, *, total: int = 0) -> None:
         self.events.append(("forward", tokens.shape[1]))
-        self.model.remember(tokens, cache)
+        self.model.remember(tokens, cache, total=total)
 
     def step(self, tokens: mx.array, cache: Any) -> mx.array:
         self.events += [("forward", tokens.shape[1]), ("head", 1)]

@@ -91,7 +91,7 @@ def calibrate(
         if recorded is not None:
             _check_trace(recorded, config)
         tokenizer = load_tokenizer(tensors.folder, vocab_size=config.vocab_size)
-        ids = sequences(tokenizer, written, tokens, config.max_position_embeddings)
+        ids = sequences(tokenizer, written, tokens, config.max_context_tokens)
         _check_ends(tensors)
         walk = Walk(tensors, ids)
         few = max(1, min(len(ids), SENSITIVITY_TOKENS // ids.shape[1]))

@@ -45,7 +45,7 @@ def chat(given: ChatOptions) -> None:
     if reader.is_terminal:
         config = loaded.model.config
         note(
-            f"{one_line(given.model)}: {format_bytes(loaded.model.nbytes)}, context {config.max_position_embeddings} tokens, "
+            f"{one_line(given.model)}: {format_bytes(loaded.model.nbytes)}, context {config.max_context_tokens} tokens, "
             f"format {loaded.model.tokenizer.chat_format}. /help for help, Ctrl-D to leave."
         )
     while True:

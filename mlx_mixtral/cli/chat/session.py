@@ -59,7 +59,7 @@ class Session:
             TokenizerError: the model cannot chat.
         """
         used = len(self.model.tokenizer.encode_chat([*self.conversation.messages, {"role": "user", "content": "Hi"}]))
-        if used >= (limit := self.model.config.max_position_embeddings):
+        if used >= (limit := self.model.config.max_context_tokens):
             raise ContextLengthError(
                 f"the system prompt alone takes {used} tokens, and the context holds {limit}; give a shorter --system"
             )
@@ -98,7 +98,7 @@ class Session:
         except ContextLengthError:
             used = len(self.model.tokenizer.encode_chat(talk.messages))
             talk.undo()
-            limit = self.model.config.max_position_embeddings
+            limit = self.model.config.max_context_tokens
             note(
                 f"error: the conversation would have {used} tokens and the context holds {limit}; this message was not "
                 "sent: /reset starts over, /undo forgets the last exchange"
@@ -153,7 +153,7 @@ class Session:
 
     def _stats(self, _: str) -> None:
         turns = self.conversation.messages
-        limit = self.model.config.max_position_embeddings
+        limit = self.model.config.max_context_tokens
         asked = [*turns, {"role": "user", "content": ""}] if turns else []
         used = len(self.model.tokenizer.encode_chat(asked)) if asked else 0
         note(f"{len(turns)} messages, {used} of {limit} tokens of context")
