@@ -30,6 +30,7 @@ _GGUF_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 _SMALL = (
     "config.json", "generation_config.json", "params.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "tokenizer.model*", "chat_template.*", "conversion.json", "LICENSE*",
+    "hf_quant_config.json",
 )  # fmt: skip
 _INDEX = "model.safetensors.index.json"
 # Weights that the converter reads besides: of the first kind that a repository has, all files.

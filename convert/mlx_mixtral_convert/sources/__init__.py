@@ -17,13 +17,14 @@ from mlx_mixtral_convert.sources.base import (
     main_dtype,
     matrix_bytes,
     small_files,
+    source_notes,
     tensor_place,
 )
 from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
 
 __all__ = [
     "KINDS", "GeneratedFiles", "PackedSource", "SourceFiles", "Storage", "TensorSource",
-    "detect", "main_dtype", "matrix_bytes", "open_source", "small_files", "tensor_place",
+    "detect", "main_dtype", "matrix_bytes", "open_source", "small_files", "source_notes", "tensor_place",
 ]  # fmt: skip
 
 # Kind -> the module that reads it and its class, asked in this order. A module has ``detect(storage) -> bool``, which looks at
@@ -34,6 +35,9 @@ KINDS: dict[str, tuple[str, str]] = {
     "awq": ("packed.awq", "AwqSource"),
     "gptq": ("packed.gptq", "GptqSource"),
     "fp8": ("packed.fp8", "Fp8Source"),
+    "compressed-tensors": ("packed.compressed", "CompressedSource"),
+    "modelopt": ("packed.modelopt", "ModelOptSource"),
+    "bitsandbytes": ("packed.bitsandbytes", "BitsAndBytesSource"),
     "hf-bin": ("torch.hf_bin", "TorchSource"),
     "native": ("native", "NativeSource"),
     "hf": ("hf", "HuggingFaceSource"),

@@ -23,7 +23,7 @@ from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = [
     "GeneratedFiles", "PackedSource", "SourceFiles", "TensorSource", "main_dtype", "matrix_bytes", "small_files",
-    "tensor_place",
+    "source_notes", "tensor_place",
 ]  # fmt: skip
 
 
@@ -142,6 +142,11 @@ def small_files(source: TensorSource) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in found}
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+
+
+def source_notes(source: TensorSource) -> tuple[str, ...]:
+    """Sentences about what a source has that the result will not."""
+    return tuple(getattr(source, "notes", ()))
 
 
 def matrix_bytes(source: TensorSource, matrix: Matrix) -> int:

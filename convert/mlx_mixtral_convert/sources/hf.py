@@ -21,11 +21,19 @@ from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.base import SourceFiles
 from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint, StoredReader
 from mlx_mixtral_convert.sources.storage.local import Storage
+from mlx_mixtral_convert.sources.unsupported import unsupported_method
 
 __all__ = ["HuggingFaceSource", "check_float", "detect"]
 
 # Old checkpoints store the rotary frequencies, which follow from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Scales for keys and values (and queries, and probabilities) in 8 or 4 bits, under all names in use: the attention's own, those of
+# a module in it (attn, k_proj, a fused qkv_proj), AMD's output scales, ModelOpt's quantisers.
+_CACHE_SCALE = re.compile(
+    r"model\.layers\.\d+\.self_attn\.(?:\w+\.)*"
+    r"(?:(?:[qkv]|kv|qkv|p|prob|softmax|attn)(?:_proj|_cache|_output)*_(?:scale|scale_inv|zero_point|global_scale|amax)"
+    r"|(?:[qkv]|kv|softmax)_bmm_quantizer\.\w+|output_scale|output_zero_point)"
+)
 
 
 def detect(storage: Storage) -> bool:
@@ -60,6 +68,7 @@ class HuggingFaceSource:
         self._reader = StoredReader(storage)
         self._matrices = {matrix.path: self._find(matrix) for matrix in matrices(self.config)}
         self._norms = {norm.path: self._find_norm(norm) for norm in norms(self.config)}
+        self.notes: tuple[str, ...] = ()
         self._refuse_leftovers()
         self.files = SourceFiles(storage, self.checkpoint.files)
 
@@ -152,8 +161,15 @@ class HuggingFaceSource:
         used = self._used()
         if self.config.tie_word_embeddings:
             used.add("lm_head.weight")
-        for name in sorted(set(self.checkpoint) - used):
-            if not _DERIVED.fullmatch(name):
+        left = sorted(set(self.checkpoint) - used)
+        scales = [name for name in left if _CACHE_SCALE.fullmatch(name)]
+        if scales:
+            self.notes = (
+                f"{len(scales)} scales for a quantised KV cache ({scales[0]!r} is the first) are left out: here the cache chooses "
+                "its own, with --kv-bits",
+            )
+        for name in left:
+            if not _DERIVED.fullmatch(name) and name not in scales:
                 info = self.checkpoint[name]
                 raise CheckpointError(
                     f"{info.file}: tensor {info.name!r} has no place in the model config.json describes; "
@@ -168,11 +184,7 @@ def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:
         )
     foreign = entries.get("quantization_config") or entries.get("compression_config")
     if isinstance(foreign, Mapping):
-        # As text a terminal can be given: control characters escaped.
-        method = repr(str(foreign.get("quant_method", "an unnamed method"))[:40])[1:-1]
-        raise ConversionError(
-            f"{path}: the weights are quantised with {method}, which is not supported; convert from the original"
-        )
+        raise ConversionError(f"{path}: {unsupported_method(foreign)}")
 
 
 def check_float(info: TensorInfo) -> None:

@@ -71,10 +71,10 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "gptq, 8 bits": ("gptq", GPTQ | {"bits": 8}, grouped_packer(gptq, 64, 8)),
     "gptq, 2 bits": ("gptq", GPTQ | {"bits": 2}, grouped_packer(gptq, 64, 2)),
     "gptq, act-order": ("gptq", GPTQ | {"desc_act": True}, grouped_packer(gptq, 32, act_order=True)),
-    "fp8, a scale a row": ("fp8", FP8, lambda _, weight: fp8(weight, (len(weight), 1))),
-    "fp8, a vector of scales": ("fp8", FP8, lambda _, weight: fp8(weight, (len(weight),), np.float16)),
+    "fp8, a scale a row": ("compressed-tensors", FP8, lambda _, weight: fp8(weight, (len(weight), 1))),
+    "fp8, a vector of scales": ("compressed-tensors", FP8, lambda _, weight: fp8(weight, (len(weight),), np.float16)),
     "fp8, one scale": ("fp8", {"quant_method": "fp8"}, lambda _, weight: fp8(weight, ())),
-    "fp8, one scale in a list": ("fp8", FP8, lambda _, weight: fp8(weight, (1,), np.float16)),
+    "fp8, one scale in a list": ("compressed-tensors", FP8, lambda _, weight: fp8(weight, (1,), np.float16)),
     "fbgemm": ("fp8", {"quant_method": "fbgemm_fp8"}, lambda _, weight: fp8(weight, (len(weight), 1))),
 }  # fmt: skip
 
@@ -213,10 +213,10 @@ BAD: list[tuple[str, dict[str, Any], type[MixtralError], str]] = [
     ("gptq", {"g_idx": np.full(256, 4, np.int32)}, CheckpointError, "names group 4"),
     ("gptq", {"g_idx": np.full(256, -1, np.int32)}, CheckpointError, "below 0; there are 4"),
     ("gptq", {"g_idx": np.zeros(255, np.int32)}, CheckpointError, r"g_idx' has shape \[255\]"),
-    ("fp8, one scale", {"weight_scale": np.ones((2, 2), np.float32)}, CheckpointError, r"has shape \[2, 2\]; one number"),
+    ("fp8, one scale", {"weight_scale": np.ones((2, 3), np.float32)}, CheckpointError, r"has shape \[2, 3\]; one number"),
     ("fp8, one scale", {"weight_scale": None}, CheckpointError, "w2.weight' has dtype F8_E4M3"),
     ("fp8, one scale", {"weight": np.full((128, 256), 127, np.uint8)}, NonFiniteWeightsError, "holds NaN"),
-    ("fp8, one scale", {"weight": np.ones((128, 256), np.float16)}, CheckpointError, "has dtype F16; F8_E4M3 was expected"),
+    ("fp8, one scale", {"weight": np.ones((128, 256), np.float16)}, CheckpointError, "has dtype F16; F8_E4M3, F8_E5M2, I8 was expected"),
 ]  # fmt: skip
 
 
@@ -241,9 +241,19 @@ def test_damaged_modules_are_named(
         ({"quant_method": "awq"}, "AWQ with bits = None"),
         (GPTQ | {"bits": 3}, "GPTQ with 3 bits is not supported; 2 or 4 or 8"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
-        (FP8 | {"format": "pack-quantized"}, "format 'pack-quantized' is not supported"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "a scale for each block"),
-        ({"quant_method": "bitsandbytes"}, "quantised with bitsandbytes"),
+        (FP8 | {"format": "marlin-24"}, "format 'marlin-24' is not supported; float-quantized, int-quantized"),
+        (FP8 | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "format 'sparse-24-bitmask' is not supported"),
+        (FP8 | {"transform_config": {"config_groups": {"u": {}}}}, "the weights are rotated"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]; two numbers"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "ModelOpt's 'W4A8_AWQ' is not supported; FP8"),
+        ({"quant_method": "hqq"}, r"quantised with hqq \(HQQ: .*call model.dequantize\(\), save that"),
+        ({"quant_method": "quanto"}, r"quantised with quanto \(.*convert from the original"),
+        ({"quant_method": "torchao"}, r"quantised with torchao \(.*convert from the original"),
+        ({"quant_method": "exl2"}, r"quantised with exl2 \(EXL2: .*--fit mixes bits here"),
+        ({"quant_method": "aqlm"}, r"quantised with aqlm \(.*--recipe experts-2bit"),
+        ({"quant_method": "eetq"}, r"quantised with eetq \(.*--bits 8"),
+        ({"quant_method": "higgs"}, r"quantised with higgs \("),
+        ({"quant_method": "a\nb"}, r"quantised with a\\nb, which is not supported; convert from the original"),
     ],
 )
 def test_variants_that_are_not_read_are_named(tmp_path: Path, entry: dict[str, Any], match: str) -> None:

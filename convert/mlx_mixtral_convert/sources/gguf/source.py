@@ -18,7 +18,7 @@ from mlx_mixtral.config.layout import Field, Matrix, Norm, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConfigError
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
-from mlx_mixtral_convert.packing.transcode import AFFINE, transcode
+from mlx_mixtral_convert.packing.transcode import AFFINE, MICROFLOATS, transcode, transcode_floats
 from mlx_mixtral_convert.packing.values import NativePacking, Values
 from mlx_mixtral_convert.sources.base import SourceFiles, tensor_place
 from mlx_mixtral_convert.sources.gguf.config import hf_entries
@@ -123,7 +123,10 @@ class GgufSource:
         path, number, raw = self._fetched
         if (path, number) != (matrix.path, expert):
             raw = self._raw(matrix, expert)
-        return transcode(raw, AFFINE[part.tensor.kind.name], tensor_place(self, matrix, expert))
+        kind, place = part.tensor.kind.name, tensor_place(self, matrix, expert)
+        if (floats := MICROFLOATS.get(kind)) is not None:
+            return transcode_floats(raw, floats, place)
+        return transcode(raw, AFFINE[kind], place)
 
     def small_files(self) -> dict[str, bytes]:
         """Tokenizer, its settings and the chat template out of the keys; a licence that lies in the model's own folder."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.arguments import is_integer
-from mlx_mixtral.config.layout import Field, Matrix
+from mlx_mixtral.config.layout import Field, Matrix, Rows
 from mlx_mixtral.config.quantization import AFFINE_GROUP_SIZES, QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.weights.dtypes import convert
@@ -40,8 +40,8 @@ class GroupedSource(PackedModules):
         ConversionError: a number of bits or a variant that is not read here.
     """
 
-    packed = "qweight"
-    fields = ("qweight", "qzeros", "scales", "g_idx", "bias")
+    packed = ("qweight",)
+    fields: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx", "bias")
     method: str
     allowed_bits: tuple[int, ...]
 
@@ -68,8 +68,8 @@ class GroupedSource(PackedModules):
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         """One expert's integers, the scales, and ``-zero * scale`` as biases, groups cut to a size MLX has."""
-        module = self._matrices[matrix.path][expert].name.removesuffix(".weight")
-        spec = self._packing(module, matrix).spec
+        rows = self._matrices[matrix.path][expert]
+        module, spec = self._module(rows), self._packing(rows, matrix).spec
         inputs = matrix.in_features
         scales, zeros = self._scales(module), self._zeros(module)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -83,8 +83,8 @@ class GroupedSource(PackedModules):
             packed[field] = np.repeat(grouped[field].T, self._group(inputs) // spec.group_size, axis=1)
         return packed
 
-    def _decode(self, module: str, out: Floats) -> None:
-        inputs = out.shape[1]
+    def _decode(self, rows: Rows, out: Floats) -> None:
+        module, inputs = self._module(rows), out.shape[1]
         words, groups = self._rows(module), self._groups(module, inputs)
         scales, zeros = (np.ascontiguousarray(values.T) for values in (self._scales(module), self._zeros(module)))
         in_order = np.array_equal(groups, self._in_order(inputs))
@@ -101,7 +101,8 @@ class GroupedSource(PackedModules):
             with np.errstate(over="ignore", invalid="ignore"):
                 values *= scale
 
-    def _packing(self, module: str, matrix: Matrix) -> NativePacking:
+    def _packing(self, rows: Rows, matrix: Matrix) -> NativePacking:
+        module = self._module(rows)
         name = f"{self.method} {self.bits}-bit g{self._group(matrix.in_features)}"
         fitting = [g for g in AFFINE_GROUP_SIZES if self._group(matrix.in_features) % g == 0]
         plain = np.array_equal(self._groups(module, matrix.in_features), self._in_order(matrix.in_features))
@@ -109,7 +110,10 @@ class GroupedSource(PackedModules):
             return NativePacking(QuantizationSpec(self.bits, max(fitting)), True, name)
         return NativePacking(QuantizationSpec(8, 32), False, name if plain else f"{name}, act-order")
 
-    def _check(self, module: str, matrix: Matrix) -> None:
+    def _check(self, rows: Rows, matrix: Matrix) -> None:
+        module = self._module(rows)
+        if rows.of != matrix.out_features:
+            raise CheckpointError(f"{self.path}: module {module!r} has all experts in one, which is not supported")
         group = self._group(matrix.in_features)
         if matrix.in_features % group or matrix.in_features % 32 or matrix.out_features * self.bits % 32:
             raise CheckpointError(
@@ -122,6 +126,12 @@ class GroupedSource(PackedModules):
         self._expect(f"{module}.scales", (groups, matrix.out_features), ("F16", "BF16", "F32"))
         if f"{module}.g_idx" in self.checkpoint:
             self._expect(f"{module}.g_idx", (matrix.in_features,), ("I32", "U32"))
+
+    def _used(self) -> set[str]:
+        return super()._used() | {f"{module}.{field}" for module in self._modules for field in self.fields}
+
+    def _main(self, rows: Rows) -> str:
+        return f"{self._module(rows)}.qweight"
 
     def _words(self, matrix: Matrix) -> tuple[int, int]:
         """Shape of ``qweight``."""

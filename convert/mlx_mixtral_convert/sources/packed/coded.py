@@ -1,0 +1,92 @@
+"""Folders whose modules say by their tensors how they are packed: FP8, compressed-tensors, ModelOpt and bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+
+from mlx_mixtral.config.layout import Field, Matrix, Rows
+from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral_convert.packing.values import NativePacking
+from mlx_mixtral_convert.sources.base import tensor_place
+from mlx_mixtral_convert.sources.packed.codecs.lookup import ByteRowCodec, LookupCodec
+from mlx_mixtral_convert.sources.packed.codecs.microfloats import MicrofloatCodec
+from mlx_mixtral_convert.sources.packed.codecs.module import Codec, Module
+from mlx_mixtral_convert.sources.packed.codecs.scaled import ScaledCodec
+from mlx_mixtral_convert.sources.packed.modules import Floats, PackedModules
+from mlx_mixtral_convert.sources.storage.local import Storage
+
+__all__ = ["CodedModules"]
+
+# What serves activations: it changes nothing where they are not quantised.
+_ACTIVATIONS = (
+    "input_scale", "input_scale_ub", "input_zero_point", "input_global_scale", "input_g_idx", "activation_scale",
+    "activation_scale_ub", "output_scale", "output_zero_point",
+)  # fmt: skip
+
+
+class CodedModules(PackedModules):
+    """A folder that may mix ways of packing: each module gets the codec its tensors call for.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape or type.
+        ConversionError: a way of packing that is not read here.
+    """
+
+    packed = ("weight_packed", "weight_scale", "weight_scale_inv", "SCB", "weight.absmax")
+
+    def __init__(self, storage: Storage) -> None:
+        self._codecs: dict[tuple[str, int], Codec] = {}
+        super().__init__(storage)
+
+    def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
+        rows = self._matrices[matrix.path][expert]
+        return self._codecs[self._key(rows)].packed(tensor_place(self, matrix, expert))
+
+    def _codec(self, module: Module, matrix: Matrix) -> Codec:
+        """The codec for the tensors a module has."""
+        if module.has("weight.absmax"):
+            return LookupCodec(module, matrix)
+        if module.has("SCB"):
+            return ByteRowCodec(module, matrix)
+        if module.has("weight_packed") or module.dtype("weight") == "U8":
+            return MicrofloatCodec(module, matrix)
+        return ScaledCodec(module, matrix, self._blocks)
+
+    @property
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Rows and columns of blocks that share a scale, where the configuration names such."""
+        return []
+
+    def _check(self, rows: Rows, matrix: Matrix) -> None:
+        module = Module(self._module(rows), rows, self.checkpoint, self._reader)
+        self._codecs[self._key(rows)] = self._codec(module, matrix)
+
+    def _decode(self, rows: Rows, out: Floats) -> None:
+        self._codecs[self._key(rows)].decode(out)
+
+    def _packing(self, rows: Rows, matrix: Matrix) -> NativePacking:
+        return self._codecs[self._key(rows)].packing()
+
+    def _key(self, rows: Rows) -> tuple[str, int]:
+        return self._module(rows), rows.start
+
+    def _main(self, rows: Rows) -> str:
+        codec = self._codecs[self._key(rows)]
+        return codec.module.tensor(codec.codes)
+
+    def _used(self) -> set[str]:
+        used = super()._used()
+        for codec in self._codecs.values():
+            used |= {codec.module.tensor(field) for field in (*codec.fields, *_ACTIVATIONS)}
+            self._refuse_bias(codec.module)
+            used.add(codec.module.tensor("bias"))
+        return used
+
+    def _refuse_bias(self, module: Module) -> None:
+        if module.has("bias") and module.whole("bias").any():
+            info = self.checkpoint[module.tensor("bias")]
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name!r} is a bias that is not zero; the model has no place for it"
+            )
