@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.arguments import is_integer, is_number
+from mlx_mixtral.config.folder import refuse_adapter, refuse_foreign
 from mlx_mixtral.config.quantization import QuantizationConfig
 from mlx_mixtral.config.rope import RopeConfig
 from mlx_mixtral.config.supported import refuse_contradiction, refuse_unsupported, shown
@@ -125,10 +126,8 @@ class MixtralConfig:
             return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
         if (folder / "params.json").is_file():
             return cls.from_params(read_json(folder / "params.json"))
-        if any(folder.glob("*.gguf")):
-            raise CheckpointError(
-                f"{folder} holds a GGUF file, which has to be converted first: mlx-mixtral convert {folder} DEST"
-            )
+        refuse_adapter(folder)
+        refuse_foreign((path.name for path in folder.glob("*") if path.is_file()), folder)
         raise CheckpointError(f"{folder} is not a checkpoint: it has neither config.json nor params.json")
 
     @classmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import cast
 
+from mlx_mixtral.config.folder import refuse_adapter
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral_convert.sources.base import (
     GeneratedFiles,
@@ -19,6 +20,7 @@ from mlx_mixtral_convert.sources.base import (
     small_files,
     tensor_place,
 )
+from mlx_mixtral_convert.sources.storage.file import refuse_pointer
 from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
 
 __all__ = [
@@ -54,8 +56,11 @@ def detect(place: Path | Storage) -> str:
     for kind in KINDS if place.named is None else _ONE_FILE:
         if _module(kind).detect(place):
             return kind
+    for file in place.glob("*.gguf") if place.named is None else [place.named]:
+        refuse_pointer(place, file)
     if place.named is not None or not place.folder.is_dir():
         raise CheckpointError(f"{place.path} is not a checkpoint that can be converted")
+    refuse_adapter(place.folder)
     found = [file.name for file in place.glob("*")][:4]
     raise CheckpointError(
         f"{place.path} is not a checkpoint that can be converted: there is no config.json"

@@ -25,9 +25,9 @@ from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.row_order import part_halves, rotary_heads
-from mlx_mixtral_convert.sources.storage.file import read_header
+from mlx_mixtral_convert.sources.storage.file import StoredTensor, read_header
 from mlx_mixtral_convert.sources.storage.local import Storage
-from mlx_mixtral_convert.sources.torch.files import StoredTensor, read_torch
+from mlx_mixtral_convert.sources.torch.files import read_torch
 from mlx_mixtral_convert.sources.torch.hf_bin import TorchSource
 
 __all__ = ["NativeSource", "detect", "hugging_face_entries"]
