@@ -32,6 +32,7 @@ __all__ = [
 # content and reads little; the class takes a storage and is a TensorSource.
 KINDS: dict[str, tuple[str, str]] = {
     "gguf": ("gguf.source", "GgufSource"),
+    "npz": ("npz", "NpzSource"),
     "mlx": ("mlx", "MlxSource"),
     "awq": ("packed.awq", "AwqSource"),
     "gptq": ("packed.gptq", "GptqSource"),

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, Norm, Rows, hf_name, locate, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import mlx_entry
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
@@ -162,7 +163,7 @@ class HuggingFaceSource:
 
 
 def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:
-    if isinstance(entries.get("quantization"), Mapping):
+    if mlx_entry(entries) is not None:
         raise ConversionError(
             f"{path} is an MLX checkpoint that is quantised already; convert from the unquantised original"
         )

@@ -34,7 +34,7 @@ __all__ = ["GgufSource", "detect"]
 
 Bytes = npt.NDArray[np.uint8]
 
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 
 
 def detect(storage: Storage) -> bool:
