@@ -23,8 +23,10 @@ from mlx_mixtral_convert.sources.base import SourceFiles
 from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint, StoredReader
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["HuggingFaceSource", "check_float", "detect"]
+__all__ = ["SETTINGS", "HuggingFaceSource", "check_float", "detect", "missing_settings"]
 
+SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""The file a packing tool writes its settings to, by itself, and the method it means where it names none."""
 # Old checkpoints store the rotary frequencies, which follow from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -106,11 +108,13 @@ class HuggingFaceSource:
         self._reader.read(info, memoryview(raw), skip_bytes)  # type: ignore[arg-type]
 
     def _find(self, matrix: Matrix) -> list[Rows]:
+        found = locate(matrix, "weight", self.checkpoint)
+        if found is None and any(name.endswith(".qweight") for name in self.checkpoint):
+            raise missing_settings(self.path)
         if locate(matrix, "scales", self.checkpoint) is not None:
             raise ConversionError(
                 f"{self.path}: {matrix.path} is quantised already (it has scales); convert from the unquantised original"
             )
-        found = locate(matrix, "weight", self.checkpoint)
         if found is None:
             raise CheckpointError(f"{self.path}: tensor {self._missing(matrix)!r} is missing")
         for rows in found:
@@ -174,6 +178,14 @@ def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:
         raise ConversionError(
             f"{path}: the weights are quantised with {method}, which is not supported; convert from the original"
         )
+
+
+def missing_settings(path: Path) -> ConversionError:
+    """The error for packed weights of which nothing says how."""
+    return ConversionError(
+        f"{path}: the weights are packed by GPTQ or AWQ, and nothing says how: neither quantization_config in config.json, nor "
+        f"{' or '.join(SETTINGS)}; put that file beside them, from where they were published"
+    )
 
 
 def check_float(info: TensorInfo) -> None:
