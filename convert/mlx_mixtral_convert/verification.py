@@ -129,8 +129,8 @@ def _tensor_problems(folder: Path) -> Iterator[Problem | None]:
     builder = Builder(MixtralConfig.from_folder(folder), checkpoint, "F32")
     nan_codes = dict(_nan_codes(builder))
     with CheckpointReader(checkpoint) as reader:
-        for info in checkpoint.values():
-            is_sound = _is_sound(reader, info, nan_codes.get(info.name, ()))
+        for name, info in checkpoint.items():
+            is_sound = _is_sound(reader, info, nan_codes.get(name, ()))
             yield None if is_sound else Problem(info.name, f"holds NaN or infinity, in {info.file.name}")
 
 

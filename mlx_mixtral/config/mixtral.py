@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.arguments import is_integer, is_number
-from mlx_mixtral.config.quantization import QuantizationConfig
+from mlx_mixtral.config.folder import must_convert, refuse_adapter, refuse_foreign
+from mlx_mixtral.config.quantization import QuantizationConfig, mlx_entry
 from mlx_mixtral.config.rope import EXTENDING_KINDS, MAX_CONTEXT_TOKENS, RopeConfig
 from mlx_mixtral.config.supported import refuse_contradiction, refuse_unsupported, shown
 from mlx_mixtral.errors import CheckpointError, ConfigError, ContextLengthError
@@ -135,6 +136,8 @@ class MixtralConfig:
         """
         if (folder / "config.json").is_file():
             entries = read_json(folder / "config.json")
+            if "dim" in entries and "hidden_size" not in entries:
+                raise must_convert(folder, "the settings of MLX's first examples", "config.json")
             config, generation = cls.from_hf(entries), folder / "generation_config.json"
             if not generation.is_file():
                 return config
@@ -142,10 +145,8 @@ class MixtralConfig:
             return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
         if (folder / "params.json").is_file():
             return cls.from_params(read_json(folder / "params.json"))
-        if any(folder.glob("*.gguf")):
-            raise CheckpointError(
-                f"{folder} holds a GGUF file, which has to be converted first: mlx-mixtral convert {folder} DEST"
-            )
+        refuse_adapter(folder)
+        refuse_foreign((path.name for path in folder.glob("*") if path.is_file()), folder)
         raise CheckpointError(f"{folder} is not a checkpoint: it has neither config.json nor params.json")
 
     @classmethod
@@ -175,7 +176,7 @@ class MixtralConfig:
         mixture = architecture == "mixtral"
         experts = get.optional_integer("num_local_experts", get.optional_integer("num_experts", 8)) if mixture else 1
         context = get.optional_integer("max_position_embeddings", family["max_position_embeddings"])
-        quantization = entries.get("quantization")
+        quantization = mlx_entry(entries)
         return cls(
             architecture=architecture,
             hidden_size=hidden,
@@ -194,7 +195,7 @@ class MixtralConfig:
             tie_word_embeddings=get.flag("tie_word_embeddings"),
             bos_token_id=get.optional_integer("bos_token_id", None),
             eos_token_ids=_token_ids(entries.get("eos_token_id"), "config"),
-            quantization=QuantizationConfig.from_dict(quantization) if isinstance(quantization, Mapping) else None,
+            quantization=None if quantization is None else QuantizationConfig.from_dict(quantization),
             source=dict(entries),
         )
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import ConfigError
 
-__all__ = ["AFFINE_BITS", "AFFINE_GROUP_SIZES", "MODES", "QuantizationConfig", "QuantizationSpec"]
+__all__ = ["AFFINE_BITS", "AFFINE_GROUP_SIZES", "MODES", "QuantizationConfig", "QuantizationSpec", "mlx_entry"]
 
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 
@@ -108,6 +108,21 @@ class QuantizationSpec:
 
     def __str__(self) -> str:
         return f"{self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
+
+
+def mlx_entry(entries: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What ``config.json`` says of MLX's packing: ``quantization``, or ``quantization_config`` alone where that is MLX's.
+
+    The hub's pages read the second key, and other libraries write it: theirs name a method or have settings of their own.
+    """
+    if isinstance(entry := entries.get("quantization"), Mapping):
+        return entry
+    entry = entries.get("quantization_config")
+    if not isinstance(entry, Mapping) or not {"bits", "group_size"} <= set(entry):
+        return None
+    own = {"bits", "group_size", "mode"} | ({"quant_method"} if entry.get("quant_method") == "mlx" else set())
+    others = (key for key, value in entry.items() if key not in own and not isinstance(value, Mapping))
+    return entry if all("." in key or key == "lm_head" for key in others) else None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_mixtral.config.quantization import mlx_entry
 from mlx_mixtral.errors import ConfigError
 
 __all__ = ["ARCHITECTURES", "refuse_contradiction", "refuse_unsupported", "shown"]
@@ -69,7 +70,7 @@ def refuse_unsupported(entries: Mapping[str, Any]) -> None:
         if value is not None and value not in neutral:
             raise ConfigError(f"config.json: {key} = {shown(value)} changes the computation and is not supported")
     foreign = entries.get("quantization_config")
-    if isinstance(foreign, Mapping) and "quant_method" in foreign and "quantization" not in entries:
+    if isinstance(foreign, Mapping) and "quant_method" in foreign and mlx_entry(entries) is None:
         raise ConfigError(
             f"config.json: weights are quantised with {foreign['quant_method']!r}; only MLX quantisation runs here: "
             "convert them first, with mlx-mixtral convert"

@@ -70,7 +70,7 @@ def _weights(config: MixtralConfig, checkpoint: Checkpoint, chips: Sequence[Chip
                     part.formats[str(spec) if spec else DTYPE_NAMES[info.dtype]] = None
     for norm in norms(config):
         info = checkpoint[f"{norm.path}.weight"]
-        used.add(info.name)
+        used.add(f"{norm.path}.weight")
         parts["norms"].add(norm.size, info.nbytes, DTYPE_NAMES[info.dtype])
     named = {file.name for file in checkpoint.files}
     return {

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlx_mixtral.errors import TokenizerError
+from mlx_mixtral.files import POINTER_FIX, is_pointer
 from mlx_mixtral.tokenizer.base import ChatFormat, Tokenizer
 from mlx_mixtral.tokenizer.chat.native import MistralV1, MistralV3, NoChat
 from mlx_mixtral.tokenizer.chat.template import JinjaChat, is_mistral_template
@@ -68,6 +69,8 @@ def _load_spm(path: Path, settings: Settings) -> Tokenizer:
         data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read ({error})") from error
+    if is_pointer(data):
+        raise TokenizerError(f"{path} {POINTER_FIX}")
     model = SentencePieceModel(data, special, source=str(path))
     tokens = {token.token_id: token for token in model.control_tokens()} | dict(settings.added)
     markers = Markers(tokens.values())

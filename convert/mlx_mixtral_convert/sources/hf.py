@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, Norm, Rows, hf_name, locate, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import mlx_entry
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
@@ -23,8 +24,10 @@ from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint, StoredRea
 from mlx_mixtral_convert.sources.storage.local import Storage
 from mlx_mixtral_convert.sources.unsupported import unsupported_method
 
-__all__ = ["HuggingFaceSource", "check_float", "detect"]
+__all__ = ["SETTINGS", "HuggingFaceSource", "check_float", "detect", "missing_settings"]
 
+SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""The file a packing tool writes its settings to, by itself, and the method it means where it names none."""
 # Old checkpoints store the rotary frequencies, which follow from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 # Scales for keys and values (and queries, and probabilities) in 8 or 4 bits, under all names in use: the attention's own, those of
@@ -114,11 +117,13 @@ class HuggingFaceSource:
         self._reader.read(info, memoryview(raw), skip_bytes)  # type: ignore[arg-type]
 
     def _find(self, matrix: Matrix) -> list[Rows]:
+        found = locate(matrix, "weight", self.checkpoint)
+        if found is None and any(name.endswith(".qweight") for name in self.checkpoint):
+            raise missing_settings(self.path)
         if locate(matrix, "scales", self.checkpoint) is not None:
             raise ConversionError(
                 f"{self.path}: {matrix.path} is quantised already (it has scales); convert from the unquantised original"
             )
-        found = locate(matrix, "weight", self.checkpoint)
         if found is None:
             raise CheckpointError(f"{self.path}: tensor {self._missing(matrix)!r} is missing")
         for rows in found:
@@ -178,13 +183,21 @@ class HuggingFaceSource:
 
 
 def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:
-    if isinstance(entries.get("quantization"), Mapping):
+    if mlx_entry(entries) is not None:
         raise ConversionError(
             f"{path} is an MLX checkpoint that is quantised already; convert from the unquantised original"
         )
     foreign = entries.get("quantization_config") or entries.get("compression_config")
     if isinstance(foreign, Mapping):
         raise ConversionError(f"{path}: {unsupported_method(foreign)}")
+
+
+def missing_settings(path: Path) -> ConversionError:
+    """The error for packed weights of which nothing says how."""
+    return ConversionError(
+        f"{path}: the weights are packed by GPTQ or AWQ, and nothing says how: neither quantization_config in config.json, nor "
+        f"{' or '.join(SETTINGS)}; put that file beside them, from where they were published"
+    )
 
 
 def check_float(info: TensorInfo) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, Rows, fields_of, locate, matrices
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.config.quantization import QuantizationSpec
+from mlx_mixtral.config.quantization import QuantizationSpec, mlx_entry
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
@@ -30,9 +30,9 @@ __all__ = ["MlxSource", "detect"]
 
 
 def detect(storage: Storage) -> bool:
-    """Whether the configuration has MLX's ``quantization`` entry."""
+    """Whether the configuration says that MLX packed the weights."""
     config = storage.folder / "config.json"
-    return config.is_file() and isinstance(read_json(config).get("quantization"), Mapping)
+    return config.is_file() and mlx_entry(read_json(config)) is not None
 
 
 class MlxSource(HuggingFaceSource):
@@ -43,9 +43,12 @@ class MlxSource(HuggingFaceSource):
         ConfigError: config.json describes another architecture, or a packing the tensors do not have.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        entries = read_json(storage.folder / "config.json")
-        config, checkpoint = MixtralConfig.from_hf(entries), StoredCheckpoint(storage)
+    def __init__(
+        self, storage: Storage, checkpoint: Checkpoint | None = None, entries: Mapping[str, Any] | None = None
+    ) -> None:
+        entries = read_json(storage.folder / "config.json") if entries is None else entries
+        checkpoint = StoredCheckpoint(storage) if checkpoint is None else checkpoint
+        config = MixtralConfig.from_hf(entries)
         # What the runtime takes the tensors for.
         self._specs = {matrix.path: packing_of(matrix, config.quantization, checkpoint) for matrix in matrices(config)}
         self._parts: dict[str, dict[Field, list[Rows]]] = {}

@@ -147,14 +147,6 @@ def test_experts_of_different_types_are_named(tmp_path: Path) -> None:
     refused(path, CheckpointError, r"'blk\.0\.ffn_up\.0\.weight' is Q8_0, 'blk\.0\.ffn_up\.3\.weight' is Q4_0")
 
 
-def test_rotary_factors_other_than_one_are_refused(tmp_path: Path) -> None:
-    def add(value: float) -> Callable[[dict[str, Any]], None]:
-        return lambda tensors: tensors.update({"rope_freqs.weight": np.full(16, value, np.float32)})
-
-    refused(made(tmp_path / "m.gguf", add(8.0)), ConfigError, "'rope_freqs.weight' scales the rotary frequencies")
-    convert(made(tmp_path / "ones.gguf", add(1.0)), tmp_path / "out", exact=True)
-
-
 @pytest.mark.parametrize(("keys", "match"), [
     (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "rope.scaling.type = 'longrope'"),
     (lambda w: w.add_uint32("llama.attention.value_length", 16), "value_length is 16"),

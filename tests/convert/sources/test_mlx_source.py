@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
+from mlx_mixtral import load
 from mlx_mixtral.config.layout import matrices
-from mlx_mixtral.config.quantization import QuantizationSpec
+from mlx_mixtral.config.quantization import QuantizationSpec, mlx_entry
 from mlx_mixtral.errors import CheckpointError, ConfigError, ConversionError
 from mlx_mixtral_convert import Recipe, convert
 from mlx_mixtral_convert.sources import detect, open_source
@@ -101,6 +102,24 @@ def test_a_folder_of_mlx_lm_is_read(
     theirs = load_model(folder)[0]
     theirs.set_dtype(mx.float32)
     np.testing.assert_allclose(np.array(load_model(tmp_path / "out")[0](tokens)), np.array(theirs(tokens)), atol=1e-4)
+
+
+@pytest.mark.parametrize("extra", [{}, {"quant_method": "mlx"}])
+def test_a_folder_that_says_how_it_is_packed_to_others_only_is_read(tmp_path: Path, extra: dict[str, str]) -> None:
+    convert(make_checkpoint(tmp_path / "source"), tmp_path / "packed", recipe=RECIPES[-1].values[0])
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    config["quantization_config"] = config.pop("quantization") | extra
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    assert detect(tmp_path / "packed") == "mlx"
+    convert(tmp_path / "packed", tmp_path / "out", recipe=Recipe(bits=None), dtype="float32")
+    tokens = [1, 5, 9, 33, 2, 60]
+    with load(tmp_path / "packed") as packed, load(tmp_path / "out") as plain:
+        np.testing.assert_allclose(packed.logits(tokens), plain.logits(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("entry", [{"desc_act": False}, {"zero_point": True}, {"quant_method": "gptq"}, {"sym": False}])
+def test_settings_of_another_library_are_not_taken_for_mlxs(entry: dict[str, Any]) -> None:
+    assert mlx_entry({"quantization_config": {"bits": 4, "group_size": 64} | entry}) is None
 
 
 def apart(packed: Path, folder: Path) -> Path:

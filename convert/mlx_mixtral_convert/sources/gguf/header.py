@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral_convert.sources.gguf.types import TYPES, GgufTensor, GgufType
+from mlx_mixtral_convert.sources.storage.file import refuse_pointer
 from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = ["MAGIC", "GgufHeader", "LocatedTensor", "is_gguf", "read_header"]
@@ -66,6 +67,7 @@ def read_header(path: Path, storage: Storage) -> GgufHeader:
         CheckpointError: not GGUF, another version or byte order, truncated, absurd counts, or a type not known here.
     """
     try:
+        refuse_pointer(storage, path)
         with storage.open(path) as file:
             return _Head(path, file, storage.look(path)[0]).read()
     except OSError as error:

@@ -25,6 +25,7 @@ from mlx_mixtral_convert.sources.gguf.config import hf_entries
 from mlx_mixtral_convert.sources.gguf.files import check_split, gguf_files, model_files
 from mlx_mixtral_convert.sources.gguf.header import LocatedTensor, is_gguf, read_header
 from mlx_mixtral_convert.sources.gguf.names import gguf_name
+from mlx_mixtral_convert.sources.gguf.rope import ROPE_TENSORS
 from mlx_mixtral_convert.sources.gguf.types import dequantize, native_packing
 from mlx_mixtral_convert.sources.gguf.vocabulary import tokenizer_files
 from mlx_mixtral_convert.sources.row_order import part_halves, rotary_heads
@@ -34,7 +35,8 @@ __all__ = ["GgufSource", "detect"]
 
 Bytes = npt.NDArray[np.uint8]
 
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+MAX_ROPE_BYTES = 2**16
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 
 
 def detect(storage: Storage) -> bool:
@@ -78,9 +80,16 @@ class GgufSource:
                 self._tensors[name] = tensor
         embedding = self._tensor("token_embd.weight")
         tied = "output.weight" not in self._tensors
-        self.entries: Mapping[str, Any] = hf_entries(self._head, embedding.rows, tied=tied)
-        self.config = MixtralConfig.from_hf(self.entries)
         self._used: set[str] = set()
+        rope = self._rope_tensors()
+        self.entries: Mapping[str, Any] = hf_entries(self._head, embedding.rows, tied=tied, rope_tensors=rope)
+        self.config = MixtralConfig.from_hf(self.entries)
+        for name, factors in rope.items():
+            if factors.size != self.config.head_dim // 2:
+                raise CheckpointError(
+                    f"{self.path}: tensor '{name}.weight' has {factors.size} values; the configuration calls for "
+                    f"{self.config.head_dim // 2}"
+                )
         self._parts = {matrix.path: self._find(matrix) for matrix in matrices(self.config)}
         self._norms = {norm.path: self._find_norm(norm) for norm in norms(self.config)}
         self._fetched = "", 0, np.empty((0, 0), np.uint8)
@@ -196,16 +205,28 @@ class GgufSource:
         self._used.add(name)
         return tensor
 
+    def _rope_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
+        """What rotary frequencies are divided by, by tensor: old files have one a layer, all alike."""
+        found: dict[str, npt.NDArray[np.float32]] = {}
+        for name, tensor in self._tensors.items():
+            if (kind := name.removesuffix(".weight").rpartition(".")[2]) not in ROPE_TENSORS:
+                continue
+            if tensor.kind.name != "F32" or len(tensor.shape) != 1 or tensor.nbytes > MAX_ROPE_BYTES:
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {name!r} is {tensor.kind.name} {list(tensor.shape)}; a divisor for each rotary "
+                    "frequency was expected, in F32"
+                )
+            factors = self._pread(tensor, 0, np.empty(tensor.nbytes, np.uint8)).view(np.float32)
+            if not np.array_equal(found.setdefault(kind, factors), factors, equal_nan=True):
+                raise ConfigError(
+                    f"{tensor.file}: tensor {name!r} differs from that of another layer; layers rotate alike here"
+                )
+            self._used.add(name)
+        return found
+
     def _refuse_leftovers(self) -> None:
         for name in sorted(set(self._tensors) - self._used):
             tensor = self._tensors[name]
-            if name.endswith("rope_freqs.weight") and tensor.kind.name == "F32":
-                raw = self._pread(tensor, 0, np.empty(min(tensor.nbytes, 2**20), np.uint8))
-                if (raw.view(np.float32) == 1).all():
-                    continue
-                raise ConfigError(
-                    f"{tensor.file}: tensor {name!r} scales the rotary frequencies, which is not supported"
-                )
             # Old files store the rotary frequencies, which follow from the configuration.
             if not name.endswith(".attn_rot_embd"):
                 raise CheckpointError(

@@ -16,7 +16,9 @@ from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.packing.measure import row_blocks, unpack
 from mlx_mixtral_convert.packing.values import NativePacking
 from mlx_mixtral_convert.sources.base import tensor_place
+from mlx_mixtral_convert.sources.hf import missing_settings
 from mlx_mixtral_convert.sources.packed.modules import Floats, PackedModules, packing_entry
+from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint
 from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = ["GroupedSource", "fields_of_words"]
@@ -48,13 +50,8 @@ class GroupedSource(PackedModules):
     def __init__(self, storage: Storage) -> None:
         entry = packing_entry(storage)
         if not entry:
-            raise ConversionError(
-                f"{storage.path} is not a {self.method} folder: its config.json has no quantization_config; leave out the "
-                "source kind to have it found"
-            )
-        self.bits, self.group_size = (
-            self._number(storage, entry, *names) for names in (("bits", "w_bit"), ("group_size", "q_group_size"))
-        )
+            raise self._unknown(storage)
+        self.bits, self.group_size = (self._number(storage, entry, name) for name in ("bits", "group_size"))
         if self.bits not in self.allowed_bits:
             allowed = " or ".join(map(str, self.allowed_bits))
             raise ConversionError(
@@ -167,10 +164,19 @@ class GroupedSource(PackedModules):
                 f"{self.checkpoint[name].file}: tensor {name!r} is a bias that is not zero; the model has no place for it"
             )
 
-    def _number(self, storage: Storage, entry: Any, *names: str) -> int:
-        value = next((entry[name] for name in names if name in entry), None)
+    def _unknown(self, storage: Storage) -> ConversionError:
+        """The error for a folder without settings, which this kind was asked to read."""
+        if any(name.endswith(f".{self.packed}") for name in StoredCheckpoint(storage)):
+            return missing_settings(storage.path)
+        return ConversionError(
+            f"{storage.path} is not a {self.method} folder: no tensor is called NAME.{self.packed}, and there are no settings; "
+            "convert it without a kind"
+        )
+
+    def _number(self, storage: Storage, entry: Any, name: str) -> int:
+        value = entry.get(name)
         if not is_integer(value):
             raise ConversionError(
-                f"{storage.path}: {self.method} with {names[0]} = {value!r} is not supported; it must be an integer"
+                f"{storage.path}: {self.method} with {name} = {value!r} is not supported; it must be an integer"
             )
         return value

@@ -16,7 +16,7 @@ from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import NativePacking, Values
-from mlx_mixtral_convert.sources.hf import HuggingFaceSource, check_float
+from mlx_mixtral_convert.sources.hf import SETTINGS, HuggingFaceSource, check_float
 from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = ["PackedModules", "packing_entry"]
@@ -25,17 +25,31 @@ Floats = npt.NDArray[np.float32]
 MODELOPT = "hf_quant_config.json"
 
 
+# What AutoAWQ and GPTQModel call settings that others call by the second name.
+_SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size", "method": "quant_method"}
+
+
 def packing_entry(storage: Storage) -> Mapping[str, Any]:
-    """``quantization_config`` of config.json (or its older spelling), or what ModelOpt keeps apart; empty where there is none."""
-    config = storage.folder / "config.json"
-    if not config.is_file():
-        return {}
-    entries = read_json(config)
-    entry = entries.get("quantization_config") or entries.get("compression_config")
-    if isinstance(entry, Mapping) and entry:
-        return entry
+    """How a folder's weights are packed: ``quantization_config`` of config.json (or its older spelling), and what the tool's
+    own file beside it adds. Empty where there is neither.
+    """
+    config, found = storage.folder / "config.json", dict[str, Any]()
+    for name, method in SETTINGS.items():
+        if (storage.folder / name).is_file():
+            settings = _spelled(read_json(storage.folder / name))
+            found |= {"quant_method": "awq" if "zero_point" in settings else method} | settings
+    if config.is_file():
+        entries = read_json(config)
+        entry = entries.get("quantization_config") or entries.get("compression_config")
+        found |= _spelled(entry) if isinstance(entry, Mapping) else {}
     apart = storage.folder / MODELOPT
-    return {"quant_method": "modelopt", **read_json(apart)} if apart.is_file() else {}
+    if not found and apart.is_file():
+        return {"quant_method": "modelopt", **read_json(apart)}
+    return found
+
+
+def _spelled(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {_SPELLINGS.get(key, key): value for key, value in entry.items() if value is not None}
 
 
 class PackedModules(HuggingFaceSource):

@@ -18,7 +18,7 @@ from mlx_mixtral_convert.sources.storage.ranges import Listing, RangeReader, lis
 
 __all__ = ["RemoteStorage", "open_remote"]
 
-WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt")
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".npz")
 # Most heads are shorter: one request then brings all of one. GGUF's have the tokenizer inside.
 HEAD_BYTES, GGUF_HEAD_BYTES = 2**17, 2**20
 # A packed matrix of 8x22B, so that one that is read in small parts comes in one piece; several connections share it.
