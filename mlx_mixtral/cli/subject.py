@@ -45,7 +45,8 @@ class Subject:
         CheckpointError, ConfigError, HubError, TokenizerError: it cannot be found or read.
     """
 
-    def __init__(self, source: str, revision: str | None) -> None:
+    def __init__(self, source: str, revision: str | None, kind: str | None = None) -> None:
+        self._kind = kind
         self.folder = fetch(source, revision=revision)
         self.name = self.folder.resolve().name if Path(source).exists() else source
         self.config = MixtralConfig.from_folder(self.folder)
@@ -53,7 +54,7 @@ class Subject:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         eos = self.config.eos_token_ids
-        return load_tokenizer(self.folder, vocab_size=self.config.vocab_size, eos_token_ids=eos)
+        return load_tokenizer(self.folder, vocab_size=self.config.vocab_size, eos_token_ids=eos, kind=self._kind)
 
     @cached_property
     def identity(self) -> str:

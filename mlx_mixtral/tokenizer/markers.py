@@ -52,6 +52,10 @@ class Markers:
         if tail:
             yield tail
 
+    def within(self, text: str) -> list[AddedToken]:
+        """The markers that a text spells anywhere, overlapping ones too."""
+        return [token for content, token in self.by_content.items() if content in text]
+
     def sequence(self, text: str) -> list[str]:
         """The markers of a text, in order."""
         return [part.content for part in self.split(text) if isinstance(part, AddedToken)]

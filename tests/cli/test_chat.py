@@ -154,7 +154,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(spawn: Spawn, tiny: Pat
 
 
 def test_ctrl_c_while_waiting_for_piped_input_or_loading_ends_with_130(spawn: Spawn, tiny: Path) -> None:
-    process = spawn("chat", tiny, "-n", 4)
+    process = spawn("chat", tiny, "-n", 4, "--chat-template", "mistral-v1")
     assert process.stdin is not None
     assert process.stderr is not None
     process.stdin.write(b"Hello\n")

@@ -9,6 +9,7 @@ from mlx_mixtral.config.mixtral import MixtralConfig, stop_ids
 from mlx_mixtral.errors import CheckpointError, MissingDependencyError, TokenizerError
 from mlx_mixtral.files import parse_json
 from mlx_mixtral.tokenizer.sentencepiece import SentencePieceModel
+from mlx_mixtral.tokenizer.settings import Settings
 
 __all__ = ["check_stop_ids", "check_vocabulary", "tokenizer_notes"]
 
@@ -47,7 +48,7 @@ def tokenizer_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:
     objects = [name for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json") if name in files]
     try:
         for name in models[:1]:
-            SentencePieceModel(files[name], (), source=name)
+            SentencePieceModel(files[name], Settings(), source=name)
         for name in objects:
             _check_object(name, files[name], needs_model=name == "tokenizer.json" and not models)
     except MissingDependencyError:
@@ -68,7 +69,7 @@ def _check_object(name: str, data: bytes, *, needs_model: bool) -> None:
 
 def _sentencepieces(name: str, data: bytes) -> int:
     try:
-        return SentencePieceModel(data, (), source=name).size
+        return SentencePieceModel(data, Settings(), source=name).size
     except TokenizerError:
         return 0
 

@@ -56,7 +56,7 @@ class BenchJob:
             mlx_lm_version()
         if loading.memory is not None:
             parse_size(loading.memory)
-        self.subject = Subject(given.model, loading.revision)
+        self.subject = Subject(given.model, loading.revision, loading.tokenizer)
         self.cases = self._plan(loading.context, wanted)
         if given.compare is not None:
             check_mlx_lm(self.subject.folder)

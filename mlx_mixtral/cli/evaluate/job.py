@@ -55,7 +55,7 @@ class EvaluationJob:
         if self.baseline.file is not None and (given.save_reference or given.top_k is not None):
             raise click.UsageError("--save-reference and --top-k make a reference; --reference names one that is made")
 
-        self.subject = Subject(given.model, given.loading.revision)
+        self.subject = Subject(given.model, given.loading.revision, given.loading.tokenizer)
         limit = self.subject.config.max_position_embeddings
         self.lengths = (given.lengths or default_lengths(limit)) if given.passkey else ()
         self.depths = DEFAULT_DEPTHS if given.depths is None else given.depths

@@ -48,7 +48,7 @@ class ReportJob:
         self.given, self.command, self.left_out = given, command, dict[str, str]()
         if not given.no_plots:
             _check_plotting()
-        self.subject = Subject(given.model, given.loading.revision)
+        self.subject = Subject(given.model, given.loading.revision, given.loading.tokenizer)
         place = f"{self.subject.name.rpartition('/')[2]}-report" if given.output is None else given.output
         self.folder = check_folder("--output", place, overwrite=given.overwrite, holds=(SECTION_FILE, "plots"))
         usual_bytes = QUICK_BYTES if given.quick else MAX_BYTES

@@ -40,7 +40,9 @@ class RoutingJob:
             check_plotting()
         self.record: RoutingRecord | None = None
         self.corpus: Corpus | None = None
-        self.subject = None if given.model is None else Subject(given.model, given.loading.revision)
+        self.subject = (
+            None if given.model is None else Subject(given.model, given.loading.revision, given.loading.tokenizer)
+        )
         if self.subject is not None and self.subject.config.is_dense:
             raise InvalidRequestError(f"{self.subject.name} is dense: it has no experts to choose from")
         if given.trace is not None:
