@@ -70,7 +70,7 @@ class Subject:
             what = f"{sizes[0]} tokens" if sizes[0] != sizes[1] else f"{sizes[0]} tokens too, but other pieces"
             raise InvalidRequestError(
                 f"reference {self.name} has another vocabulary: {what}, {other.name} has {sizes[1]}; distributions over "
-                "different tokens cannot be compared"
+                "different tokens cannot be compared: give the model this one was made from"
             )
         check_window(window, stride, self.config.max_position_embeddings)
 

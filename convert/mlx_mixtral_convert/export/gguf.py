@@ -204,8 +204,8 @@ def _notes(config: MixtralConfig, vocabulary: Vocabulary) -> Iterator[str]:
     window = config.sliding_window
     if window is not None and window < config.max_position_embeddings:
         yield f"the context is cut to {window} tokens: GGUF's llama architecture has no sliding window"
-    if lost := vocabulary.ends[2:]:
-        yield f"stop tokens {', '.join(map(str, lost))} are left out: GGUF has keys for three"
+    if lost := vocabulary.lost_ends:
+        yield f"generation will not stop at {', '.join(map(str, lost))}: GGUF has keys for three stop tokens"
     if not vocabulary.templates:
         yield "there is no chat template in the source, so that other programs will guess one"
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.mixtral import MixtralConfig, stop_ids
 from mlx_mixtral.errors import MissingDependencyError, TokenizerError
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral.tokenizer.markers import AddedToken
@@ -21,7 +21,8 @@ __all__ = ["Vocabulary", "read_vocabulary"]
 class Vocabulary:
     """Lists have one entry a token id; ``templates`` are jinja sources by name ("default", "tool_use").
 
-    ``ends`` are ids beside ``eos`` at which generation stops, the chat format's end of a turn first.
+    ``eot`` and ``eom`` are the ends of a turn and of a message in GGUF, where generation stops as at ``eos``; ``lost_ends`` are
+    further ids at which it should, and for which there are no keys.
     """
 
     tokens: list[str]
@@ -29,7 +30,9 @@ class Vocabulary:
     types: list[int]
     bos: int | None
     eos: int | None
-    ends: tuple[int, ...]
+    eot: int | None
+    eom: int | None
+    lost_ends: tuple[int, ...]
     pad: int | None
     unknown: int | None
     add_bos: bool
@@ -57,7 +60,8 @@ def read_vocabulary(folder: Path, config: MixtralConfig) -> Vocabulary:
     pieces, size = model.processor, config.vocab_size
     if model.size > size:
         raise TokenizerError(
-            f"{found[0]} has {model.size} pieces, but the model's vocab_size is {size}: it belongs to another model"
+            f"{found[0]} has {model.size} pieces, but the model's vocab_size is {size}: it belongs to another model; "
+            "put the tokenizer of this one into the folder"
         )
     tokens = [pieces.id_to_piece(i) for i in range(model.size)] + [f"[PAD{i}]" for i in range(model.size, size)]
     scores = [pieces.get_score(i) for i in range(model.size)] + [-10000.0] * (size - model.size)
@@ -69,15 +73,19 @@ def read_vocabulary(folder: Path, config: MixtralConfig) -> Vocabulary:
             tokens[token_id] = token.content
     _make_unique(tokens, types, settings.added)
     by_content = {content: token_id for token_id, content in reversed(list(enumerate(tokens)))}
-    eos = _first(by_content.get(settings.eos or ""), *config.eos_token_ids, pieces.eos_id())
-    ends = [i for i in dict.fromkeys((_end_of_turn(folder, config), *config.eos_token_ids)) if i not in (None, eos)]
+    name = "generation_config.json"
+    stops = (*config.eos_token_ids, *stop_ids(read_settings_file(folder / name), name, size))
+    eos = _first(by_content.get(settings.eos or ""), *stops, pieces.eos_id())
+    eot, eom, lost = _other_ends(eos, _end_of_turn(folder, config), [*stops, pieces.eos_id()])
     return Vocabulary(
         tokens,
         scores,
         types,
         bos=_first(by_content.get(settings.bos or ""), pieces.bos_id(), config.bos_token_id),
         eos=eos,
-        ends=tuple(i for i in ends if i is not None),
+        eot=eot,
+        eom=eom,
+        lost_ends=lost,
         pad=by_content.get(settings.pad or ""),
         unknown=_first(pieces.unk_id()),
         add_bos=settings.add_bos is not False,
@@ -115,6 +123,17 @@ def _make_unique(tokens: list[str], types: list[int], added: Mapping[int, AddedT
     for token_id, content in enumerate(tokens):
         if kept.setdefault(content, token_id) != token_id:
             tokens[token_id], types[token_id] = f"[PAD{token_id}]", UNUSED
+
+
+def _other_ends(
+    eos: int | None, end_of_turn: int | None, stops: Sequence[int]
+) -> tuple[int | None, int | None, tuple[int, ...]]:
+    """What stops beside EOS, in the two keys there are: a turn's end in its own, others where there is room."""
+    eot = None if end_of_turn == eos else end_of_turn
+    others = [token for token in dict.fromkeys(stops) if token >= 0 and token not in (eos, eot)]
+    eom = others.pop(0) if others else None
+    eot = others.pop(0) if others and eot is None else eot
+    return eot, eom, tuple(others)
 
 
 def _end_of_turn(folder: Path, config: MixtralConfig) -> int | None:
