@@ -35,9 +35,7 @@ DECLARED: dict[str, dict[str, Any]] = {
         "bos_token": "<|bos|>",
         "pad_token": "<|unk|>",
     },
-    "onto a spelling that another piece has": {
-        "added_tokens_decoder": {"12": declared("c"), "13": declared("ab", False)}
-    },
+    "onto a spelling that another piece has": {"added_tokens_decoder": {"12": declared("c"), "13": declared("ab")}},
     "beyond the pieces": {
         "eos_token": "</s>",
         "added_tokens_decoder": {
