@@ -229,6 +229,9 @@ class Mixtral:
                 "the checkpoint's chat template makes nothing of these messages; use generate instead"
             )
         options.setdefault("sampling", CHAT_SAMPLING)
+        if (end := self.tokenizer.end_of_turn_text) is not None:
+            given = options.get("stop", ())
+            options["stop"] = [end, *([given] if isinstance(given, str) else given)]
         return self._stream(self._requests.request(Prompt(tokens), is_answer=True, **options))
 
     def save_prompt(self, path: str | Path, prompt: str | Sequence[int], *, special: bool = True) -> None:

@@ -37,8 +37,8 @@ class ChatFormat(Protocol):
 
     def render(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> str: ...
 
-    def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
-        """The token after an answer, None where text ends it."""
+    def end_of_turn(self, tokenizer: Tokenizer) -> int | str | None:
+        """The token after an answer; text that looks like one and is none; None where there is neither."""
 
 
 class Tokenizer(ABC):
@@ -80,9 +80,18 @@ class Tokenizer(ABC):
         """Whether the chat format writes ids, and not a text with markers."""
         return self._chat.is_native
 
-    @cached_property
+    @property
     def end_of_turn(self) -> int | None:
         """Id of the marker that ends an answer in the chat format, None where text does."""
+        return self._end if isinstance(self._end, int) else None
+
+    @property
+    def end_of_turn_text(self) -> str | None:
+        """The marker that ends an answer where the vocabulary has no token for it."""
+        return self._end if isinstance(self._end, str) else None
+
+    @cached_property
+    def _end(self) -> int | str | None:
         return self._chat.end_of_turn(self)
 
     def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:

@@ -136,3 +136,16 @@ def test_a_chat_takes_stops_and_another_format(short: Path) -> None:
         load(short, chat_template="chatty")
     with pytest.raises(InvalidRequestError, match="tokenizer is 'spm'"):
         load(short, tokenizer="spm")
+
+
+def test_a_turns_end_that_is_only_text_ends_a_chat(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}{{ m.content }}<|halt|>{% endfor %}"
+    messages = [{"role": "user", "content": "Hello"}]
+    with load(short, chat_template=template) as model:
+        free = model.chat(messages, max_tokens=8, sampling=SamplingParams())
+        last = next(i for i in range(2, 8) if free.token_ids[i] not in free.token_ids[:i])
+        # As if the vocabulary spelled the marker by an ordinary piece.
+        monkeypatch.setitem(model.tokenizer._surfaces, free.token_ids[last], "<|halt|>")
+        reply = model.chat(messages, max_tokens=8, sampling=SamplingParams(), stop="never said")
+        assert reply.token_ids == free.token_ids[: last + 1]
+        assert (reply.text, reply.finish_reason) == (model.tokenizer.decode(reply.token_ids[:-1]), "stop")

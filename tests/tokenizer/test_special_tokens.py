@@ -172,6 +172,9 @@ def test_the_marker_after_an_answer_in_the_template_ends_a_generation(
     config = {"added_tokens_decoder": {str(4096 + i): token(name, special=True) for i, name in enumerate(names)}}
     loaded = open_folder(make_folder("tiny", tokenizer_config={**config, "chat_template": template}), vocab_size=4100)
     assert {loaded.id_to_piece(i) for i in loaded.eos_token_ids} == {"</s>", end or "</s>"}
+    # Without these tokens in the vocabulary the marker is text.
+    plain = open_folder(make_folder("tiny", tokenizer_config={"chat_template": template}))
+    assert (plain.eos_token_ids, plain.end_of_turn_text) == ({2}, None if end == "</s>" else end)
 
 
 def test_what_keeps_a_text_from_ending_is_a_note(make_folder: FolderMaker) -> None:

@@ -36,7 +36,7 @@ class _Native(ABC):
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None
     ) -> list[int]: ...
 
-    def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
+    def end_of_turn(self, tokenizer: Tokenizer) -> int | str | None:
         """EOS ends an answer."""
         return tokenizer.eos_token_id
 

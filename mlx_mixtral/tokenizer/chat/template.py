@@ -20,6 +20,7 @@ from mlx_mixtral.errors import ChatTemplateError, MissingDependencyError
 from mlx_mixtral.tokenizer.base import Message, Tokenizer, check_text
 from mlx_mixtral.tokenizer.chat.messages import check_messages
 from mlx_mixtral.tokenizer.markers import AddedToken, Markers
+from mlx_mixtral.tokenizer.sentencepiece_proto import MARKER_FORM
 
 __all__ = ["JinjaChat", "is_mistral_template"]
 
@@ -76,8 +77,9 @@ class JinjaChat:
         render, given = self._prepared(tokenizer, messages, None)
         return render(given)
 
-    def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
-        """The marker that the default template writes right after an answer, be it after blanks."""
+    def end_of_turn(self, tokenizer: Tokenizer) -> int | str | None:
+        """The marker that the default template writes right after an answer, be it after blanks; one that is no token of the
+        vocabulary as text."""
         asked, answered = {"role": "user", "content": "asked"}, {"role": "assistant", "content": "answered"}
         try:
             render, given = self._prepared(tokenizer, [asked, answered, asked], None)
@@ -85,9 +87,11 @@ class JinjaChat:
         except (ChatTemplateError, MissingDependencyError):
             return None
         for part, following in pairwise(parts):
-            if isinstance(part, str) and part.rstrip().endswith("answered"):
-                return following.token_id if isinstance(following, AddedToken) else None
-        return None
+            if isinstance(part, str) and part.rstrip().endswith("answered") and isinstance(following, AddedToken):
+                return following.token_id
+        written = "".join(part if isinstance(part, str) else part.content for part in parts)
+        found = MARKER_FORM.match(written.rpartition("answered")[2].lstrip())
+        return found.group() if found else None
 
     def _prepared(
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None
