@@ -10,7 +10,7 @@ from mlx_mixtral.errors import InvalidRequestError, TokenizerError
 from mlx_mixtral.tokenizer.agreement import disagreement, json_pieces
 from mlx_mixtral.tokenizer.base import Tokenizer
 from mlx_mixtral.tokenizer.chat.choice import ChatChoice, GivenTemplate, choose_chat_format
-from mlx_mixtral.tokenizer.markers import AddedToken, Markers
+from mlx_mixtral.tokenizer.markers import NAMED_FORM, AddedToken, Markers
 from mlx_mixtral.tokenizer.settings import Settings, read_settings
 
 __all__ = ["TOKENIZER_KINDS", "check_kind", "load_tokenizer"]
@@ -127,7 +127,7 @@ def _load_json(path: Path, settings: Settings, given: GivenTemplate | None) -> _
 def _named_pieces(settings: Settings) -> Iterator[AddedToken]:
     """Pieces of a tokenizer.json that a file names as special tokens and none declares as added ones."""
     for token_id, piece in json_pieces(settings.fast).items():
-        if piece in settings.named:
+        if piece in settings.named and NAMED_FORM.fullmatch(piece):
             yield replace(settings.named[piece], token_id=token_id)
 
 

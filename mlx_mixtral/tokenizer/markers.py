@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-__all__ = ["AddedToken", "Markers"]
+__all__ = ["NAMED_FORM", "AddedToken", "Markers"]
+
+NAMED_FORM = re.compile(r"[<\[].+[>\]]")
+"""A piece that a file only names (as `pad_token`, say) is a marker if it looks like one; a word stays a word."""
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from mlx_mixtral.errors import MissingDependencyError, TokenizerError
 from mlx_mixtral.tokenizer.base import ChatFormat, Tokenizer
-from mlx_mixtral.tokenizer.markers import AddedToken, Markers
+from mlx_mixtral.tokenizer.markers import NAMED_FORM, AddedToken, Markers
 from mlx_mixtral.tokenizer.sentencepiece_proto import retype_markers, without_dummy_prefix
 from mlx_mixtral.tokenizer.settings import Settings
 from mlx_mixtral.tokenizer.streaming import SPACE, PieceDecoder, Surface
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 __all__ = ["SentencePieceModel", "SentencePieceTokenizer"]
-
-_NAMED_FORM = re.compile(r"[<\[].+[>\]]")
-"""A piece that a file only names (as `pad_token`, say) is a marker if it looks like one; a word stays a word."""
 
 
 class SentencePieceModel:
@@ -40,7 +36,7 @@ class SentencePieceModel:
             )
         try:
             special = [token.content for token in settings.added.values() if token.special]
-            special += [content for content in settings.named if _NAMED_FORM.fullmatch(content)]
+            special += [content for content in settings.named if NAMED_FORM.fullmatch(content)]
             declared = {token_id: token.content for token_id, token in settings.added.items()}
             self.data, self.retyped = retype_markers(data, special, declared)
         except (ValueError, UnicodeDecodeError) as error:

@@ -141,6 +141,22 @@ def test_a_name_makes_a_piece_of_the_model_itself_a_marker(tmp_path: Path) -> No
     assert ours.decode([END, 4098]) == ""
 
 
+def test_a_name_makes_a_piece_of_a_tokenizer_json_a_marker_and_no_word(make_folder: FolderMaker) -> None:
+    slow = make_folder("tiny", tokenizer_config=LLAMA)
+    AutoTokenizer.from_pretrained(slow).save_pretrained(slow)
+    fast = json.loads((slow / "tokenizer.json").read_text("utf-8"))
+    fast["model"]["vocab"] |= ADDED
+    word = next(piece for piece in fast["model"]["vocab"] if len(piece) == 3 and piece.isalpha())
+    names = {"eos_token": "<|im_end|>", "pad_token": word, "extra_special_tokens": {"image_token": "<|im_start|>"}}
+    folder = make_folder(None, tokenizer=fast, special_tokens_map=names)
+    ours, theirs = open_folder(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.eos_token_id == theirs.eos_token_id == END
+    assert ours.encode("a<|im_end|>", bos=False, special=True) == theirs.encode("a<|im_end|>", add_special_tokens=False)
+    assert not {START, END} & set(ours.encode(CHAT_PROMPT))
+    assert ours.decode([END, START]) == ""
+    assert ours.decode(ours.encode(f"{word}x {word}")) == f"{word}x {word}"
+
+
 def test_text_does_not_become_a_piece_that_was_renamed(make_folder: FolderMaker) -> None:
     plain = open_folder(make_folder("tiny"))
     ids = plain.encode("hello the", bos=False)
