@@ -21,6 +21,8 @@ __all__ = [
     "RecordOptions",
     "SamplingOptions",
     "SpeculationOptions",
+    "StopOptions",
+    "chat_template_option",
     "device_option",
     "json_flag",
     "number_list",
@@ -94,6 +96,23 @@ def json_flag(help: str = "Print the result as JSON on stdout.") -> Any:
     return flag("--json", help)
 
 
+def check_chat_template(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Option callback: refused before any model is loaded."""
+    if value is not None:
+        from mlx_mixtral.tokenizer.chat.choice import given_template
+
+        given_template(value)
+    return value
+
+
+def chat_template_option() -> Any:
+    return option(
+        "--chat-template FILE|NAME",
+        "Chat format in place of the model's own: a file of jinja, or chatml, llama-3, mistral-v1, …",
+        callback=check_chat_template,
+    )
+
+
 def revision_option() -> Any:
     return option("--revision REV", "Branch, tag or commit of a hub repository.")
 
@@ -145,6 +164,11 @@ class LoadOptions:
     prefix_cache: str | None = option(
         "--prefix-cache SIZE", "What is kept of earlier prompts and answers; 0 keeps none.  [default: 1GB]"
     )
+    tokenizer: str | None = option(
+        "--tokenizer",
+        "Which file to read text with, where both are there.  [default: tokenizer.model]",
+        type=click.Choice(("model", "json")),
+    )
     kv_bits: int | None = option("--kv-bits 4|8|16", "Bits of the KV cache.  [default: those of the compute type]")
     kv_size: int | None = option("--kv-size N", "Most tokens a token sees; bounds the KV cache.  [default: all]")
     kv_sinks: int = option("--kv-sinks", "Of --kv-size, tokens kept from the start.", default=4)
@@ -168,7 +192,7 @@ class LoadOptions:
         """What changes the numbers a model gives."""
         found = {name: value for name, value in vars(self).items() if name == "dtype" or name.startswith("kv_")}
         found |= {name: value for name, value in vars(self.overrides).items() if value is not None}
-        return found if self.device is None else found | {"device": self.device}
+        return found | {name: value for name in ("device", "tokenizer") if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -215,6 +239,26 @@ class SamplingOptions:
         elif given["dry_sequence_breakers"] == ("none",):
             given["dry_sequence_breakers"] = ()
         return SamplingParams(**given, logprobs=logprobs)
+
+
+@dataclass(frozen=True)
+class StopOptions:
+    """What ends a generation beside the checkpoint's own end, named as in ``GenerationOptions``."""
+
+    stop: tuple[str, ...] = option(
+        "--stop TEXT",
+        "Text that ends the generation, or a control token as it is spelled; repeatable.",
+        multiple=True,
+    )
+    stop_token_ids: tuple[int, ...] = option(
+        "--stop-token-id ID", "Token that ends it; repeatable.", type=int, multiple=True
+    )
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for what can be refused before any model is loaded."""
+        from mlx_mixtral.generation.stop import StopStrings
+
+        StopStrings(self.stop)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,9 @@ def stats_line(stats: GenerationStats) -> str:
     decoded = plural(stats.tokens, "token")
     if stats.decode_tok_s:
         decoded += f", {rate(stats.decode_tok_s)}"
-    reused = f" ({stats.reused_tokens} known)" if stats.reused_tokens else ""
+    counts = ((stats.reused_tokens, "known"), (stats.prompt_special_tokens, "special"))
+    known = ", ".join(f"{count} {what}" for count, what in counts if count)
+    reused = f" ({known})" if known else ""
     line = (
         f"{stats.prompt_tokens} prompt tokens{reused}, {rate(stats.prompt_tok_s)} · {decoded} · "
         f"peak memory {format_bytes(stats.peak_memory_bytes)}"

@@ -49,6 +49,7 @@ class Subject:
     def __init__(self, source: str, loading: LoadOptions) -> None:
         overrides, self._overrides = loading.overrides.checked, loading.overrides
         self.folder = fetch(source, revision=loading.revision)
+        self._kind = loading.tokenizer
         self.name = self.folder.resolve().name if Path(source).exists() else source
         self._own_config = MixtralConfig.from_folder(self.folder)
         self.config = overrides.apply(self._own_config, loading.context)
@@ -56,7 +57,7 @@ class Subject:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         eos = self.config.eos_token_ids
-        return load_tokenizer(self.folder, vocab_size=self.config.vocab_size, eos_token_ids=eos)
+        return load_tokenizer(self.folder, vocab_size=self.config.vocab_size, eos_token_ids=eos, kind=self._kind)
 
     @cached_property
     def identity(self) -> str:
@@ -73,7 +74,7 @@ class Subject:
             what = f"{sizes[0]} tokens" if sizes[0] != sizes[1] else f"{sizes[0]} tokens too, but other pieces"
             raise InvalidRequestError(
                 f"reference {self.name} has another vocabulary: {what}, {other.name} has {sizes[1]}; distributions over "
-                "different tokens cannot be compared"
+                "different tokens cannot be compared: give the model this one was made from"
             )
         check_window(window, stride, self.config.max_context_tokens)
 

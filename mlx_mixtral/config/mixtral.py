@@ -316,4 +316,7 @@ def _token_ids(value: Any, where: str) -> tuple[int, ...]:
 def _check_ids(what: str, ids: tuple[int, ...], vocab_size: int) -> None:
     for token in ids:
         if not 0 <= token < vocab_size:
-            raise ConfigError(f"{what} is {token}; the vocabulary's ids go from 0 to {vocab_size - 1} (vocab_size)")
+            raise ConfigError(
+                f"{what} is {token}; the vocabulary's ids go from 0 to {vocab_size - 1} (vocab_size): write the id that this "
+                "model was trained with there, or take the entry out, and the tokenizer's own counts"
+            )

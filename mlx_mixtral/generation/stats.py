@@ -61,6 +61,8 @@ class GenerationStats:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     """Of the prompt, those that were computed for an earlier one."""
+    prompt_special_tokens: int = 0
+    """Control tokens that the text of a completion's prompt spelled."""
     tokens: int = 0
     time_to_first_token_s: float = 0.0
     decode_s: float = 0.0
@@ -94,6 +96,7 @@ class GenerationStats:
         return {
             "prompt_tokens": self.prompt_tokens,
             "reused_tokens": self.reused_tokens,
+            "prompt_special_tokens": self.prompt_special_tokens,
             "tokens": self.tokens,
             "time_to_first_token_s": self.time_to_first_token_s,
             "prompt_tok_s": self.prompt_tok_s,

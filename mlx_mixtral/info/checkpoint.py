@@ -137,5 +137,7 @@ def _tokenizer(folder: Path, config: MixtralConfig) -> dict[str, Any]:
         "kind": KINDS.get(type(found).__name__, type(found).__name__),
         "vocab_size": found.vocab_size,
         "chat_format": found.chat_format,
+        "chat_origin": found.chat_origin,
+        "notes": list(found.notes),
         "eos_token_ids": sorted(found.eos_token_ids),
     }

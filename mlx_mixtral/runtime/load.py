@@ -28,6 +28,8 @@ from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.tokenizer import Tokenizer, load_tokenizer
+from mlx_mixtral.tokenizer.chat.choice import given_template
+from mlx_mixtral.tokenizer.load import check_kind
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.fill import fill
 from mlx_mixtral.weights.fingerprint import checkpoint_identity
@@ -64,6 +66,8 @@ def load(
     kv_size: int | None = None,
     kv_sinks: int = DEFAULT_SINKS,
     prefix_cache: str | int | None = None,
+    tokenizer: str | None = None,
+    chat_template: str | Path | None = None,
     experts_per_token: int | None = None,
     rope_scaling: str | Mapping[str, Any] | None = None,
     rope_theta: float | None = None,
@@ -96,6 +100,10 @@ def load(
             like one of them is computed from where it differs. When None 1 GB where no budget binds; under a budget that of the
             last generation alone, in the memory reserved for the next. 0 keeps none. What is given here comes on top of
             ``memory``.
+        tokenizer: which file to read text with, where a checkpoint has both: "model" or "json" (``tokenizer.model``,
+            ``tokenizer.json``). The model when None; ``model.tokenizer.notes`` says where they differ.
+        chat_template: a chat format in place of the checkpoint's own: a name ("chatml", "llama-3", "mistral-v1", …), a file of
+            jinja, or the template itself.
         experts_per_token: experts each token goes through, in place of the checkpoint's own number: fewer are faster, and
             budgets and predictions follow. It was trained with its own number.
         rope_scaling: longer contexts than the checkpoint declares: "yarn=4", "linear=2" or "dynamic=2" stretch the one it was
@@ -121,6 +129,8 @@ def load(
     control, _ = PrefetchControl(prefetch), make_policy(policy)
     kv = KVOptions(kv_bits, kv_size, kv_sinks)
     kept = prefix_cache if prefix_cache is None else 0 if prefix_cache in (0, "0") else parse_size(prefix_cache)
+    given = None if chat_template is None else given_template(chat_template)
+    check_kind(tokenizer)
     folder = resolve(path, revision=revision)
     check_sizes(folder)
     if verify:
@@ -128,12 +138,18 @@ def load(
     own_config = MixtralConfig.from_folder(folder)
     config = overrides.apply(own_config, context)
     checkpoint = Checkpoint(folder)
-    tokenizer: Tokenizer | TokenizerError
+    words: Tokenizer | TokenizerError
     try:
-        tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
+        words = load_tokenizer(
+            folder,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            kind=tokenizer,
+            chat_template=given,
+        )
     except (MissingDependencyError, TokenizerError) as error:
         # A fresh error: a raised one keeps this frame alive by its traceback, and the weights with it.
-        tokenizer = TokenizerError(str(error))
+        words = TokenizerError(str(error))
     products = products_for(place)
     for name in (kind, "BF16"):
         builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy, products=products)
@@ -158,7 +174,7 @@ def load(
             prefix_cache=kept,
             settings=settings_of(config, own_config),
         )
-        return Mixtral(engine, tokenizer)
+        return Mixtral(engine, words)
     raise AssertionError("bfloat16 has the range of float32")
 
 

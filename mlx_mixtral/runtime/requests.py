@@ -12,13 +12,14 @@ from mlx_mixtral.errors import ContextLengthError, InvalidRequestError, Tokenize
 from mlx_mixtral.generation.processors import LogitsProcessor, check_processors
 from mlx_mixtral.generation.request import PieceOf, Request, Speculation
 from mlx_mixtral.generation.sampling import Sampler, SamplingParams
-from mlx_mixtral.generation.stop import StopStrings
+from mlx_mixtral.generation.stats import GenerationStats
 from mlx_mixtral.runtime.engine import Engine
+from mlx_mixtral.runtime.marked_stops import MarkedStops
 from mlx_mixtral.runtime.stream import TextAssembler
 from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.breakers import completing_sequences
 
-__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Requests", "TextRequest"]
+__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Prompt", "Requests", "TextRequest"]
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -36,7 +37,7 @@ class GenerationOptions(TypedDict, total=False):
     sampling: SamplingParams | None
     """How tokens are chosen; greedy when left out."""
     stop: str | Sequence[str]
-    """Text that ends the generation and is not part of it."""
+    """Text that ends the generation and is not part of it; where it spells a control token, that token does."""
     stop_token_ids: Sequence[int]
     """Ids that end it, beside the checkpoint's end-of-sequence ids."""
     cancelled: Callable[[], bool] | None
@@ -49,6 +50,14 @@ class GenerationOptions(TypedDict, total=False):
     they return should follow from what they are given. For a batch also a list of them for each prompt."""
     speculation: Speculation | None
     """Propose tokens by ``PromptLookup`` or ``DraftModel`` and verify several at once; the text stays what it is without."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to continue, and how many of them are control tokens that a text spelled."""
+
+    tokens: list[int]
+    special_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class Requests:
 
     def request(
         self,
-        tokens: list[int],
+        prompt: Prompt,
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         sampling: SamplingParams | None = None,
@@ -108,9 +117,10 @@ class Requests:
         check_type("stop", stop, (str, list, tuple), "text, or a list of texts")
         check_callbacks(cancelled=cancelled, on_prefill=on_prefill)
         check_type("speculation", speculation, (Speculation, type(None)), "PromptLookup or DraftModel")
+        tokens = prompt.tokens
         engine, own = self._engine, None if isinstance(self._tokenizer, Exception) else self._tokenizer
         limit = min(max_tokens, engine.room(len(tokens)))
-        stops = StopStrings([stop] if isinstance(stop, str) else stop)
+        stops = MarkedStops([stop] if isinstance(stop, str) else stop, own)
         if stop and own is None:
             _ = self.tokenizer  # stop strings need text: raises and says why there is none
         stop_ids = {*engine.checked_ids(stop_token_ids, "stop_token_ids"), *engine.config.eos_token_ids}
@@ -121,7 +131,8 @@ class Requests:
         sampler = self._sampler(sampling or SamplingParams(), tokens, stop_ids, check_processors(logits_processors))
         decoder = None if own is None else own.streaming_decoder(continues=not is_answer)
         text = TextAssembler(decoder, limit, frozenset(stop_ids), stops, cancelled)
-        return TextRequest(Request(tokens, limit, sampler, speculation, on_prefill), text)
+        stats = GenerationStats(prompt_special_tokens=prompt.special_tokens)
+        return TextRequest(Request(tokens, limit, sampler, speculation, on_prefill, stats), text)
 
     def _sampler(
         self, params: SamplingParams, tokens: list[int], stop_ids: Set[int], processors: Sequence[LogitsProcessor]
@@ -152,7 +163,9 @@ class Requests:
                 ) from None
         return self._known_breakers[1]
 
-    def batch(self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions) -> list[TextRequest]:
+    def batch(
+        self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions, *, special: bool = True
+    ) -> list[TextRequest]:
         """A request for each of ``prompts``; an error names the prompt it is about by its number, from 0."""
         check_type("prompts", prompts, (list, tuple), "a list of texts, or of lists of token ids")
         if options.get("speculation") is not None:
@@ -170,24 +183,27 @@ class Requests:
             if is_listed and processors is not None:
                 own["logits_processors"] = processors[index]  # type: ignore[typeddict-item]
             try:
-                requests.append(self.request(self.prompt(prompt), **own))
+                requests.append(self.request(self.prompt(prompt, special=special), **own))
             except (InvalidRequestError, ContextLengthError) as error:
                 raise type(error)(f"prompt {index}: {error}") from None
         return requests
 
-    def prompt(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of text, after BOS, or of token ids.
+    def prompt(self, prompt: str | Sequence[int], *, special: bool = True) -> Prompt:
+        """Token ids of text, after BOS, or of token ids; ``special``: text that spells a control token is that token.
 
         Raises:
             InvalidRequestError: none, or ids out of range.
             TokenizerError: text for a checkpoint without a tokenizer.
         """
+        check_type("special", special, bool, "True or False")
+        count = 0
         if isinstance(prompt, str):
-            ids: Sequence[int] = self.tokenizer.encode(prompt) if prompt else []
+            ids: Sequence[int] = self.tokenizer.encode(prompt, special=special) if prompt else []
+            count = len(self.tokenizer.markers.sequence(prompt)) if special else 0
         else:
             ids = prompt
         if tokens := self._engine.checked_ids(ids, "the prompt"):
-            return tokens
+            return Prompt(tokens, count)
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
 
 

@@ -101,6 +101,8 @@ def test_a_converted_folder_shows_its_packing(invoke: Invoke, quantised: Path) -
         "kind": "SentencePiece",
         "vocab_size": 4096,
         "chat_format": "mistral-v1",
+        "chat_origin": "a guess",
+        "notes": [],
         "eos_token_ids": [2],
     }
     data = sum(file.stat().st_size for file in quantised.glob("*.safetensors"))

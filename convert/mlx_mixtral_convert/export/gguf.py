@@ -83,7 +83,7 @@ def write_gguf(job: Job, kind: str | None) -> Result:
             output_bytes = partial.stat().st_size
             job.finish(data_bytes)
             destination.commit()
-    notes = tuple(_notes(config, bool(vocabulary.templates)))
+    notes = tuple(_notes(config, vocabulary))
     return Result(destination.path, kind, output_bytes, data_bytes, needed, free, exact, notes)
 
 
@@ -200,11 +200,13 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _notes(config: MixtralConfig, has_template: bool) -> Iterator[str]:
+def _notes(config: MixtralConfig, vocabulary: Vocabulary) -> Iterator[str]:
     window = config.sliding_window
     if window is not None and window < config.max_position_embeddings:
         yield f"the context is cut to {window} tokens: GGUF's llama architecture has no sliding window"
-    if not has_template:
+    if lost := vocabulary.lost_ends:
+        yield f"generation will not stop at {', '.join(map(str, lost))}: GGUF has keys for three stop tokens"
+    if not vocabulary.templates:
         yield "there is no chat template in the source, so that other programs will guess one"
 
 

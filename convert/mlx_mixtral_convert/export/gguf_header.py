@@ -130,6 +130,9 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
         (vocabulary.bos, writer.add_bos_token_id),
         (vocabulary.eos, writer.add_eos_token_id),
         (vocabulary.unknown, writer.add_unk_token_id),
+        (vocabulary.pad, writer.add_pad_token_id),
+        (vocabulary.eot, writer.add_eot_token_id),
+        (vocabulary.eom, writer.add_eom_token_id),
     ):
         if token_id is not None:
             add(token_id)

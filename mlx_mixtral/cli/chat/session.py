@@ -8,6 +8,7 @@ from mlx_mixtral import GenerationStats, Mixtral, SamplingParams
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cli.chat.conversation import Conversation
 from mlx_mixtral.cli.console import note, one_line, terminal_safe
+from mlx_mixtral.cli.options import StopOptions
 from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
 from mlx_mixtral.errors import ContextLengthError, MixtralError
 from mlx_mixtral.generation.request import Speculation
@@ -37,8 +38,10 @@ class Session:
         max_tokens: int,
         system: str | None,
         speculation: Speculation | None = None,
+        stopping: StopOptions | None = None,
     ) -> None:
         self.model, self.sampling, self.max_tokens, self.speculation = model, sampling, max_tokens, speculation
+        self.stopping = stopping or StopOptions()
         self.conversation = Conversation(system)
         self._last: GenerationStats | None = None
         self._commands: dict[str, Callable[[str], None]] = {
@@ -90,6 +93,8 @@ class Session:
                     talk.messages,
                     sampling=self.sampling,
                     max_tokens=self.max_tokens,
+                    stop=self.stopping.stop,
+                    stop_token_ids=self.stopping.stop_token_ids,
                     cancelled=interrupt.cancelled,
                     on_prefill=interrupt.on_prefill,
                     speculation=self.speculation,

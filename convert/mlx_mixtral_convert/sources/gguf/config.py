@@ -113,6 +113,11 @@ def hf_entries(
     for name in ("bos", "eos"):
         if isinstance(token := keys.get(f"tokenizer.ggml.{name}_token_id"), int):
             entries[f"{name}_token_id"] = token
+    # What llama.cpp ends a text at too: the end of a turn and of a message.
+    ends = [keys.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    valid = [token for token in ends if is_integer(token) and 0 <= token < entries["vocab_size"]]
+    if len(set(valid)) > 1:
+        entries["eos_token_id"] = list(dict.fromkeys(valid))
     return entries
 
 
