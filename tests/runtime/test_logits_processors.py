@@ -127,8 +127,10 @@ def test_a_token_that_ends_the_text_is_the_last_they_see(small_model: Mixtral) -
         return logits
 
     options: dict[str, Any] = {"max_tokens": 9, "stop_token_ids": [third], "logits_processors": [counting]}
+    lookup = PromptLookup(max_ngram=1)
     for ended in (
         lambda: small_model.generate(PROMPT, **options),
+        lambda: small_model.generate(PROMPT, **options, speculation=lookup),
         lambda: small_model.generate_batch([PROMPT], **options)[0],
     ):
         out = ended()
