@@ -48,7 +48,9 @@ class Dry:
         single[[ids[0] for ids in self.breakers if len(ids) == 1]] = True
         longer = sorted(ids for ids in self.breakers if len(ids) > 1)
         width = max(map(len, longer), default=0)
-        padded = np.array([[-1] * (width - len(ids)) + list(ids) for ids in longer], np.int32).reshape(-1, width)
+        padded = np.array([[-1] * (width - len(ids)) + list(ids) for ids in longer], np.int32).reshape(
+            len(longer), width
+        )
         return DryHistory(
             self, mx.array(tokens, mx.int32), mx.array(lengths, mx.int32), mx.array(single), mx.array(padded)
         )

@@ -100,7 +100,7 @@ class Sampler:
         return p.is_greedy and p.logprobs is None and not p.adjusts and not self._processors
 
     @property
-    def is_host(self) -> bool:
+    def reads_tokens(self) -> bool:
         """Whether tokens are waited for: functions of the request's own see each before the next is drawn."""
         return bool(self._processors)
 

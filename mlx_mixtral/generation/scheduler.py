@@ -133,7 +133,7 @@ class Scheduler:
             reading = [(row, row.unread) for row in self._rows if not row.is_finished]
             self._keep([place for place, row in enumerate(self._rows) if row.goes_on])
             # A forward that waits for experts would wait for these tokens too: nothing is gained by starting it early.
-            if self._model.is_streamed or any(row.request.sampler.is_host for row in self._rows):
+            if self._model.is_streamed or any(row.request.sampler.reads_tokens for row in self._rows):
                 for row in self._rows:
                     row.unread = None
             elif self._rows:

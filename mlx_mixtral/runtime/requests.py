@@ -174,8 +174,8 @@ class Requests:
         is_listed = isinstance(processors, list | tuple) and any(isinstance(each, list | tuple) for each in processors)
         if is_listed and processors is not None and len(processors) != len(prompts):
             raise InvalidRequestError(
-                f"logits_processors has {len(processors)} lists for {len(prompts)} prompts; give one for each, or functions for "
-                "all of them"
+                f"logits_processors has {len(processors)} lists for {len(prompts)} prompts; give one for each, or functions "
+                "for all of them"
             )
         requests = []
         for index, prompt in enumerate(prompts):

@@ -9,6 +9,8 @@ from mlx_mixtral.tokenizer.base import Tokenizer
 __all__ = ["completing_sequences"]
 
 MAX_TAIL_TOKENS = 20
+# What stands before a text so that it is encoded as in the middle of one: SentencePiece begins texts with a space.
+ANCHORS = ("\n", "a", "1", ".")
 
 
 def completing_sequences(tokenizer: Tokenizer, texts: Sequence[str]) -> frozenset[tuple[int, ...]]:
@@ -32,6 +34,14 @@ def completing_sequences(tokenizer: Tokenizer, texts: Sequence[str]) -> frozense
                     if rest.encode() != data[length:]:
                         continue  # cut within a character
                     if rest not in tails:
-                        tails[rest] = tuple(tokenizer.encode_plain(rest, first=False)[:MAX_TAIL_TOKENS])
+                        tails[rest] = tuple(_within_text(tokenizer, rest)[:MAX_TAIL_TOKENS])
                     found.add((token, *tails[rest]))
     return frozenset(found)
+
+
+def _within_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    for anchor in ANCHORS:
+        before, whole = tokenizer.encode_plain(anchor), tokenizer.encode_plain(anchor + text)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+    return tokenizer.encode_plain(text, first=False)

@@ -157,7 +157,10 @@ def test_logprobs_are_the_models_own() -> None:
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
         ("top_p", 0), ("top_p", 1.01), ("min_p", 1.5), ("min_p", -0.1), ("top_k", -1), ("top_k", 2.5),
         ("repetition_penalty", 0), ("presence_penalty", math.inf),
-        ("frequency_penalty", math.nan), ("seed", 1.5), ("seed", True), ("logprobs", -1),
+        ("xtc_probability", 1.1), ("xtc_probability", None), ("xtc_threshold", 0.51), ("dry_multiplier", -1),
+        ("dry_multiplier", math.inf), ("dry_base", 0.9), ("dry_allowed_length", 0), ("dry_allowed_length", None),
+        ("dry_penalty_last_n", -2), ("dry_sequence_breakers", "\n"), ("dry_sequence_breakers", [""]),
+        ("dry_sequence_breakers", [1]), ("frequency_penalty", math.nan), ("seed", 1.5), ("seed", True), ("logprobs", -1),
         ("logprobs", 101), ("logit_bias", {-1: 1.0}), ("logit_bias", {2: math.nan}), ("logit_bias", {"a": 1.0}),
     ],
 )  # fmt: skip

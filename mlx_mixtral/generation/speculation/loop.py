@@ -52,7 +52,7 @@ def speculate(
             guess, proposed = rounds.choose(max_tokens - done - 1)
             following = None
             # What waits for experts, or for a function that wants this token, gains nothing by starting early.
-            waits = context.model.is_streamed or request.sampler.is_host
+            waits = context.model.is_streamed or request.sampler.reads_tokens
             if done + 1 < max_tokens and not proposed and not waits:
                 following = rounds.plain(ahead.token)
             last = read_token(ahead)
