@@ -16,10 +16,6 @@ ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM
 # Keys that other models of this shape use to change the computation, with the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "qkv_bias": (False,),
-    "use_bias": (False,),
     "partial_rotary_factor": (1, 1.0),
     "rope_interleaved": (False,),
     "rope_traditional": (False,),
