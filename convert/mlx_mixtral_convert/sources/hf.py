@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import Matrix, Norm, Rows, hf_name, locate, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import mlx_entry
+from mlx_mixtral.config.supported import CONVERTIBLE_METHODS, DEQUANTIZE
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.biases import bias_notes, refuse_biases
@@ -173,15 +174,14 @@ class HuggingFaceSource:
 def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:
     if mlx_entry(entries) is not None:
         raise ConversionError(
-            f"{path} is an MLX checkpoint that is quantised already; convert from the unquantised original"
+            f"{path} is an MLX checkpoint that is quantised already, which this kind does not read; convert it without a kind"
         )
     foreign = entries.get("quantization_config") or entries.get("compression_config")
     if isinstance(foreign, Mapping):
         # As text a terminal can be given: control characters escaped.
         method = repr(str(foreign.get("quant_method", "an unnamed method"))[:40])[1:-1]
-        raise ConversionError(
-            f"{path}: the weights are quantised with {method}, which is not supported; convert from the original"
-        )
+        fix = "convert it without a kind" if method in CONVERTIBLE_METHODS else DEQUANTIZE
+        raise ConversionError(f"{path}: the weights are quantised with {method}, which this kind does not read; {fix}")
 
 
 def missing_settings(path: Path) -> ConversionError:
