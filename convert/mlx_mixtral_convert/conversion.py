@@ -42,9 +42,10 @@ from mlx_mixtral_convert.report import (
     downloading,
     part_sizes,
     peak_memory_bytes,
+    width_notes,
 )
 from mlx_mixtral_convert.rounding import Gptq, Search, make_rounder
-from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, open_source, small_files, source_notes
+from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, open_source, small_files
 from mlx_mixtral_convert.sources.storage.remote import open_remote
 
 __all__ = ["convert"]
@@ -138,7 +139,8 @@ def convert(
         plan, small = chosen.plan, small_files(tensors)
         check_vocabulary(small, tensors.config.vocab_size)
         check_stop_ids(small, tensors.config)
-        notes = tokenizer_notes(small) + source_notes(tensors)
+        asked = chosen.recipe.default is not None or any(spec is not None for spec in plan.specs.values())
+        notes = (*(width_notes(plan) if asked else ()), *tensors.notes, *tokenizer_notes(small))
         small["config.json"] = model_config_text(tensors.entries, plan, chosen.recipe.default)
         small[INDEX_FILE] = plan.index()
         needed = plan.output_bytes + sum(map(len, small.values())) + SPARE_BYTES

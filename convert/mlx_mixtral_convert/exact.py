@@ -47,6 +47,8 @@ def exact_specs(
             continue
         native[matrix.path] = packing
         router = matrix.part == "router" and packing.spec.bits < ROUTER_MIN_BITS
+        if not packing.spec.has_group_for(matrix.in_features):
+            continue
         if not router and not any(fnmatchcase(matrix.path, pattern) for pattern in recipe.overrides):
             packing.spec.check_divides(matrix.in_features, matrix.path)
             specs[matrix.path] = packing.spec

@@ -13,7 +13,7 @@ __all__ = ["AFFINE_BITS", "AFFINE_GROUP_SIZES", "MODES", "QuantizationConfig", "
 
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
 # Modes other than affine allow exactly one (bits, group_size) each.
 # https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html
@@ -98,6 +98,11 @@ class QuantizationSpec:
         """Bytes of ``rows`` packed rows: words, scales and biases (``scale_bytes`` each where the mode has biases)."""
         per_group = 2 * scale_bytes if self.has_biases else 1
         return rows * (4 * self.packed_columns(in_features) + per_group * self.groups(in_features))
+
+    def has_group_for(self, in_features: int) -> bool:
+        """Whether rows of ``in_features`` weights divide into groups of some size that the mode has."""
+        sizes = AFFINE_GROUP_SIZES if self.mode == "affine" else (self.group_size,)
+        return any(in_features % size == 0 for size in sizes)
 
     def check_divides(self, in_features: int, path: str) -> None:
         """Raise ConfigError unless rows of ``in_features`` weights divide into groups and whole words."""

@@ -275,10 +275,6 @@ def test_an_absent_model_type_is_refused() -> None:
 # A value that changes the computation, and the values (null aside) under which the key says nothing.
 CHANGING: list[tuple[str, Any, tuple[Any, ...]]] = [
     ("hidden_act", "gelu", ("silu", "swish")),
-    ("attention_bias", True, (False,)),
-    ("mlp_bias", True, (False,)),
-    ("qkv_bias", True, (False,)),
-    ("use_bias", True, (False,)),
     ("partial_rotary_factor", 0.5, (1, 1.0)),
     ("rope_interleaved", True, (False,)),
     ("rope_traditional", True, (False,)),

@@ -58,7 +58,7 @@ def candidates_for(in_features: int) -> list[QuantizationSpec]:
     """The candidates whose groups divide rows of ``in_features``; groups of 32 at every width where 64 does not."""
     if in_features % 64 == 0:
         return [spec for spec in CANDIDATES if in_features % spec.group_size == 0]
-    return [QuantizationSpec(bits, 32) for bits in AFFINE_BITS] if in_features % 32 == 0 else []
+    return [QuantizationSpec(bits, 32) for bits in AFFINE_BITS if bits > 1] if in_features % 32 == 0 else []
 
 
 def reference(in_features: int) -> QuantizationSpec:
@@ -199,7 +199,7 @@ class Sensitivity:
             str(spec): digits(_mean_kl(true, true, weight, packed(weight, spec)))
             for spec in candidates_for(head.in_features)
         }
-        if tied:
+        if tied and own:
             losses["embed_tokens"] = {spec: digits(loss + own[spec]) for spec, loss in losses["embed_tokens"].items()}
         elif own:
             losses["lm_head"] = own

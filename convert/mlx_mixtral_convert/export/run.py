@@ -129,6 +129,6 @@ def export(
             peak_memory_bytes=peak_memory_bytes(),
             disk_needed_bytes=result.needed_bytes,
             disk_free_bytes=result.free_bytes,
-            notes=result.notes,
+            notes=(*tensors.notes, *result.notes),
             dry_run=dry_run,
         )

@@ -18,7 +18,6 @@ from mlx_mixtral_convert.sources.base import (
     main_dtype,
     matrix_bytes,
     small_files,
-    source_notes,
     tensor_place,
 )
 from mlx_mixtral_convert.sources.storage.file import refuse_pointer
@@ -26,7 +25,7 @@ from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
 
 __all__ = [
     "KINDS", "GeneratedFiles", "PackedSource", "SourceFiles", "Storage", "TensorSource",
-    "detect", "main_dtype", "matrix_bytes", "open_source", "small_files", "source_notes", "tensor_place",
+    "detect", "main_dtype", "matrix_bytes", "open_source", "small_files", "tensor_place",
 ]  # fmt: skip
 
 # Kind -> the module that reads it and its class, asked in this order. A module has ``detect(storage) -> bool``, which looks at

@@ -23,7 +23,7 @@ from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = [
     "GeneratedFiles", "PackedSource", "SourceFiles", "TensorSource", "main_dtype", "matrix_bytes", "small_files",
-    "source_notes", "tensor_place",
+    "tensor_place",
 ]  # fmt: skip
 
 
@@ -50,6 +50,11 @@ class TensorSource(Protocol):
     @property
     def files(self) -> SourceFiles:
         """The weight files."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what is left out of it."""
         ...
 
     def dtype(self, matrix: Matrix) -> str:
@@ -142,11 +147,6 @@ def small_files(source: TensorSource) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in found}
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror or error}") from error
-
-
-def source_notes(source: TensorSource) -> tuple[str, ...]:
-    """Sentences about what a source has that the result will not."""
-    return tuple(getattr(source, "notes", ()))
 
 
 def matrix_bytes(source: TensorSource, matrix: Matrix) -> int:

@@ -13,10 +13,12 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import Matrix, Norm, Rows, hf_name, locate, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import mlx_entry
+from mlx_mixtral.config.supported import CONVERTIBLE_METHODS
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.files import read_json
+from mlx_mixtral.weights.biases import bias_notes, refuse_biases
 from mlx_mixtral.weights.checkpoint import Checkpoint
-from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
+from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.base import SourceFiles
@@ -55,7 +57,8 @@ class HuggingFaceSource:
         entries: the configuration, where it does not come from ``config.json``.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, of another shape or not of a float type; damaged headers or index.
+        CheckpointError: a tensor is missing, left over, a bias that is not zero, of another shape or not of a float type;
+            damaged headers or index.
         ConfigError: config.json describes another architecture.
         ConversionError: the weights are quantised already.
     """
@@ -76,7 +79,9 @@ class HuggingFaceSource:
         self.files = SourceFiles(storage, self.checkpoint.files)
 
     def dtype(self, matrix: Matrix) -> str:
-        return self.checkpoint[self._matrices[matrix.path][0].name].dtype
+        found = {self.checkpoint[rows.name].dtype for rows in self._matrices[matrix.path]}
+        # float32 holds what either of the types of 16 bits does.
+        return found.pop() if len(found) == 1 else "F32"
 
     def name(self, item: Matrix | Norm, expert: int = 0) -> str:
         if isinstance(item, Norm):
@@ -93,10 +98,16 @@ class HuggingFaceSource:
     def read(self, matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values:
         rows = self._matrices[matrix.path][expert]
         info = self.checkpoint[rows.name]
-        raw = scratch[: matrix.out_features * info.row_bytes].reshape(matrix.out_features, info.row_bytes)
+        own = self.dtype(matrix)
+        memory = scratch if own == info.dtype else np.empty(matrix.out_features * info.row_bytes, np.uint8)
+        raw = memory[: matrix.out_features * info.row_bytes].reshape(matrix.out_features, info.row_bytes)
         values = Values(as_numpy(raw, info.dtype), info.dtype)
         self._fill(matrix, info, rows.start * info.row_bytes, values)
-        return values
+        if own == info.dtype:
+            return values
+        wide = scratch[: 4 * matrix.out_features * matrix.in_features].view(np.float32).reshape(values.array.shape)
+        wide[:] = convert(values.array, info.dtype, own)
+        return Values(wide, own)
 
     def read_norm(self, norm: Norm) -> Values:
         info = self._norms[norm.path]
@@ -134,14 +145,6 @@ class HuggingFaceSource:
                     f"the configuration calls for {matrix.in_features} columns"
                 )
             check_float(info)
-        first = self.checkpoint[found[0].name]
-        # A matrix has one type: what its experts are read into is measured by it.
-        for rows in found:
-            if (info := self.checkpoint[rows.name]).dtype != first.dtype:
-                raise CheckpointError(
-                    f"{self.path}: experts of {matrix.path} have different types: {first.name!r} is {first.dtype}, "
-                    f"{info.name!r} is {info.dtype}; use a checkpoint whose experts have one type"
-                )
         return found
 
     def _missing(self, matrix: Matrix) -> str:
@@ -166,15 +169,17 @@ class HuggingFaceSource:
         used = self._used()
         if self.config.tie_word_embeddings:
             used.add("lm_head.weight")
-        left = sorted(set(self.checkpoint) - used)
-        scales = [name for name in left if _CACHE_SCALE.fullmatch(name)]
+        left = set(self.checkpoint) - used
+        zeros = refuse_biases(self.checkpoint, self._reader, left)
+        scales = sorted(name for name in left if _CACHE_SCALE.fullmatch(name))
+        self.notes = bias_notes(zeros)
         if scales:
-            self.notes = (
+            self.notes += (
                 f"{len(scales)} scales for a quantised KV cache ({scales[0]!r} is the first) are left out: here the cache chooses "
                 "its own, with --kv-bits",
             )
-        for name in left:
-            if not _DERIVED.fullmatch(name) and name not in scales:
+        for name in sorted(left - set(zeros) - set(scales)):
+            if not _DERIVED.fullmatch(name):
                 info = self.checkpoint[name]
                 raise CheckpointError(
                     f"{info.file}: tensor {info.name!r} has no place in the model config.json describes; "
@@ -185,10 +190,16 @@ class HuggingFaceSource:
 def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:
     if mlx_entry(entries) is not None:
         raise ConversionError(
-            f"{path} is an MLX checkpoint that is quantised already; convert from the unquantised original"
+            f"{path} is an MLX checkpoint that is quantised already, which this kind does not read; convert it without a kind"
         )
     foreign = entries.get("quantization_config") or entries.get("compression_config")
     if isinstance(foreign, Mapping):
+        # As text a terminal can be given: control characters escaped.
+        method = repr(str(foreign.get("quant_method", "an unnamed method"))[:40])[1:-1]
+        if method in CONVERTIBLE_METHODS:
+            raise ConversionError(
+                f"{path}: the weights are quantised with {method}, which this kind does not read; convert it without a kind"
+            )
         raise ConversionError(f"{path}: {unsupported_method(foreign)}")
 
 

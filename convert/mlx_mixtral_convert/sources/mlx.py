@@ -78,8 +78,9 @@ class MlxSource(HuggingFaceSource):
         """The packing the matrix has; scales and biases of float16 stay what they are."""
         if (spec := self._specs[matrix.path]) is None:
             return None
-        scales = self.checkpoint[self._parts[matrix.path]["scales"][0].name]
-        return NativePacking(spec, True, f"MLX {spec}", lossless=scales.dtype in ("F16", "U8"))
+        floats = [rows for field, found in self._parts[matrix.path].items() if field != "weight" for rows in found]
+        lossless = all(self.checkpoint[rows.name].dtype in ("F16", "U8") for rows in floats)
+        return NativePacking(spec, True, f"MLX {spec}", lossless=lossless)
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         """One expert's words, and scales and biases in float16 (scales of one byte for modes other than affine)."""
@@ -105,12 +106,7 @@ class MlxSource(HuggingFaceSource):
     def _find(self, matrix: Matrix) -> list[Rows]:
         if matrix.path not in self._parts:
             return super()._find(matrix)
-        found = self._parts[matrix.path]["weight"]
-        # An expert is read with one packing, so that what its neighbours have must be its own too.
-        for field, located in self._parts[matrix.path].items():
-            if len({self.checkpoint[rows.name].dtype for rows in located}) > 1:
-                raise CheckpointError(f"{self.path}: the experts of {matrix.path} have {field} of different types")
-        return found
+        return self._parts[matrix.path]["weight"]
 
     def _used(self) -> set[str]:
         packed = {rows.name for parts in self._parts.values() for found in parts.values() for rows in found}

@@ -83,6 +83,14 @@ def test_a_group_that_does_not_divide_is_named_with_the_ones_that_do() -> None:
     Recipe(4, 64, overrides={"*.down_proj": {"group_size": 32}}).assign(config)
 
 
+@pytest.mark.parametrize("recipe", [Recipe(4, 64), Recipe(1, 128), Recipe(mode="mxfp4"), Recipe(mode="nvfp4")])
+def test_a_width_that_no_group_divides_is_left_out(recipe: Recipe) -> None:
+    config = MixtralConfig.from_hf(CONFIG | {"intermediate_size": 344})
+    assigned = recipe.assign(config)
+    whole = {path for path, spec in assigned.items() if spec is None and not path.endswith(".gate")}
+    assert whole == {path for path in assigned if path.endswith("down_proj")}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -192,6 +192,18 @@ def test_scales_in_bfloat16_are_passed_on_in_float16(tmp_path: Path) -> None:
             source.read_packed(head, 0)
 
 
+def test_scales_of_several_types_are_read_as_they_are(tmp_path: Path) -> None:
+    source = broken(tmp_path)
+    convert(source, tmp_path / "a", recipe=Recipe(bits=None), dtype="float32")
+    held = load_arrays(source / "model.safetensors")
+    held[f"{EXPERT}.scales"] = held[f"{EXPERT}.scales"].astype(mx.float32)
+    mx.save_safetensors(str(source / "model.safetensors"), held)
+    convert(source, tmp_path / "b", recipe=Recipe(bits=None), dtype="float32")
+    same(read_output(tmp_path / "a"), read_output(tmp_path / "b"))
+    report = convert(source, tmp_path / "c", exact=True)
+    assert {packing.how for packing in report.packings} == {"rounded"}
+
+
 def broken(tmp_path: Path, entries: dict[str, Any] | None = None, **tensors: Any) -> Path:
     convert(make_checkpoint(tmp_path / "source"), tmp_path / "packed", recipe=Recipe(4, 64))
     folder = apart(tmp_path / "packed", tmp_path / "apart")
@@ -216,7 +228,7 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2"
         ({f"{EXPERT}.biases": None}, f"'{EXPERT}.biases' is missing"),
         ({f"{EXPERT}.weight": mx.zeros((128, 31), mx.uint32)}, rf"'{EXPERT}.weight' has shape \[128, 31\]"),
         ({f"{EXPERT}.weight": mx.zeros((128, 32))}, "has dtype F32; U32 was expected"),
-        ({f"{EXPERT}.scales": mx.ones((128, 4))}, "down_proj have scales of different types"),
+        ({f"{EXPERT}.scales": mx.ones((128, 4), mx.uint8)}, "has dtype U8; F32, F16, BF16 was expected"),
         ({"model.vision.weight": mx.ones((2, 2))}, r"'model\.vision\.weight' has no place"),
         ({f"{EXPERT}.scales": mx.full((128, 4), float("nan"), mx.bfloat16)}, f"'{EXPERT}.weight' holds NaN"),
     ],

@@ -14,7 +14,6 @@ import pytest
 from mlx_lm.utils import load_model
 
 from mlx_mixtral_convert import Recipe, convert, verify
-from mlx_mixtral_convert.sources import detect
 
 GOLDENS = Path(__file__).parents[2] / "goldens" / "packed"
 WRITTEN_BY: dict[str, str] = json.loads((GOLDENS / "cases.json").read_text())

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import POINTER_FIX, is_pointer
 from mlx_mixtral_convert.sources.gguf.types import TYPES, GgufTensor, GgufType
-from mlx_mixtral_convert.sources.storage.file import refuse_pointer
 from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = ["MAGIC", "GgufHeader", "LocatedTensor", "is_gguf", "read_header"]
@@ -67,7 +67,6 @@ def read_header(path: Path, storage: Storage) -> GgufHeader:
         CheckpointError: not GGUF, another version or byte order, truncated, absurd counts, or a type not known here.
     """
     try:
-        refuse_pointer(storage, path)
         with storage.open(path) as file:
             return _Head(path, file, storage.look(path)[0]).read()
     except OSError as error:
@@ -80,7 +79,9 @@ class _Head:
         self._file = file
 
     def read(self) -> GgufHeader:
-        if self.bytes(4, "the magic") != MAGIC:
+        if (magic := self.bytes(4, "the magic")) != MAGIC:
+            if is_pointer(magic + self._file.read(4)):
+                raise self.error(POINTER_FIX)
             raise self.error("is not a GGUF file: it does not begin with 'GGUF'")
         version = self.number("<I")
         if version & 0xFFFF == 0:

@@ -16,8 +16,10 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, Norm, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConfigError
-from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
+from mlx_mixtral.weights.biases import bias_notes, is_zero
+from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert
 from mlx_mixtral_convert.packing.transcode import AFFINE, MICROFLOATS, transcode, transcode_floats
 from mlx_mixtral_convert.packing.values import NativePacking, Values
 from mlx_mixtral_convert.sources.base import SourceFiles, tensor_place
@@ -60,7 +62,7 @@ class GgufSource:
 
     Raises:
         CheckpointError: damaged or truncated, a tensor missing, left over or of another shape, a part of a split set missing,
-            experts of different types, several models in a folder.
+            several models in a folder.
         ConfigError: another architecture, or a key that changes the computation.
     """
 
@@ -97,8 +99,8 @@ class GgufSource:
         self._refuse_leftovers()
 
     def dtype(self, matrix: Matrix) -> str:
-        kind = self._parts[matrix.path][0].tensor.kind.name
-        return kind if kind in FLOATS else "F32"
+        kinds = self._kinds(matrix)
+        return kinds[0] if len(kinds) == 1 and kinds[0] in FLOATS else "F32"
 
     def name(self, item: Matrix | Norm, expert: int = 0) -> str:
         return self._norms[item.path].name if isinstance(item, Norm) else self._parts[item.path][expert].label
@@ -108,7 +110,7 @@ class GgufSource:
 
     def read(self, matrix: Matrix, expert: int, scratch: Bytes) -> Values:
         kind, shape = self._parts[matrix.path][expert].tensor.kind, (matrix.out_features, matrix.in_features)
-        if kind.name in FLOATS:
+        if kind.name == self.dtype(matrix):
             raw = scratch[: shape[0] * shape[1] * kind.nbytes].reshape(shape[0], -1)
             return Values(as_numpy(self._raw(matrix, expert, raw), kind.name), kind.name)
         values = scratch[: 4 * shape[0] * shape[1]].view(np.float32).reshape(shape)
@@ -116,7 +118,10 @@ class GgufSource:
         if self._storage.ahead_bytes:
             # Fetched once, whether an exact conversion asks for the integers too or not.
             self._fetched = matrix.path, expert, raw
-        dequantize(raw, kind.name, values)
+        if kind.name in FLOATS:
+            values[:] = convert(as_numpy(raw, kind.name), kind.name, "F32")
+        else:
+            dequantize(raw, kind.name, values)
         return Values(values, "F32")
 
     def read_norm(self, norm: Norm) -> Values:
@@ -125,7 +130,12 @@ class GgufSource:
         return Values(as_numpy(raw, tensor.kind.name), tensor.kind.name)
 
     def native(self, matrix: Matrix) -> NativePacking | None:
-        return native_packing(self._parts[matrix.path][0].tensor.kind.name)
+        kinds = self._kinds(matrix)
+        packings = [native_packing(kind) for kind in kinds]
+        if len(kinds) == 1 or not any(packings):
+            return packings[0]
+        # The experts of a matrix have one packing in MLX.
+        return NativePacking(QuantizationSpec(8, 32), False, " and ".join(kinds))
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         part = self._parts[matrix.path][expert]
@@ -151,6 +161,10 @@ class GgufSource:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _kinds(self, matrix: Matrix) -> list[str]:
+        """The types of a matrix's experts, which old files keep in tensors of their own."""
+        return list(dict.fromkeys(part.tensor.kind.name for part in self._parts[matrix.path]))
+
     def _raw(self, matrix: Matrix, expert: int, out: Bytes | None = None) -> Bytes:
         """The rows of one expert ``[out_features, row_bytes]`` in the order of the half-rotation form."""
         part = self._parts[matrix.path][expert]
@@ -174,13 +188,6 @@ class GgufSource:
         names = _names(matrix, self.config.is_dense, self._tensors)
         merged = names[0].endswith("_exps.weight")
         found = [self._tensor(name) for name in names]
-        kinds = {tensor.kind.name for tensor in found}
-        if len(kinds) > 1:
-            other = next(tensor for tensor in found if tensor.kind != found[0].kind)
-            raise CheckpointError(
-                f"{self.path}: experts of {matrix.path} have different types: {found[0].name!r} is {found[0].kind.name}, "
-                f"{other.name!r} is {other.kind.name}; use a file whose experts are quantised alike"
-            )
         for tensor in found:
             expected = matrix.shape if merged else matrix.shape[-2:]
             if tensor.shape != expected:
@@ -225,14 +232,24 @@ class GgufSource:
         return found
 
     def _refuse_leftovers(self) -> None:
+        zeros = []
         for name in sorted(set(self._tensors) - self._used):
             tensor = self._tensors[name]
+            if name.endswith(".bias") and tensor.kind.name in FLOATS:
+                raw = self._pread(tensor, 0, np.empty((1, tensor.nbytes), np.uint8))
+                if is_zero(as_numpy(raw, tensor.kind.name), tensor.kind.name):
+                    zeros.append(name)
+                    continue
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {name!r} is a bias that is not zero; the model computed here has no place for it"
+                )
             # Old files store the rotary frequencies, which follow from the configuration.
             if not name.endswith(".attn_rot_embd"):
                 raise CheckpointError(
                     f"{tensor.file}: tensor {name!r} has no place in the model its keys describe; "
                     "check llama.block_count and llama.expert_count"
                 )
+        self.notes = bias_notes(zeros)
 
 
 def _names(matrix: Matrix, dense: bool, present: Mapping[str, LocatedTensor]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,6 @@ from mlx_mixtral_convert.sources.storage.local import Storage
 __all__ = ["GroupedSource", "fields_of_words"]
 
 Codes = npt.NDArray[np.uint8]
-# Small tensors that opening reads of every module: one at a time from a hub would take minutes.
-THREADS = 8
 
 
 def fields_of_words(words: npt.NDArray[Any], bits: int) -> Codes:
@@ -43,7 +40,7 @@ class GroupedSource(PackedModules):
     """
 
     packed = ("qweight",)
-    fields: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx", "bias")
+    fields: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
     method: str
     allowed_bits: tuple[int, ...]
 
@@ -60,8 +57,6 @@ class GroupedSource(PackedModules):
         if self.group_size != -1 and self.group_size < 1:
             raise ConversionError(f"{storage.path}: {self.method} with groups of {self.group_size} is not supported")
         super().__init__(storage)
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-mixtral-open") as pool:
-            list(pool.map(self._look, self._modules))
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         """One expert's integers, the scales, and ``-zero * scale`` as biases, groups cut to a size MLX has."""
@@ -156,20 +151,12 @@ class GroupedSource(PackedModules):
         name = f"{module}.scales"
         return convert(self._array(name), self.checkpoint[name].dtype, "F32")
 
-    def _look(self, module: str) -> None:
-        """Check the small tensors of a module."""
-        # GPTQ writes biases of zeros to modules that have none.
-        if (name := f"{module}.bias") in self.checkpoint and self._array(name).any():
-            raise CheckpointError(
-                f"{self.checkpoint[name].file}: tensor {name!r} is a bias that is not zero; the model has no place for it"
-            )
-
     def _unknown(self, storage: Storage) -> ConversionError:
         """The error for a folder without settings, which this kind was asked to read."""
-        if any(name.endswith(f".{self.packed}") for name in StoredCheckpoint(storage)):
+        if any(name.endswith(f".{self.packed[0]}") for name in StoredCheckpoint(storage)):
             return missing_settings(storage.path)
         return ConversionError(
-            f"{storage.path} is not a {self.method} folder: no tensor is called NAME.{self.packed}, and there are no settings; "
+            f"{storage.path} is not a {self.method} folder: no tensor is called NAME.{self.packed[0]}, and there are no settings; "
             "convert it without a kind"
         )
 

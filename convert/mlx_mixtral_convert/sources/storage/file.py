@@ -16,9 +16,9 @@ from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.safetensors import TensorInfo, header_bytes, parse_header
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["StoredCheckpoint", "StoredReader", "StoredTensor", "read_header", "refuse_pointer"]
+__all__ = ["StoredCheckpoint", "StoredReader", "StoredTensor", "head_of", "read_header", "refuse_pointer"]
 
-POINTER_HEAD_BYTES = 64
+HEAD_BYTES = 64
 # Tensors read in turn: the fields of a packed module.
 WINDOWS = 4
 
@@ -45,14 +45,19 @@ def read_header(storage: Storage, file: Path) -> dict[str, TensorInfo]:
     return parse_header(file, raw, size)
 
 
-def refuse_pointer(storage: Storage, file: Path) -> None:
-    """Raise CheckpointError for a file that git-lfs put in the place of another; what cannot be read is not judged."""
+def head_of(storage: Storage, file: Path) -> bytes:
+    """The first bytes of a file, at most ``HEAD_BYTES``; what cannot be read is empty."""
     try:
-        with storage.open(file) as opened:
-            head = opened.read(POINTER_HEAD_BYTES)
-    except OSError:
-        return
-    if is_pointer(head):
+        head = bytearray(min(storage.look(file)[0], HEAD_BYTES))
+        storage.read_into(file, memoryview(head), 0)
+    except (OSError, CheckpointError):
+        return b""
+    return bytes(head)
+
+
+def refuse_pointer(storage: Storage, file: Path) -> None:
+    """Raise CheckpointError for a file that git-lfs put in the place of another."""
+    if is_pointer(head_of(storage, file)):
         raise CheckpointError(f"{file} {POINTER_FIX}")
 
 

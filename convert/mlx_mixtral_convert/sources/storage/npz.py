@@ -37,11 +37,11 @@ def read_npz(path: Path, storage: Storage) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: not a zip, truncated, compressed, an entry that is no array, or one of Python objects.
     """
-    refuse_pointer(storage, path)
     try:
         with storage.open(path) as file, zipfile.ZipFile(file) as archive:
             entries = {entry.filename: plain_entry(path, entry) for entry in archive.infolist()}
     except ZIP_ERRORS as error:
+        refuse_pointer(storage, path)
         raise CheckpointError(f"{path} is not an npz file that can be read: {error}; it is truncated") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

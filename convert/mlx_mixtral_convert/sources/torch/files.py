@@ -12,9 +12,10 @@ from math import prod
 from pathlib import Path
 
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import POINTER_FIX, is_pointer
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.sources.storage.archive import ZIP_ERRORS, data_starts, plain_entry
-from mlx_mixtral_convert.sources.storage.file import StoredTensor, refuse_pointer
+from mlx_mixtral_convert.sources.storage.file import StoredTensor, head_of
 from mlx_mixtral_convert.sources.storage.local import Storage
 from mlx_mixtral_convert.sources.torch.legacy import is_legacy, read_legacy
 from mlx_mixtral_convert.sources.torch.pickle import PickleError, TensorDescription, describe
@@ -34,9 +35,11 @@ def read_torch(path: Path, storage: Storage) -> dict[str, StoredTensor]:
         CheckpointError: neither a zip nor pickles, truncated, compressed, a pickle that names anything but tensors, a tensor
             beyond its storage, or one with strides that are neither plain nor transposed.
     """
-    refuse_pointer(storage, path)
+    head = head_of(storage, path)
+    if is_pointer(head):
+        raise CheckpointError(f"{path} {POINTER_FIX}")
     try:
-        described, starts, sizes = read_legacy(path, storage) if is_legacy(path, storage) else _read_zip(path, storage)
+        described, starts, sizes = read_legacy(path, storage) if is_legacy(head) else _read_zip(path, storage)
     except PickleError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:

@@ -36,10 +36,9 @@ _BEGINS = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")
 MAX_HEAD_BYTES = 8 * 2**20
 
 
-def is_legacy(path: Path, storage: Storage) -> bool:
-    """Whether a file begins with the magic number. Raises OSError."""
-    with storage.open(path) as file:
-        return _BEGINS in file.read(32)
+def is_legacy(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` begins with the magic number."""
+    return _BEGINS in head[:32]
 
 
 def read_legacy(path: Path, storage: Storage) -> tuple[dict[str, TensorDescription], dict[str, int], dict[str, int]]:
