@@ -26,7 +26,7 @@ MODELOPT = "hf_quant_config.json"
 
 
 def packing_entry(storage: Storage) -> Mapping[str, Any]:
-    """``quantization_config`` of config.json (or its older spelling), or what ModelOpt keeps apart; empty where there is none."""
+    """``quantization_config`` of config.json (or its older spelling), or what ModelOpt keeps apart; empty without either."""
     config = storage.folder / "config.json"
     if not config.is_file():
         return {}

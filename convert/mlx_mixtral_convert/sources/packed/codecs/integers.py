@@ -1,9 +1,9 @@
 """Integers of 1 to 8 bits in words: compressed-tensors' ``pack-quantized``.
 
-``weight_packed`` I32 ``[out, words]``: codes plus 2^(bits - 1), the first in the lowest bits. Releases up to 0.13 put
+``weight_packed`` I32 ``[out, words]``: codes plus 2^(bits - 1), the first in the lowest bits. Earlier releases put
 ``32 // bits`` codes into a word and left the rest of its bits empty, later ones let codes straddle words; where both differ,
-the number of words tells. ``weight_scale`` ``[out, groups]``, ``[out, 1]`` or one number; ``weight_zero_point`` packed in the same way
-along the outputs, ``[words, groups]``, or I8 ``[out, groups]``; ``weight_g_idx`` ``[in]`` where inputs are ordered by
+the number of words tells. ``weight_scale`` ``[out, groups]``, ``[out, 1]`` or one number; ``weight_zero_point`` packed in the
+same way along the outputs, ``[words, groups]``, or I8 ``[out, groups]``; ``weight_g_idx`` ``[in]`` where inputs are ordered by
 importance. ``w = (q - zero) * scale``. https://github.com/vllm-project/compressed-tensors
 """
 

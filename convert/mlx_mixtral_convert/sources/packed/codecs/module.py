@@ -54,8 +54,9 @@ class Module:
 
     def tensor(self, field: str) -> str:
         """The name of a field's tensor."""
-        if self.name not in self.checkpoint:
-            return f"{self.name}.{field}"
+        dotted = f"{self.name}.{field}"
+        if self.rows.experts is None or dotted in self.checkpoint:
+            return dotted
         return self.name if field == "weight" else f"{self.name}_{field.removeprefix('weight_')}"
 
     def has(self, field: str) -> bool:

@@ -40,28 +40,41 @@ _BLOCKS = ((128, 128),)
 
 
 class ScaledCodec(Codec):
-    """``weight`` and its scales; ``blocks`` are rows and columns of blocks that the configuration names."""
+    """``weight`` and its scales.
+
+    Args:
+        blocks: rows and columns of blocks that the configuration names.
+        scales: the module that holds the scales, where it is another: transformers 5 saves experts apart, and their scales
+            still stacked.
+    """
 
     codes = "weight"
     fields = ("weight", "weight_scale", "weight_scale_inv", "weight_zero_point", "pre_quant_scale")
 
-    def __init__(self, module: Module, matrix: Matrix, blocks: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self,
+        module: Module,
+        matrix: Matrix,
+        blocks: Sequence[tuple[int, int]] = (),
+        scales: Module | None = None,
+    ) -> None:
         super().__init__(module, matrix)
+        self.scaled = module if scales is None else scales
         module.expect("weight", ((module.height, matrix.in_features),), tuple(_NAMES))
         self.kind = module.dtype("weight")
-        self.scale = "weight_scale_inv" if module.has("weight_scale_inv") else "weight_scale"
+        self.scale = "weight_scale_inv" if self.scaled.has("weight_scale_inv") else "weight_scale"
         self.rows, self.columns = self._steps(self.scale, blocks or _BLOCKS)
-        module.expect(self.scale, (module.shape(self.scale),), (*FLOATS, *POWERS))
+        self.scaled.expect(self.scale, (self.scaled.shape(self.scale),), (*FLOATS, *POWERS))
         if module.has("weight_zero_point"):
             module.expect("weight_zero_point", (module.shape("weight_zero_point"),), ("I8", "U8", "F8_E4M3", *FLOATS))
             if self._steps("weight_zero_point", blocks or _BLOCKS) != (self.rows, self.columns):
-                raise module.wrong("weight_zero_point", f"{list(module.shape(self.scale))} was expected")
+                raise module.wrong("weight_zero_point", f"{list(self.scaled.shape(self.scale))} was expected")
         if module.has("pre_quant_scale"):
             module.expect("pre_quant_scale", ((matrix.in_features,),), FLOATS)
 
     def _steps(self, field: str, blocks: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """How many rows and columns share a scale."""
-        height, width, shape = self.module.height, self.in_features, self.module.shape(field)
+        height, width, shape = self.scaled.height, self.in_features, self.scaled.shape(field)
         if len(shape) == 4 and shape[1] == shape[3] == 1:
             shape = shape[0], shape[2]
         if shape in ((), (1,), (1, 1)):
@@ -84,7 +97,7 @@ class ScaledCodec(Codec):
         with np.errstate(over="ignore", invalid="ignore"):
             for rows in row_blocks(*out.shape):
                 raw = self.module.array("weight", rows.start, rows.stop)
-                own = (self.module.first + np.arange(rows.start, rows.stop)) // self.rows
+                own = (self.scaled.first + np.arange(rows.start, rows.stop)) // self.rows
                 values = out[rows]
                 values[:] = raw.view(np.int8) if self.kind == "I8" else _TABLES[self.kind][raw]
                 if zeros is not None:
@@ -97,7 +110,7 @@ class ScaledCodec(Codec):
         name = f"{_NAMES[self.kind]}, {self._shares}"
         plain = not self.module.has("pre_quant_scale")
         if plain and self.kind == "I8" and (spec := affine_spec(8, self.columns, self.in_features)) is not None:
-            lossless = self._zeros is None and self.module.dtype(self.scale) == "F16"
+            lossless = self._zeros is None and self.scaled.dtype(self.scale) == "F16"
             return NativePacking(spec, True, name, lossless)
         if plain and self.kind == "F8_E4M3" and self._zeros is None and self._exponents is not None:
             return NativePacking(QuantizationSpec(8, 32, "mxfp8"), True, name, True)
@@ -105,7 +118,7 @@ class ScaledCodec(Codec):
 
     def packed(self, place: str) -> dict[Field, npt.NDArray[Any]]:
         raw = self.module.array("weight", 0, self.out_features)
-        own = (self.module.first + np.arange(self.out_features)) // self.rows
+        own = (self.scaled.first + np.arange(self.out_features)) // self.rows
         spec = self.packing().spec
 
         def groups(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -115,21 +128,21 @@ class ScaledCodec(Codec):
         if spec.mode == "mxfp8":
             assert self._exponents is not None
             return {"weight": np.ascontiguousarray(raw).view(np.uint32), "scales": groups(self._exponents)}
-        zeros = 0 if self._zeros is None else groups(self._zeros)
+        zeros: Floats | float = 128.0 if self._zeros is None else groups(self._zeros) + np.float32(128)
         words = np.ascontiguousarray(raw ^ np.uint8(0x80)).view(np.uint32)
-        return affine_fields(words, groups(self._scales), zeros + np.float32(128), place)
+        return affine_fields(words, groups(self._scales), zeros, place)
 
     @property
     def _shares(self) -> str:
         """Who shares a scale, for reports."""
         if self.columns >= self.in_features:
-            return "a scale a row" if self.rows == 1 else "one scale" if self.rows >= self.module.height else "blocks"
+            return "a scale a row" if self.rows == 1 else "one scale" if self.rows >= self.scaled.height else "blocks"
         return f"groups of {self.columns}" if self.rows == 1 else f"blocks of {self.rows} by {self.columns}"
 
     @property
     def _scales(self) -> Floats:
         """``[row steps, column steps]``."""
-        return self._grid(self.module.scales(self.scale))
+        return self._grid(self.scaled.scales(self.scale))
 
     @property
     def _zeros(self) -> Floats | None:
@@ -156,7 +169,7 @@ class ScaledCodec(Codec):
         return (exponents + 126).astype(np.uint8)
 
     def _grid(self, values: Floats) -> Floats:
-        return values.reshape(-(-self.module.height // self.rows), -1)
+        return values.reshape(-(-self.scaled.height // self.rows), -1)
 
     def _spread(self, values: Floats) -> Floats:
         """A value for each column from those of a row's steps."""
