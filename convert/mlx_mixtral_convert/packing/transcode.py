@@ -1,8 +1,8 @@
 """Blocks of GGUF as MLX packs weights: the codes move as they are, only their order within a word changes.
 
 Both store a group of weights as small integers q with ``w = scale * q + bias``, or as floats of 4 bits. MLX packs the q of a
-row as one little-endian stream of bits. GGUF's blocks (ggml-common.h and ggml-quants.c in ggml-org/llama.cpp) hold a group's first 16 q
-in low and its last 16 in high halves of bytes; Q4_K and Q5_K hold eight groups in a block of 256, with 6-bit scales.
+row as one little-endian stream of bits. GGUF's blocks (ggml-common.h and ggml-quants.c in ggml-org/llama.cpp) hold a group's
+first 16 q in low and its last 16 in high halves of bytes; Q4_K and Q5_K hold eight groups in a block of 256, with 6-bit scales.
 
     Q4_0, Q5_0, Q8_0   scale d, bias -8 d, -16 d, -128 d     d is float16: nothing is lost
     Q4_1, Q5_1         scale d, bias m                       nothing is lost

@@ -64,7 +64,7 @@ def test_small_floats_are_mlx_s_own_bit_for_bit(kind: str) -> None:
 def test_a_scale_without_a_code_in_mlx_is_an_error_that_says_where() -> None:
     blocks = blocks_of("MXFP4")
     blocks[7, 0] = 255
-    with pytest.raises(ConversionError, match="m.gguf: tensor 'blk.0.x' has a scale of 2\\^128.*without --exact"):
+    with pytest.raises(ConversionError, match=r"m.gguf: tensor 'blk.0.x' has a scale of 2\^128.*without --exact"):
         transcode_floats(blocks, MICROFLOATS["MXFP4"], "m.gguf: tensor 'blk.0.x'")
 
 

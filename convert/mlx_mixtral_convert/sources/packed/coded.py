@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +18,7 @@ from mlx_mixtral_convert.sources.packed.codecs.microfloats import MicrofloatCode
 from mlx_mixtral_convert.sources.packed.codecs.module import Codec, Module
 from mlx_mixtral_convert.sources.packed.codecs.rowpairs import RowPairCodec
 from mlx_mixtral_convert.sources.packed.codecs.scaled import ScaledCodec
-from mlx_mixtral_convert.sources.packed.modules import Floats, PackedModules
+from mlx_mixtral_convert.sources.packed.modules import THREADS, Floats, PackedModules
 from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = ["CodedModules"]
@@ -44,6 +45,8 @@ class CodedModules(PackedModules):
     def __init__(self, storage: Storage) -> None:
         self._codecs: dict[tuple[str, int], Codec] = {}
         super().__init__(storage)
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-mixtral-open") as pool:
+            list(pool.map(lambda codec: codec.look(), self._codecs.values()))
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         rows = self._matrices[matrix.path][expert]

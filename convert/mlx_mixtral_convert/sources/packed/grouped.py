@@ -16,14 +16,12 @@ from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.packing.measure import row_blocks, unpack
 from mlx_mixtral_convert.packing.values import NativePacking
 from mlx_mixtral_convert.sources.base import tensor_place
-from mlx_mixtral_convert.sources.packed.modules import Floats, PackedModules, packing_entry
+from mlx_mixtral_convert.sources.packed.modules import THREADS, Floats, PackedModules, packing_entry
 from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = ["GroupedSource", "fields_of_words"]
 
 Codes = npt.NDArray[np.uint8]
-# Small tensors that opening reads of every module: one at a time from a hub would take minutes.
-THREADS = 8
 
 
 def fields_of_words(words: npt.NDArray[Any], bits: int) -> Codes:

@@ -1,9 +1,9 @@
 """Floats of 4 and 6 bits with a scale for each group of 16 or 32 inputs: MXFP4, MXFP6 and NVFP4.
 
 ``weight_packed`` (compressed-tensors) or ``weight`` (ModelOpt), U8 ``[out, in * bits / 8]``: a stream of codes, the first in
-the lowest bits, as MLX has it. ``weight_scale`` is U8 or F8_E8M0 ``[out, in / 32]`` for the MX types, powers of two, and F8_E4M3
-``[out, in / 16]`` for NVFP4, which is divided by ``weight_global_scale`` or multiplied by ``weight_scale_2``, one number.
-6-bit codes are e2m3: in eighths they are whole numbers up to 60, which 8 affine bits hold.
+the lowest bits, as MLX has it. ``weight_scale`` is U8 or F8_E8M0 ``[out, in / 32]`` for the MX types, powers of two, and
+F8_E4M3 ``[out, in / 16]`` for NVFP4, which is divided by ``weight_global_scale`` or multiplied by ``weight_scale_2``, one
+number. 6-bit codes are e2m3: in eighths they are whole numbers up to 60, which 8 affine bits hold.
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 """
 

@@ -134,6 +134,9 @@ class Codec:
     def __init__(self, module: Module, matrix: Matrix) -> None:
         self.module, self.out_features, self.in_features = module, matrix.out_features, matrix.in_features
 
+    def look(self) -> None:
+        """Read and check what is small and must be known before anything is written."""
+
     def decode(self, out: Floats) -> None:
         """Fill ``out`` ``[out_features, in_features]``; what is not finite is refused by name later."""
         raise NotImplementedError
