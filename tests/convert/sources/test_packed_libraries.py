@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -65,6 +66,21 @@ def test_the_weights_are_those_the_library_makes_of_them(tmp_path: Path, case: s
     assert difference < SAME
     cache = [note for note in report.notes if "scales for a quantised KV cache" in note]
     assert len(cache) == (case in ("fp8-channel", "modelopt-fp8"))
+
+
+def test_mxfp4_of_modelopt_is_the_same_under_other_names(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GOLDENS / "mxfp4", source)
+    tensors = mx.load(str(source / "model.safetensors"))
+    assert isinstance(tensors, dict)
+    renamed = {name.replace("weight_packed", "weight"): array for name, array in tensors.items()}
+    mx.save_safetensors(str(source / "model.safetensors"), renamed)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "mxfp4"}
+    (source / "config.json").write_text(json.dumps(config))
+    report = convert(source, tmp_path / "out", exact=True)
+    assert [(packing.spec, packing.how) for packing in report.packings] == [("mxfp4", "exact")]
+    assert wrong(tmp_path / "out", "mxfp4") < SAME
 
 
 @pytest.mark.parametrize("case", WRITTEN_BY)
