@@ -44,9 +44,17 @@ class CodedModules(PackedModules):
 
     def __init__(self, storage: Storage) -> None:
         self._codecs: dict[tuple[str, int], Codec] = {}
+        self._packings: dict[tuple[str, int], NativePacking] = {}
         super().__init__(storage)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-mixtral-open") as pool:
             list(pool.map(lambda codec: codec.look(), self._codecs.values()))
+
+    def native(self, matrix: Matrix) -> NativePacking | None:
+        found = [rows for rows in self._matrices[matrix.path] if self._is_packed(rows)]
+        # Some ask for a small tensor of each expert.
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-mixtral-open") as pool:
+            list(pool.map(lambda rows: self._packing(rows, matrix), found))
+        return super().native(matrix)
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         rows = self._matrices[matrix.path][expert]
@@ -96,7 +104,10 @@ class CodedModules(PackedModules):
         self._codecs[self._key(rows)].decode(out)
 
     def _packing(self, rows: Rows, matrix: Matrix) -> NativePacking:
-        return self._codecs[self._key(rows)].packing()
+        key = self._key(rows)
+        if key not in self._packings:
+            self._packings[key] = self._codecs[key].packing()
+        return self._packings[key]
 
     def _key(self, rows: Rows) -> tuple[str, int]:
         return self._module(rows), rows.start

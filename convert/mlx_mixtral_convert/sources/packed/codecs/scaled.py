@@ -10,7 +10,6 @@ https://github.com/vllm-project/compressed-tensors, https://github.com/NVIDIA/Mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from mlx_mixtral_convert.sources.packed.codecs.module import (
 
 __all__ = ["ScaledCodec"]
 
+_MXFP8 = QuantizationSpec(8, 32, "mxfp8")
 _TABLES = {"F8_E4M3": E4M3, "F8_E5M2": E5M2}
 _NAMES = {"F8_E4M3": "FP8 e4m3", "F8_E5M2": "FP8 e5m2", "I8": "int8"}
 # Where the configuration does not say.
@@ -112,21 +112,21 @@ class ScaledCodec(Codec):
         if plain and self.kind == "I8" and (spec := affine_spec(8, self.columns, self.in_features)) is not None:
             lossless = self._zeros is None and self.scaled.dtype(self.scale) == "F16"
             return NativePacking(spec, True, name, lossless)
-        if plain and self.kind == "F8_E4M3" and self._zeros is None and self._exponents is not None:
-            return NativePacking(QuantizationSpec(8, 32, "mxfp8"), True, name, True)
+        if plain and self.kind == "F8_E4M3" and self._zeros is None and self._fits_mxfp8:
+            return NativePacking(_MXFP8, True, name, True)
         return NativePacking(REQUANTISED, False, name)
 
     def packed(self, place: str) -> dict[Field, npt.NDArray[Any]]:
         raw = self.module.array("weight", 0, self.out_features)
         own = (self.scaled.first + np.arange(self.out_features)) // self.rows
-        spec = self.packing().spec
+        spec = affine_spec(8, self.columns, self.in_features) if self.kind == "I8" else _MXFP8
+        assert spec is not None
 
         def groups(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
             count = min(self.columns, self.in_features) // spec.group_size
             return np.repeat(values[own], count, axis=1)[:, : self.in_features // spec.group_size]
 
-        if spec.mode == "mxfp8":
-            assert self._exponents is not None
+        if spec == _MXFP8:
             return {"weight": np.ascontiguousarray(raw).view(np.uint32), "scales": groups(self._exponents)}
         zeros: Floats | float = 128.0 if self._zeros is None else groups(self._zeros) + np.float32(128)
         words = np.ascontiguousarray(raw ^ np.uint8(0x80)).view(np.uint32)
@@ -157,18 +157,24 @@ class ScaledCodec(Codec):
             values = E4M3[raw] if dtype == "F8_E4M3" else raw.view(np.int8).astype(np.float32)
         return self._grid(values) if values.any() else None
 
-    @cached_property
-    def _exponents(self) -> npt.NDArray[np.uint8] | None:
-        """Scales as MLX's bytes, where all are powers of two that whole groups of 32 share."""
+    @property
+    def _fits_mxfp8(self) -> bool:
+        """Whether every group of 32 has one scale, and all are powers of two; where their type says so they are not read."""
         if self.in_features % 32 or (self.columns % 32 and self.columns < self.in_features):
-            return None
-        scales = self._scales
-        mantissas, exponents = np.frexp(scales)
-        if not (mantissas == 0.5).all() or exponents.min() < -125 or exponents.max() > 128:
-            return None
-        return (exponents + 126).astype(np.uint8)
+            return False
+        if self.scaled.dtype(self.scale) in POWERS:
+            return True
+        mantissas, exponents = np.frexp(self._scales)
+        return bool((mantissas == 0.5).all() and exponents.min() >= -125 and exponents.max() <= 128)
 
-    def _grid(self, values: Floats) -> Floats:
+    @property
+    def _exponents(self) -> npt.NDArray[np.uint8]:
+        """Such scales as MLX's bytes."""
+        if self.scaled.dtype(self.scale) in POWERS:
+            return np.asarray(self._grid(np.atleast_1d(self.scaled.whole(self.scale))), np.uint8)
+        return np.asarray(np.frexp(self._scales)[1] + 126, np.uint8)
+
+    def _grid(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return values.reshape(-(-self.scaled.height // self.rows), -1)
 
     def _spread(self, values: Floats) -> Floats:
