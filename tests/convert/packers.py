@@ -102,12 +102,14 @@ def make_packed(
     head: bool = False,
     shards: int = 1,
     settings: str | None = None,
+    plain_bytes: tuple[str, ...] = (),
     **changes: Any,
 ) -> dict[str, Floats]:
     """Write a packed folder and return, under the hub's names, the weights it means.
 
     Args:
         settings: a file for ``entry``, in place of config.json.
+        plain_bytes: fields whose uint8 are bytes and not float8.
         pack: (module, its unpacked weights) to the tensors ``module.*`` and the weights they mean.
     """
     config = CONFIG | changes
@@ -127,13 +129,15 @@ def make_packed(
     (folder / "config.json").write_text(json.dumps(config | said | {"torch_dtype": "float16"}))
     if settings is not None:
         (folder / settings).write_text(json.dumps(entry))
-    save(folder, tensors, shards)
+    save(folder, tensors, shards, plain_bytes)
     return meant
 
 
-def save(folder: Path, tensors: dict[str, npt.NDArray[Any]], shards: int = 1) -> None:
+def save(
+    folder: Path, tensors: dict[str, npt.NDArray[Any]], shards: int = 1, plain_bytes: tuple[str, ...] = ()
+) -> None:
     """One file, or several with an index; float8 arrives as uint8 and is renamed in the header."""
-    fp8 = {name for name, value in tensors.items() if value.dtype == np.uint8}
+    fp8 = {n for n, value in tensors.items() if value.dtype == np.uint8 and not n.endswith(plain_bytes or "\0")}
     names = list(tensors)
     weight_map: dict[str, str] = {}
     for number in range(shards):

@@ -1,8 +1,8 @@
 """Blocks of GGUF as MLX packs weights: the codes move as they are, only their order within a word changes.
 
-Both store a group of weights as small integers q with ``w = scale * q + bias``, or as floats of 4 bits. MLX packs the q of a row as one
-little-endian stream of bits. GGUF's blocks (ggml-common.h and ggml-quants.c in ggml-org/llama.cpp) hold a group's first 16 q
-in low and its last 16 in high halves of bytes; Q4_K and Q5_K hold eight groups in a block of 256, with 6-bit scales.
+Both store a group of weights as small integers q with ``w = scale * q + bias``, or as floats of 4 bits. MLX packs the q of a
+row as one little-endian stream of bits. GGUF's blocks (ggml-common.h and ggml-quants.c in ggml-org/llama.cpp) hold a group's
+first 16 q in low and its last 16 in high halves of bytes; Q4_K and Q5_K hold eight groups in a block of 256, with 6-bit scales.
 
     Q4_0, Q5_0, Q8_0   scale d, bias -8 d, -16 d, -128 d     d is float16: nothing is lost
     Q4_1, Q5_1         scale d, bias m                       nothing is lost
@@ -228,7 +228,8 @@ def _ternary(at: int) -> Callable[[Bytes], tuple[Floats, Floats]]:
 def _tq2_0(blocks: Bytes) -> Bytes:
     """Of each run of 32 bytes the lowest pairs of bits, then the next ones."""
     runs = np.ascontiguousarray(blocks[:, :64]).reshape(-1, 2, 1, 32)
-    return (runs >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3).reshape(len(blocks), -1)
+    codes: Bytes = (runs >> np.array([0, 2, 4, 6], np.uint8)[:, None] & np.uint8(3)).astype(np.uint8)
+    return codes.reshape(len(blocks), -1)
 
 
 def _tq1_0(blocks: Bytes) -> Bytes:
@@ -245,7 +246,10 @@ def _tq1_0(blocks: Bytes) -> Bytes:
 def _two_bit_stream(codes: Callable[[Bytes], Bytes]) -> Callable[[Bytes], Bytes]:
     def stream(blocks: Bytes) -> Bytes:
         four = codes(blocks).reshape(len(blocks), -1, 4)
-        return four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6
+        joined: Bytes = (
+            four[..., 0] | four[..., 1] << np.uint8(2) | four[..., 2] << np.uint8(4) | four[..., 3] << np.uint8(6)
+        )
+        return joined
 
     return stream
 

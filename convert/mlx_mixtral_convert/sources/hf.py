@@ -32,8 +32,8 @@ SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """The file a packing tool writes its settings to, by itself, and the method it means where it names none."""
 # Old checkpoints store the rotary frequencies, which follow from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-# Scales for keys and values (and queries, and probabilities) in 8 or 4 bits, under all names in use: the attention's own, those of
-# a module in it (attn, k_proj, a fused qkv_proj), AMD's output scales, ModelOpt's quantisers.
+# Scales for keys and values (and queries, and probabilities) in 8 or 4 bits, under all names in use: the attention's own,
+# those of a module in it (attn, k_proj, a fused qkv_proj), AMD's output scales, ModelOpt's quantisers.
 _CACHE_SCALE = re.compile(
     r"model\.layers\.\d+\.self_attn\.(?:\w+\.)*"
     r"(?:(?:[qkv]|kv|qkv|p|prob|softmax|attn)(?:_proj|_cache|_output)*_(?:scale|scale_inv|zero_point|global_scale|amax)"
@@ -175,8 +175,8 @@ class HuggingFaceSource:
         self.notes = bias_notes(zeros)
         if scales:
             self.notes += (
-                f"{len(scales)} scales for a quantised KV cache ({scales[0]!r} is the first) are left out: here the cache chooses "
-                "its own, with --kv-bits",
+                f"{len(scales)} scales for a quantised KV cache ({scales[0]!r} is the first) are left out: here the cache "
+                "chooses its own, with --kv-bits",
             )
         for name in sorted(left - set(zeros) - set(scales)):
             if not _DERIVED.fullmatch(name):

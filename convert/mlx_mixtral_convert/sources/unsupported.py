@@ -12,8 +12,8 @@ _KERNELS = "codebooks of vectors, which MLX has no kernel for"
 _SMALL = f"{_ORIGINAL}; --recipe experts-2bit is as small"
 _AUTO_ROUND = f"{_ORIGINAL}, or have AutoRound export its auto_gptq or auto_awq format and convert that"
 _DEQUANTIZE = (
-    "convert from the original, or where only these weights are left, load them with transformers, call model.dequantize(), save that "
-    "and convert it"
+    "convert from the original, or where only these weights are left, load them with transformers, call model.dequantize(), "
+    "save that and convert it"
 )
 # quant_method -> what the weights are, and the way out.
 _METHODS: dict[str, tuple[str, str]] = {

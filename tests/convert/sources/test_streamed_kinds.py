@@ -17,6 +17,7 @@ from mlx_mixtral_convert.calibration.walk import Sums, Walk
 from mlx_mixtral_convert.sources import detect, open_source
 from tests.convert.gguf_writer import renamed, write_gguf
 from tests.convert.hub_server import WEIGHTS, run_all, serve
+from tests.convert.module_packers import integers, lookup
 from tests.convert.native_writer import make_native, native
 from tests.convert.packers import awq, fp8, gptq, grouped_packer, make_packed
 from tests.convert.support import CONFIG, hashes, make_checkpoint, read_output, weights
@@ -49,6 +50,26 @@ def of_gptq(folder: Path) -> None:
 
 def of_fp8(folder: Path) -> None:
     make_packed(folder, {"quant_method": "compressed-tensors"}, lambda _, weight: fp8(weight, (len(weight), 1)))
+
+
+def of_compressed(folder: Path) -> None:
+    """Zero points, in two files."""
+    scheme = {"targets": ["Linear"], "weights": {"num_bits": 4}}
+    entry = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": scheme}}
+    make_packed(folder, entry, lambda _, weight: integers(weight, 4, 32, zeros="packed"), shards=2)
+
+
+def of_modelopt(folder: Path) -> None:
+    """Described in hf_quant_config.json alone."""
+    make_packed(folder, {}, lambda _, weight: fp8(weight, ()))
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+
+
+def of_nf4(folder: Path) -> None:
+    """Experts at any byte of a flattened matrix."""
+    entry = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    kept = ("weight", "weight.absmax", "bitsandbytes__nf4")
+    make_packed(folder, entry, lambda _, weight: lookup(weight), plain_bytes=kept, num_hidden_layers=1)
 
 
 def of_mlx(folder: Path) -> None:
@@ -88,7 +109,10 @@ KINDS: list[tuple[str, Callable[[Path], None], str, list[dict[str, Any]]]] = [
     ("hf", fused, "", [{}]),
     ("awq", of_awq, "", [{}, EXACT]),
     ("gptq", of_gptq, "", [{}, EXACT]),
-    ("fp8", of_fp8, "", [{}]),
+    ("compressed-tensors", of_fp8, "", [{}]),
+    ("compressed-tensors", of_compressed, "", [{}, EXACT]),
+    ("modelopt", of_modelopt, "", [{}]),
+    ("bitsandbytes", of_nf4, "", [{}]),
     ("mlx", of_mlx, "", [{"recipe": {"bits": 8, "group_size": 32}}, EXACT]),
     ("native", of_native, "", [{}]),
     ("native", of_torch_native, "", [{}]),

@@ -13,7 +13,7 @@ def detect(storage: Storage) -> bool:
     """Whether the configuration says bitsandbytes; the oldest ones only say ``load_in_4bit`` or ``load_in_8bit``."""
     entry = packing_entry(storage)
     if "quant_method" in entry:
-        return entry["quant_method"] == "bitsandbytes"
+        return str(entry["quant_method"]) == "bitsandbytes"
     return bool(entry.get("load_in_4bit") or entry.get("load_in_8bit"))
 
 

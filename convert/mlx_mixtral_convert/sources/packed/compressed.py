@@ -44,8 +44,8 @@ class CompressedSource(CodedModules):
         for kind in formats:
             if kind not in FORMATS:
                 raise ConversionError(
-                    f"{storage.path}: compressed-tensors format {str(kind)[:40]!r} is not supported; {', '.join(FORMATS[1:-1])} "
-                    "can be converted, and so can the original"
+                    f"{storage.path}: compressed-tensors format {str(kind)[:40]!r} is not supported; "
+                    f"{', '.join(FORMATS[1:-1])} can be converted, and so can the original"
                 )
         if _transforms(entry):
             raise ConversionError(

@@ -1,4 +1,6 @@
-"""NVIDIA ModelOpt's Hugging Face export: FP8, MXFP8 and NVFP4, described in ``hf_quant_config.json``, config.json or both.
+"""NVIDIA ModelOpt's Hugging Face export: FP8, INT8, MX types, NVFP4 and W4A16_AWQ.
+
+It is described in ``hf_quant_config.json``, in config.json, or in both.
 
 https://github.com/NVIDIA/Model-Optimizer
 """
@@ -20,16 +22,20 @@ def detect(storage: Storage) -> bool:
     return str(packing_entry(storage).get("quant_method", "")).split("_")[0] == "modelopt"
 
 
+# Two scales for 4 bits, weights beside low-rank matrices, Hadamard rotations.
+_OTHER = ("W4A8_AWQ", "NVFP4_SVDQUANT", "NVFP4_ROTATE")
+
+
 class ModelOptSource(CodedModules):
-    """A folder whose modules are FP8 or NVFP4; those it excludes are plain."""
+    """A folder whose modules are packed in any of these; those it excludes are plain."""
 
     def __init__(self, storage: Storage) -> None:
         entry = packing_entry(storage)
         inner = entry.get("quantization")
         algorithm = str((inner if isinstance(inner, Mapping) else entry).get("quant_algo", "FP8"))
-        if any(word in algorithm for word in ("INT4", "W4A16_AWQ", "W4A8_AWQ", "SQ", "W8A16")):
+        if algorithm.upper() in _OTHER:
             raise ConversionError(
-                f"{storage.path}: ModelOpt's {algorithm[:40]!r} is not supported; FP8, MXFP8 and NVFP4 can be converted, and so "
-                "can the original"
+                f"{storage.path}: ModelOpt's {algorithm[:40]!r} is not supported; FP8, INT8, W4A16_AWQ, MXFP4, MXFP8 and NVFP4 "
+                "can be converted, and so can the original"
             )
         super().__init__(storage)

@@ -19,10 +19,12 @@ from mlx_mixtral_convert.packing.values import NativePacking, Values
 from mlx_mixtral_convert.sources.hf import SETTINGS, HuggingFaceSource, check_float
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["PackedModules", "packing_entry"]
+__all__ = ["MODELOPT", "THREADS", "Floats", "PackedModules", "packing_entry"]
 
 Floats = npt.NDArray[np.float32]
 MODELOPT = "hf_quant_config.json"
+# Small tensors that opening reads of every module: one at a time from a hub would take minutes.
+THREADS = 8
 
 
 # What AutoAWQ and GPTQModel call settings that others call by the second name.

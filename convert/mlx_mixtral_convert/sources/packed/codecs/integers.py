@@ -1,9 +1,9 @@
 """Integers of 1 to 8 bits in words: compressed-tensors' ``pack-quantized``.
 
-``weight_packed`` I32 ``[out, words]``: codes plus 2^(bits - 1), the first in the lowest bits. Releases up to 0.13 put
+``weight_packed`` I32 ``[out, words]``: codes plus 2^(bits - 1), the first in the lowest bits. Earlier releases put
 ``32 // bits`` codes into a word and left the rest of its bits empty, later ones let codes straddle words; where both differ,
-the number of words tells. ``weight_scale`` ``[out, groups]``, ``[out, 1]`` or one number; ``weight_zero_point`` packed in the same way
-along the outputs, ``[words, groups]``, or I8 ``[out, groups]``; ``weight_g_idx`` ``[in]`` where inputs are ordered by
+the number of words tells. ``weight_scale`` ``[out, groups]``, ``[out, 1]`` or one number; ``weight_zero_point`` packed in the
+same way along the outputs, ``[words, groups]``, or I8 ``[out, groups]``; ``weight_g_idx`` ``[in]`` where inputs are ordered by
 importance. ``w = (q - zero) * scale``. https://github.com/vllm-project/compressed-tensors
 """
 
@@ -48,6 +48,7 @@ class IntegerCodec(Codec):
             tuple((height, count) for count in word_counts(matrix.in_features, bits)),
             ("I32", "U32"),
         )
+        self.spaced = module.shape("weight_packed")[-1] != -(-matrix.in_features * bits // 32)
         if (shape := module.shape("weight_scale")) in ((), (1,), (1, 1), (height,), (height, 1)):
             self.groups = 1
         elif len(shape) == 2 and shape[0] == height and shape[1] and matrix.in_features % shape[1] == 0:
@@ -104,7 +105,18 @@ class IntegerCodec(Codec):
         return affine_fields(words, scales, zeros, place)
 
     def _codes(self, start: int, stop: int) -> Codes:
-        return _codes(self.module.array("weight_packed", start, stop), self.bits, self.in_features)
+        return self._unpacked(self.module.array("weight_packed", start, stop), self.in_features)
+
+    def _unpacked(self, words: npt.NDArray[np.uint32], count: int) -> Codes:
+        """The first ``count`` codes of each row of words."""
+        if self.spaced:
+            shifts = np.arange(32 // self.bits, dtype=np.uint32) * np.uint32(self.bits)
+            apart = words[..., None] >> shifts & np.uint32(2**self.bits - 1)
+            return apart.astype(np.uint8).reshape(len(words), -1)[:, :count]
+        # Whole runs of 32 codes, so that rows may be read as streams of bits.
+        if short := -words.shape[1] % self.bits:
+            words = np.pad(words, ((0, 0), (0, short)))
+        return unpack(words, self.bits)[:, :count]
 
     def _own(self, values: npt.NDArray[Any]) -> Floats:
         """Rows of this matrix among the module's, ``[out, groups]``."""
@@ -121,7 +133,7 @@ class IntegerCodec(Codec):
         raw = self.module.whole("weight_zero_point")
         if self.module.dtype("weight_zero_point") == "I8":
             return self._own(raw.view(np.int8).astype(np.float32) + middle)
-        return self._own(_codes(np.ascontiguousarray(raw.T), self.bits, self.module.height).T)
+        return self._own(self._unpacked(np.ascontiguousarray(raw.T), self.module.height).T)
 
     def _order(self) -> npt.NDArray[np.int64] | None:
         """The group of each input, None where they are in order."""
@@ -141,15 +153,3 @@ class IntegerCodec(Codec):
 def word_counts(count: int, bits: int) -> tuple[int, ...]:
     """Words that ``count`` codes take: straddling, and whole codes to a word."""
     return tuple(dict.fromkeys((-(-count * bits // 32), -(-count // (32 // bits)))))
-
-
-def _codes(words: npt.NDArray[np.uint32], bits: int, count: int) -> Codes:
-    """The first ``count`` codes of each row of words."""
-    if words.shape[1] != -(-count * bits // 32):
-        shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
-        spaced = words[..., None] >> shifts & np.uint32(2**bits - 1)
-        return spaced.astype(np.uint8).reshape(len(words), -1)[:, :count]
-    # Whole runs of 32 codes, so that rows may be read as streams of bits.
-    if short := -words.shape[1] % bits:
-        words = np.pad(words, ((0, 0), (0, short)))
-    return unpack(words, bits)[:, :count]

@@ -1,8 +1,9 @@
 """bitsandbytes: 4-bit codes into a table of 16 floats, and rows of bytes with a scale each.
 
-nf4 and fp4: ``weight`` U8 ``[out * in / 2, 1]``, two codes a byte, the first in the high bits, over the flattened matrix; a block of
-``blocksize`` of them shares an ``absmax``; ``quant_map`` holds what the codes mean. ``absmax`` is float32, or bytes into
-``nested_quant_map`` that blocks of ``nested_absmax`` scale, plus an offset. ``quant_state.bitsandbytes__nf4`` is JSON as bytes.
+nf4 and fp4: ``weight`` ``out * in / 2`` bytes of any type, two codes a byte, the first in the high bits, over the flattened
+matrix; a block of ``blocksize`` of them shares an ``absmax``; ``quant_map`` holds what the codes mean.
+``absmax`` is float32, or bytes into ``nested_quant_map`` that blocks of ``nested_absmax`` scale, plus an offset.
+``quant_state.bitsandbytes__nf4`` is JSON as bytes.
 int8: ``weight`` I8 ``[out, in]``, ``SCB`` the largest magnitude of each row, at 127.
 https://github.com/bitsandbytes-foundation/bitsandbytes
 """
@@ -38,7 +39,7 @@ MAX_STATE_BYTES = 65_536
 
 
 class LookupCodec(Codec):
-    """nf4 and fp4. What the small tensors say is read when the values are."""
+    """nf4 and fp4."""
 
     codes = "weight"
     fields = (
@@ -50,9 +51,9 @@ class LookupCodec(Codec):
         super().__init__(module, matrix)
         self.kind = next((kind for kind in ("nf4", "fp4") if module.has(_STATE + kind)), "nf4")
         count = module.height * matrix.in_features
-        # The packed matrix may be stored under any shape of as many bytes.
-        half = -(-count // 2)
-        module.expect("weight", ((half, 1), (1, half), (half,)), ("U8", "I8"))
+        # The bytes may be stored as any type and in any shape: `bnb_4bit_quant_storage` chooses.
+        if module.rows.experts is not None or module.checkpoint[module.tensor("weight")].nbytes != -(-count // 2):
+            raise module.wrong("weight", f"{-(-count // 2)} bytes of codes were expected")
         module.expect("weight.quant_map", ((16,),), FLOATS)
         state = module.shape(_STATE + self.kind)
         if len(state) != 1 or state[0] > MAX_STATE_BYTES:
@@ -62,6 +63,11 @@ class LookupCodec(Codec):
             module.expect("weight.nested_quant_map", ((256,),), FLOATS)
         blocks = module.shape("weight.absmax")
         module.expect("weight.absmax", (blocks,), ("U8",) if self.nested else FLOATS)
+
+    def look(self) -> None:
+        _ = self._block
+        if self.nested:
+            self._check_nested()
 
     def decode(self, out: Floats) -> None:
         block, scales = self._block, self._absmax
@@ -80,12 +86,9 @@ class LookupCodec(Codec):
         return NativePacking(REQUANTISED, False, f"bitsandbytes {self.kind}")
 
     def _bytes(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Codes' bytes ``start`` to ``stop``, whatever shape they were stored in."""
-        info = self.module.checkpoint[self.module.tensor("weight")]
-        if info.row_bytes == 1:
-            return self.module.reader.rows(info, start, stop).reshape(-1)
+        """Codes' bytes ``start`` to ``stop``."""
         raw = np.empty(stop - start, np.uint8)
-        self.module.reader.read(info, raw.data, start)
+        self.module.reader.read(self.module.checkpoint[self.module.tensor("weight")], raw.data, start)
         return raw
 
     @cached_property
@@ -109,14 +112,17 @@ class LookupCodec(Codec):
             raise self.module.wrong("weight.absmax", f"{count} weights in blocks of {block} were expected")
         return block
 
+    def _check_nested(self) -> None:
+        (count,), block = self.module.shape("weight.absmax"), self._state["nested_blocksize"]
+        if self.module.shape("weight.nested_absmax") != (-(-count // block),):
+            raise self.module.wrong("weight.nested_absmax", f"{count} scales in blocks of {block} were expected")
+
     @property
     def _absmax(self) -> Floats:
         if not self.nested:
             return self.module.floats("weight.absmax")
         raw = self.module.whole("weight.absmax").reshape(-1)
         block, outer = self._state["nested_blocksize"], self.module.floats("weight.nested_absmax").reshape(-1)
-        if len(outer) != -(-len(raw) // block):
-            raise self.module.wrong("weight.nested_absmax", f"{len(raw)} scales in blocks of {block} were expected")
         inner = self.module.floats("weight.nested_quant_map")[raw] * np.repeat(outer, block)[: len(raw)]
         return np.asarray(inner + np.float32(self._state["nested_offset"]), np.float32)
 

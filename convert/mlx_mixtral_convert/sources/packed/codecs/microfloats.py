@@ -1,9 +1,9 @@
 """Floats of 4 and 6 bits with a scale for each group of 16 or 32 inputs: MXFP4, MXFP6 and NVFP4.
 
-``weight_packed`` (compressed-tensors) or ``weight`` (ModelOpt), U8 ``[out, in * bits / 8]``: a stream of codes, the first in the lowest
-bits, as MLX has it. ``weight_scale`` is U8 or F8_E8M0 ``[out, in / 32]`` for the MX types, powers of two, and F8_E4M3
-``[out, in / 16]`` for NVFP4, which is divided by ``weight_global_scale`` or multiplied by ``weight_scale_2``, one number. 6-bit codes
-are e2m3: in eighths they are whole numbers up to 60, which 8 affine bits hold.
+``weight_packed`` (compressed-tensors) or ``weight`` (ModelOpt), U8 ``[out, in * bits / 8]``: a stream of codes, the first in
+the lowest bits, as MLX has it. ``weight_scale`` is U8 or F8_E8M0 ``[out, in / 32]`` for the MX types, powers of two, and
+F8_E4M3 ``[out, in / 16]`` for NVFP4, which is divided by ``weight_global_scale`` or multiplied by ``weight_scale_2``, one
+number. 6-bit codes are e2m3: in eighths they are whole numbers up to 60, which 8 affine bits hold.
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 """
 
@@ -86,7 +86,7 @@ class MicrofloatCodec(Codec):
             scales = self.module.array("weight_scale", 0, self.out_features)
             return {"weight": np.ascontiguousarray(raw).view(np.uint32), "scales": scales}
         codes = np.empty((self.out_features, self.in_features), np.uint8)
-        scales = self._scales(0, self.out_features) / 8
+        scales = self._scales(0, self.out_features) / np.float32(8)
         for rows in row_blocks(*codes.shape):
             codes[rows] = (8 * E2M3[unpack(raw[rows], self.bits)]).astype(np.int8).view(np.uint8)
         lost = (scales.astype(np.float16) != scales) & codes.reshape(*scales.shape, -1).any(axis=2)

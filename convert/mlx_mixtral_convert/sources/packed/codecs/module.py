@@ -54,8 +54,9 @@ class Module:
 
     def tensor(self, field: str) -> str:
         """The name of a field's tensor."""
-        if self.name not in self.checkpoint:
-            return f"{self.name}.{field}"
+        dotted = f"{self.name}.{field}"
+        if self.rows.experts is None or dotted in self.checkpoint:
+            return dotted
         return self.name if field == "weight" else f"{self.name}_{field.removeprefix('weight_')}"
 
     def has(self, field: str) -> bool:
@@ -132,6 +133,9 @@ class Codec:
 
     def __init__(self, module: Module, matrix: Matrix) -> None:
         self.module, self.out_features, self.in_features = module, matrix.out_features, matrix.in_features
+
+    def look(self) -> None:
+        """Read and check what is small and must be known before anything is written."""
 
     def decode(self, out: Floats) -> None:
         """Fill ``out`` ``[out_features, in_features]``; what is not finite is refused by name later."""
