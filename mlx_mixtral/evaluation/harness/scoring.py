@@ -100,7 +100,8 @@ def _batches(model: Mixtral, items: Sequence[T], length: Callable[[T], int], row
         longest = length(batch[0]) if batch else length(item)
         columns = (len(batch) + 1) * longest
         fits = columns <= plan.chunk_tokens and length(item) >= (1 - PADDING_SHARE) * longest
-        fits = fits and model.config.rope.table_of(length(item)) == model.config.rope.table_of(longest)
+        rope = model.config.rope  # of what is read, all but the last token
+        fits = fits and rope.table_of(length(item) - 1) == rope.table_of(longest - 1)
         if batch and (len(batch) == rows or not fits):
             yield batch
             batch = []
