@@ -88,7 +88,7 @@ class GgufSource:
         self._refuse_leftovers()
 
     def dtype(self, matrix: Matrix) -> str:
-        kind = self._parts[matrix.path][0].tensor.kind.name
+        kind = self.type_name(matrix)
         return kind if kind in FLOATS else "F32"
 
     def name(self, item: Matrix | Norm, expert: int = 0) -> str:
@@ -116,14 +116,20 @@ class GgufSource:
         return Values(as_numpy(raw, tensor.kind.name), tensor.kind.name)
 
     def native(self, matrix: Matrix) -> NativePacking | None:
-        return native_packing(self._parts[matrix.path][0].tensor.kind.name)
+        return native_packing(self.type_name(matrix))
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
-        part = self._parts[matrix.path][expert]
-        path, number, raw = self._fetched
-        if (path, number) != (matrix.path, expert):
-            raw = self._raw(matrix, expert)
+        part, raw = self._parts[matrix.path][expert], self.read_blocks(matrix, expert)
         return transcode(raw, AFFINE[part.tensor.kind.name], tensor_place(self, matrix, expert))
+
+    def type_name(self, matrix: Matrix) -> str:
+        """GGUF's name for the type of a matrix."""
+        return self._parts[matrix.path][0].tensor.kind.name
+
+    def read_blocks(self, matrix: Matrix, expert: int) -> Bytes:
+        """One expert as it lies in the file, ``[out_features, row_bytes]``, rows of q and k in the model's order."""
+        path, number, raw = self._fetched
+        return raw if (path, number) == (matrix.path, expert) else self._raw(matrix, expert)
 
     def small_files(self) -> dict[str, bytes]:
         """Tokenizer, its settings and the chat template out of the keys; a licence that lies in the model's own folder."""
