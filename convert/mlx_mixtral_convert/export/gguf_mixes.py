@@ -36,7 +36,7 @@ _MIXES = {
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 _PLAIN = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 GGUF_TYPES = (*_PLAIN, *_MIXES, *_ALIASES)
-WEIGHABLE = ("Q4_0", "Q4_1", *_MIXES)
+WEIGHABLE = ("Q8_0", "Q4_0", "Q4_1", *_MIXES)
 """Those that a calibration changes."""
 # What stands in for a type whose blocks do not fit a row.
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
