@@ -79,6 +79,7 @@ def _export(given: ConvertOptions) -> None:
             revision=given.revision,
             overwrite=given.overwrite,
             dry_run=given.dry_run,
+            calibration=given.calibration,
             progress=progress,
         )
     if given.as_json:

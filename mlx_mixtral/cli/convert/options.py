@@ -20,10 +20,13 @@ __all__ = ["ConvertOptions", "check_options"]
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 ROUNDINGS = ("plain", "search", "gptq")
 FORMATS = ("mlx", "hf", "gguf")
-GGUF_TYPES = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+GGUF_TYPES = (
+    "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K",
+    "Q3_K", "Q4_K", "Q5_K",
+)  # fmt: skip
 # What has a meaning with --to, beside the type: of GGUF's weights, or of Hugging Face's.
 EXPORT_OPTIONS = {"source", "dest", "to", "kind", "overwrite", "dry_run", "revision", "device", "as_json"}
-TYPE_OPTIONS = {"hf": "dtype", "gguf": "gguf_type"}
+TYPE_OPTIONS = {"hf": {"dtype"}, "gguf": {"gguf_type", "calibration"}}
 
 Overrides = Mapping[str, dict[str, int] | None]
 
@@ -65,7 +68,9 @@ class ConvertOptions:
         type=click.Choice(FORMATS),
         default="mlx",
     )
-    gguf_type: str | None = option("--type", "Type of GGUF's weights.  [default: F16]", type=click.Choice(GGUF_TYPES))
+    gguf_type: str | None = option(
+        "--type", "Type of GGUF's weights, or a mix of types.  [default: F16]", type=click.Choice(GGUF_TYPES)
+    )
     dtype: str = option(
         "--dtype", "Type of scales and norms; with --to hf, of all weights.", type=click.Choice(DTYPES), default="auto"
     )
@@ -119,7 +124,7 @@ def check_options(ctx: click.Context, given: ConvertOptions) -> None:
     """
     typed = [name for name in ctx.params if is_given(ctx, name)]
     if given.to != "mlx":
-        known = EXPORT_OPTIONS | {TYPE_OPTIONS[given.to]}
+        known = EXPORT_OPTIONS | TYPE_OPTIONS[given.to]
         for name in typed:
             if name not in known:
                 instead = {"dtype": "; give --type", "gguf_type": "; give --dtype"}.get(name, "")

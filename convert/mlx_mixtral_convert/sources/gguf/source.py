@@ -138,14 +138,20 @@ class GgufSource:
         return NativePacking(QuantizationSpec(8, 32), False, " and ".join(kinds))
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
-        part = self._parts[matrix.path][expert]
-        path, number, raw = self._fetched
-        if (path, number) != (matrix.path, expert):
-            raw = self._raw(matrix, expert)
+        part, raw = self._parts[matrix.path][expert], self.read_blocks(matrix, expert)
         kind, place = part.tensor.kind.name, tensor_place(self, matrix, expert)
         if (floats := MICROFLOATS.get(kind)) is not None:
             return transcode_floats(raw, floats, place)
         return transcode(raw, AFFINE[kind], place)
+
+    def type_name(self, matrix: Matrix) -> str:
+        """GGUF's name for the type of a matrix; of several, where its experts differ."""
+        return " and ".join(self._kinds(matrix))
+
+    def read_blocks(self, matrix: Matrix, expert: int) -> Bytes:
+        """One expert as it lies in the file, ``[out_features, row_bytes]``, rows of q and k in the model's order."""
+        path, number, raw = self._fetched
+        return raw if (path, number) == (matrix.path, expert) else self._raw(matrix, expert)
 
     def small_files(self) -> dict[str, bytes]:
         """Tokenizer, its settings and the chat template out of the keys; a licence that lies in the model's own folder."""

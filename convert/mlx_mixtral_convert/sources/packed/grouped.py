@@ -156,8 +156,8 @@ class GroupedSource(PackedModules):
         if any(name.endswith(f".{self.packed[0]}") for name in StoredCheckpoint(storage)):
             return missing_settings(storage.path)
         return ConversionError(
-            f"{storage.path} is not a {self.method} folder: no tensor is called NAME.{self.packed[0]}, and there are no settings; "
-            "convert it without a kind"
+            f"{storage.path} is not a {self.method} folder: no tensor is called NAME.{self.packed[0]}, and there are no "
+            "settings; convert it without a kind"
         )
 
     def _number(self, storage: Storage, entry: Any, name: str) -> int:
