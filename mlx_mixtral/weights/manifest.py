@@ -106,7 +106,6 @@ def file_problem(folder: Path, name: str, entry: FileEntry, read: Callable[[int]
         return f"{EDITED}: it {told}; copy it again unless you changed it"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    return None
 
 
 def file_sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
