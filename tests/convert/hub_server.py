@@ -27,7 +27,7 @@ from tests.processes import PYTHONPATH
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BREAKS = ("drop", "503", "short", "429")
-WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt")
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".npz")
 # Pieces are small so that there are many. ``home`` is all this process may write to beside the destination.
 SCRIPT = """
 import json, os, signal, sys, threading, time

@@ -18,7 +18,7 @@ from mlx_mixtral_convert.sources import detect, open_source
 from tests.convert.gguf_writer import renamed, write_gguf
 from tests.convert.hub_server import WEIGHTS, run_all, serve
 from tests.convert.module_packers import integers, lookup
-from tests.convert.native_writer import make_native, native
+from tests.convert.native_writer import make_native, native, params
 from tests.convert.packers import awq, fp8, gptq, grouped_packer, make_packed
 from tests.convert.support import CONFIG, hashes, make_checkpoint, read_output, weights
 from tests.convert.torch_writer import save_torch
@@ -91,6 +91,14 @@ def of_torch(folder: Path) -> None:
     save_torch(folder / "pytorch_model.bin", weights(CONFIG))
 
 
+def of_npz(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(params(CONFIG)))
+    arrays = list(native(weights(CONFIG), CONFIG).items())
+    for number in range(2):
+        np.savez(folder / f"weights.{number}.npz", **dict(arrays[number::2]))
+
+
 def of_gguf(folder: Path) -> None:
     folder.mkdir()
     (folder / "LICENSE").write_text("of the model")
@@ -117,6 +125,7 @@ KINDS: list[tuple[str, Callable[[Path], None], str, list[dict[str, Any]]]] = [
     ("native", of_native, "", [{}]),
     ("native", of_torch_native, "", [{}]),
     ("hf-bin", of_torch, "", [{}]),
+    ("npz", of_npz, "", [{}]),
     ("gguf", of_gguf, "", [{}, EXACT]),
     ("gguf", of_split_gguf, ":m-00002-of-00003.gguf", [{}, EXACT]),
 ]
