@@ -13,7 +13,7 @@ __all__ = ["ARCHITECTURES", "CONVERTIBLE_METHODS", "DEQUANTIZE", "refuse_contrad
 
 ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 """The class that ``architectures`` of config.json names, by ``model_type``."""
-CONVERTIBLE_METHODS = ("awq", "gptq", "fp8", "fbgemm_fp8", "compressed-tensors")
+CONVERTIBLE_METHODS = ("awq", "gptq", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "bitsandbytes")
 """What ``quant_method`` says of weights that the converter reads."""
 DEQUANTIZE = "use the unquantised original, or what transformers' model.dequantize() and save_pretrained() write"
 """What to do about weights of any other."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import CheckpointError, TokenizerError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.files import parse_json, read_json
 from mlx_mixtral.tokenizer.markers import AddedToken
 
 __all__ = ["Settings", "read_settings", "read_settings_file", "read_template"]
@@ -47,21 +47,47 @@ class Settings:
     fast: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_settings(folder: Path, eos_token_ids: Sequence[int] = ()) -> Settings:
+@dataclass(frozen=True)
+class _Files:
+    """The files of ``folder``, or those of them that are ``held`` in memory."""
+
+    folder: Path
+    held: Mapping[str, bytes] | None
+
+    def entries(self, name: str) -> dict[str, Any]:
+        """The object a JSON file holds, {} when it is not there."""
+        if self.held is None:
+            return read_settings_file(self.folder / name)
+        try:
+            return parse_json(name, self.held[name]) if name in self.held else {}
+        except CheckpointError as error:
+            raise TokenizerError(f"{error}; download it again") from error
+
+    def has_template(self, name: str) -> bool:
+        return self.held is None and (self.folder / name).is_file()
+
+
+def read_settings(
+    folder: Path, eos_token_ids: Sequence[int] = (), *, held: Mapping[str, bytes] | None = None
+) -> Settings:
     """Read the settings of a folder; files that are not there say nothing.
+
+    Args:
+        held: the JSON files by name, where they are in memory.
 
     Raises:
         TokenizerError: A file is there and is not what it should be.
     """
-    config = read_settings_file(folder / "tokenizer_config.json")
-    fast = read_settings_file(folder / "tokenizer.json")
-    names = _special_names(config, read_settings_file(folder / "special_tokens_map.json"))
+    files = _Files(folder, held)
+    config = files.entries("tokenizer_config.json")
+    fast = files.entries("tokenizer.json")
+    names = _special_names(config, files.entries("special_tokens_map.json"))
     named = _named_tokens(names)
     add_bos = config.get("add_bos_token")
-    templates, template_file = _templates(folder, config)
+    templates, template_file = _templates(files, config)
     return Settings(
-        added=_added_tokens(folder, config, named, fast),
-        beside=_added_tokens(folder, config, named, {}),
+        added=_added_tokens(files, config, named, fast),
+        beside=_added_tokens(files, config, named, {}),
         named=named,
         bos=_spelling(names.get("bos_token")),
         eos=_spelling(names.get("eos_token")),
@@ -116,10 +142,11 @@ def _named_tokens(names: Mapping[str, Any]) -> dict[str, AddedToken]:
 
 
 def _added_tokens(
-    folder: Path, config: Mapping[str, Any], named: Mapping[str, AddedToken], fast: Mapping[str, Any]
+    files: _Files, config: Mapping[str, Any], named: Mapping[str, AddedToken], fast: Mapping[str, Any]
 ) -> dict[int, AddedToken]:
     added: dict[int, AddedToken] = {}
-    for content, token_id in read_settings_file(folder / "added_tokens.json").items():
+    folder = files.folder
+    for content, token_id in files.entries("added_tokens.json").items():
         _declare(added, token_id, {"content": content, "special": content in named}, folder / "added_tokens.json")
     for token in _list(fast.get("added_tokens")):
         _declare(added, token.get("id"), token, folder / "tokenizer.json")
@@ -165,11 +192,12 @@ def _prefix_after_marker(config: Mapping[str, Any], fast: Mapping[str, Any]) -> 
     return config.get("legacy") is not False
 
 
-def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+def _templates(files: _Files, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
     """chat_template.jinja wins over chat_template.json, which wins over tokenizer_config.json, as in transformers."""
-    if (folder / "chat_template.jinja").is_file():
+    folder = files.folder
+    if files.has_template("chat_template.jinja"):
         return read_template(folder / "chat_template.jinja"), "chat_template.jinja"
-    value = read_settings_file(folder / "chat_template.json").get("chat_template")
+    value = files.entries("chat_template.json").get("chat_template")
     if value is not None:
         return _named_templates(value, folder), "chat_template.json"
     found = _named_templates(config.get("chat_template"), folder)

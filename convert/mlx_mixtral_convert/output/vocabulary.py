@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def tokenizer_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:
         for name in objects:
             _check_object(name, files[name], needs_model=name == "tokenizer.json" and not models)
         for name in models[:1]:
-            settings = _settings(files)
+            settings = read_settings(Path(), held={name: files[name] for name in objects})
             model = SentencePieceModel(files[name], settings, source=name)
             problem = disagreement(model.pieces(), settings)
             return () if problem is None else (problem,)
@@ -65,17 +64,6 @@ def tokenizer_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:
     except TokenizerError as error:
         return (f"the tokenizer cannot be used: {error}; the result will take token ids only",)
     return ()
-
-
-def _settings(files: Mapping[str, bytes]) -> Settings:
-    with tempfile.TemporaryDirectory() as held:
-        for name in _OBJECTS:
-            if name in files:
-                (Path(held) / name).write_bytes(files[name])
-        try:
-            return read_settings(Path(held))
-        except TokenizerError as error:
-            raise TokenizerError(str(error).replace(f"{held}/", "")) from error
 
 
 def _check_object(name: str, data: bytes, *, needs_model: bool) -> None:
