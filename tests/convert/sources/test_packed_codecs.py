@@ -42,7 +42,7 @@ BYTES = ("weight", "weight_packed", "weight.absmax", "bitsandbytes__nf4")
 # The packing of MLX, whether the integers fit it, and the configuration and packer.
 CASES: dict[str, tuple[str, bool, tuple[dict[str, Any], Pack]]] = {
     **{f"{bits} bits": (f"{have}-bit g32", True, words(bits))
-       for bits, have in ((1, 2), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (7, 8), (8, 8))},
+       for bits, have in ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (7, 8), (8, 8))},
     **{f"{bits} bits, whole codes to a word": (f"{have}-bit g32", True, words(bits, padded=True))
        for bits, have in ((3, 3), (5, 5), (6, 6), (7, 8))},
     "4 bits, zero points": ("4-bit g32", True, words(4, zeros="packed")),
