@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mixtral import Mixtral, load
-from mlx_mixtral.cache.prefixes import MAX_LOST_TOKENS, PrefixStore, common_prefix
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.cache.prefixes import MAX_LOST_TOKENS, MIN_TOKENS, PrefixStore, common_prefix
 from mlx_mixtral.errors import DestinationError, InvalidRequestError, PromptCacheError
 
 
@@ -159,6 +160,45 @@ def test_a_copy_is_made_only_where_much_would_be_lost(model: Mixtral) -> None:
     assert store.take([*tokens[: 99 - MAX_LOST_TOKENS], 4, 5]) is not cache
     assert store.take([*tokens[: 100 - MAX_LOST_TOKENS], 4, 5]) is cache
     assert len(store) == 0
+
+
+def _kept_cache(model: Mixtral, tokens: list[int]) -> KVCache:
+    cache = model.make_cache()
+    model.module.remember(mx.array([tokens]), cache)
+    return cache
+
+
+def test_what_a_new_sequence_begins_with_is_replaced_and_only_that(model: Mixtral) -> None:
+    store, tokens = PrefixStore(10**8), _ids(model, 60)
+    for kept in (tokens[:20], [*tokens[:19], 3], tokens[:40], tokens[:20]):
+        store.put(kept, _kept_cache(model, kept))
+    # The last is what the one of 40 begins with: it goes in beside it, for it was used since.
+    assert [len(kept.tokens) for kept in store._kept] == [20, 40, 20]
+    store.put(tokens, _kept_cache(model, tokens))
+    assert [kept.tokens for kept in store._kept] == [[*tokens[:19], 3], tokens]
+    assert store.nbytes == sum(kept.cache.nbytes for kept in store._kept)
+
+
+def test_of_more_than_the_limit_the_oldest_go(model: Mixtral) -> None:
+    sequences = [_ids(model, 20, seed=seed) for seed in range(3)]
+    each = _kept_cache(model, sequences[0]).nbytes
+    store = PrefixStore(2 * each)
+    for tokens in sequences:
+        store.put(tokens, _kept_cache(model, tokens))
+    assert [kept.tokens for kept in store._kept] == sequences[1:]
+    too_small = PrefixStore(each - 1)
+    too_small.put(sequences[0], _kept_cache(model, sequences[0]))
+    assert len(too_small) == 0
+
+
+def test_a_short_beginning_is_not_taken_from_a_longer_sequence(model: Mixtral) -> None:
+    store, tokens = PrefixStore(10**8), _ids(model, 30)
+    store.put(tokens, _kept_cache(model, tokens))
+    assert store.take([*tokens[: MIN_TOKENS - 1], 3, 4]) is None
+    assert len(store) == 1
+    found = store.take([*tokens[:MIN_TOKENS], 3, 4])
+    assert found is not None
+    assert found.length == MIN_TOKENS
 
 
 def test_common_prefix() -> None:
