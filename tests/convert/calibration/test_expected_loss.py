@@ -72,6 +72,17 @@ def test_expected_and_measured_loss_agree_within_the_band(
     assert low < report.predicted_kl / measured(tmp_path / "out", truth) < high
 
 
+@pytest.mark.parametrize(("rounding", "kl"), [("plain", 0.0442), ("search", 0.0263), ("gptq", 0.0165)])
+def test_each_rounding_loses_what_it_did_when_it_was_written(
+    recorded: Calibration, truth: tuple[Any, mx.array], tiny: Path, tmp_path: Path, rounding: str, kl: float
+) -> None:
+    """Of the down matrices of the first layer at 2 bits. GPTQ without its coordinate descent loses 0.0189, with a hundredfold
+    damping 0.0232, with a tenth of it 0.0236."""
+    recipe = Recipe(None, overrides={"*.layers.0.*down_proj": {"bits": 2}}, rounding=rounding)
+    convert(tiny, tmp_path / "out", recipe=recipe, calibration=recorded)
+    assert measured(tmp_path / "out", truth) == pytest.approx(kl, rel=0.06)
+
+
 def test_without_sensitivities_it_is_a_guess_and_a_fit_says_how_to_get_them(
     recorded: Calibration, tiny: Path, tmp_path: Path
 ) -> None:
