@@ -126,7 +126,10 @@ class ConversionReport:
     disk_free_bytes: int
     dry_run: bool = False
     predicted_kl: float | None = None
-    """KL to the source in nats a token, from the calibration or built-in losses; None for packings they do not know."""
+    """KL to the source in nats a token to be expected on text like the calibration's; without its sensitivities a guess from
+    built-in figures of Mixtral. None for packings that neither knows."""
+    predicted_kl_error: float | None = None
+    """Its standard error, None for a guess."""
     packings: tuple[PackedAs, ...] = ()
     """What an exact conversion did with each type of its source."""
     expected_seconds: float | None = None

@@ -19,7 +19,7 @@ from mlx_mixtral.config.overrides import ConfigOverrides
 from mlx_mixtral.errors import InvalidRequestError, MemoryBudgetError
 from mlx_mixtral.experts.trace import hit_rates, published_trace
 from mlx_mixtral.info.estimate import BUILT_IN, WIDTHS, Width, bytes_by_part, expert_bytes
-from mlx_mixtral.info.macs import Chip
+from mlx_mixtral.info.macs import CHIPS, Chip
 from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import compute_dtype, current_device
 from mlx_mixtral.model.build import Builder
@@ -77,7 +77,12 @@ def shape_plans(
         InvalidRequestError: no single chip is named, or a size is none.
     """
     if len(chips) != 1:
-        raise InvalidRequestError("--memory with a published size needs one --chip, whose bandwidth is published")
+        fix = (
+            "name one with --chip, for its published bandwidth"
+            if chips == CHIPS
+            else f"name {_one_of(chips)} with --chip"
+        )
+        raise InvalidRequestError(f"a plan for --memory is made for one chip; {fix}")
     config = (overrides or ConfigOverrides()).apply(BUILT_IN[name], context)
     speeds = Speeds(float(parse_size(disk or DEFAULT_DISK)), chips[0].bandwidth_gb_s * 1e9, READBACK_S)
     trace = published_trace(config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok)
@@ -142,3 +147,7 @@ def _predictions(sizes: ModelSizes, plan: ResidencyPlan | None, speeds: Speeds |
         "hit_rate": 1 - plan.misses_per_token / needed if needed else 1.0,
         "readbacks_per_token": plan.readbacks_per_token,
     }
+
+
+def _one_of(chips: Sequence[Chip]) -> str:
+    return " or ".join(f"'{chip.name}' ({chip.bandwidth_gb_s:g} GB/s)" for chip in chips)
