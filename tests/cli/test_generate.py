@@ -207,7 +207,7 @@ def test_control_tokens_of_the_prompt_are_counted_and_can_be_text(invoke: Invoke
     assert tokens() == (hello + 1, 1)
     assert tokens("--no-special") == (as_text, 0)
     line = invoke("generate", quantised, "-p", "Hello</s>", "-n", 1).stderr
-    assert line.startswith(f"{hello + 1} prompt tokens (1 special), ")
+    assert line.startswith(f"{hello + 1} prompt tokens (1 special) · ")
 
 
 def test_the_rest_of_a_saved_prompt_has_its_control_tokens_too(invoke: Invoke, quantised: Path, tmp_path: Path) -> None:
