@@ -20,7 +20,8 @@ What is minimised is ``sum_j m_j (w_j - ŵ_j)^2``, ``m`` the mean square of each
    numbers that are a little too small, by the share of it, and in every matrix alike: the outputs of a layer would shrink with
    it, by 7% in two bits. The other parts of an error cancel, this one adds up.
 
-   In K-quants of up to three bits only: beyond that it is too little to matter.
+   The step adds to the squared error: three bits with importance take two thirds of it. Beyond three bits there is too little
+   to mend.
 
 Blocks of 32 weights with no integers but their codes (Q4_0, Q5_0; with an offset of either sign Q4_1, Q5_1) go the same way
 without the second, fourth and fifth step.
@@ -57,7 +58,7 @@ class KType:
         has_min: whether there is an offset.
         starts: what the widest step and the lowest weight of a group are multiplied by for the codes of the first step; a
             negative one turns the codes around.
-        unshrink: whether to take the fifth step.
+        unshrink: how much of the fifth step is taken, without importance and with it.
     """
 
     group: int
@@ -66,7 +67,7 @@ class KType:
     scales: tuple[int, int] | None
     has_min: bool
     starts: tuple[tuple[float, float], ...]
-    unshrink: bool = False
+    unshrink: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class _Search:
             if self.kind.scales is not None:
                 at = self._improve(self._best_neighbour(at))
             codes = self._codes(at.scale, at.offset)
-            if self.kind.unshrink:
+            if any(self.kind.unshrink):
                 at = self._unshrunk(self._fit(codes), at)
         shape = (len(at.d), self.kind.groups)
         return SuperBlocks(
@@ -169,6 +170,7 @@ class _Search:
         """The fifth step."""
         along = self._blocks(at.scale * fit.qw + at.offset * self.sum_w).sum(1)
         factor = np.where(along > 0, self._blocks(self.sum_ww).sum(1) / along, np.float32(1))
+        factor = 1 + np.float32(self.kind.unshrink[self.m is not None]) * (factor - 1)
         return _Numbers(_half(at.d * factor), _half(at.dmin * factor), at.scales, at.minima)
 
     def _codes(self, scale: Floats, offset: Floats) -> Floats:

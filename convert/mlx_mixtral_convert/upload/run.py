@@ -173,10 +173,10 @@ def _send(
     found: Uploadable, repository: str, files: dict[str, Path], card: str | None, *, public: bool, overwrite: bool
 ) -> tuple[str, bool, bool]:
     """Upload; the page, whether it is private, and whether the repository's own card was kept."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
 
     api = HfApi(library_name="mlx-mixtral")
-    if api.token is None and _saved_token() is None:
+    if get_token() is None:
         raise HubError("uploading needs a token that may write; run `hf auth login`, or set HF_TOKEN")
     page = api.create_repo(repository, private=not public, exist_ok=True)
     info = api.model_info(repository)
@@ -202,12 +202,6 @@ def _send(
             delete_patterns=others or None,
         )
     return str(page), bool(info.private), keeps_card
-
-
-def _saved_token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
 
 
 @contextlib.contextmanager

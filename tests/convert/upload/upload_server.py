@@ -46,6 +46,7 @@ class UploadHub:
     sent: int = 0
     status: int | None = None
     breaks_after: int | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
     writes: list[str] = field(default_factory=list)
     bases: dict[str, dict[str, str]] = field(default_factory=lambda: {"mistralai/Base": {"license": "apache-2.0"}})
 
@@ -69,12 +70,15 @@ def _handler(hub: UploadHub) -> type[BaseHTTPRequestHandler]:
 
         def do_PUT(self) -> None:
             data = self._body()
-            if hub.breaks_after is not None and len(hub.blobs) >= hub.breaks_after:
+            with hub.lock:
                 # A status that the client does not try again after seconds of waiting.
-                self._send({}, 400)
+                if broken := hub.breaks_after is not None and len(hub.blobs) >= hub.breaks_after:
+                    self._send({}, 400)
+                else:
+                    hub.blobs[hashlib.sha256(data).hexdigest()] = data
+                    hub.sent += len(data)
+            if broken:
                 return
-            hub.blobs[hashlib.sha256(data).hexdigest()] = data
-            hub.sent += len(data)
             self._send({})
 
         def do_POST(self) -> None:
