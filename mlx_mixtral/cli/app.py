@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("mlx_mixtral.cli.calibrate:calibrate", "Measure a checkpoint on a text, for better conversions."),
     "convert": ("mlx_mixtral.cli.convert.command:convert", "Convert a checkpoint to MLX, quantised."),
     "verify": ("mlx_mixtral.cli.verify:verify", "Check a converted folder: hashes, shapes, finiteness."),
+    "upload": ("mlx_mixtral.cli.upload:upload", "Put a conversion on the hub, with a model card."),
     "bench": ("mlx_mixtral.cli.bench.command:bench", "Measure speed here, and beside mlx-lm."),
     "evaluate": ("mlx_mixtral.cli.evaluate.command:evaluate", "Perplexity, distance to a reference, long context."),
     "routing": ("mlx_mixtral.cli.routing.command:routing", "What a model's experts do, by domain."),

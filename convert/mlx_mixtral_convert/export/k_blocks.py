@@ -42,8 +42,8 @@ _BITS_4 = _grid((1.04, 1.0, 0.96, 0.92, 0.88), (1.0, 0.92))
 _BITS_5 = _grid((1.02, 1.0, 0.98, 0.96), (1.0, 0.97))
 # Few codes gain from cutting off more of a group's tail; many only from finding the right fraction of a step.
 SEARCHED: dict[str, KType] = {
-    "Q2_K": KType(16, 16, (0, 3), (0, 15), True, _grid((1.05, 0.92, 0.8, 0.66), (1.0, 0.85, 0.7))),
-    "Q3_K": KType(16, 16, (-4, 3), (-32, 31), False, _steps(1.1, 1.0, 0.9, 0.8, -1.3, -1.1, -0.9)),
+    "Q2_K": KType(16, 16, (0, 3), (0, 15), True, _grid((1.1, 1.0, 0.9, 0.8, 0.7), (1.0, 0.85, 0.7, 0.5)), (1.0, 1.0)),
+    "Q3_K": KType(16, 16, (-4, 3), (-32, 31), False, _steps(1.1, 1.0, 0.9, 0.8, -1.3, -1.1, -0.9), (1.0, 2 / 3)),
     "Q4_K": KType(32, 8, (0, 15), (0, 63), True, _BITS_4),
     "Q5_K": KType(32, 8, (0, 31), (0, 63), True, _BITS_5),
     "Q6_K": KType(16, 16, (-32, 31), (-128, 127), False, _steps(1.02, 1.01, 1.0, 0.99, 0.98, -1.05, -1.03, -1.01)),

@@ -16,8 +16,15 @@ What is minimised is ``sum_j m_j (w_j - ŵ_j)^2``, ``m`` the mean square of each
 4. The codes anew for the integers beside those found: the third step holds one of the two still, and ends where neither alone
    gains.
 
+5. ``d`` and ``dmin`` times what makes ``sum_j m_j w_j ŵ_j`` that of the weights themselves. The least squared error is had with
+   numbers that are a little too small, by the share of it, and in every matrix alike: the outputs of a layer would shrink with
+   it, by 7% in two bits. The other parts of an error cancel, this one adds up.
+
+   The step adds to the squared error: three bits with importance take two thirds of it. Beyond three bits there is too little
+   to mend.
+
 Blocks of 32 weights with no integers but their codes (Q4_0, Q5_0; with an offset of either sign Q4_1, Q5_1) go the same way
-without the second and fourth step.
+without the second, fourth and fifth step.
 """
 
 from __future__ import annotations
@@ -51,6 +58,7 @@ class KType:
         has_min: whether there is an offset.
         starts: what the widest step and the lowest weight of a group are multiplied by for the codes of the first step; a
             negative one turns the codes around.
+        unshrink: how much of the fifth step is taken, without importance and with it.
     """
 
     group: int
@@ -59,6 +67,7 @@ class KType:
     scales: tuple[int, int] | None
     has_min: bool
     starts: tuple[tuple[float, float], ...]
+    unshrink: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,8 @@ class _Search:
             if self.kind.scales is not None:
                 at = self._improve(self._best_neighbour(at))
             codes = self._codes(at.scale, at.offset)
+            if any(self.kind.unshrink):
+                at = self._unshrunk(self._fit(codes), at)
         shape = (len(at.d), self.kind.groups)
         return SuperBlocks(
             at.d,
@@ -154,6 +165,13 @@ class _Search:
         """The third step once."""
         fit = self._fit(self._codes(at.scale, at.offset))
         return self._least_squares(fit, at if self.kind.scales is None else self._fitting(fit, at))
+
+    def _unshrunk(self, fit: _Fit, at: _Numbers) -> _Numbers:
+        """The fifth step."""
+        along = self._blocks(at.scale * fit.qw + at.offset * self.sum_w).sum(1)
+        factor = np.where(along > 0, self._blocks(self.sum_ww).sum(1) / along, np.float32(1))
+        factor = 1 + np.float32(self.kind.unshrink[self.m is not None]) * (factor - 1)
+        return _Numbers(_half(at.d * factor), _half(at.dmin * factor), at.scales, at.minima)
 
     def _codes(self, scale: Floats, offset: Floats) -> Floats:
         """The nearest codes as whole float32 numbers, in memory that the next call writes over."""
