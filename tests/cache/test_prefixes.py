@@ -206,7 +206,12 @@ def _wrapped(model: Mixtral, length: int) -> tuple[list[int], KVCache]:
 
 def test_what_was_written_over_is_not_taken(model: Mixtral) -> None:
     tokens, cache = _wrapped(model, 140)
-    assert (cache.is_whole, cache.window and cache.window.columns) == (False, 96)
+    assert (cache.is_whole, cache.trimmable) == (False, 56)
+    whole = PrefixStore(10**8)
+    whole.put(tokens, cache)
+    # So much can be given up, but is too much to be: a copy would be made, and of this none can be.
+    assert whole.take([*tokens[:100], 250, 4]) is None
+    assert len(whole) == 1
     cache.trim(30)  # tokens that are not kept leave fewer to be given up
     kept, left = tokens[:110], cache.trimmable
     assert 0 < left < MAX_LOST_TOKENS

@@ -448,14 +448,16 @@ def test_a_file_that_changes_while_a_layer_is_filled_leaves_it_streaming(
         def fill_then_touch(reader: Any, ranges: Any) -> None:
             fill(reader, ranges)
             filled.append(len(ranges))
-            touch()
+            # With the last one: no layer after it looks at the files again.
+            if len(filled) == LAYERS:
+                touch()
 
         if moment == "before":
             touch()
         monkeypatch.setattr("mlx_mixtral.experts.residency.fill", fill_then_touch)
         with pytest.raises(CheckpointError, match="was written to since the model was loaded"):
             model.set_memory("1GB")
-        assert len(filled) == (moment == "during")
+        assert len(filled) == (LAYERS if moment == "during" else 0)
         assert model.residency.is_streamed
     with streamed(copy, 0.0) as model:
         assert model.generate(TOKENS, max_tokens=8).token_ids == wanted
