@@ -51,6 +51,7 @@ def test_the_last_override_that_matches_wins() -> None:
         (Recipe(4, 32), {"bits": 8}, QuantizationSpec(8, 32)),
         (Recipe(4, 32), {"mode": "mxfp4"}, QuantizationSpec(4, 32, "mxfp4")),
         (Recipe(mode="mxfp4"), {"bits": 6}, QuantizationSpec(6, 64)),
+        (Recipe(mode="mxfp4"), {"group_size": 128}, QuantizationSpec(4, 128)),
         (Recipe(mode="nvfp4"), {"mode": "mxfp8"}, QuantizationSpec(8, 32, "mxfp8")),
         (Recipe(None), {}, QuantizationSpec(4, 64)),
         (Recipe(3, 128), QuantizationSpec(5, 32), QuantizationSpec(5, 32)),
