@@ -1,7 +1,7 @@
 """K-quants of the exporter beside llama.cpp's own quantiser: error of the weights, and KL of the logits, both run by llama.cpp.
 
-    python -m venv /tmp/llama && /tmp/llama/bin/pip install llama-cpp-python==0.3.36
-    python tests/benchmarks/k_quants.py --llama /tmp/llama/bin/python Q2_K Q4_K_M
+    python -m venv llama && llama/bin/pip install llama-cpp-python==0.3.36
+    python tests/benchmarks/k_quants.py --llama llama/bin/python Q2_K Q4_K_M
 
 The model is the bundled checkpoint widened to rows of 256 and 512: an orthogonal matrix mixes its hidden features, and a third
 of each expert's neurons is there twice. It computes the same. Both quantisers get the same importance of inputs.

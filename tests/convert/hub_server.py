@@ -223,12 +223,17 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 def serve(folder: Path) -> Iterator[Hub]:
     """A running hub for ``folder``."""
     hub = Hub(folder)
-    server = _Server(("127.0.0.1", 0), _handler(hub))
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    with listening(_Server(("127.0.0.1", 0), _handler(hub))) as hub.url:
+        yield hub
+
+
+@contextlib.contextmanager
+def listening(server: ThreadingHTTPServer) -> Iterator[str]:
+    """A server at work, and its address."""
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
-        yield hub
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         thread.join()

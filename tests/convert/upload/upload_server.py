@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.convert.hub_server import listening
 from tests.forks import run_python
 from tests.processes import PYTHONPATH
 
@@ -174,16 +175,8 @@ class _Quiet(ThreadingHTTPServer):
 def serve_uploads() -> Iterator[UploadHub]:
     """A running hub with no repository."""
     hub = UploadHub()
-    server = _Quiet(("127.0.0.1", 0), _handler(hub))
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
+    with listening(_Quiet(("127.0.0.1", 0), _handler(hub))) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def run_uploads(home: Path, hub: UploadHub, *uploads: dict[str, Any], token: str | None = "hf_token") -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,7 @@ class Module:
         return self.floats(field)
 
 
-class Codec:
+class Codec(ABC):
     """Decodes one packed matrix, and moves its integers where MLX has a packing for them.
 
     Made when a source is opened, from headers alone.
@@ -136,16 +137,21 @@ class Codec:
 
     def look(self) -> None:
         """Read and check what is small and must be known before anything is written."""
+        return
 
+    @abstractmethod
     def decode(self, out: Floats) -> None:
         """Fill ``out`` ``[out_features, in_features]``; what is not finite is refused by name later."""
-        raise NotImplementedError
 
+    @abstractmethod
     def packing(self) -> NativePacking:
-        raise NotImplementedError
+        """How MLX could hold it."""
 
     def packed(self, place: str) -> dict[Field, npt.NDArray[Any]]:
-        """Of a module whose ``packing`` is exact: what ``PackedSource.read_packed`` gives. ``place`` is for messages."""
+        """Of a module whose ``packing`` is exact: what ``PackedSource.read_packed`` gives. ``place`` is for messages.
+
+        Codecs of which no packing is exact have none.
+        """
         raise NotImplementedError
 
 
