@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.files import check_destination
+from mlx_mixtral.files import check_destination, is_special
 
 __all__ = ["check_destinations", "journal_path"]
 
@@ -26,5 +26,7 @@ def check_destinations(places: Mapping[str, str | None]) -> dict[str, Path]:
 def journal_path(places: Mapping[str, Path]) -> Path | None:
     """The journal of a run: ``--resume``, or beside ``--output``; None without both."""
     output = places.get("--output")
+    if output is not None and is_special(output):
+        output = None
     beside = None if output is None else output.with_name(f"{output.name}.journal")
     return places.get("--resume", beside)

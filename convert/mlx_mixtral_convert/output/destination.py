@@ -56,7 +56,8 @@ class Destination(ABC):
     """What makes the result smaller, likewise."""
 
     def __init__(self, path: Path, source: Path, *, overwrite: bool = False) -> None:
-        self.path = path.expanduser().resolve()
+        # Unlike Path.resolve this takes a loop of links.
+        self.path = Path(os.path.realpath(path.expanduser()))
         self.partial = self.path.with_name(f".{self.path.name}.partial")
         self._overwrite = overwrite
         self._made: list[Path] = []
@@ -64,7 +65,7 @@ class Destination(ABC):
         self._committed = False
         # The nearest that exists.
         self._disk = next((p for p in (self.path, *self.path.parents) if os.path.lexists(p)), Path(self.path.anchor))
-        source = source.resolve()
+        source = Path(os.path.realpath(source))
         if self.path == source:
             raise DestinationError(f"{self.path} is the source itself; give another destination")
         if source in self.path.parents:
@@ -199,7 +200,7 @@ class FolderDestination(Destination):
         self._recover()
         with contextlib.suppress(FileExistsError):
             self.partial.mkdir()
-        return os.open(self.partial, os.O_RDONLY)
+        return os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
     def _recover(self) -> None:
         """A run killed between the two renames of an overwrite left the old folder aside."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from mlx_mixtral.evaluation.plots import draw_long_context
 from mlx_mixtral.evaluation.reference import DEFAULT_TOP_K, Reference, check_replaceable
 from mlx_mixtral.evaluation.results import Evaluation
 from mlx_mixtral.files import replace_file
+from mlx_mixtral.leftovers import scratch_folder
 from mlx_mixtral.weights.fingerprint import file_identity
 
 __all__ = ["EvaluationJob"]
@@ -83,7 +83,7 @@ class EvaluationJob:
         """The result as JSON has it; files are written."""
         with ExitStack() as stack:
             # Left last: what is made for the run alone goes once the journal has.
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-mixtral-evaluate-")))
+            scratch = stack.enter_context(scratch_folder("evaluate"))
             journal = stack.enter_context(
                 EvaluationJournal(self.journal_path, self._identity(), restart=self.given.restart)
             )
