@@ -95,7 +95,7 @@ def read_file(path: Path, max_bytes: int, error: type[MixtralError] = Checkpoint
     with open_file(path, error) as file:
         try:
             size = os.fstat(file.fileno()).st_size
-            data = b"" if size > max_bytes else file.read(max_bytes + 1)
+            data = b"" if size > max_bytes else file.read(size + 1)
         except OSError as failure:
             raise error(f"{path} cannot be read: {failure.strerror or failure}") from failure
     if max(size, len(data)) > max_bytes:

@@ -46,7 +46,7 @@ class Builder:
         products: who multiplies.
 
     Raises:
-        CheckpointError: a tensor is missing or has the wrong shape. Everything is checked before anything is allocated.
+        CheckpointError: a tensor is missing, left over, or has the wrong shape. All is checked before anything is allocated.
         ConfigError: the quantisation entry contradicts the tensors.
     """
 
@@ -73,9 +73,11 @@ class Builder:
         }
         for norm in self.norms.values():
             self._norm_info(norm)
+        used = {f"{path}.weight" for path in self.norms}
         for matrix in self.matrices.values():
             for field in self._fields(matrix):
-                self._locations(matrix, field)
+                used.update(rows.name for rows in self._locations(matrix, field))
+        checkpoint.refuse_leftovers(used, config)
 
     @property
     def item_bytes(self) -> int:

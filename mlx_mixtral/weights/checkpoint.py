@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config.layout import Rows
+from mlx_mixtral.config.layout import FIELDS, Rows
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import MAX_INDEX_BYTES, is_there, open_descriptor, read_json
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
 __all__ = ["Checkpoint", "CheckpointReader"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Old checkpoints store the rotary frequencies, which follow from the configuration.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
@@ -32,6 +36,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
     """
 
     index_name, single_name = INDEX, SINGLE
+    unnamed: Mapping[str, TensorInfo] = {}
+    """Tensors of the files that the index names, which it does not name themselves."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,8 +84,25 @@ class Checkpoint(Mapping[str, TensorInfo]):
             )
         return info
 
+    def refuse_leftovers(self, used: Collection[str], config: MixtralConfig) -> None:
+        """A model that leaves weights out would run and answer wrongly.
+
+        Args:
+            used: the tensors the model is read from.
+
+        Raises:
+            CheckpointError: a tensor is not among them, and neither follows from others nor from the configuration.
+        """
+        tied = {f"lm_head.{field}" for field in FIELDS} if config.tie_word_embeddings else set()
+        for name, info in sorted({**self.unnamed, **self}.items()):
+            if name not in used and name not in tied and not _DERIVED.fullmatch(name):
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name!r} has no place in the model config.json describes; "
+                    "check num_hidden_layers, num_local_experts and model_type"
+                )
+
     def _has(self, file: str) -> bool:
-        return _is_file(self.folder / file)
+        return is_there(self.folder / file)
 
     def _header(self, file: str) -> Mapping[str, TensorInfo]:
         return read_header(self.folder / file)
@@ -90,7 +113,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def _open(self, folder: Path) -> dict[str, TensorInfo]:
         index = folder / self.index_name
-        return dict(self._header(self._single_file())) if not index.is_file() else self._read_index(index)
+        return dict(self._header(self._single_file())) if not is_there(index) else self._read_index(index)
 
     def _single_file(self) -> str:
         if self._has(self.single_name):
@@ -105,7 +128,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         raise CheckpointError(f"{self.folder} has no weights: neither {self.index_name} nor {self.single_name}")
 
     def _read_index(self, index: Path) -> dict[str, TensorInfo]:
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: there is no weight_map")
         headers: dict[str, Mapping[str, TensorInfo]] = {}
@@ -122,14 +145,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
             if name not in headers[file]:
                 raise CheckpointError(f"{index} places tensor {name!r} in {file!r}, which does not have it")
             tensors[name] = headers[file][name]
+        self.unnamed = {
+            name: info for header in headers.values() for name, info in header.items() if name not in tensors
+        }
         return tensors
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long for the file system
-        return False
 
 
 class CheckpointReader:
@@ -140,10 +159,10 @@ class CheckpointReader:
         self._descriptors: dict[Path, int] = {}
         try:
             for file in checkpoint.files:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
-        except OSError as error:
+                self._descriptors[file] = open_descriptor(file)
+        except CheckpointError:
             self.close()
-            raise CheckpointError(f"{file} cannot be opened: {error.strerror or error}") from error
+            raise
 
     def __enter__(self) -> CheckpointReader:
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import Matrix, Norm, Rows, hf_name, locate, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConversionError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import is_there, read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
@@ -24,13 +23,10 @@ from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = ["HuggingFaceSource", "check_float", "detect"]
 
-# Old checkpoints store the rotary frequencies, which follow from the configuration.
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
 
 def detect(storage: Storage) -> bool:
     """Whether there is a Hugging Face configuration."""
-    return (storage.folder / "config.json").is_file()
+    return is_there(storage.folder / "config.json")
 
 
 class HuggingFaceSource:
@@ -60,7 +56,7 @@ class HuggingFaceSource:
         self._reader = StoredReader(storage)
         self._matrices = {matrix.path: self._find(matrix) for matrix in matrices(self.config)}
         self._norms = {norm.path: self._find_norm(norm) for norm in norms(self.config)}
-        self._refuse_leftovers()
+        self.checkpoint.refuse_leftovers(self._used(), self.config)
         self.files = SourceFiles(storage, self.checkpoint.files)
 
     def dtype(self, matrix: Matrix) -> str:
@@ -147,18 +143,6 @@ class HuggingFaceSource:
         """The names of all tensors that matrices and norms are read from."""
         used = {rows.name for found in self._matrices.values() for rows in found}
         return used | {f"{path}.weight" for path in self._norms}
-
-    def _refuse_leftovers(self) -> None:
-        used = self._used()
-        if self.config.tie_word_embeddings:
-            used.add("lm_head.weight")
-        for name in sorted(set(self.checkpoint) - used):
-            if not _DERIVED.fullmatch(name):
-                info = self.checkpoint[name]
-                raise CheckpointError(
-                    f"{info.file}: tensor {info.name!r} has no place in the model config.json describes; "
-                    "check num_hidden_layers, num_local_experts and model_type"
-                )
 
 
 def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:

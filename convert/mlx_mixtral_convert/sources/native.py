@@ -20,7 +20,7 @@ from mlx_mixtral.config.layout import EXPERT_NAMES, Matrix
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.supported import ARCHITECTURES
 from mlx_mixtral.errors import CheckpointError, ConfigError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import is_there, read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import Values
@@ -113,9 +113,14 @@ class _NativeCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{storage.path} has no consolidated*.safetensors, consolidated.*.pth or consolidated.*.pt"
             )
-        self._tensors = {
-            _renamed(name): _apart(info, config) for name, info in _union(files, storage).items() if name != _DERIVED
-        }
+        self._tensors = {}
+        for name, info in _union(files, storage).items():
+            if (known := self._tensors.get(_renamed(name))) is not None:
+                raise CheckpointError(
+                    f"{info.file}: tensors {known.name!r} and {name!r} are two spellings of one; remove one of them"
+                )
+            if name != _DERIVED:
+                self._tensors[_renamed(name)] = _apart(info, config)
 
     def __getitem__(self, name: str) -> TensorInfo:
         if name not in self._tensors:
@@ -124,7 +129,7 @@ class _NativeCheckpoint(Checkpoint):
 
 
 def _entries(folder: Path) -> Mapping[str, Any]:
-    if not (folder / "params.json").is_file():
+    if not is_there(folder / "params.json"):
         return read_json(folder / "config.json")
     params = read_json(folder / "params.json")
     if "hidden_size" not in params:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, Norm, Rows, locate
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import is_there, read_json
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import NativePacking, Values
@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 def packing_entry(storage: Storage) -> Mapping[str, Any]:
     """``quantization_config`` of config.json (or its older spelling), empty where there is none."""
     config = storage.folder / "config.json"
-    if not config.is_file():
+    if not is_there(config):
         return {}
     entries = read_json(config)
     entry = entries.get("quantization_config") or entries.get("compression_config")

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.safetensors import ITEM_BYTES, TensorInfo
@@ -23,6 +24,7 @@ __all__ = ["StoredTensor", "read_torch"]
 
 # The largest real one, of a thousand tensors, has under a megabyte.
 MAX_PICKLE_BYTES = 4 * 2**20
+MAX_DIRECTORY_BYTES = 16 * 2**20
 _LOCAL_HEADER_BYTES = 30
 # Where a storage begins stands before each: a thousand requests to a hub, one after another, would take minutes.
 THREADS = 8
@@ -45,8 +47,10 @@ def read_torch(path: Path, storage: Storage) -> dict[str, StoredTensor]:
             storage, or one with strides that are neither plain nor transposed.
     """
     try:
-        with storage.open(path) as file, zipfile.ZipFile(file) as archive:
+        with storage.open(path) as file, zipfile.ZipFile(cast("BinaryIO", _Bounded(file))) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
+            if len(entries) < len(archive.infolist()):
+                raise CheckpointError(f"{path}: two entries have one name; the file is damaged")
             root = _root(path, entries)
             _check_order(path, archive, entries.get(f"{root}/byteorder"))
             description = _stored(path, entries[f"{root}/data.pkl"], MAX_PICKLE_BYTES)
@@ -69,10 +73,37 @@ def read_torch(path: Path, storage: Storage) -> dict[str, StoredTensor]:
         used[tensor.storage.key] = _stored(path, entries[key])
     with ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-mixtral-open") as pool:
         starts = dict(zip(used, pool.map(lambda entry: _data_start(path, storage, entry), used.values()), strict=True))
+    _refuse_overlaps(path, [(starts[key], entry) for key, entry in used.items()])
     return {
         name: _place(path, name, tensor, starts[tensor.storage.key], used[tensor.storage.key].file_size)
         for name, tensor in described.items()
     }
+
+
+class _Bounded:
+    """A file of which no more is read at once than a directory of a real one has: its size is what the file says it is."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, count: int = -1) -> bytes:
+        data = self._file.read(MAX_DIRECTORY_BYTES + 1 if count < 0 else min(count, MAX_DIRECTORY_BYTES + 1))
+        if len(data) > MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile(f"its directory has more than {MAX_DIRECTORY_BYTES} bytes")
+        return data
+
+
+def _refuse_overlaps(path: Path, placed: list[tuple[int, zipfile.ZipInfo]]) -> None:
+    """Tensors may share a storage, as tied ones do; storages that share bytes are a directory that is wrong."""
+    end, last = 0, ""
+    for start, entry in sorted(placed, key=lambda pair: (pair[0], pair[1].file_size)):
+        if start < end:
+            raise CheckpointError(f"{path}: entries {last!r} and {entry.filename!r} share bytes; the file is damaged")
+        end, last = start + entry.file_size, entry.filename
 
 
 def _root(path: Path, entries: dict[str, zipfile.ZipInfo]) -> str:
