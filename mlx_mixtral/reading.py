@@ -10,14 +10,16 @@ import errno
 import json
 import os
 import stat
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_mixtral.errors import CheckpointError, MixtralError
 
 __all__ = [
-    "MAX_CONFIG_BYTES", "MAX_INDEX_BYTES", "MAX_TEXT_BYTES", "MAX_TOKENIZER_BYTES", "is_there", "open_descriptor", "open_file",
-    "parse_json", "read_file", "read_json", "special_file",
+    "MAX_CONFIG_BYTES", "MAX_INDEX_BYTES", "MAX_TEXT_BYTES", "MAX_TOKENIZER_BYTES", "check_size", "companion_bytes",
+    "is_there", "names_like", "open_descriptor", "open_file", "parse_json", "read_file", "read_given", "read_json",
+    "special_file",
 ]  # fmt: skip
 
 # Bounds by kind, each a few times the largest that is known.
@@ -26,6 +28,8 @@ MAX_INDEX_BYTES = 32 * 2**20
 MAX_TOKENIZER_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 4 * 2**20
 """Of a licence or a chat template."""
+MAX_GIVEN_BYTES = 2**29
+"""Of a text that a user names."""
 # What JSON becomes in memory goes by its values, not its bytes: 22 million empty lists fit 64 MB, and take 1.4 GB.
 MAX_JSON_VALUES = 4_000_000
 MAX_JSON_DEPTH = 100
@@ -45,6 +49,21 @@ def is_there(path: Path) -> bool:
     except ValueError:  # a null byte
         return False
     return True
+
+
+def names_like(folder: Path, *patterns: str) -> list[Path]:
+    """What a folder has under names like those, in order of name; links that lead nowhere too, unlike ``Path.glob``.
+
+    Raises:
+        CheckpointError: the folder is there and cannot be read.
+    """
+    try:
+        names = os.listdir(folder)  # noqa: PTH208
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as failure:
+        raise CheckpointError(f"{folder} cannot be read: {failure.strerror or failure}") from failure
+    return [folder / name for name in sorted(names) if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def special_file(mode: int) -> str | None:
@@ -86,6 +105,17 @@ def _reason(path: Path, failure: OSError | ValueError) -> str:
     return failure.strerror or str(failure)
 
 
+def check_size(path: Path, max_bytes: int, error: type[MixtralError] = CheckpointError) -> None:
+    """Before another library reads a file by its name.
+
+    Raises:
+        CheckpointError, or ``error``: it is no regular file, cannot be read, or has more than ``max_bytes``.
+    """
+    with open_file(path, error) as file:
+        if (size := os.fstat(file.fileno()).st_size) > max_bytes:
+            raise error(f"{path} has {size} bytes; no file of its kind has more than {max_bytes}")
+
+
 def read_file(path: Path, max_bytes: int, error: type[MixtralError] = CheckpointError) -> bytes:
     """All of a regular file.
 
@@ -101,6 +131,30 @@ def read_file(path: Path, max_bytes: int, error: type[MixtralError] = Checkpoint
     if max(size, len(data)) > max_bytes:
         raise error(f"{path} has {max(size, len(data))} bytes; no file of its kind has more than {max_bytes}")
     return data
+
+
+def read_given(path: Path, error: type[MixtralError]) -> bytes:
+    """All of what a user names as a text, which may be a pipe too, as the shell makes of ``<(command)``.
+
+    Raises:
+        ``error``: it cannot be read, or has more than ``MAX_GIVEN_BYTES``.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = b"" if size > MAX_GIVEN_BYTES else file.read(MAX_GIVEN_BYTES + 1 if size == 0 else size + 1)
+    except (OSError, ValueError) as failure:
+        raise error(f"{path} cannot be read: {_reason(path, failure)}") from failure
+    if max(size, len(data)) > MAX_GIVEN_BYTES:
+        raise error(f"{path} has more than {MAX_GIVEN_BYTES} bytes, which are read at most; split it")
+    return data
+
+
+def companion_bytes(name: str) -> int:
+    """The bound of a file beside the weights, by its name."""
+    if name == "tokenizer.json" or name.startswith("tokenizer.model"):
+        return MAX_TOKENIZER_BYTES
+    return MAX_CONFIG_BYTES if name.endswith(".json") else MAX_TEXT_BYTES
 
 
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:

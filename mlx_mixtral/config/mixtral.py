@@ -18,7 +18,7 @@ from mlx_mixtral.config.quantization import QuantizationConfig
 from mlx_mixtral.config.rope import RopeConfig
 from mlx_mixtral.config.supported import refuse_contradiction, refuse_unsupported, shown
 from mlx_mixtral.errors import CheckpointError, ConfigError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import is_there, read_json
 
 __all__ = ["MixtralConfig", "stop_ids"]
 
@@ -113,17 +113,17 @@ class MixtralConfig:
         """Read ``config.json`` (and ``generation_config.json``'s stop ids), else ``params.json``, of a checkpoint folder.
 
         Raises:
-            CheckpointError: the folder holds neither.
+            CheckpointError: the folder holds neither, or one that cannot be read.
             ConfigError: what is there cannot be run.
         """
-        if (folder / "config.json").is_file():
+        if is_there(folder / "config.json"):
             entries = read_json(folder / "config.json")
             config, generation = cls.from_hf(entries), folder / "generation_config.json"
-            if not generation.is_file():
+            if not is_there(generation):
                 return config
             extra = stop_ids(read_json(generation), generation.name, config.vocab_size)
             return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
-        if (folder / "params.json").is_file():
+        if is_there(folder / "params.json"):
             return cls.from_params(read_json(folder / "params.json"))
         if any(folder.glob("*.gguf")):
             raise CheckpointError(

@@ -23,7 +23,7 @@ from mlx_mixtral.errors import CheckpointError, DestinationError, InvalidRequest
 from mlx_mixtral.evaluation.corpus import Corpus
 from mlx_mixtral.evaluation.forward import TopTokens
 from mlx_mixtral.files import check_destination, disk_errors, open_partial, partial_path, put_in_place
-from mlx_mixtral.reading import is_there, open_file, parse_json
+from mlx_mixtral.reading import check_size, is_there, open_file, parse_json
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["DEFAULT_TOP_K", "MAX_FILE_BYTES", "Reference", "ReferenceHeader", "ReferenceWriter", "check_replaceable"]
@@ -101,7 +101,8 @@ class Reference:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        open_file(path).close()
+        # Beside the arrays a header.
+        check_size(path, MAX_FILE_BYTES + 2**20)
         try:
             file: Any = safe_open(str(path), "numpy")
             self._file = file

@@ -18,9 +18,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import CheckpointError, DestinationError, DiskSpaceError, InvalidRequestError
 from mlx_mixtral.experts.policy import Optimal, make_policy
 from mlx_mixtral.files import replace_file
+from mlx_mixtral.reading import check_size, parse_json
 
 __all__ = [
     "PUBLISHED_REPEATS",
@@ -122,19 +124,18 @@ class RoutingTrace:
         Raises:
             CheckpointError: it cannot be read, or is something else.
         """
+        check_size(Path(path), MAX_FILE_BYTES)
         try:
-            if (size := Path(path).stat().st_size) > MAX_FILE_BYTES:
-                raise CheckpointError(f"routing trace {path} has {size} bytes; at most {MAX_FILE_BYTES} are read")
             with safe_open(str(path), "numpy") as file:
                 header = (file.metadata() or {}).get(FORMAT)
                 if header is None or set(file.keys()) - ANNOTATIONS != {"experts", "starts"}:
                     raise CheckpointError(f"{path} is not a routing trace")
                 experts, starts = file.get_tensor("experts"), file.get_tensor("starts")
-            num_experts = json.loads(header)["num_experts"]
-            if not isinstance(num_experts, int) or starts.dtype != np.int64 or starts.ndim != 1:
+            num_experts = parse_json(f"the header of {path}", header)["num_experts"]
+            if not is_integer(num_experts) or starts.dtype != np.int64 or starts.ndim != 1:
                 raise CheckpointError(f"{path} is not a routing trace")
             return cls(experts, num_experts, tuple(starts.tolist()))
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"routing trace {path} cannot be read: {reason}") from error
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlx_mixtral.errors import TokenizerError
+from mlx_mixtral.reading import MAX_TOKENIZER_BYTES, is_there, names_like, read_file
 from mlx_mixtral.tokenizer.base import ChatFormat, Tokenizer
 from mlx_mixtral.tokenizer.chat.native import MistralV1, MistralV3, NoChat
 from mlx_mixtral.tokenizer.chat.template import JinjaChat, is_mistral_template
@@ -50,9 +51,9 @@ def load_tokenizer(
 
 
 def _find(folder: Path) -> Path:
-    others = sorted(path.name for path in folder.glob("tokenizer.model*")) if folder.is_dir() else []
+    others = [path.name for path in names_like(folder, "tokenizer.model*")]
     for name in (*_KNOWN_NAMES, *others, "tokenizer.json"):
-        if (folder / name).is_file():
+        if is_there(folder / name):
             return folder / name
     raise TokenizerError(
         f"{folder} has no tokenizer (looked for tokenizer.model, tokenizer.model.v1, .v3, .v2, tokenizer.model* and "
@@ -64,10 +65,7 @@ def _load_spm(path: Path, settings: Settings) -> Tokenizer:
     from mlx_mixtral.tokenizer.sentencepiece import SentencePieceModel, SentencePieceTokenizer
 
     special = [token.content for token in settings.added.values() if token.special]
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read ({error})") from error
+    data = read_file(path, MAX_TOKENIZER_BYTES, TokenizerError)
     model = SentencePieceModel(data, special, source=str(path))
     tokens = {token.token_id: token for token in model.control_tokens()} | dict(settings.added)
     markers = Markers(tokens.values())

@@ -9,10 +9,15 @@ from typing import Any
 
 from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import CheckpointError, TokenizerError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import MAX_TEXT_BYTES, companion_bytes, is_there, read_file, read_json
 from mlx_mixtral.tokenizer.markers import AddedToken
 
 __all__ = ["Settings", "read_settings", "read_settings_file"]
+
+
+# The largest known files have 7 thousand, most of them reserved.
+MAX_ADDED_TOKENS = 2**15
+MAX_SPELLING = 1024
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,10 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     Raises:
         TokenizerError: The file cannot be read or holds something else.
     """
-    if not path.is_file():
+    if not is_there(path):
         return {}
     try:
-        return read_json(path)
+        return read_json(path, companion_bytes(path.name))
     except CheckpointError as error:
         raise TokenizerError(f"{error}; download it again") from error
 
@@ -91,7 +96,13 @@ def _declare(added: dict[int, AddedToken], token_id: Any, token: Any, source: Pa
     content = token.get("content") if isinstance(token, dict) else None
     if not isinstance(content, str) or not is_integer(token_id) or token_id < 0:
         raise TokenizerError(
-            f"{source}: added token {token_id!r}: {token!r} needs an id from 0 up and a string `content`"
+            f"{source}: added token {token_id!r}: {repr(token)[:100]} needs an id from 0 up and a string `content`"
+        )
+    if len(added) >= MAX_ADDED_TOKENS:
+        raise TokenizerError(f"{source}: there are more than {MAX_ADDED_TOKENS} added tokens; no model has as many")
+    if len(content) > MAX_SPELLING:
+        raise TokenizerError(
+            f"{source}: added token {token_id} has {len(content)} characters; no token has more than {MAX_SPELLING}"
         )
     special, left, right = (token.get(key) is True for key in ("special", "lstrip", "rstrip"))
     added[token_id] = AddedToken(content, token_id, special, left, right)
@@ -125,10 +136,10 @@ def _prefix_after_marker(config: Mapping[str, Any], fast: Mapping[str, Any]) -> 
 def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """chat_template.jinja wins over chat_template.json, which wins over tokenizer_config.json, as in transformers."""
     source = folder / "chat_template.jinja"
-    if source.is_file():
+    if is_there(source):
         try:
-            return {"default": source.read_text("utf-8")}
-        except (OSError, ValueError) as error:
+            return {"default": read_file(source, MAX_TEXT_BYTES, TokenizerError).decode("utf-8")}
+        except UnicodeDecodeError as error:
             raise TokenizerError(f"{source} cannot be read as UTF-8 text ({error})") from error
     value = read_settings_file(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
     if value is None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import FIELDS, Rows
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.reading import MAX_INDEX_BYTES, is_there, open_descriptor, read_json
+from mlx_mixtral.reading import MAX_INDEX_BYTES, is_there, names_like, open_descriptor, read_json
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
 __all__ = ["Checkpoint", "CheckpointReader"]
@@ -109,7 +109,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def _names(self) -> list[str]:
         """Files that the weights may be in when neither the index nor the usual single one is there."""
-        return sorted(file.name for file in self.folder.glob("*.safetensors"))
+        return [file.name for file in names_like(self.folder, "*.safetensors")]
 
     def _open(self, folder: Path) -> dict[str, TensorInfo]:
         index = folder / self.index_name

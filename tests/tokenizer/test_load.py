@@ -177,3 +177,11 @@ def test_importing_the_package_imports_no_dependency() -> None:
 
 def _root() -> Path:
     return Path(__file__).parents[2]
+
+
+def test_millions_of_pieces_are_refused_before_they_are_all_looked_at(make_folder: FolderMaker) -> None:
+    """Ten million of them fit 50 MB."""
+    folder = make_folder(None)
+    (folder / "tokenizer.model").write_bytes(b"\x0a\x03\x0a\x01a" * 10_000_000)
+    with pytest.raises(TokenizerError, match="more than 524288 pieces"):
+        load_tokenizer(folder)

@@ -8,8 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from mlx_mixtral.arguments import as_path
-from mlx_mixtral.errors import DestinationError
+from mlx_mixtral.errors import CheckpointError, DestinationError
 from mlx_mixtral.files import check_destination, disk_errors, is_special
+from mlx_mixtral.reading import open_file
 
 __all__ = ["FORMAT", "check_place", "is_calibration"]
 
@@ -42,7 +43,8 @@ def check_place(path: str | Path, source: str | Path | None = None) -> Path:
 def is_calibration(place: Path) -> bool:
     """Whether a file is a calibration."""
     try:
+        open_file(place).close()
         with safe_open(str(place), "numpy") as file:
             return FORMAT in (file.metadata() or {})
-    except (OSError, SafetensorError):
+    except (CheckpointError, OSError, SafetensorError):
         return False

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import TokenizerError
+from mlx_mixtral.reading import MAX_TOKENIZER_BYTES, names_like, read_file
 from mlx_mixtral.tokenizer.sentencepiece import SentencePieceModel
 from mlx_mixtral.tokenizer.sentencepiece_proto import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from mlx_mixtral.tokenizer.settings import read_settings, read_settings_file
@@ -36,17 +37,14 @@ def read_vocabulary(folder: Path, config: MixtralConfig) -> Vocabulary:
     Raises:
         TokenizerError: there is no SentencePiece model, it is broken, or it has more pieces than the model's vocabulary.
     """
-    found = sorted(path for path in folder.glob("tokenizer.model*") if path.is_file()) if folder.is_dir() else []
+    found = names_like(folder, "tokenizer.model*")
     if not found:
         raise TokenizerError(
             f"{folder} has no tokenizer.model, and a GGUF file needs one; put the SentencePiece model of this checkpoint there"
         )
     settings = read_settings(folder)
     special = [token.content for token in settings.added.values() if token.special]
-    try:
-        data = found[0].read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{found[0]} cannot be read ({error.strerror or error})") from error
+    data = read_file(found[0], MAX_TOKENIZER_BYTES, TokenizerError)
     model = SentencePieceModel(data, special, source=str(found[0]))
     pieces, size = model.processor, config.vocab_size
     if model.size > size:

@@ -20,7 +20,7 @@ from mlx_mixtral.errors import CheckpointError, ConfigError
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
 from mlx_mixtral_convert.packing.transcode import AFFINE, transcode
 from mlx_mixtral_convert.packing.values import NativePacking, Values
-from mlx_mixtral_convert.sources.base import SourceFiles, tensor_place
+from mlx_mixtral_convert.sources.base import SourceFiles, read_companions, tensor_place
 from mlx_mixtral_convert.sources.gguf.config import hf_entries
 from mlx_mixtral_convert.sources.gguf.files import check_split, gguf_files, model_files
 from mlx_mixtral_convert.sources.gguf.header import LocatedTensor, is_gguf, read_header
@@ -127,8 +127,8 @@ class GgufSource:
 
     def small_files(self) -> dict[str, bytes]:
         """Tokenizer, its settings and the chat template out of the keys; a licence that lies in the model's own folder."""
-        licences = sorted(self.folder.glob("LICENSE*")) if self._own_folder else []
-        return tokenizer_files(self._head) | {path.name: path.read_bytes() for path in licences if path.is_file()}
+        licences = read_companions(self.folder, "LICENSE*") if self._own_folder else {}
+        return tokenizer_files(self._head) | licences
 
     def close(self) -> None:
         self._storage.close()

@@ -27,8 +27,8 @@ def read_header(storage: Storage, file: Path) -> dict[str, TensorInfo]:
         CheckpointError: as the runtime's ``read_header``.
     """
     try:
-        size = storage.look(file)[0]
         with storage.open(file) as opened:
+            size = storage.look(file)[0]
             raw = opened.read(header_bytes(file, opened.read(8), size))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from mlx_mixtral.reading import is_there, open_descriptor, open_file, special_file
+from mlx_mixtral.reading import is_there, names_like, open_descriptor, open_file, special_file
 from mlx_mixtral.weights.safetensors import read_into
 from mlx_mixtral_convert.sources.storage.fingerprint import describe_file
 
@@ -86,7 +86,7 @@ class LocalStorage:
         self._lock = threading.Lock()
 
     def glob(self, pattern: str) -> list[Path]:
-        return sorted(self.folder.glob(pattern))
+        return names_like(self.folder, pattern)
 
     def at(self, name: str) -> Path:
         return self.folder / name
