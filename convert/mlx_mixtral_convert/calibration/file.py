@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mlx_mixtral.arguments import as_path, is_number
-from mlx_mixtral.config.layout import matrices, norms
+from mlx_mixtral.config.layout import Matrix, matrices, norms
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.files import replace_file
 from mlx_mixtral.reading import check_size, parse_json
@@ -101,8 +101,12 @@ class Calibration:
             raise ConversionError(
                 "the calibration file was measured on another model; make one for this checkpoint with mlx-mixtral calibrate"
             )
+        if self.tokens.max() >= source.config.vocab_size:
+            raise ConversionError("the calibration file has tokens that this model does not have; make one for it")
         missing = [
-            m.path for m in matrices(source.config) if _needed(m.part) and input_name(m) not in self.mean_squares
+            m.path
+            for m in matrices(source.config)
+            if _needed(m.part) and getattr(self.mean_squares.get(input_name(m)), "shape", None) != _squares_shape(m)
         ]
         if missing and not source.config.tie_word_embeddings:
             raise ConversionError(f"the calibration file has nothing about {missing[0]}")
@@ -135,6 +139,10 @@ class Calibration:
 
     def _header(self) -> str:
         return json.dumps({"identity": self.identity, "losses": self.losses}, sort_keys=True)
+
+
+def _squares_shape(matrix: Matrix) -> tuple[int, int]:
+    return matrix.num_experts or 1, matrix.in_features
 
 
 def _needed(part: str) -> bool:
