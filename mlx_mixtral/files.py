@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,8 +22,9 @@ from mlx_mixtral.reading import is_there, open_file, parse_json, read_json, spec
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = [
-    "Journal", "atomic_write", "check_destination", "check_folder", "disk_error", "disk_errors", "is_special", "open_partial",
-    "parse_json", "partial_path", "put_in_place", "read_json", "replace_file", "swap_folder", "sync_folder", "write_folder",
+    "Journal", "atomic_write", "check_destination", "check_folder", "check_kind", "disk_error", "disk_errors",
+    "is_special", "open_partial", "parse_json", "partial_path", "put_in_place", "read_json", "replace_file",
+    "swap_folder", "sync_folder", "write_folder",
 ]  # fmt: skip
 
 JOURNAL_VERSION = 1
@@ -54,6 +55,12 @@ def check_destination(name: str, path: str | Path, *, regular: bool = False) -> 
         # Permissions do not tell everything: some file systems take no new files.
         tempfile.TemporaryFile(dir=place.parent).close()
     return place
+
+
+def check_kind(place: Path, name: str, is_one: Callable[[Path], bool]) -> None:
+    """Raise DestinationError for a file that is there and is something else than what is to be written."""
+    if place.exists() and not is_special(place) and not is_one(place):
+        raise DestinationError(f"{place} exists and is not {name}; give another name")
 
 
 def is_special(place: Path) -> bool:

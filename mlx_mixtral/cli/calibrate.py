@@ -9,7 +9,7 @@ import click
 
 from mlx_mixtral.cli.console import emit_json, note, one_line, out_console, print_table, seconds
 from mlx_mixtral.cli.fields import argument, option, takes
-from mlx_mixtral.cli.options import device_option, json_flag, revision_option
+from mlx_mixtral.cli.options import device_option, json_flag, overwrite_flag, revision_option
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["calibrate"]
@@ -35,6 +35,7 @@ class CalibrateOptions:
         "--trace FILE",
         "What `mlx-mixtral routing --save-trace` recorded: experts rarely chosen there count less in sensitivities.",
     )
+    overwrite: bool = overwrite_flag("the calibration")
     revision: str | None = revision_option()
     device: str | None = device_option()
     as_json: bool = json_flag()
@@ -52,6 +53,7 @@ def calibrate(given: CalibrateOptions) -> None:
     """
     import time
 
+    from mlx_mixtral.cli.destinations import ask_to_replace
     from mlx_mixtral_convert import calibrate as run
     from mlx_mixtral_convert.calibration import check_place
 
@@ -59,7 +61,7 @@ def calibrate(given: CalibrateOptions) -> None:
         raise click.UsageError("--trace weighs sensitivities; leave out --no-sensitivities or --trace")
     if not given.file:
         raise InvalidRequestError("the file to write is an empty name; give one")
-    check_place(given.file, given.source or None)
+    ask_to_replace(check_place(given.file, given.source or None), overwrite=given.overwrite)
     started = time.perf_counter()
 
     def progress(done: int, total: int) -> None:

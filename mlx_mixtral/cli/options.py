@@ -22,6 +22,7 @@ __all__ = [
     "device_option",
     "json_flag",
     "number_list",
+    "overwrite_flag",
     "revision_option",
 ]
 
@@ -85,6 +86,10 @@ def device_option() -> Any:
 
 def json_flag(help: str = "Print the result as JSON on stdout.") -> Any:
     return flag("--json", help)
+
+
+def overwrite_flag(files: str) -> Any:
+    return flag("--overwrite", f"Replace {files} of an earlier run.")
 
 
 def revision_option() -> Any:

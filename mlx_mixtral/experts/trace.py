@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import CheckpointError, DestinationError, DiskSpaceError, InvalidRequestError
 from mlx_mixtral.experts.policy import Optimal, make_policy
-from mlx_mixtral.files import replace_file
+from mlx_mixtral.files import check_kind, replace_file
 from mlx_mixtral.reading import check_size, parse_json
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "RoutingTrace",
     "chance_of_repeat",
     "hit_rates",
+    "is_trace",
     "published_trace",
     "simulate",
 ]
@@ -105,13 +106,14 @@ class RoutingTrace:
         """Write a safetensors file; the same trace gives the same bytes.
 
         Raises:
-            InvalidRequestError: it cannot be written.
+            InvalidRequestError: it cannot be written, or something that is no trace lies there.
         """
         arrays: dict[str, npt.NDArray[Any]] = {
             "experts": np.ascontiguousarray(self.experts),
             "starts": np.array(self.starts, np.int64),
         }
         try:
+            check_kind(Path(path), "a routing trace", is_trace)
             # One key: safetensors writes several in an order of its own, another one each time.
             replace_file(Path(path), save(arrays, {FORMAT: json.dumps({"num_experts": self.num_experts})}))
         except (DestinationError, DiskSpaceError) as error:
@@ -138,6 +140,15 @@ class RoutingTrace:
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"routing trace {path} cannot be read: {reason}") from error
+
+
+def is_trace(place: Path) -> bool:
+    """Whether a file is a routing trace, annotated or not."""
+    try:
+        RoutingTrace.load(place)
+    except (CheckpointError, InvalidRequestError):
+        return False
+    return True
 
 
 class Counts(NamedTuple):

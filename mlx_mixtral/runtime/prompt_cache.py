@@ -19,7 +19,7 @@ from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.prefixes import PrefixStore
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, PromptCacheError
-from mlx_mixtral.files import atomic_write, check_destination, is_special
+from mlx_mixtral.files import atomic_write, check_destination, check_kind, is_special
 from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.prefill import last_hidden
 from mlx_mixtral.model.transformer import MixtralModel
@@ -27,7 +27,7 @@ from mlx_mixtral.reading import open_descriptor, open_file, parse_json
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
-__all__ = ["DEFAULT_KEPT_BYTES", "PromptCache", "check_saved"]
+__all__ = ["DEFAULT_KEPT_BYTES", "PromptCache", "check_saved", "is_saved_prompt"]
 
 DEFAULT_KEPT_BYTES = 10**9
 FORMAT, VERSION = "mlx-mixtral-prompt", "1"
@@ -83,9 +83,10 @@ class PromptCache:
 
         Raises:
             InvalidRequestError: more tokens than a cache of bounded size holds.
-            DestinationError, DiskSpaceError: it cannot be written.
+            DestinationError, DiskSpaceError: it cannot be written, or something that is no saved prompt lies there.
         """
         place, module = check_destination("path", path), context.model
+        check_kind(place, "a saved prompt", is_saved_prompt)
         window = module.kv.window(module.config)
         if window is not None and len(tokens) > window.columns:
             raise InvalidRequestError(
@@ -180,6 +181,14 @@ def check_saved(path: str | Path) -> None:
     about, _ = _read_about(place)
     for key, expected in (("format", FORMAT), ("version", VERSION)):
         _compare(place, key, about.get(key), expected)
+
+
+def is_saved_prompt(place: Path) -> bool:
+    """Whether a file is a saved prompt, of whatever version and model."""
+    try:
+        return _read_about(place)[0].get("format") == FORMAT
+    except PromptCacheError:
+        return False
 
 
 def _compare(place: Path, key: str, found: str | None, expected: str) -> None:

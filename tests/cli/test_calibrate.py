@@ -28,7 +28,7 @@ def test_a_calibration_is_written_with_progress_to_the_end_and_may_be_replaced(
     assert json.loads(result.stdout)["tokens"] == 1024
     assert result.stderr.splitlines()[-2:] == ["calibrate: layer 1/1", "calibrate: sensitivities"]
     assert Calibration.load(tmp_path / "file").losses
-    again = invoke("calibrate", short, tmp_path / "file", *flags, "--no-sensitivities")
+    again = invoke("calibrate", short, tmp_path / "file", *flags, "--no-sensitivities", "--overwrite")
     assert again.stderr.splitlines()[-1] == "calibrate: layer 1/1"
     assert not Calibration.load(tmp_path / "file").losses
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

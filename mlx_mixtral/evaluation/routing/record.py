@@ -20,8 +20,8 @@ from safetensors.numpy import save
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
-from mlx_mixtral.experts.trace import FORMAT, MAX_FILE_BYTES, RoutingTrace
-from mlx_mixtral.files import check_destination, replace_file
+from mlx_mixtral.experts.trace import FORMAT, MAX_FILE_BYTES, RoutingTrace, is_trace
+from mlx_mixtral.files import check_destination, check_kind, replace_file
 from mlx_mixtral.reading import parse_json
 
 __all__ = ["MAX_DOMAINS", "RoutingRecord", "trace_file_bytes"]
@@ -98,9 +98,10 @@ class RoutingRecord:
 
         Raises:
             InvalidRequestError: it would be larger than what is read.
-            DestinationError, DiskSpaceError: it cannot be written.
+            DestinationError, DiskSpaceError: it cannot be written, or something that is no trace lies there.
         """
         place = check_destination("the trace file", path)
+        check_kind(place, "a routing trace", is_trace)
         arrays: dict[str, npt.NDArray[Any]] = {
             "experts": np.ascontiguousarray(self.trace.experts),
             "starts": np.array(self.starts, np.int64),
