@@ -67,3 +67,4 @@ def test_whatever_a_file_has_an_error_repeat_its_line_stays_short(kind: type[Exc
     assert " … " in text
     assert len(text) < 500
     assert str(kind("x" * 500)) == "x" * 500
+    assert str(kind("two\nlines\x1b[2J \ud800 é")) == "two lines\ufffd[2J \ufffd é"

@@ -84,7 +84,7 @@ def _added_tokens(folder: Path, config: Mapping[str, Any], fast: Mapping[str, An
     for content, token_id in read_settings_file(folder / "added_tokens.json").items():
         _declare(added, token_id, {"content": content, "special": content in special}, folder / "added_tokens.json")
     for token in _list(fast.get("added_tokens")):
-        _declare(added, token.get("id"), token, folder / "tokenizer.json")
+        _declare(added, token.get("id") if isinstance(token, dict) else None, token, folder / "tokenizer.json")
     decoder = config.get("added_tokens_decoder")
     for key, token in decoder.items() if isinstance(decoder, dict) else ():
         token_id = int(key) if str(key).isdecimal() else None

@@ -138,14 +138,16 @@ class JsonTokenizer(Tokenizer):
 
 @contextlib.contextmanager
 def _package_errors(path: Path) -> Iterator[None]:
-    """A panic of the package's Rust code, which is no Exception, becomes a line of ours.
+    """What the package raises on a text becomes a line of ours: bare Exceptions, and panics of its Rust code, which are none.
 
-    A regular expression of the file that backtracks without end gives one, on the text that makes it do so.
+    A regular expression of the file that backtracks without end panics, on the text that makes it do so.
     """
     try:
         yield
+    except TokenizerError:
+        raise
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(
             f"{path} cannot be used on this text: the tokenizers package gave up ({error}); "

@@ -229,8 +229,9 @@ def test_an_interrupt_is_no_panic(byte_level: Any, make_folder: FolderMaker, mon
         ({"added_tokens": [{"id": i, "content": f"<{i}>"} for i in range(2**15 + 1)]}, "more than 32768 added tokens"),
         ({"added_tokens": [{"id": 1, "content": "x" * 1025}]}, "1 has 1025 characters; no token has more than 1024"),
         ({"model": {"type": "BPE", "vocab": {str(i): i for i in range(2**19 + 1)}, "merges": []}}, "has 524289 pieces"),
+        ({"added_tokens": [0.5]}, "added token None: 0.5 needs an id"),
     ],
-    ids=["added", "spelling", "pieces"],
+    ids=["added", "spelling", "pieces", "number"],
 )
 def test_more_tokens_than_any_model_has_are_refused(
     byte_level: Any, make_folder: FolderMaker, change: dict[str, Any], said: str
@@ -238,3 +239,11 @@ def test_more_tokens_than_any_model_has_are_refused(
     spec = json.loads(byte_level.to_str()) | change
     with pytest.raises(TokenizerError, match=said):
         load_tokenizer(make_folder(None, tokenizer=spec))
+
+
+def test_what_the_package_raises_on_a_text_is_a_line_of_ours(make_folder: FolderMaker) -> None:
+    spec = json.loads(llama_like("always").to_str())
+    spec["model"] |= {"unk_token": "<absent>", "byte_fallback": False}
+    tokenizer = load_tokenizer(make_folder(None, tokenizer=spec))
+    with pytest.raises(TokenizerError, match=r"cannot be used on this text: .*<absent>"):
+        tokenizer.encode("Ω")
