@@ -103,6 +103,10 @@ def hub_configs(draw: st.DrawFn) -> dict[str, Any]:
     for key, values in optional.items():
         if draw(st.booleans()):
             entries[key] = draw(st.sampled_from(values))
+    for scaling in (entries.get("rope_scaling"), entries.get("rope_parameters")):
+        if scaling and "short_factor" in scaling:
+            pairs = (entries.get("head_dim") or 64) // 2
+            scaling |= {"short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
     return entries
 
 
