@@ -202,6 +202,7 @@ def _node(path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("device", [name for name in ("/dev/null", "/dev/full") if Path(name).exists()])
+@pytest.mark.usefixtures("guarded_devices")
 def test_a_device_is_written_to_and_stays(tmp_path: Path, device: str) -> None:
     """The link is what a container's root would lose; a full device says so."""
     before = _node(Path(device))
@@ -223,10 +224,10 @@ def test_a_device_is_written_to_and_stays(tmp_path: Path, device: str) -> None:
 def test_a_pipe_is_written_through(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     got: list[bytes] = []
-    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_bytes()))
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_bytes()), daemon=True)
     reader.start()
     replace_file(tmp_path / "pipe", b"data" * 100_000)
-    reader.join()
+    reader.join(30)
     assert got == [b"data" * 100_000]
     assert (tmp_path / "pipe").is_fifo()
 

@@ -192,6 +192,7 @@ def test_a_saved_prompt_is_read_under_both_names_of_the_option(invoke: Invoke, s
     assert "--saved-prompt " not in invoke("generate", "--help").stdout
 
 
+@pytest.mark.usefixtures("guarded_devices")
 def test_a_pipe_or_a_device_takes_a_result_every_time(invoke: Invoke, short: Path) -> None:
     for _ in range(2):
         result = invoke("generate", short, "--token-ids", "1,2,3", "-n", 1, "--save-prompt", "/dev/null")

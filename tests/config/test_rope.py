@@ -371,3 +371,13 @@ def test_an_absurd_base_or_factor_is_refused_with_its_range(value: float) -> Non
     if not 1e-3 <= value <= 1e6:
         with pytest.raises(ConfigError, match=r"factor is .* from 0\.001 to 1e\+06"):
             RopeConfig.from_hf({"rope_scaling": {"type": "yarn", "factor": value}}, 1e4, 64)
+
+
+def test_factors_for_heads_of_another_size_are_refused_where_the_configuration_is_made() -> None:
+    entries = {
+        "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64,
+    }  # fmt: skip
+    scaling = {"rope_type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8}
+    with pytest.raises(ConfigError, match="longrope needs 16 factors for heads of 32, not 8"):
+        MixtralConfig.from_hf(entries | {"rope_scaling": scaling})
