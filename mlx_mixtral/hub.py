@@ -19,7 +19,7 @@ from typing import Any
 
 from mlx_mixtral.arguments import as_path, check_type
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError, MissingDependencyError, MixtralError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import read_json
 
 __all__ = ["Source", "download", "hub_errors", "is_unreachable", "resolve", "wanted_files"]
 
