@@ -61,6 +61,11 @@ def as_path(name: str, value: str | Path) -> Path:
     """
     check_type(name, value, (str, os.PathLike), "a path, as text or a Path")
     try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        # A locale without these characters: files have names in UTF-8 there too.
+        value = os.fsdecode(os.fspath(value).encode("utf-8", "surrogateescape"))
+    try:
         return Path(value).expanduser()
     except RuntimeError:
         raise InvalidRequestError(

@@ -73,8 +73,12 @@ def ask_to_replace(place: Path, *, overwrite: bool) -> None:
     """Raise DestinationError for a file that is there, unless the user wants it replaced."""
     if overwrite or is_special(place) or not place.exists():
         return
-    if sys.stdin.isatty() and sys.stderr.isatty() and click.confirm(f"{place} exists; replace it?", err=True):
-        return
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        try:
+            if click.confirm(f"{place} exists; replace it?", err=True):
+                return
+        except click.Abort:  # Ctrl-C or Ctrl-D
+            click.echo(err=True)
     raise DestinationError(f"{place} exists; give another name, or --overwrite to replace it")
 
 

@@ -53,7 +53,9 @@ class GenerateOptions:
     chat_template: str | None = chat_template_option()
     logprobs: int | None = option("--logprobs N", "With --json: log-probabilities, and the N likeliest tokens.")
     save_prompt: str | None = option("--save-prompt FILE", "Save what computing the prompt gave, for --from-prompt.")
-    from_prompt: str | None = option("--from-prompt FILE", "Continue a saved prompt, as it is or with --prompt after it.")
+    from_prompt: str | None = option(
+        "--from-prompt FILE", "Continue a saved prompt, as it is or with --prompt after it."
+    )
     saved_prompt: str | None = option("--saved-prompt FILE", "The older name of --from-prompt.", hidden=True)
     overwrite: bool = overwrite_flag("the --save-prompt")
     loading: LoadOptions = group(LoadOptions)

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import re
-import select
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +13,6 @@ from mlx_mixtral import SamplingParams, load
 from .conftest import SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
 
 SEED = ("--seed", 1, "-n", 12)
-# Ctrl-C is a signal to the processes whose controlling terminal it is typed at.
-OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
-PASTE_MODE = re.compile(r"\x1b\[\?2004[hl]")
 
 
 def test_answers_are_the_librarys_and_each_turn_sees_the_ones_before(invoke: Invoke, quantised: Path) -> None:
@@ -174,58 +166,6 @@ def test_ctrl_c_while_waiting_for_piped_input_or_loading_ends_with_130(spawn: Sp
     out, err = loading.communicate(timeout=30)
     assert (loading.returncode, out) == (130, b"")
     assert err.replace(b"reading\n", b"") == b"interrupted\n"
-
-
-def test_on_a_terminal_ctrl_c_clears_the_line_and_twice_leaves(spawn: Spawn, tiny: Path) -> None:
-    """Through a pseudo-terminal, as typed: \\x03 is Ctrl-C, \\x04 Ctrl-D."""
-    for keys, status in ((["\x04"], 0), (["half a line\x03", "\x04"], 0), (["\x03", "\x03"], 130)):
-        screen, returned = _type_at_a_terminal(spawn, tiny, keys)
-        assert returned == status, screen
-        assert "Traceback" not in screen
-        assert "/help for help" in screen
-
-
-def _type_at_a_terminal(spawn: Spawn, model: Path, keys: list[str]) -> tuple[str, int]:
-    terminal, theirs = pty.openpty()
-    sizes = {"TERM": "xterm", "COLUMNS": "80"}
-    process = spawn(
-        "chat",
-        model,
-        before=OWN_TERMINAL,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=sizes,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    screen = ""
-    try:
-        for key in keys:
-            screen += _read_until(terminal, ">>> ")
-            # A key in the instant between the prompt and readline's wait would be taken up with the next one only.
-            time.sleep(0.3)
-            os.write(terminal, key.encode())
-        screen += _read_until(terminal, None)
-        return screen, process.wait(timeout=30)
-    finally:
-        os.close(terminal)
-
-
-def _read_until(terminal: int, mark: str | None) -> str:
-    """What the terminal shows until it ends with ``mark`` (a prompt), or until the program ends."""
-    seen = ""
-    while mark is None or not PASTE_MODE.sub("", seen).endswith(mark):
-        ready, _, _ = select.select([terminal], [], [], 30)
-        assert ready, f"nothing more after {seen!r}"
-        try:
-            data = os.read(terminal, 1024)
-        except OSError:  # Linux says so when the other side is gone
-            data = b""
-        if not data:
-            break
-        seen += data.decode(errors="replace")
-    return seen
 
 
 def test_a_guessed_format_is_said_and_another_can_be_given(invoke: Invoke, quantised: Path, tmp_path: Path) -> None:
