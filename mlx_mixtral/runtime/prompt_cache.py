@@ -146,9 +146,9 @@ class PromptCache:
         place = as_path("path", path)
         about, infos = _read_about(place)
         cache = module.make_cache()
-        own = self._about(cache)
-        storage = own.pop("storage")
-        for key, expected in own.items():
+        ours = self._about(cache)
+        storage = ours.pop("storage")
+        for key, expected in ours.items():
             _compare(place, key, about.get(key, "" if key == "settings" else None), expected)
         _compare_storage(place, about.get("storage", ""), storage, module)
         tokens = _read_tokens(place, infos, module)

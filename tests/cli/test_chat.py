@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from mlx_mixtral import SamplingParams, load
+from mlx_mixtral import Mixtral, SamplingParams, load
+from mlx_mixtral.cli.chat.conversation import Conversation
+from mlx_mixtral.cli.chat.session import Session
+from mlx_mixtral.cli.chat.settings import AnswerOptions
+from mlx_mixtral.cli.options import SamplingOptions
 
-from .conftest import SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
+from .conftest import SAYS_IT_BEGAN, SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
 
 SEED = ("--seed", 1, "-n", 12)
 
@@ -194,3 +199,153 @@ def test_an_answer_stops_at_what_is_given(invoke: Invoke, quantised: Path) -> No
     stopped = invoke(*greedy, "--stop-token-id", ids[2], input="Hello\n").stdout
     assert stopped.strip() == third.strip()
     assert invoke("chat", "no-such-folder", "--stop", "").stderr.startswith("error: stop string ''")
+
+
+def shown(invoke: Invoke, model: Path, *lines: str) -> list[str]:
+    """What a session says on stderr to lines that are commands."""
+    result = invoke("chat", model, *SEED, "--chat-template", "mistral-v1", input="\n".join(lines))
+    assert (result.exit_code, result.stdout) == (0, "")
+    return result.stderr.splitlines()
+
+
+def test_set_lists_every_option_of_an_answer_with_its_value(invoke: Invoke, quantised: Path) -> None:
+    values = {line.split()[0]: line.split(maxsplit=1)[1] for line in shown(invoke, quantised, "/set")}
+    sampling = {item.name.replace("_", "-") for item in fields(SamplingParams)} - {"logprobs", "dry-sequence-breakers"}
+    assert set(values) == sampling | {"max-tokens", "stop", "stop-token-id", "dry-sequence-breaker"}
+    wanted = {"temperature": "0.7", "seed": "1", "max-tokens": "12", "stop": "none", "logit-bias": "none"}
+    assert {name: values[name] for name in wanted} == wanted
+    assert [json.loads(word) for word in values["dry-sequence-breaker"].split()] == ["\n", ":", '"', "*"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("temperature 0.2", "temperature 0.2"),
+        ("--temperature=0.2", "temperature 0.2"),
+        ("top_k = 4", "top-k 4"),
+        ("dry_penalty_last_n -1", "dry-penalty-last-n -1"),
+        ("logit-bias 13=-5 14=2", "logit-bias 13=-5.0 14=2.0"),
+        ('stop "a b" c', 'stop "a b" "c"'),
+        ("stop-token-id 7", "stop-token-id 7"),
+        (r'dry-sequence-breaker "\n"', r'dry-sequence-breaker "\n"'),
+        ("dry-sequence-breaker none", "dry-sequence-breaker none"),
+        ("seed none", "seed none"),
+        ("max-tokens 5", "max-tokens 5"),
+    ],
+)
+def test_set_changes_an_option_and_default_brings_it_back(
+    invoke: Invoke, quantised: Path, line: str, said: str
+) -> None:
+    name = said.split()[0]
+    before, changed, asked, default = shown(
+        invoke, quantised, f"/set {name}", f"/set {line}", f"/set {name}", f"/set {name} default"
+    )
+    assert " ".join(changed.split()) == said
+    assert (asked, default) == (changed, before)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("temperature x", "temperature: 'x' is not a valid float"),
+        ("temperature -1", "temperature is -1.0"),
+        ("top-p 1.5", "top_p is 1.5"),
+        ("top-k 1.5", "top-k: '1.5' is not a valid int"),
+        ("top-k 1 2", "takes one value"),
+        ("max-tokens 0", "max_tokens is 0"),
+        ("seed x", "seed is 'x'"),
+        ("stop ''", "stop string ''"),
+        ("stop it's", "quotation mark"),
+        ("logit-bias x", "'x' is not ID=VALUE"),
+        ("temperature none", "'none' is not a valid float"),
+        ("temperature=", "takes one value"),
+        ("warmth 1", "there is no setting 'warmth'"),
+        ("help", "there is no setting 'help'"),
+    ],
+)
+def test_what_cannot_be_set_is_one_line_and_changes_nothing(
+    invoke: Invoke, quantised: Path, line: str, named: str
+) -> None:
+    lines = shown(invoke, quantised, "/set", f"/set {line}", "/set")
+    count = (len(lines) - 1) // 2
+    assert lines[:count] == lines[-count:]
+    assert lines[count].startswith("error: ")
+    assert named in lines[count]
+
+
+def test_what_is_set_is_used_from_then_on(invoke: Invoke, quantised: Path) -> None:
+    again = "/undo\nHello\n"
+    result = invoke(
+        "chat", quantised, "--seed", 1, "-n", 6, "-t", 2, input=f"Hello\n/set temperature 0\n/set max-tokens 8\n{again}"
+    )
+    with load(quantised) as model:
+        hello = [{"role": "user", "content": "Hello"}]
+        hot = model.chat(hello, max_tokens=6, sampling=SamplingParams(temperature=2, top_p=0.95, seed=1)).text
+        cold = model.chat(hello, max_tokens=8, sampling=SamplingParams()).text
+    assert result.stdout == f"{hot}\n{cold}\n"
+
+
+def test_one_question_is_answered_as_the_library_does(invoke: Invoke, quantised: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("\ufeffNoé ?\n", "utf-8")
+    (tmp_path / "system").write_text("Be brief.\n")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Noé ?"}]
+    with load(quantised) as model:
+        wanted = model.chat(messages, max_tokens=12, sampling=SamplingParams(temperature=0.7, top_p=0.95, seed=1))
+    one = ("chat", quantised, *SEED, "--system", "Be brief.")
+    asked = invoke(*one, "-p", "Noé ?")
+    assert (asked.exit_code, asked.stdout) == (0, wanted.text + "\n")
+    assert "12 tokens" in asked.stderr.splitlines()[-1]
+    assert invoke(*one, "-p", "-", "--no-stats", input="Noé ?\n".encode()).stdout == asked.stdout
+    from_files = ("chat", quantised, *SEED, "--system-file", tmp_path / "system", "-f", tmp_path / "prompt", "--json")
+    answer = json.loads(invoke(*from_files).stdout)
+    assert (answer["text"], answer["token_ids"]) == (wanted.text, list(wanted.token_ids))
+    assert answer["finish_reason"] == "length"
+    assert answer["stats"]["tokens"] == 12
+    word = wanted.text.split()[1]
+    stopped = json.loads(invoke(*from_files, "--stop", word).stdout)
+    assert (stopped["text"], stopped["finish_reason"]) == (wanted.text[: wanted.text.index(word)], "stop")
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "named"),
+    [
+        (("-p", "x", "-f", "y"), 2, "either --prompt or --prompt-file"),
+        (("-p", "x", "--system", "x", "--system-file", "y"), 2, "either --system or --system-file"),
+        (("--json",), 2, "add --prompt"),
+        (("-p", " "), None, "the prompt is empty"),
+        (("-f", "no-such-file"), None, "no-such-file cannot be read"),
+        (("-p", "x", "--system-file", "no-such-file"), None, "no-such-file cannot be read"),
+        (("-p", "-"), None, "the prompt on standard input is not UTF-8: byte 0xe9 at offset 2"),
+        (("-p", "x", "-n", "0"), None, "max_tokens is 0"),
+        (("-p", "No\udce9"), None, "--prompt is not UTF-8: byte 0xe9 at offset 2"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_refused_before_the_model_is_looked_for(
+    invoke: Invoke, flags: tuple[str, ...], status: int | None, named: str
+) -> None:
+    result = invoke("chat", "no-such-folder", *flags, input="No\xe9".encode("latin-1"))
+    if status is None:
+        assert_one_error(result, named)
+    else:
+        assert (result.exit_code, named in result.stderr) == (status, True)
+
+
+def test_ctrl_c_keeps_the_json_of_one_answer(spawn: Spawn, tiny: Path) -> None:
+    flags = ("-p", "Hello", "-n", 900, "--json", "--logit-bias", "2=-100", "--chat-template", "mistral-v1")
+    process = spawn("chat", tiny, *flags, before=SLOW_TOKENS + SAYS_IT_BEGAN)
+    assert process.stderr is not None
+    assert process.stderr.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, b"interrupted\n")
+    answer = json.loads(out)
+    assert answer["finish_reason"] == "cancelled"
+    assert 0 < len(answer["token_ids"]) < 900
+
+
+def test_a_text_of_several_lines_that_begins_with_a_slash_is_a_message(short_model: Mixtral) -> None:
+    session = Session(short_model, AnswerOptions(12, SamplingOptions(seed=1)), Conversation())
+    for message in ("/usr/bin/ld: no\nsuch file", "/system Be\nbrief."):
+        session.handle(message)
+    assert session.conversation.messages[0] == {"role": "system", "content": "Be\nbrief."}
+    assert session.conversation.messages[1]["content"] == "/usr/bin/ld: no\nsuch file"

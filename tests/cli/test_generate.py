@@ -12,7 +12,7 @@ import pytest
 from mlx_mixtral import SamplingParams, load
 from mlx_mixtral.cli.console import terminal_safe
 
-from .conftest import SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
+from .conftest import SAYS_IT_BEGAN, SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
 
 PROMPT = "And it came to pass,"
 
@@ -178,6 +178,56 @@ def test_ctrl_c_while_generating_keeps_the_text_so_far(spawn: Spawn, tiny: Path)
         beginning = model.generate(PROMPT, max_tokens=60, sampling=SamplingParams(logit_bias={2: -100})).text
     assert beginning.startswith(shown) or shown.startswith(beginning)
     assert len(shown) < 2500, "1000 tokens were generated: nothing was interrupted"
+
+
+def test_ctrl_c_keeps_the_text_of_the_json_result_too(spawn: Spawn, tiny: Path) -> None:
+    flags = ("-n", 1000, "--json", "--logit-bias", "2=-100")
+    process = spawn("generate", tiny, "-p", PROMPT, *flags, before=SLOW_TOKENS + SAYS_IT_BEGAN)
+    assert process.stderr is not None
+    assert process.stderr.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, b"interrupted\n")
+    result = json.loads(out)
+    assert result["finish_reason"] == "cancelled"
+    assert 0 < len(result["token_ids"]) < 1000
+    with load(tiny) as model:
+        sampling = SamplingParams(logit_bias={2: -100})
+        alone = model.generate(PROMPT, max_tokens=len(result["token_ids"]), sampling=sampling)
+    assert result["text"] == alone.text
+
+
+def test_a_prompt_file_is_the_prompt_as_it_is(invoke: Invoke, quantised: Path, tmp_path: Path) -> None:
+    text = "Dieu se souvint de Noé\n"
+    (tmp_path / "prompt").write_text(text, "utf-8")
+    given = invoke("generate", quantised, "-f", tmp_path / "prompt", "-n", 8).stdout
+    assert given == invoke("generate", quantised, "-p", text, "-n", 8).stdout
+    assert invoke("generate", "no-such-folder", "-f", "x", "-p", "y").exit_code == 2
+    (tmp_path / "prompt").write_bytes(b"No\xe9")
+    assert_one_error(invoke("generate", "no-such-folder", "-f", tmp_path / "prompt"), "byte 0xe9 at offset 2")
+
+
+@pytest.mark.parametrize("count", [40, 9])
+def test_a_saved_prompt_is_continued_as_it_is(invoke: Invoke, short: Path, tmp_path: Path, count: int) -> None:
+    saved, ids = tmp_path / "prompt", ",".join(map(str, range(1, count + 1)))
+    assert invoke("generate", short, "--token-ids", ids, "-n", 1, "--save-prompt", saved).exit_code == 0
+    result = invoke("generate", short, "--from-prompt", saved, "-n", 6, "--json")
+    assert result.exit_code == 0, result.stderr
+    whole = invoke("generate", short, "--token-ids", ids, "-n", 6, "--json")
+    found, expected = json.loads(result.stdout), json.loads(whole.stdout)
+    assert found["token_ids"] == expected["token_ids"]
+    stats = found["stats"]
+    assert stats["prompt_tokens"] == count
+    line = " ".join(invoke("generate", short, "--from-prompt", saved, "-n", 6).stderr.split())
+    if count == 40:
+        assert count - 2 <= stats["reused_tokens"] < count
+        assert stats["not_reused"] is None
+        assert f"({stats['reused_tokens']} known)" in line
+    else:
+        assert stats["reused_tokens"] == 0
+        assert "and fewer than 16 are computed again" in stats["not_reused"]
+        assert f"(none known: {stats['not_reused']})" in line
+    assert invoke("generate", short).exit_code == 2
 
 
 def test_ctrl_c_while_loading_is_one_line(spawn: Spawn, tiny: Path) -> None:

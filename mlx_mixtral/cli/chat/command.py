@@ -96,7 +96,7 @@ def _talk(session: Session, given: ChatOptions) -> None:
     from mlx_mixtral.sizes import format_bytes
 
     reader = _reader(session, given.history)
-    session.asking = reader.asking
+    session.ask = reader.confirm
     if reader.is_terminal:
         model = session.model
         note(

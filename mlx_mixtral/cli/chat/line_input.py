@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from mlx_mixtral.cli.console import one_line
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = [
@@ -17,7 +18,6 @@ __all__ = [
     "LineReader",
     "decoded",
     "is_open",
-    "raising_interrupts",
     "unfenced",
 ]
 
@@ -27,18 +27,6 @@ FENCE = '"""'
 
 class BadInputError(InvalidRequestError):
     """A line that is no text; the session goes on."""
-
-
-@contextlib.contextmanager
-def raising_interrupts() -> Iterator[None]:
-    """Meanwhile Ctrl-C raises KeyboardInterrupt, unless interrupts are ignored."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def is_open(text: str) -> bool:
@@ -74,7 +62,7 @@ class LineReader:
             BadInputError: the line is not UTF-8.
             KeyboardInterrupt: Ctrl-C was pressed.
         """
-        with self.asking():
+        with self._interruptible():
             try:
                 return self._message()
             except EOFError:
@@ -84,9 +72,29 @@ class LineReader:
         """Nothing has to be done: the terminal takes lines at any time."""
         return contextlib.nullcontext()
 
-    def asking(self) -> contextlib.AbstractContextManager[None]:
-        """Meanwhile Ctrl-C raises KeyboardInterrupt."""
-        return raising_interrupts() if self.is_terminal else contextlib.nullcontext()
+    def confirm(self, question: str) -> bool:
+        """The answer to a question on a terminal; no for Ctrl-C and Ctrl-D, and without one."""
+        if not self.is_terminal:
+            return False
+        print(f"{one_line(question)} [y/N]: ", end="", file=sys.stderr, flush=True)
+        try:
+            with self._interruptible():
+                return sys.stdin.buffer.readline().strip().lower() in (b"y", b"yes")
+        except KeyboardInterrupt:
+            return False
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """At a terminal, Ctrl-C raises KeyboardInterrupt meanwhile, unless interrupts are ignored."""
+        before = signal.getsignal(signal.SIGINT)
+        if not self.is_terminal or before is signal.SIG_IGN:
+            yield
+            return
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def wait(self) -> None:
         """Nothing has to be done before an answer."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from mlx_mixtral import GenerationStats, Mixtral
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cli.chat.conversation import Conversation
-from mlx_mixtral.cli.chat.settings import AnswerOptions, Settings
+from mlx_mixtral.cli.chat.settings import AnswerOptions, AnswerSettings
 from mlx_mixtral.cli.console import note, one_line, terminal_safe
 from mlx_mixtral.cli.destinations import CONVERSATION, check_place
 from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
@@ -45,9 +44,9 @@ class Session:
         speculation: Speculation | None = None,
     ) -> None:
         self.model, self.conversation, self.speculation = model, conversation, speculation
-        self.settings = Settings(options)
-        self.asking: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Entered while a question may be put to the user."""
+        self.settings = AnswerSettings(options)
+        self.ask: Callable[[str], bool] | None = None
+        """Puts a question to the user, for True or False."""
         self._last: GenerationStats | None = None
         self._files: set[Path] = set()
         self._commands: dict[str, Callable[[str], None]] = {
@@ -163,8 +162,7 @@ class Session:
         name = rest.strip() if wanted == "--overwrite" else name
         # What this session wrote or read itself is its own to replace.
         kept = as_path("the file", name).resolve() in self._files
-        with self.asking():
-            place = check_place("the file", name, CONVERSATION, overwrite=kept or wanted == "--overwrite")
+        place = check_place("the file", name, CONVERSATION, overwrite=kept or wanted == "--overwrite", ask=self.ask)
         self.conversation.save(place)
         self._files.add(place)
         note(f"(saved {len(self.conversation.messages)} messages to {one_line(name)})")

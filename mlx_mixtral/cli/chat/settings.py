@@ -16,7 +16,7 @@ from mlx_mixtral.cli.fields import filled, group, option, takes, values_of
 from mlx_mixtral.cli.options import SamplingOptions, StopOptions
 from mlx_mixtral.errors import InvalidRequestError
 
-__all__ = ["AnswerOptions", "Settings"]
+__all__ = ["AnswerOptions", "AnswerSettings"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def _answering(given: AnswerOptions) -> None:
     """Has the options of an answer, and parses them."""
 
 
-class Settings:
+class AnswerSettings:
     """The options of an answer in force, by the names that they have on the command line.
 
     Args:

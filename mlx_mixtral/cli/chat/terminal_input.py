@@ -20,7 +20,7 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from mlx_mixtral.cli.chat.history import FileHistory
-from mlx_mixtral.cli.chat.line_input import CONTINUED, PROMPT, decoded, is_open, raising_interrupts, unfenced
+from mlx_mixtral.cli.chat.line_input import CONTINUED, PROMPT, decoded, is_open, unfenced
 from mlx_mixtral.cli.console import note, one_line
 
 __all__ = ["TerminalReader", "can_edit"]
@@ -46,7 +46,6 @@ class TerminalReader:
 
     def __init__(self, completer: Completer, history: FileHistory | None) -> None:
         self._history = history
-        self._before = termios.tcgetattr(sys.stdin)
         self._shown = sys.stdout if sys.stdout.isatty() else sys.stderr
         output = Vt100_Output.from_pty(
             self._shown, term=os.environ.get("TERM"), default_color_depth=ColorDepth.DEPTH_1_BIT
@@ -90,41 +89,30 @@ class TerminalReader:
         if self._history is not None and (problem := self._history.new_problem()):
             note(f"note: what you type is not remembered after this chat: {one_line(problem)}")
 
+    def confirm(self, question: str) -> bool:
+        """The answer to a question; no for Ctrl-C and Ctrl-D."""
+        asking: PromptSession[str] = PromptSession(input=self._session.input, output=self._session.output)
+        try:
+            return asking.prompt(f"{one_line(question)} [y/N]: ").strip().lower() in ("y", "yes")
+        except (EOFError, KeyboardInterrupt):
+            return False
+
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Between messages what is typed is not shown and waits, and a text that is pasted stays one.
-
-        Ctrl-C is a signal as ever; ``asking`` is the exception.
-        """
-        self._before = termios.tcgetattr(sys.stdin)
-        self._be_quiet()
+        """Between messages what is typed is not shown and waits; Ctrl-C is a signal as ever."""
+        before = termios.tcgetattr(sys.stdin)
+        quiet = list(before)
+        quiet[3] &= ~(termios.ECHO | termios.ICANON)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
         try:
             yield
         finally:
-            self._be_as_before()
-
-    @contextlib.contextmanager
-    def asking(self) -> Iterator[None]:
-        """Meanwhile a question can be answered with a line, and Ctrl-C raises KeyboardInterrupt."""
-        self._be_as_before()
-        try:
-            with raising_interrupts():
-                yield
-        finally:
-            self._be_quiet()
+            print(PASTE_OFF, end="", file=self._shown, flush=True)
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
     def wait(self) -> None:
-        """Before an answer: a text pasted from now on has marks around it."""
+        """Before an answer: a text pasted from now on has marks around it, and stays one."""
         print(PASTE_ON, end="", file=self._shown, flush=True)
-
-    def _be_quiet(self) -> None:
-        attributes = list(self._before)
-        attributes[3] &= ~(termios.ECHO | termios.ICANON)
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)
-
-    def _be_as_before(self) -> None:
-        print(PASTE_OFF, end="", file=self._shown, flush=True)
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
 
 
 def _bindings() -> KeyBindings:
