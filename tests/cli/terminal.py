@@ -20,12 +20,7 @@ OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_=>])")
 CTRL_C, CTRL_D, TAB, ENTER, ALT_ENTER, UP = "\x03", "\x04", "\t", "\r", "\x1b\r", "\x1b[A"
 PROMPT = ">>>"
-PATIENCE_S = 20
-
-
-def pasted(text: str) -> str:
-    """What a terminal sends when a text is pasted (https://invisible-island.net/xterm/ctlseqs/ctlseqs.html)."""
-    return f"\x1b[200~{text.replace(chr(10), chr(13))}\x1b[201~"
+PATIENCE_S = 30
 
 
 class Terminal:
@@ -80,6 +75,15 @@ class Terminal:
         while data:
             written = os.write(self._here, data[:512])
             data = data[written:]
+
+    def paste(self, text: str) -> None:
+        """As a terminal does it: line ends are those of Enter, and there are marks around it if the program asked for them.
+
+        https://invisible-island.net/xterm/ctlseqs/ctlseqs.html
+        """
+        text = text.replace("\n", "\r")
+        is_marked = self.raw.rfind(b"\x1b[?2004h") > self.raw.rfind(b"\x1b[?2004l")
+        self.type(f"\x1b[200~{text}\x1b[201~" if is_marked else text)
 
     def end(self) -> int:
         """Read to the end; the exit status."""

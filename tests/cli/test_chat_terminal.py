@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from .conftest import SLOW_TOKENS, Spawn
-from .terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, TAB, UP, Terminal, pasted
+from .terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, TAB, UP, Terminal
 
 Open = Callable[..., Terminal]
 
@@ -32,6 +32,12 @@ def said(file: Path) -> list[str]:
     return [turn["content"] for turn in json.loads(file.read_text())["messages"] if turn["role"] == "user"]
 
 
+def wait_for_answer(chat: Terminal) -> None:
+    """Until something of the answer to Hello is there."""
+    while not chat.text.partition("Hello\r\r\n")[2].strip():
+        assert chat.read()
+
+
 def test_ctrl_d_leaves_and_ctrl_c_says_so_however_often(terminal: Open) -> None:
     chat = terminal()
     assert "/help for help, Ctrl-D to leave" in " ".join(chat.until().split())
@@ -47,16 +53,20 @@ def test_ctrl_d_leaves_and_ctrl_c_says_so_however_often(terminal: Open) -> None:
     chat.type(CTRL_D)
     assert chat.end() == 0
     assert "Traceback" not in chat.text
+    # A question to the terminal, whose answer could land in a message.
+    assert b"\x1b[6n" not in chat.raw
 
 
 def test_a_pasted_text_is_one_message_as_it_is(terminal: Open, tmp_path: Path) -> None:
     text = '\tif x:\\\n\n    """doc"""\n/reset\n  end, naïve – 東京\n'
     chat = terminal()
     chat.until()
-    chat.type(pasted(text), ENTER)
+    chat.paste(text)
+    chat.type(ENTER)
     chat.until("(cut off")
     chat.until()
-    chat.type(pasted('/usr/bin/ld: no\n"""'), ENTER)
+    chat.paste('/usr/bin/ld: no\n"""')
+    chat.type(ENTER)
     chat.until("(cut off")
     chat.until()
     chat.type(f"/save {tmp_path / 'talk'}", ENTER)
@@ -91,8 +101,7 @@ def test_three_ctrl_c_during_an_answer_lose_nothing(terminal: Open, tmp_path: Pa
     chat.until()
     chat.type("Hello", ENTER)
     chat.until("Hello")
-    while not chat.text.partition("Hello\r\r\n")[2].strip():  # some of the answer
-        assert chat.read()
+    wait_for_answer(chat)
     # What is typed ahead is the next message's.
     chat.type("/set ", CTRL_C, CTRL_C, CTRL_C)
     chat.until("(stopped; what was said so far is kept)")
@@ -115,10 +124,11 @@ def test_a_text_pasted_while_an_answer_is_written_is_one_message_too(terminal: O
     chat = terminal("-n", 30, before=SLOW_TOKENS)
     chat.until()
     chat.type("Hello", ENTER)
-    chat.until("Hello")
+    wait_for_answer(chat)
     lines = "\n".join(f"line {number} of many" for number in range(60))
-    chat.type(pasted(lines), ENTER)
-    chat.until("(cut off")
+    chat.paste(lines)
+    chat.type(ENTER)
+    assert "line" not in chat.until("(cut off")
     chat.until("line 59 of many")
     chat.until("(cut off")
     chat.until()
