@@ -34,7 +34,8 @@ import json, os, signal, sys, threading, time
 from pathlib import Path
 from mlx_mixtral.errors import MixtralError
 from mlx_mixtral_convert import Recipe, convert
-from mlx_mixtral_convert.sources.storage import ranges, remote
+from mlx_mixtral.hub import ranges
+from mlx_mixtral_convert.sources.storage import remote
 ranges.PIECE_BYTES, ranges.WAIT_S, home = 12000, 0.001, Path(sys.argv[1])
 ranges.TIMEOUT_S = float(os.environ.get("MLX_MIXTRAL_TEST_TIMEOUT_S", "5"))
 remote.RemoteStorage.ahead_bytes = 30000
