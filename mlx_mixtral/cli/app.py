@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import IO
 
 import click
@@ -53,7 +56,8 @@ class _App(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            result = super().invoke(ctx)
+            with _said():
+                result = super().invoke(ctx)
             sys.stdout.flush()
         except MixtralError as error:
             note(f"error: {one_line(error)}{_notes(error)}")
@@ -81,6 +85,26 @@ class _App(click.Group):
 @click.version_option(__version__, "-V", "--version", message="mlx-mixtral %(version)s")
 def app() -> None:
     """Run Mixtral, the sparse mixture of experts, on the Mac you have."""
+
+
+class _Notes(logging.Handler):
+    """What the library says while it waits, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(one_line(record.getMessage()))
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    logger, handler = logging.getLogger("mlx_mixtral"), _Notes(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _notes(error: BaseException) -> str:

@@ -130,9 +130,9 @@ class HubClient:
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
-            start = reason_of(Exception(repr(bytes(body[:40]))))
+            start = f"begins with {bytes(body[:40])!r}" if body else "is empty"
             raise HubError(
-                f"the hub's answer for {what} is not JSON (it begins with {start}); check HF_ENDPOINT and any proxy"
+                f"the hub's answer for {what} is not JSON (it {start}); check HF_ENDPOINT and any proxy"
             ) from error
 
     def _send(self, request: Any) -> Answer:

@@ -161,7 +161,9 @@ class _Cache:
         etag = _ETAG.fullmatch(tag or "")
         if etag is None:
             raise HubError(f"the hub says the ETag of {name} is {(tag or '')[:80]!r}, which is no name of a file")
-        length = answer.header("X-Linked-Size") or ("" if answer.status >= 300 else answer.headers.get("Content-Length", ""))
+        length = answer.header("X-Linked-Size") or (
+            "" if answer.status >= 300 else answer.headers.get("Content-Length", "")
+        )
         if length and not (length.isdecimal() and len(length) < 20):
             raise HubError(f"the hub says {name} has {length[:80]!r} bytes, which is no size")
         if length and listed.nbytes not in (None, int(length)):

@@ -58,7 +58,9 @@ def status_error(status: int, headers: Mapping[str, str], repository: str, revis
     if status >= 500:
         return HubUnreachableError(f"status {status} for {what}")
     if code == "GatedRepo":
-        return HubError(f"{repository} is gated: accept its licence on {page}, then run `hf auth login` or set HF_TOKEN")
+        return HubError(
+            f"{repository} is gated: accept its licence on {page}, then run `hf auth login` or set HF_TOKEN"
+        )
     if code == "RevisionNotFound":
         return HubError(f"{repository} has no revision {revision!r}; {page}/commits/main lists them")
     if code == "RepoNotFound":

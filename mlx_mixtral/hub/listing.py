@@ -82,7 +82,9 @@ def _is_odd(entry: Any) -> bool:
     """
     name = entry.get("rfilename") if isinstance(entry, dict) else None
     if not isinstance(name, str) or any(part in ("", ".", "..") for part in name.split("/")):
-        raise HubError(f"the hub lists a file {_shown(name if isinstance(entry, dict) else entry)}, which is no file's name")
+        raise HubError(
+            f"the hub lists a file {_shown(name if isinstance(entry, dict) else entry)}, which is no file's name"
+        )
     return not name.isprintable() or "\\" in name or len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES
 
 

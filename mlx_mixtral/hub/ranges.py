@@ -295,11 +295,11 @@ class _Patience:
             where = "" if self._offset is None else f" at {format_bytes(self._offset + done)}"
             tries = self._breaks if self._breaks >= MAX_BREAKS else self._failures
             raise HubError(
-                f"{self._file} cannot be fetched{where}, {tries} attempts failed ({broken.reason}); "
+                f"{self._file} cannot be fetched{where}, {tries} attempt{'s' * (tries != 1)} failed ({broken.reason}); "
                 "check the connection and run the same command again"
             )
         pause = min(MAX_WAIT_S, WAIT_S * 2 ** (self._failures - 1))
         pause = max(pause, min(MAX_ASKED_S, broken.wait_s))
-        if pause > SAID_S or broken.silent_s > 0:
+        if pause + broken.silent_s > SAID_S:
             logger.info("waiting for the hub: %s (%s); next attempt in %.0f s", self._file, broken.reason, pause)
         reader._stopped.wait(pause)

@@ -263,7 +263,9 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(downloads, "list_files", lambda *args: Listing("owner/model", COMMIT, {"model.safetensors": ONE}))
+    monkeypatch.setattr(
+        downloads, "list_files", lambda *args: Listing("owner/model", COMMIT, {"model.safetensors": ONE})
+    )
     monkeypatch.setattr(downloads, "store_files", full)
     with pytest.raises(HubError, match=r"owner/model: the disk of the hub's cache is full.*HF_HOME"):
         resolve("owner/model")

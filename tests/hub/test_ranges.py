@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +23,11 @@ DATA = bytes(range(40))
 class Body:
     """What the session's answer is, as far as ``Answer`` reads it."""
 
-    def __init__(self, parts: list[bytes]) -> None:
+    def __init__(self, parts: Iterable[bytes]) -> None:
         self.iter_raw = parts.__iter__
 
 
-def answer(status: int, headers: dict[str, str], parts: list[bytes]) -> Answer:
+def answer(status: int, headers: dict[str, str], parts: Iterable[bytes]) -> Answer:
     return Answer(status, headers, (), Body(parts))
 
 
@@ -100,3 +101,33 @@ def test_it_gives_up_after_so_many_attempts_that_bring_nothing(monkeypatch: pyte
 def test_several_pieces_end_up_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "PIECE_BYTES", 7)
     assert read(Drip([4]), monkeypatch, 1, 38)[0] == DATA[1:39]
+
+
+def test_more_than_was_asked_for_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(Drip):
+        @contextlib.contextmanager
+        def ask(self, *arguments: Any, headers: dict[str, str], **options: Any) -> Iterator[Answer]:
+            with super().ask(*arguments, headers=headers, **options) as given:
+                yield answer(206, given.headers, itertools.chain([DATA[:7]], itertools.repeat(b"more")))
+
+    assert read(Endless([40]), monkeypatch)[0][:8] == DATA[:7] + b"m"
+
+
+def test_a_connection_that_breaks_all_the_time_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "MAX_BREAKS", 10)
+    drip = Drip([1])
+    with pytest.raises(HubError, match=r"file cannot be fetched at 10 B, 10 attempts failed \(30 bytes did not arrive"):
+        read(drip, monkeypatch)
+    assert len(drip.starts) == 10
+
+
+def test_pieces_come_in_order_and_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "PIECE_BYTES", 3)
+    reader = RangeReader(Listing("owner/model", "c" * 40, {"file": RemoteFile(len(DATA), None)}))
+    drip = Drip([40])
+    monkeypatch.setattr(reader, "_client", drip)
+    with contextlib.closing(reader):
+        pieces = reader.pieces("file", 5, 38)
+        assert bytes(next(pieces)) == DATA[5:8]
+        assert DATA[8:38] == b"".join(pieces)
+    assert sorted(drip.starts) == list(range(5, 38, 3))
