@@ -19,7 +19,7 @@ from mlx_mixtral.errors import HubError
 from mlx_mixtral.hub.failures import HubUnreachableError, is_unreachable, reason_of, status_error
 from mlx_mixtral.sizes import format_bytes
 
-__all__ = ["Answer", "HubClient", "logger"]
+__all__ = ["HubAnswer", "HubClient", "logger"]
 
 # Of one request: from the first byte sent to the answer's head, redirects included, and as long again for a JSON answer.
 ANSWER_S = 20.0
@@ -35,7 +35,7 @@ logger = logging.getLogger("mlx_mixtral.hub")
 
 
 @dataclass(frozen=True)
-class Answer:
+class HubAnswer:
     """The head of an answer. ``passed`` are the heads of the redirects that led to it."""
 
     status: int
@@ -84,7 +84,7 @@ class HubClient:
         headers: dict[str, str] | None = None,
         timeout_s: float,
         stopped: threading.Event | None = None,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[HubAnswer]:
         """The answer to a request, whatever its status; its body is not read. HEAD stays on the host that it asks.
 
         Args:
@@ -135,7 +135,7 @@ class HubClient:
                 f"the hub's answer for {what} is not JSON (it {start}); check HF_ENDPOINT and any proxy"
             ) from error
 
-    def _send(self, request: Any) -> Answer:
+    def _send(self, request: Any) -> HubAnswer:
         passed: list[Any] = []
         while True:
             # Not followed by the session, which reads the body of each redirect.
@@ -143,7 +143,7 @@ class HubClient:
             following = response.next_request
             stays = following is None or (request.method == "HEAD" and following.url.host != request.url.host)
             if stays:
-                return Answer(response.status_code, response.headers, tuple(passed), response)
+                return HubAnswer(response.status_code, response.headers, tuple(passed), response)
             passed.append(response.headers)
             response.close()
             if len(passed) > MAX_REDIRECTS:
@@ -151,10 +151,10 @@ class HubClient:
             request = following
 
 
-def _within(send: Callable[[], Answer], what: str, stopped: threading.Event | None) -> Answer:
+def _within(send: Callable[[], HubAnswer], what: str, stopped: threading.Event | None) -> HubAnswer:
     """What ``send`` returns, from a thread that is left to itself after ``ANSWER_S``: a socket's own limit counts silence,
     and an answer may come one byte at a time."""
-    result: Future[Answer] = Future()
+    result: Future[HubAnswer] = Future()
 
     def work() -> None:
         try:
@@ -190,7 +190,7 @@ def _within(send: Callable[[], Answer], what: str, stopped: threading.Event | No
         raise
 
 
-def _close(result: Future[Answer]) -> None:
+def _close(result: Future[HubAnswer]) -> None:
     with contextlib.suppress(BaseException):
         result.result().response.close()
 

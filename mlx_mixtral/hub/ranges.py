@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from mlx_mixtral.errors import HubError
-from mlx_mixtral.hub.answers import Answer, HubClient, logger
+from mlx_mixtral.hub.answers import HubAnswer, HubClient, logger
 from mlx_mixtral.hub.failures import HubUnreachableError, status_error
 from mlx_mixtral.hub.listing import Listing
 from mlx_mixtral.sizes import format_bytes
@@ -116,7 +116,7 @@ class RangeReader:
                 self._received(-done)
             patience.wait(broken, done)
 
-    def head(self, file: str) -> Answer:
+    def head(self, file: str) -> HubAnswer:
         """What the hub says of a file before it is asked for.
 
         Raises:
@@ -219,7 +219,7 @@ class RangeReader:
         if self._received is not None:
             self._received(count)
 
-    def _check(self, file: str, answer: Answer, offset: int | None, count: int) -> _Broken | None:
+    def _check(self, file: str, answer: HubAnswer, offset: int | None, count: int) -> _Broken | None:
         """None for the bytes asked for; what is worth another attempt; HubError for what is not."""
         if answer.status not in (200, 206):
             return self._refused(file, answer)
@@ -237,13 +237,13 @@ class RangeReader:
             raise HubError(f"{file} has {size} bytes, the hub served {served[:80]!r}; it changed, start afresh")
         return None
 
-    def _refused(self, file: str, answer: Answer) -> _Broken:
+    def _refused(self, file: str, answer: HubAnswer) -> _Broken:
         if answer.status < 500 and answer.status not in RETRIED:
             raise status_error(answer.status, answer.headers, self.listing.repository, self.listing.commit, file)
         wait = answer.headers.get("Retry-After", "")
         return _Broken(f"status {answer.status}", float(wait) if wait.isdecimal() and len(wait) < 9 else 0.0)
 
-    def _check_commit(self, file: str, answer: Answer) -> None:
+    def _check_commit(self, file: str, answer: HubAnswer) -> None:
         commit = self.listing.commit
         for head in (*answer.passed, answer.headers):
             if (found := head.get("X-Repo-Commit", commit)) != commit:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -24,12 +26,16 @@ from mlx_mixtral.generation.scheduler import Scheduler
 from mlx_mixtral.generation.speculation.cost import ForwardCost
 from mlx_mixtral.generation.stats import Token
 from mlx_mixtral.machine.device import Device, wired
+from mlx_mixtral.machine.streams import StreamLease
 from mlx_mixtral.model.prefetch import PrefetchControl
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.prompt_cache import PromptCache
+from mlx_mixtral.runtime.steps import Steps
 
 __all__ = ["Engine"]
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -41,6 +47,7 @@ class Engine:
     Args:
         residency: what of it stays in memory, with the plan in force.
         planner: makes other plans of it.
+        lease: the stream on ``device`` that it computes on; the engine's from now on, and given back when it is closed.
         allocate: a bank of expert slots, for when the plan changes.
         identity: tells the checkpoint from others; asked when a prompt is saved or loaded.
         prefix_cache: bytes of earlier prompts that are kept; what the plan allows when None.
@@ -59,6 +66,7 @@ class Engine:
         device: Device,
         prefetch: PrefetchControl,
         *,
+        lease: StreamLease,
         allocate: AllocateBank,
         identity: Callable[[], str],
         prefix_cache: int | None = None,
@@ -66,11 +74,11 @@ class Engine:
         self.config: MixtralConfig = module.config
         self.device, self.residency = device, residency
         self.prompt_cache = PromptCache(residency.plan, prefix_cache, identity)
-        # MLX streams belong to the thread that made them, except for this kind: it lets a model be loaded on one thread and
-        # used on another, and a generation be resumed from several. The lock below keeps it to one user at a time.
-        self.stream = mx.new_thread_unsafe_stream(device.mlx)
+        # The lock below keeps it to one user at a time.
+        self._lease, self.stream = lease, lease.stream
         self.planner, self.prefetch, self._allocate = planner, prefetch, allocate
         self._busy = threading.Lock()
+        self._open: weakref.WeakSet[Steps[Any]] = weakref.WeakSet()
         self._step: DecodeStep | None = None
         self._module: MixtralModel | None = module
         self._begin(module)
@@ -81,10 +89,17 @@ class Engine:
 
         Raises:
             ClosedError: the model was closed.
+            UnsupportedPlatformError: this process was forked after the model was loaded.
         """
         if self._module is None or self._step is None:
             raise ClosedError("this model was closed; load it again")
+        self._lease.check()
         return DecodeContext(self._module, self._step, self.stream, self.plan.chunk_tokens)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the weights were released."""
+        return self._module is None
 
     @property
     def module(self) -> MixtralModel:
@@ -187,8 +202,8 @@ class Engine:
             self.prompt_cache.free()
             yield context
 
-    def generate(self, request: Request) -> Generator[Token, None, None]:
-        """Carry out a request: its tokens one by one, the model being busy from the first until the generator is closed.
+    def generate(self, request: Request) -> Steps[Token]:
+        """Carry out a request: its tokens one by one, the model being busy from the first until they end or are closed.
 
         Keys and values of an earlier prompt that begins alike are used again, and these are kept for the next one unless an
         error ends the generation.
@@ -200,7 +215,21 @@ class Engine:
         """
         speculation = request.speculation
         decoder = decode if speculation is None else speculation.decoder(self, request)
-        return self._generated(self.context, decoder, request)
+        steps = self.opened(self._generated(self.context, decoder, request))
+        if speculation is not None:
+            for other in speculation.engines:
+                other.remember(steps)
+        return steps
+
+    def opened(self, generator: Generator[T, None, None]) -> Steps[T]:
+        """What generates on this engine, ended when the engine is closed."""
+        steps = Steps(generator)
+        self.remember(steps)
+        return steps
+
+    def remember(self, steps: Steps[Any]) -> None:
+        """End ``steps`` when this engine is closed."""
+        self._open.add(steps)
 
     def scheduler(self, max_rows: int) -> Scheduler:
         """For several requests at once, within the memory budget. Use it in a block of ``running`` only.
@@ -259,16 +288,19 @@ class Engine:
                 self._begin(module)
 
     def close(self) -> None:
-        """Release the weights; nothing can be generated afterwards.
+        """Release the weights; nothing can be generated afterwards. Open streams end, after the step under way.
 
         Raises:
-            BusyError: a generation is running; close it first.
+            BusyError: something else is computed on another thread.
         """
+        for steps in list(self._open):
+            steps.close()
         with self.exclusive():
             self._module = self._step = None
             self.prompt_cache.clear()
             self.residency.close()
             self.residency.release()
+            self._lease.close()
         mx.clear_cache()
 
     def _begin(self, module: MixtralModel) -> None:

@@ -18,6 +18,7 @@ from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.hub import resolve
 from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import DTYPE_NAMES, Device, compute_dtype, current_device
+from mlx_mixtral.machine.streams import StreamLease
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.planning import make_planner
 from mlx_mixtral.model.prefetch import PrefetchControl
@@ -97,6 +98,7 @@ def load(
         CheckpointError, ConfigError, HubError: the model cannot be found, read or run.
         MemoryBudgetError: ``memory`` is below the least the model can do with.
         InvalidRequestError: an argument out of range.
+        UnsupportedPlatformError: this process was forked from one that had loaded a model.
 
     Example:
         >>> model = load("mixtral-4bit", memory="20GB")
@@ -121,13 +123,13 @@ def load(
     except (MissingDependencyError, TokenizerError) as error:
         # A fresh error: a raised one keeps this frame alive by its traceback, and the weights with it.
         tokenizer = TokenizerError(str(error))
-    products = products_for(place)
+    products, lease = products_for(place), StreamLease(place)
     for name in (kind, "BF16"):
         builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy, products=products)
         refuse_cpu_gather(builder, place)
         planner = make_planner(builder, place, kv=kv)
         try:
-            with mx.stream(place.mlx):
+            with mx.stream(lease.stream):
                 module, residency = load_module(builder, planner.plan(memory, context), progress)
         except DtypeRangeError:
             if name != "F16" or dtype != "auto":
@@ -140,6 +142,7 @@ def load(
             planner,
             place,
             control,
+            lease=lease,
             allocate=builder.bank,
             identity=lambda: checkpoint_identity(folder),
             prefix_cache=kept,

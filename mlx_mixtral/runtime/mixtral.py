@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_mixtral.arguments import check_type
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.errors import ChatTemplateError, TokenizerError
+from mlx_mixtral.errors import BusyError, ChatTemplateError, TokenizerError
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.generation.request import PieceOf
@@ -23,6 +23,7 @@ from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.batch import DEFAULT_ROWS, collect_batch, stream_batch
 from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.requests import GenerationOptions, Requests, TextRequest
+from mlx_mixtral.runtime.steps import Steps
 from mlx_mixtral.runtime.stream import Chunk, Generation, TextStream
 from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral.tokenizer import Tokenizer
@@ -50,6 +51,8 @@ class Mixtral:
 
     def __repr__(self) -> str:
         c, plan = self.config, self.engine.plan
+        if self.engine.is_closed:
+            return "<Mixtral: closed>"
         experts = "dense" if c.is_dense else f"{c.num_local_experts} experts, {c.num_experts_per_tok} a token"
         memory = f"{format_bytes(self.residency.resident_bytes)} of weights in memory"
         if plan.residency is not None:
@@ -62,7 +65,13 @@ class Mixtral:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except BusyError as busy:
+            if error is None:
+                raise
+            # The caller's own error is the one to see.
+            error.add_note(f"the model was not closed: {busy}")
 
     @property
     def config(self) -> MixtralConfig:
@@ -112,10 +121,10 @@ class Mixtral:
         return self.module.make_cache(left_padding)
 
     def close(self) -> None:
-        """Release the weights. The object cannot be used afterwards.
+        """Release the weights. The object cannot be used afterwards, and open streams end.
 
         Raises:
-            BusyError: a generation is running; close it first.
+            BusyError: another thread computes something that is not a stream, such as ``logits``.
         """
         self.engine.close()
 
@@ -182,7 +191,7 @@ class Mixtral:
         *,
         max_rows: int = DEFAULT_ROWS,
         **options: Unpack[GenerationOptions],
-    ) -> Generator[tuple[int, Chunk], None, None]:
+    ) -> Steps[tuple[int, Chunk]]:
         """As ``generate_batch``, by pairs of a prompt's number and its next chunk; busy until the last, or until closed."""
         return self._batch(prompts, max_rows, options)[1]
 
@@ -267,7 +276,7 @@ class Mixtral:
 
     def _batch(
         self, prompts: Sequence[str | Sequence[int]], max_rows: int, options: GenerationOptions
-    ) -> tuple[list[TextRequest], Generator[tuple[int, Chunk], None, None]]:
+    ) -> tuple[list[TextRequest], Steps[tuple[int, Chunk]]]:
         scheduler = self.engine.scheduler(max_rows)
         requests = self._requests.batch(prompts, options)
         return requests, stream_batch(self.engine, scheduler, requests)

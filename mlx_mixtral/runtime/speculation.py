@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -149,6 +149,10 @@ class DraftModel(Speculation):
             max_proposed=self.max_tokens,
         )
         return partial(speculate, proposer=proposer, economics=economics)
+
+    @property
+    def engines(self) -> Sequence[Engine]:
+        return (self.engine,)
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:

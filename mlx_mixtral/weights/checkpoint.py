@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
-__all__ = ["Checkpoint", "CheckpointReader"]
+__all__ = ["Checkpoint", "CheckpointReader", "close_files"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -132,12 +133,19 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def close_files(descriptors: dict[Path, int]) -> None:
+    """Close them all; none is left in ``descriptors``."""
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
 class CheckpointReader:
     """Open files of a checkpoint; reads are positioned, so any number of threads may share one reader."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._descriptors: dict[Path, int] = {}
+        weakref.finalize(self, close_files, self._descriptors)
         try:
             for file in checkpoint.files:
                 self._descriptors[file] = os.open(file, os.O_RDONLY)
@@ -152,8 +160,7 @@ class CheckpointReader:
         self.close()
 
     def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        close_files(self._descriptors)
 
     def read(self, info: TensorInfo, buffer: memoryview, skip_bytes: int = 0) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``skip_bytes`` on."""

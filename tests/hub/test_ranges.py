@@ -13,7 +13,7 @@ import pytest
 
 from mlx_mixtral.errors import HubError
 from mlx_mixtral.hub import ranges
-from mlx_mixtral.hub.answers import Answer
+from mlx_mixtral.hub.answers import HubAnswer
 from mlx_mixtral.hub.listing import Listing, RemoteFile
 from mlx_mixtral.hub.ranges import RangeReader
 
@@ -21,14 +21,14 @@ DATA = bytes(range(40))
 
 
 class Body:
-    """What the session's answer is, as far as ``Answer`` reads it."""
+    """What the session's answer is, as far as ``HubAnswer`` reads it."""
 
     def __init__(self, parts: Iterable[bytes]) -> None:
         self.iter_raw = parts.__iter__
 
 
-def answer(status: int, headers: dict[str, str], parts: Iterable[bytes]) -> Answer:
-    return Answer(status, headers, (), Body(parts))
+def answer(status: int, headers: dict[str, str], parts: Iterable[bytes]) -> HubAnswer:
+    return HubAnswer(status, headers, (), Body(parts))
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Drip:
     wait: str = ""
 
     @contextlib.contextmanager
-    def ask(self, method: str, url: str, what: str, *, headers: dict[str, str], **options: Any) -> Iterator[Answer]:
+    def ask(self, method: str, url: str, what: str, *, headers: dict[str, str], **options: Any) -> Iterator[HubAnswer]:
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", headers["Range"])
         assert asked is not None
         start, end = int(asked[1]), int(asked[2])
@@ -106,7 +106,7 @@ def test_several_pieces_end_up_in_their_places(monkeypatch: pytest.MonkeyPatch) 
 def test_more_than_was_asked_for_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     class Endless(Drip):
         @contextlib.contextmanager
-        def ask(self, *arguments: Any, headers: dict[str, str], **options: Any) -> Iterator[Answer]:
+        def ask(self, *arguments: Any, headers: dict[str, str], **options: Any) -> Iterator[HubAnswer]:
             with super().ask(*arguments, headers=headers, **options) as given:
                 yield answer(206, given.headers, itertools.chain([DATA[:7]], itertools.repeat(b"more")))
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 import os
 import threading
+import weakref
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.weights.checkpoint import close_files
 from mlx_mixtral.weights.safetensors import read_into
 from mlx_mixtral_convert.sources.storage.fingerprint import describe_file
 
@@ -82,6 +84,7 @@ class LocalStorage:
         self.named = path if path.is_file() else None
         self.folder = path.parent if self.named else path
         self._descriptors: dict[Path, int] = {}
+        weakref.finalize(self, close_files, self._descriptors)
         self._lock = threading.Lock()
 
     def glob(self, pattern: str) -> list[Path]:
@@ -122,8 +125,7 @@ class LocalStorage:
 
     def close(self) -> None:
         with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+            close_files(self._descriptors)
 
 
 class StoredFile(io.RawIOBase):
