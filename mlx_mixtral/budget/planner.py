@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.arguments import check_integer
+from mlx_mixtral.arguments import check_integer, shown
 from mlx_mixtral.budget.needs import DEFAULT_CONTEXT_TOKENS, RESIDENT_CHUNK_TOKENS, MemoryNeeds
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.slots import ModelSizes, Speeds, plan_residency
@@ -64,7 +64,7 @@ class Planner:
         if context is not None:
             check_integer("context", context, 1, wanted="a number of tokens, at least 1")
             if context > own:
-                raise ContextLengthError(f"context is {context}; the model's own is {own} tokens")
+                raise ContextLengthError(f"context is {shown(context)}; the model's own is {own} tokens")
         tokens = context or min(own, DEFAULT_CONTEXT_TOKENS)
         return MemoryNeeds(
             self.config,
@@ -77,7 +77,7 @@ class Planner:
             self._product_bytes,
         )
 
-    def plan(self, memory: str | int | None, context: int | None) -> MemoryPlan:
+    def plan(self, memory: str | float | None, context: int | None) -> MemoryPlan:
         """What stays in memory under a budget; None means what this machine can give.
 
         Raises:

@@ -14,7 +14,7 @@ import click
 
 from mlx_mixtral import __version__
 from mlx_mixtral.cli.console import note, one_line
-from mlx_mixtral.errors import MixtralError
+from mlx_mixtral.errors import InvalidRequestError, MixtralError
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("mlx_mixtral.cli.chat.command:chat", "Talk with an instruct model."),
 }
 
+WRONG_CALL = 2  # click's own for options that it does not know
 INTERRUPTED = 130
 PIPE_CLOSED = 141  # 128 + SIGPIPE: what a shell sees of any program whose reader went away
 
@@ -59,6 +60,9 @@ class _App(click.Group):
             with _said():
                 result = super().invoke(ctx)
             sys.stdout.flush()
+        except InvalidRequestError as error:
+            note(f"error: {one_line(_with_option_names(ctx, str(error)))}{_notes(error)}")
+            raise click.exceptions.Exit(WRONG_CALL) from None
         except MixtralError as error:
             note(f"error: {one_line(error)}{_notes(error)}")
             raise click.exceptions.Exit(1) from None
@@ -105,6 +109,19 @@ def _said() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def _with_option_names(ctx: click.Context, message: str) -> str:
+    """A message that begins with an argument of the library, with the option's name in its place."""
+    name = message.partition(" ")[0]
+    command = (
+        ctx.command.get_command(ctx, ctx.invoked_subcommand or "") if isinstance(ctx.command, click.Group) else None
+    )
+    for parameter in command.params if command is not None else ():
+        flags = [flag for flag in parameter.opts if flag.startswith("--")]
+        if flags and name in (parameter.name, flags[0].removeprefix("--").replace("-", "_")):
+            return f"{flags[0]}{message.removeprefix(name)}"
+    return message
 
 
 def _notes(error: BaseException) -> str:

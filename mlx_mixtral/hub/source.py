@@ -56,7 +56,7 @@ class Source:
         Raises:
             InvalidRequestError: an empty name, a wrong type, a revision for what is here, or two different revisions.
         """
-        if source == "":
+        if isinstance(source, str) and not source:
             raise InvalidRequestError("the source is an empty name; write . for the current folder")
         path = as_path("source", source)
         check_type("revision", revision, (str, type(None)), "a branch, tag or commit, or None")

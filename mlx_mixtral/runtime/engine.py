@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from mlx_mixtral.arguments import check_integer
+from mlx_mixtral.arguments import check_integer, is_integer, shown
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.cache.kv import KVCache
@@ -148,11 +148,16 @@ class Engine:
         # Bytes are a sequence of small integers to Python, and undecoded text to the caller.
         if isinstance(ids, bytes | bytearray) or not isinstance(ids, Iterable):
             raise InvalidRequestError(f"{what} is {type(ids).__name__}, not text or a list of token ids")
+        if (ndim := getattr(ids, "ndim", 1)) != 1:
+            raise InvalidRequestError(f"{what} is an array of {ndim} dimensions; give one row of token ids")
         tokens = []
-        for given in ids:
-            token = int(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
-            if not 0 <= token < self.vocab_size:
-                raise InvalidRequestError(f"{what} holds token id {given!r}; ids go from 0 to {self.vocab_size - 1}")
+        # Arrays, and scalars of them in a list, have their numbers as Python's.
+        for given in ids.tolist() if hasattr(ids, "tolist") else ids:
+            token = given.tolist() if hasattr(given, "tolist") else given
+            if not is_integer(token) or not 0 <= token < self.vocab_size:
+                raise InvalidRequestError(
+                    f"{what} holds token id {shown(token)}; ids go from 0 to {self.vocab_size - 1}"
+                )
             tokens.append(token)
         return tokens
 
@@ -276,7 +281,7 @@ class Engine:
         with self.exclusive(), mx.stream(self.stream):
             return self.prompt_cache.load(path, self.module)
 
-    def set_memory(self, memory: str | int | None, *, context: int | None = None) -> None:
+    def set_memory(self, memory: str | float | None, *, context: int | None = None) -> None:
         """Go over to another budget: banks of experts shrink or grow. Raises as ``Mixtral.set_memory``."""
         with self.exclusive(), mx.stream(self.stream):
             module = self.module

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_mixtral.arguments import as_path, check_callbacks
+from mlx_mixtral.arguments import as_path, check_callbacks, checked
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.options import DEFAULT_SINKS, KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
@@ -47,10 +47,11 @@ class LoadProgress:
     total_bytes: int
 
 
+@checked()
 def load(
     path: str | Path,
     *,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     context: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
@@ -62,7 +63,7 @@ def load(
     kv_bits: int | None = None,
     kv_size: int | None = None,
     kv_sinks: int = DEFAULT_SINKS,
-    prefix_cache: str | int | None = None,
+    prefix_cache: str | float | None = None,
     progress: Callable[[LoadProgress], None] | None = None,
 ) -> Mixtral:
     """Load a model from a folder or a hub repository.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import Any, Self, Unpack
 
 import mlx.core as mx
 
-from mlx_mixtral.arguments import check_type
+from mlx_mixtral.arguments import check_type, checked
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import BusyError, ChatTemplateError, TokenizerError
@@ -30,6 +31,12 @@ from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.base import Message
 
 __all__ = ["CHAT_SAMPLING", "Mixtral"]
+
+# What people know from other libraries by its name alone.
+_SAMPLING = {
+    field.name: f"give it as sampling=SamplingParams({field.name}=…)" for field in dataclasses.fields(SamplingParams)
+}
+_with_options = checked(options=Requests.request, without=("tokens", "is_answer"), elsewhere=_SAMPLING)
 
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
@@ -128,7 +135,8 @@ class Mixtral:
         """
         self.engine.close()
 
-    def set_memory(self, memory: str | int | None, *, context: int | None = None) -> None:
+    @checked()
+    def set_memory(self, memory: str | float | None, *, context: int | None = None) -> None:
         """Give the model another budget, without loading it again: banks of experts shrink or grow.
 
         Args:
@@ -143,6 +151,7 @@ class Mixtral:
         """
         self.engine.set_memory(memory, context=context)
 
+    @_with_options
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Generation:
         """Continue ``prompt``: text, sent as it is after BOS, or token ids, sent as they are.
 
@@ -157,11 +166,13 @@ class Mixtral:
         """
         return self.stream(prompt, **options).collect()
 
+    @_with_options
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> TextStream:
         """As ``generate``, chunk by chunk. Arguments are checked here; work starts with the first step."""
         _ = self.module  # a closed model says so before anything else
         return self._stream(self._requests.request(self._requests.prompt(prompt), **options))
 
+    @_with_options
     def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -185,6 +196,7 @@ class Mixtral:
         requests, chunks = self._batch(prompts, max_rows, options)
         return collect_batch(chunks, requests)
 
+    @_with_options
     def stream_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -195,6 +207,7 @@ class Mixtral:
         """As ``generate_batch``, by pairs of a prompt's number and its next chunk; busy until the last, or until closed."""
         return self._batch(prompts, max_rows, options)[1]
 
+    @_with_options
     def chat(
         self,
         messages: Sequence[Message],
@@ -214,6 +227,7 @@ class Mixtral:
         """
         return self.stream_chat(messages, tools=tools, **options).collect()
 
+    @_with_options
     def stream_chat(
         self,
         messages: Sequence[Message],
@@ -231,6 +245,7 @@ class Mixtral:
         options.setdefault("sampling", CHAT_SAMPLING)
         return self._stream(self._requests.request(tokens, is_answer=True, **options))
 
+    @checked()
     def save_prompt(self, path: str | Path, prompt: str | Sequence[int]) -> None:
         """Compute ``prompt`` and save its keys and values to a file, for ``load_prompt`` of another day.
 
@@ -240,6 +255,7 @@ class Mixtral:
         """
         self.engine.save_prompt(path, self._requests.prompt(prompt))
 
+    @checked()
     def load_prompt(self, path: str | Path) -> list[int]:
         """Load a saved prompt and return its token ids: a prompt that begins with them is computed from there on.
 
@@ -248,6 +264,7 @@ class Mixtral:
         """
         return self.engine.load_prompt(path)
 
+    @checked()
     def logits(self, token_ids: Sequence[int]) -> mx.array:
         """Logits ``[L, V]`` (in the compute type, evaluated) for every position of ``token_ids``.
 
@@ -255,6 +272,7 @@ class Mixtral:
         """
         return self.engine.logits(self.engine.checked_ids(token_ids, "token_ids"))
 
+    @checked()
     def routing_trace(self, texts: Sequence[Sequence[int]]) -> RoutingTrace:
         """Experts the routers choose for ``texts`` of token ids: what plans and replacement policies are judged by.
 

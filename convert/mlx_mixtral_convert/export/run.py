@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.arguments import check_callbacks
+from mlx_mixtral.arguments import check_callbacks, checked
 from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.hub import Source
@@ -56,6 +56,7 @@ class ExportReport:
         return json_object(self)
 
 
+@checked()
 def export(
     source: str | Path,
     dest: str | Path,
