@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
 
-from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, checked, is_number
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, checked, is_number, shown
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 from mlx_mixtral.evaluation.forward import context_limit
 from mlx_mixtral.evaluation.journal import EvaluationJournal
