@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -18,11 +19,19 @@ from mlx_mixtral.errors import CheckpointError, DestinationError, DiskSpaceError
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = [
-    "Journal", "atomic_write", "check_destination", "check_folder", "disk_error", "disk_errors", "parse_json", "partial_path",
-    "put_in_place", "read_json", "replace_file", "swap_folder", "sync_folder", "write_folder",
+    "POINTER_FIX", "Journal", "atomic_write", "check_destination", "check_folder", "disk_error", "disk_errors", "is_pointer",
+    "parse_json", "partial_path", "put_in_place", "read_json", "replace_file", "swap_folder", "sync_folder", "write_folder",
 ]  # fmt: skip
 
 MAX_JSON_BYTES = 256 * 2**20
+# What editors of Windows put in front of a text.
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+_POINTER = b"version https://git-lfs.github.com/spec/"
+POINTER_FIX = (
+    "is a git-lfs pointer, a few lines that stand for a file which is not here; run git lfs pull in its folder"
+)
+"""What to say about a file that ``is_pointer`` finds, after its name."""
 JOURNAL_VERSION = 1
 
 
@@ -249,7 +258,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Parse a small JSON object of a checkpoint folder.
 
     Raises:
-        CheckpointError: unreadable, not UTF-8, not JSON, or not an object.
+        CheckpointError: unreadable, not text, not JSON, or not an object.
     """
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
@@ -263,13 +272,24 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(where: Path | str, data: bytes) -> dict[str, Any]:
     """A JSON object; ``where`` names it in errors.
 
+    Text is UTF-8, or what a byte-order mark says.
+
     Raises:
-        CheckpointError: not UTF-8, not JSON, or not an object.
+        CheckpointError: not text, not JSON, not an object, or a git-lfs pointer.
     """
+    if is_pointer(data):
+        raise CheckpointError(f"{where} {POINTER_FIX}")
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
-        parsed = json.loads(data.decode("utf-8"))
+        parsed = json.loads(data.decode(encoding))
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{where} holds a JSON {type(parsed).__name__}, not an object")
     return parsed
+
+
+def is_pointer(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` (8 bytes at least) is git-lfs's stand-in for another one."""
+    start = head[: len(_POINTER)]
+    return len(start) >= 8 and _POINTER.startswith(start)

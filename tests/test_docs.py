@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from mlx_mixtral import Mixtral, __version__, load
 from mlx_mixtral.cli.app import COMMANDS, app
+from mlx_mixtral.cli.info.tables import tokens_short
 from mlx_mixtral.experts.trace import chance_of_repeat
 from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral_convert import NAMED
@@ -217,13 +218,28 @@ def test_the_table_of_commands_has_each_of_them_once() -> None:
 
 
 def test_the_table_of_sizes_is_what_info_computes() -> None:
-    (table,) = [table for table in tables_as_written(README) if "4-bit" in table[0]]
+    table = next(table for table in tables_as_written(README) if "4-bit" in table[0])
     expected = []
     for name, title in (("8x7b", "Mixtral 8x7B"), ("8x22b", "Mixtral 8x22B")):
         found = json.loads(CliRunner().invoke(app, ["info", name, "--json"]).stdout)["widths"]
         assert table[0] == ["", *(f"{width['bits']}-bit" for width in found)]
         expected.append([title, *(format_bytes(width["bytes"]) for width in found)])
     assert table[1:] == expected
+
+
+def test_what_fits_is_what_info_computes() -> None:
+    table = next(table for table in tables_as_written(README) if "for the GPU" in table[0])
+    found = {name: json.loads(CliRunner().invoke(app, ["info", name, "--json"]).stdout) for name in ("8x7b", "8x22b")}
+    rows = {f"{row['memory_gib']} GB": row for row in found["8x7b"]["fits"]}
+    for memory, usable, *contexts in table[1:]:
+        row = rows[memory]
+        assert usable == format_bytes(row["usable_bytes"])
+        expected = [row["context"][name] for name in table[0][2:]]
+        assert contexts == [tokens_short(count) if count else "-" for count in expected]
+    words = " ".join(README.split())
+    for name, title, full in (("8x7b", "8x7B", 32768), ("8x22b", "8x22B", 65536)):
+        size = format_bytes(found[name]["kv_cache"]["bytes_per_token"] * full)
+        assert re.search(rf"{re.escape(size)} (of KV cache )?to {title} \({full // 1024}k", words)
 
 
 def _without_numbers(line: str) -> str:

@@ -23,7 +23,7 @@ ROOMS = (
     "errors", "arguments", "sizes", "files", "machine", "config", "hub", "weights", "cache", "tokenizer", "layers", "budget",
     "experts", "model", "generation", "runtime", "info", "evaluation", "bench", "demo", "doctor",
     "convert.packing", "convert.output", "convert.sources", "convert.calibration", "convert.recipes", "convert",
-    "convert.export", "cli", "__main__",
+    "convert.export", "convert.upload", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from mlx_mixtral_convert import Recipe, convert
 report = convert("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-4bit", recipe=Recipe(bits=4))
 """
 
-from mlx_mixtral_convert.calibration import Calibration, calibrate
+from mlx_mixtral_convert.calibration import Calibration, CalibrationProgress, calibrate
 from mlx_mixtral_convert.conversion import convert
 from mlx_mixtral_convert.packing.measure import MatrixError
 from mlx_mixtral_convert.recipes import NAMED, Recipe, named_recipe
@@ -15,6 +15,7 @@ from mlx_mixtral_convert.verification import Problem, VerifyReport, verify
 __all__ = [
     "NAMED",
     "Calibration",
+    "CalibrationProgress",
     "ConversionReport",
     "MatrixError",
     "PackedAs",

@@ -32,8 +32,8 @@ from mlx_mixtral_convert.output.plan import INDEX_FILE, Plan, make_plan
 from mlx_mixtral_convert.output.vocabulary import check_stop_ids, check_vocabulary, tokenizer_notes
 from mlx_mixtral_convert.pipeline import Written, write_weights
 from mlx_mixtral_convert.recipes import Recipe
+from mlx_mixtral_convert.recipes.fit import Expected, expected_loss
 from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
-from mlx_mixtral_convert.recipes.fit import predicted_kl
 from mlx_mixtral_convert.recipes.machine import room_for_weights
 from mlx_mixtral_convert.report import (
     ConversionReport,
@@ -42,6 +42,7 @@ from mlx_mixtral_convert.report import (
     downloading,
     part_sizes,
     peak_memory_bytes,
+    width_notes,
 )
 from mlx_mixtral_convert.rounding import Gptq, Search, make_rounder
 from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, open_source, small_files
@@ -97,8 +98,8 @@ def convert(
         restart: forget what an interrupted conversion left.
         stream: fetch a hub repository's weights by byte range as they are needed, and store none of them.
         dry_run: check and plan everything, pack one matrix on trial to tell the time, write nothing.
-        calibration: of this checkpoint, or its file: weights the search of ``rounding``, is needed by ``gptq``, and gives
-            ``fit`` its losses.
+        calibration: of this checkpoint, or its file: weights the search of ``rounding``, is needed by ``gptq``, and with
+            sensitivities gives ``fit`` its losses.
         fit: the size of the weight files ("20GB", bytes) to choose bits for; of ``recipe`` only the rounding counts then.
             ``mac`` is what this machine recommends to its GPU, less a KV cache of ``context`` tokens and working memory.
         context: tokens that ``fit="mac"`` leaves room for; the smaller of 4096 and the model's own when None.
@@ -113,7 +114,8 @@ def convert(
         DiskSpaceError: the disk has too little room, before or while writing.
         HubError: the repository cannot be downloaded.
         InvalidRequestError: an argument of a wrong type; an empty ``source`` or ``dest``; an unknown ``dtype`` or ``kind``;
-            ``exact`` with ``fit`` or a source of floats; rounding by gptq without a calibration.
+            ``exact`` with ``fit`` or a source of floats; rounding by gptq without a calibration; ``fit`` with one that has
+            no sensitivities.
         MemoryBudgetError: ``fit`` is less than the model can be made.
         TokenizerError: the tokenizer has more pieces than the model has embeddings.
     """
@@ -139,7 +141,8 @@ def convert(
         plan, small = chosen.plan, small_files(tensors)
         check_vocabulary(small, tensors.config.vocab_size)
         check_stop_ids(small, tensors.config)
-        notes = tokenizer_notes(small)
+        asked = chosen.recipe.default is not None or any(spec is not None for spec in plan.specs.values())
+        notes = (*(width_notes(plan) if asked else ()), *tensors.notes, *tokenizer_notes(small))
         small["config.json"] = model_config_text(tensors.entries, plan, chosen.recipe.default)
         small[INDEX_FILE] = plan.index()
         needed = plan.output_bytes + sum(map(len, small.values())) + SPARE_BYTES
@@ -183,7 +186,8 @@ def convert(
             packings=tuple(packed_as(plan, written)),
             expected_seconds=needs.seconds if needs else None,
             expected_memory_bytes=needs.memory_bytes if needs else None,
-            predicted_kl=predicted_kl(tensors.config, plan.specs, chosen.losses),
+            predicted_kl=None if chosen.expected is None else chosen.expected.kl,
+            predicted_kl_error=None if chosen.expected is None else chosen.expected.error,
             notes=notes,
         )
 
@@ -196,7 +200,7 @@ class _Chosen:
     recorded: dict[str, Any]
     plan: Plan
     rounder: Search | Gptq | None
-    losses: Losses | None
+    expected: Expected | None
 
 
 def _choose(
@@ -215,15 +219,23 @@ def _choose(
     calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
     if calibrated is not None:
         calibrated.check_fits(tensors)
-    losses = None if calibrated is None else calibrated.losses
     if fit is not None:
+        losses = None if calibrated is None else calibrated.losses
+        if losses is not None and not losses:
+            raise InvalidRequestError(
+                "fit chooses bits by sensitivities, and this calibration has none; measure them with mlx-mixtral calibrate "
+                "--sensitivities, or fit without a calibration"
+            )
         budget = room_for_weights(tensors.config, current_device(), context) if fit == "mac" else parse_size(fit)
         recipe = _fit(tensors, budget, losses, recipe.rounding, dtype)
     rounder = make_rounder(recipe.rounding, calibrated, again)
     recipe = exact_recipe(recipe) if exact else recipe
     recorded = recipe.to_dict() | ({"exact": True} if exact else {})
     recorded |= {"calibration": calibrated.digest} if calibrated is not None else {}
-    return _Chosen(recipe, recorded, _plan(tensors, recipe, dtype, exact=exact), rounder, losses)
+    plan = _plan(tensors, recipe, dtype, exact=exact)
+    # What keeps the source's integers loses none of what packing floats would.
+    expected = None if exact else expected_loss(tensors.config, plan.specs, calibrated, recipe.rounding)
+    return _Chosen(recipe, recorded, plan, rounder, expected)
 
 
 def _write(

@@ -46,7 +46,10 @@ def exact_specs(
         if (packing := source.native(matrix)) is None:
             continue
         native[matrix.path] = packing
-        router = matrix.part == "router" and packing.spec.bits < ROUTER_MIN_BITS
+        if not packing.spec.has_group_for(matrix.in_features):
+            continue
+        # A router that has to be rounded again keeps its values instead.
+        router = matrix.part == "router" and (packing.spec.bits < ROUTER_MIN_BITS or not packing.exact)
         if not router and not any(fnmatchcase(matrix.path, pattern) for pattern in recipe.overrides):
             packing.spec.check_divides(matrix.in_features, matrix.path)
             specs[matrix.path] = packing.spec

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_mixtral.config.layout import Matrix
+from mlx_mixtral.config.layout import Matrix, matrices
+from mlx_mixtral.config.quantization import AFFINE_GROUP_SIZES
 from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.measure import MatrixError
 
@@ -125,7 +126,10 @@ class ConversionReport:
     disk_free_bytes: int
     dry_run: bool = False
     predicted_kl: float | None = None
-    """KL to the source in nats a token, from the calibration or built-in losses; None for packings they do not know."""
+    """KL to the source in nats a token to be expected on text like the calibration's; without its sensitivities a guess from
+    built-in figures of Mixtral. None for packings that neither knows."""
+    predicted_kl_error: float | None = None
+    """Its standard error, None for a guess."""
     packings: tuple[PackedAs, ...] = ()
     """What an exact conversion did with each type of its source."""
     expected_seconds: float | None = None
@@ -144,6 +148,21 @@ class ConversionReport:
 def json_object(report: DataclassInstance) -> dict[str, Any]:
     """A report's fields, tuples as lists."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(report).items()}
+
+
+def width_notes(plan: Plan) -> tuple[str, ...]:
+    """What to say of matrices that stay unquantised because their rows divide into no groups."""
+    smallest = min(AFFINE_GROUP_SIZES)
+    whole = [
+        matrix
+        for matrix in matrices(plan.config)
+        if matrix.part != "router" and plan.specs[matrix.path] is None and matrix.in_features % smallest
+    ]
+    if not whole:
+        return ()
+    widths = " and ".join(map(str, sorted({matrix.in_features for matrix in whole})))
+    count = "1 matrix stays" if len(whole) == 1 else f"{len(whole)} matrices stay"
+    return (f"{count} unquantised, as {whole[0].path}: no group of weights divides rows of {widths}",)
 
 
 def part_sizes(plan: Plan) -> dict[str, PartSize]:

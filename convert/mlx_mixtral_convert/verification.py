@@ -15,7 +15,7 @@ from mlx_mixtral.errors import CheckpointError, MixtralError
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, is_finite
-from mlx_mixtral.weights.manifest import MANIFEST, file_problem, read_manifest
+from mlx_mixtral.weights.manifest import EDITED, MANIFEST, file_problem, read_manifest
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.report import json_object
 
@@ -39,7 +39,8 @@ class Problem:
 @dataclass(frozen=True)
 class VerifyReport:
     """``files`` were hashed, ``tensors`` looked through for NaN and infinity, ``hashed_bytes`` read; ``problems`` is what was
-    found."""
+    found. Those of ``edited`` are small files that are not as they were written, which a person may have done on purpose.
+    """
 
     folder: str
     files: int
@@ -47,6 +48,12 @@ class VerifyReport:
     hashed_bytes: int
     seconds: float
     problems: tuple[Problem, ...]
+    edited: tuple[str, ...] = ()
+
+    @property
+    def weights_ok(self) -> bool:
+        """Whether nothing is wrong but that small files were edited."""
+        return all(problem.what in self.edited for problem in self.problems)
 
     @property
     def ok(self) -> bool:
@@ -87,6 +94,7 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
         raise CheckpointError(f"{folder}: no such folder")
     problems: list[Problem] = []
     files, hashed = _check_files(folder, problems, progress)
+    edited = tuple(problem.what for problem in problems if problem.problem.startswith(EDITED))
     tensors = 0
     try:
         for problem in _tensor_problems(folder):
@@ -94,7 +102,7 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
             problems += [problem] if problem is not None else []
     except MixtralError as error:
         problems.append(Problem("model", str(error)))
-    return VerifyReport(str(folder), files, tensors, hashed, time.perf_counter() - started, tuple(problems))
+    return VerifyReport(str(folder), files, tensors, hashed, time.perf_counter() - started, tuple(problems), edited)
 
 
 def _check_files(folder: Path, problems: list[Problem], progress: Callable[[int, int], None] | None) -> tuple[int, int]:
@@ -130,8 +138,8 @@ def _tensor_problems(folder: Path) -> Iterator[Problem | None]:
     builder = Builder(MixtralConfig.from_folder(folder), checkpoint, "F32")
     nan_codes = dict(_nan_codes(builder))
     with CheckpointReader(checkpoint) as reader:
-        for info in checkpoint.values():
-            is_sound = _is_sound(reader, info, nan_codes.get(info.name, ()))
+        for name, info in checkpoint.items():
+            is_sound = _is_sound(reader, info, nan_codes.get(name, ()))
             yield None if is_sound else Problem(info.name, f"holds NaN or infinity, in {info.file.name}")
 
 

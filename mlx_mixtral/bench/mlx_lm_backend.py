@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +33,22 @@ def mlx_lm_version() -> str:
     return version
 
 
-def check_mlx_lm(folder: Path) -> None:
-    """Open the folder with mlx-lm without reading weights.
+def check_mlx_lm(folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Open the folder with mlx-lm without reading weights; ``settings`` as for ``MlxLm``.
 
     Raises:
         MissingDependencyError: mlx-lm is not installed.
         CheckpointError: it cannot load this folder; its reason is in the message.
     """
     mlx_lm_version()
-    _load(folder, lazy=True)
+    _load(folder, settings, lazy=True)
 
 
-def _load(folder: Path, *, lazy: bool) -> Any:
+def _load(folder: Path, settings: Mapping[str, Any] | None, *, lazy: bool) -> Any:
     from mlx_lm.utils import load_model
 
     try:
-        return load_model(folder, lazy=lazy)[0]
+        return load_model(folder, lazy=lazy, model_config=dict(settings or {}))[0]
     except Exception as error:  # of mlx-lm's own, whatever it is
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -57,10 +57,13 @@ def _load(folder: Path, *, lazy: bool) -> Any:
 
 
 class MlxLm:
-    """mlx-lm's own loops, greedy. ``in_float32`` computes in float32, where it would in the checkpoint's 16-bit type."""
+    """mlx-lm's own loops, greedy. ``in_float32`` computes in float32, where it would in the checkpoint's 16-bit type.
 
-    def __init__(self, folder: Path, *, in_float32: bool = False) -> None:
-        network = _load(folder, lazy=False)
+    ``settings`` are keys of config.json that it computes with in place of the file's.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None, *, in_float32: bool = False) -> None:
+        network = _load(folder, settings, lazy=False)
         if in_float32:
             network.set_dtype(mx.float32)
         mx.eval(network.parameters())

@@ -10,7 +10,8 @@ import mlx.core as mx
 from mlx_mixtral.bench.backend import Backend, Ours, Timing
 from mlx_mixtral.bench.cases import Case, Cases, random_prompt
 from mlx_mixtral.bench.measurements import OURS, BenchReport, Row
-from mlx_mixtral.bench.traffic import TokenTraffic, copy_rates
+from mlx_mixtral.bench.traffic import TokenTraffic
+from mlx_mixtral.machine.bandwidth import copy_rates
 from mlx_mixtral.machine.device import current_device, wired
 
 __all__ = ["Opener", "run_bench"]
@@ -77,7 +78,7 @@ def _measure(backends: Mapping[str, Backend], cases: Cases, vocab_size: int, rep
     traffic = TokenTraffic(ours.model) if isinstance(ours, Ours) else None
     if isinstance(ours, Ours):
         note("copying in memory")
-        report.copies += copy_rates(ours.model.device.kind, COPY_REPEATS)
+        report.copies += copy_rates(repeats=COPY_REPEATS)
     for number, case in enumerate(report.rows):
         row = report.rows[case]
         if case.kind == "decode" and traffic is not None:
@@ -108,7 +109,7 @@ def _measure(backends: Mapping[str, Backend], cases: Cases, vocab_size: int, rep
         for backend in backends.values():
             backend.go_to([])
     if isinstance(ours, Ours):
-        report.copies += copy_rates(ours.model.device.kind, COPY_REPEATS)
+        report.copies += copy_rates(repeats=COPY_REPEATS)
 
 
 def _preparing(case: Case, cases: Cases, vocab_size: int, seed: int) -> Callable[[Backend, bool], Timing | None]:

@@ -1,37 +1,15 @@
-"""Bytes that decoding one token has to read, and how fast memory delivers bytes here: the physical limit of decoding."""
+"""Bytes that decoding one token has to read."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_mixtral.machine.bandwidth import memory_bandwidth
 from mlx_mixtral.runtime.mixtral import Mixtral
 
-__all__ = ["TokenTraffic", "copy_rates"]
-
-COPY_BYTES = 256 * 2**20
-
-
-def copy_rates(kind: str, repeats: int) -> list[float]:
-    """Bytes read and written a second, of copying in memory on a device of ``kind``.
-
-    On the CPU by one thread, as MLX computes there, into memory that was written before: MLX itself asks the system for fresh
-    pages each time, and would measure that.
-    """
-    if kind != "cpu":
-        return [memory_bandwidth(COPY_BYTES, repeats=3) for _ in range(repeats)]
-    source, target = np.ones(COPY_BYTES, np.uint8), np.ones(COPY_BYTES, np.uint8)
-    rates = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        np.copyto(target, source)
-        rates.append(2 * COPY_BYTES / (time.perf_counter() - started))
-    return rates
+__all__ = ["TokenTraffic"]
 
 
 class TokenTraffic:

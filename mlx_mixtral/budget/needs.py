@@ -52,7 +52,7 @@ class MemoryNeeds:
     def context_capacity(self) -> int:
         """Tokens a sequence can have: ``context_tokens`` in whole steps, or the model's own where a window bounds memory."""
         if self.kv_columns < -(-self.context_tokens // STEP_TOKENS) * STEP_TOKENS:
-            return self.config.max_position_embeddings
+            return self.config.max_context_tokens
         return self.kv_columns
 
     @property

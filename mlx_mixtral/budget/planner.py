@@ -8,13 +8,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.arguments import check_integer, shown
+from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.budget.needs import DEFAULT_CONTEXT_TOKENS, RESIDENT_CHUNK_TOKENS, MemoryNeeds
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.slots import ModelSizes, Speeds, plan_residency
 from mlx_mixtral.cache.options import KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.errors import ContextLengthError
 from mlx_mixtral.sizes import parse_size
 
 __all__ = ["Planner"]
@@ -60,11 +59,10 @@ class Planner:
         Raises:
             InvalidRequestError, ContextLengthError: not a number of tokens the model can hold.
         """
-        own = self.config.max_position_embeddings
+        own = self.config.max_context_tokens
         if context is not None:
             check_integer("context", context, 1, wanted="a number of tokens, at least 1")
-            if context > own:
-                raise ContextLengthError(f"context is {shown(context)}; the model's own is {own} tokens")
+            self.config.check_context(context)
         tokens = context or min(own, DEFAULT_CONTEXT_TOKENS)
         return MemoryNeeds(
             self.config,

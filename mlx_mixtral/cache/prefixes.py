@@ -59,6 +59,9 @@ class PrefixStore:
         assert cache.length == len(tokens), (cache.length, len(tokens))
         if not self.has_memory:
             self.clear()
+        elif cache.is_whole and 2 * len(tokens) <= cache.capacity:
+            # Of a step of columns a short sequence uses few; it gets new ones when it goes on.
+            cache = cache.fork(len(tokens))
         # What the new one begins with, it replaces.
         self._kept = [kept for kept in self._kept if common_prefix(kept.tokens, tokens) < len(kept.tokens)]
         self._kept.append(KeptPrefix(list(tokens), cache))

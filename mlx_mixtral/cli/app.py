@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import logging
 import os
@@ -26,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("mlx_mixtral.cli.calibrate:calibrate", "Measure a checkpoint on a text, for better conversions."),
     "convert": ("mlx_mixtral.cli.convert.command:convert", "Convert a checkpoint to MLX, quantised."),
     "verify": ("mlx_mixtral.cli.verify:verify", "Check a converted folder: hashes, shapes, finiteness."),
+    "upload": ("mlx_mixtral.cli.upload:upload", "Put a conversion on the hub, with a model card."),
     "bench": ("mlx_mixtral.cli.bench.command:bench", "Measure speed here, and beside mlx-lm."),
     "evaluate": ("mlx_mixtral.cli.evaluate.command:evaluate", "Perplexity, distance to a reference, long context."),
     "routing": ("mlx_mixtral.cli.routing.command:routing", "What a model's experts do, by domain."),
@@ -44,12 +46,24 @@ class _App(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _WORDS:
+            return _WORDS[cmd_name]
         if cmd_name not in COMMANDS:
             return None
         module, _, name = COMMANDS[cmd_name][0].partition(":")
         command = getattr(importlib.import_module(module), name)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
+            advice = f"did you mean {near[0]}?" if near else "mlx-mixtral --help lists them"
+            ctx.fail(f"there is no command {one_line(name)!r}; {advice}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -89,6 +103,32 @@ class _App(click.Group):
 @click.version_option(__version__, "-V", "--version", message="mlx-mixtral %(version)s")
 def app() -> None:
     """Run Mixtral, the sparse mixture of experts, on the Mac you have."""
+
+
+@click.command("help")
+@click.argument("command", required=False)
+@click.pass_context
+def _help(ctx: click.Context, command: str | None) -> None:
+    """Show this list, or what a command takes."""
+    above = ctx.parent
+    assert above is not None
+    if command is None:
+        click.echo(above.get_help())
+        return
+    name, found, _ = app.resolve_command(above, [command])
+    assert found is not None
+    with click.Context(found, info_name=name, parent=above) as inner:
+        click.echo(found.get_help(inner))
+
+
+@click.command("version")
+def _version() -> None:
+    """Show the version."""
+    click.echo(f"mlx-mixtral {__version__}")
+
+
+# Words people type where options are meant.
+_WORDS: dict[str, click.Command] = {"help": _help, "version": _version}
 
 
 class _Notes(logging.Handler):

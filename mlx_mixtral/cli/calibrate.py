@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from mlx_mixtral.cli.console import emit_json, note, one_line, out_console, print_table, seconds
-from mlx_mixtral.cli.fields import argument, option, takes
+from mlx_mixtral.cli.console import emit_json, err_console, note, one_line, out_console, print_table, seconds
+from mlx_mixtral.cli.fields import argument, flag, option, takes
 from mlx_mixtral.cli.options import device_option, json_flag, revision_option
+from mlx_mixtral.cli.progress import share_bars
 from mlx_mixtral.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from mlx_mixtral_convert import CalibrationProgress
 
 __all__ = ["calibrate"]
 
@@ -25,19 +32,51 @@ class CalibrateOptions:
         "--text FILE", "Text to measure on; repeatable.", type=click.Path(path_type=Path), multiple=True
     )
     tokens: int = option("--tokens", "Tokens at most.", default=16384)
-    sensitivities: bool = option(
-        "--sensitivities/--no-sensitivities",
-        "Also measure what each packing costs, for --fit.",
-        default=True,
-        show_default=False,
+    sensitivities: bool = flag(
+        "--sensitivities",
+        "Also measure what each packing of each layer loses, which takes many times as long: for --fit.",
     )
     trace: str | None = option(
         "--trace FILE",
         "What `mlx-mixtral routing --save-trace` recorded: experts rarely chosen there count less in sensitivities.",
     )
+    restart: bool = flag("--restart", "Start over instead of going on where an interrupted run ended.")
     revision: str | None = revision_option()
     device: str | None = device_option()
     as_json: bool = json_flag()
+
+
+@contextlib.contextmanager
+def _progress(*, sensitivities: bool) -> Iterator[Callable[[CalibrationProgress], None]]:
+    """What it will take, then a bar, or without a terminal a line for each layer."""
+    last = -1
+
+    def lines(at: CalibrationProgress) -> None:
+        nonlocal last
+        if at.layer == last:
+            return
+        left = f"about {seconds(at.seconds_left)} left"
+        if last >= 0:
+            note(f"calibrate: layer {at.layer}/{at.layers}, {left}")
+        elif at.layer:
+            note(f"calibrate: going on after layer {at.layer}/{at.layers}, {left}")
+        else:
+            note(f"calibrate: {left}" + ", nearly all of it for --sensitivities" * sensitivities)
+        last = at.layer
+
+    if not err_console().is_terminal:
+        yield lines
+        return
+    with share_bars() as bar:
+        task = bar.add_task("calibrate", total=1.0)
+
+        def show(at: CalibrationProgress) -> None:
+            if last < 0:
+                lines(at)
+            where = f"layer {at.layer + 1}/{at.layers}" if at.layer < at.layers else "output head"
+            bar.update(task, description=f"calibrate: {where}", completed=at.share)
+
+        yield show
 
 
 @click.command()
@@ -46,6 +85,11 @@ def calibrate(given: CalibrateOptions) -> None:
     """Pass a text through SOURCE and save to FILE what `convert --calibration FILE` uses.
 
     One layer is in memory at a time. Without --text a bundled text in several languages and code is used.
+
+    `convert --rounding` needs no more than that. `convert --fit` needs --sensitivities as well: every matrix is packed in
+    twelve ways. How long that takes is said at the start.
+
+    After an interruption the same command goes on after the last layer that was kept in FILE.journal.
 
     With --trace, a routing trace of SOURCE or of a conversion of it on text like yours, what packing the experts of a layer
     costs is the mean over its experts weighted by how often that text chose them, and `convert --fit` spends its bits so.
@@ -56,33 +100,37 @@ def calibrate(given: CalibrateOptions) -> None:
     from mlx_mixtral_convert.calibration import check_place
 
     if given.trace is not None and not given.sensitivities:
-        raise click.UsageError("--trace weighs sensitivities; leave out --no-sensitivities or --trace")
+        raise click.UsageError("--trace weighs sensitivities; give --sensitivities too, or leave out --trace")
     if not given.file:
         raise InvalidRequestError("the file to write is an empty name; give one")
     check_place(given.file, given.source or None)
     started = time.perf_counter()
-
-    def progress(done: int, total: int) -> None:
-        note(f"calibrate: layer {done}/{total}")
-        if done == total and given.sensitivities:
-            note("calibrate: sensitivities")
-
-    found = run(
-        given.source,
-        given.text,
-        tokens=given.tokens,
-        sensitivities=given.sensitivities,
-        trace=given.trace,
-        revision=given.revision,
-        progress=progress,
-    )
-    found.save(given.file)
+    with _progress(sensitivities=given.sensitivities) as progress:
+        found = run(
+            given.source,
+            given.text,
+            tokens=given.tokens,
+            sensitivities=given.sensitivities,
+            trace=given.trace,
+            save=given.file,
+            restart=given.restart,
+            revision=given.revision,
+            progress=progress,
+        )
     took = time.perf_counter() - started
     costs = sorted(
         ((loss["4-bit g64"], name) for name, loss in found.losses.items() if "4-bit g64" in loss), reverse=True
     )
     if given.as_json:
-        emit_json({"file": given.file, "tokens": int(found.tokens.size), "seconds": took, "losses": found.losses})
+        emit_json(
+            {
+                "file": given.file,
+                "tokens": int(found.tokens.size),
+                "seconds": took,
+                "losses": found.losses,
+                "anchors": found.anchors,
+            }
+        )
         return
     out_console().print(f"{one_line(given.file)}: {found.tokens.size} tokens, {seconds(took)}", soft_wrap=True)
     if costs:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 __all__ = [
     "emit_json",
@@ -28,12 +31,19 @@ __all__ = [
     "terminal_safe",
 ]
 
+# Columns a name keeps in a narrow table.
+LEAST_NAME = 16
 # Control characters a checkpoint's text could steer a terminal with; newline and tab stay.
 _CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def note(message: str) -> None:
-    """One line on stderr."""
+    """One line on stderr; on a terminal it is wrapped at words."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        message = textwrap.fill(
+            message, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+        )
     click.echo(message, err=True)
 
 
@@ -115,17 +125,53 @@ def _console(*, stderr: bool) -> Console:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
-    """A titled table on stdout: the first ``left`` columns flush left, numbers flush right."""
+    """A titled table on stdout: the first ``left`` columns flush left, numbers flush right.
+
+    No cell is cropped. Where the terminal is too narrow, names wrap, those of columns first; where that is not enough each row
+    is printed as a list of names and values.
+    """
+    console, cells = out_console(), [[terminal_safe(cell) for cell in row] for row in rows]
+    if title:
+        console.print(title, style="bold")
+    wrapped = ["\n".join(name.split(" ")) for name in columns]
+    if _width(columns, cells) <= console.width:
+        console.print(_table(columns, cells, left))
+    elif _width(wrapped, cells, left, LEAST_NAME) <= console.width:
+        console.print(_table(wrapped, cells, left))
+    else:
+        for row in cells:
+            _print_pairs(console, columns, row, left)
+    console.print()
+
+
+def _width(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0, most: int = 0) -> int:
+    """Columns of a terminal that a table takes, its first ``left`` ones ``most`` wide at most."""
+    from rich.cells import cell_len
+
+    widths = [
+        max(map(cell_len, (line for cell in column for line in cell.split("\n"))), default=0)
+        for column in zip(headers, *rows, strict=True)
+    ]
+    return sum(min(width, most) if index < left else width for index, width in enumerate(widths)) + 3 * len(widths) - 3
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
     from rich import box
     from rich.table import Table
 
-    console = out_console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, header_style="dim")
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < left else "right", overflow="fold", no_wrap=index >= left)
+    for index, name in enumerate(headers):
+        is_name = index < left
+        table.add_column(name, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
     for row in rows:
-        table.add_row(*[terminal_safe(cell) for cell in row])
-    if title:
-        console.print(title, style="bold")
-    console.print(table)
-    console.print()
+        table.add_row(*row)
+    return table
+
+
+def _print_pairs(console: Console, columns: Sequence[str], row: Sequence[str], left: int) -> None:
+    console.print(" ".join(cell for cell in row[:left] if cell), style="bold")
+    pairs = [(name, cell) for name, cell in zip(columns[left:], row[left:], strict=True) if cell]
+    longest = max((len(name) for name, _ in pairs), default=0)
+    fits = all(longest + len(cell) + 4 <= console.width for _, cell in pairs)
+    for name, cell in pairs:
+        console.print(f"  {name:<{longest}}  {cell}" if fits else f"  {name}\n    {cell}", soft_wrap=True)

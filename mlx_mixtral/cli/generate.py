@@ -16,6 +16,8 @@ from mlx_mixtral.cli.options import (
     LoadOptions,
     SamplingOptions,
     SpeculationOptions,
+    StopOptions,
+    chat_template_option,
     json_flag,
     number_list,
 )
@@ -30,7 +32,9 @@ __all__ = ["generate"]
 @dataclass(frozen=True)
 class GenerateOptions:
     model: str = argument()
-    prompt: str | None = option("-p, --prompt", "Text to continue, sent as it is; - reads standard input (UTF-8).")
+    prompt: str | None = option(
+        "-p, --prompt", "Text to continue, without a chat format; - reads standard input (UTF-8)."
+    )
     token_ids: tuple[int, ...] | None = option(
         "--token-ids IDS",
         "Token ids to continue instead of text: 1,415,2936.",
@@ -38,10 +42,13 @@ class GenerateOptions:
     )
     max_tokens: int = option("-n, --max-tokens", "Most tokens to generate.", default=256)
     sampling: SamplingOptions = group(SamplingOptions)
-    stop: tuple[str, ...] = option("--stop TEXT", "Text that ends the generation; repeatable.", multiple=True)
-    stop_token_ids: tuple[int, ...] = option(
-        "--stop-token-id ID", "Token that ends it; repeatable.", type=int, multiple=True
+    stopping: StopOptions = group(StopOptions)
+    special: bool = option(
+        "--special/--no-special",
+        "Read control tokens that the prompt spells, such as <|im_start|>, as these tokens.",
+        default=True,
     )
+    chat_template: str | None = chat_template_option()
     logprobs: int | None = option("--logprobs N", "With --json: log-probabilities, and the N likeliest tokens.")
     save_prompt: str | None = option("--save-prompt FILE", "Save what computing the prompt gave, for --saved-prompt.")
     saved_prompt: str | None = option("--saved-prompt FILE", "Continue a saved prompt; --prompt comes after it.")
@@ -56,8 +63,8 @@ class GenerateOptions:
 def generate(given: GenerateOptions) -> None:
     """Continue a prompt with MODEL, a folder or a hub repository.
 
-    The prompt is sent as it is, without a chat format: use `chat` to talk with an instruct model. Greedy unless
-    --temperature is given.
+    The prompt is sent as it is, without a chat format: use `chat` to talk with an instruct model. Control tokens it spells
+    become these tokens; --no-special keeps them text. Greedy unless --temperature is given.
     """
     if (given.prompt is None) == (given.token_ids is None):
         raise click.UsageError("give either --prompt or --token-ids")
@@ -67,13 +74,12 @@ def generate(given: GenerateOptions) -> None:
     from mlx_mixtral.cli.load import load_with_speculation
     from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
     from mlx_mixtral.files import check_destination
-    from mlx_mixtral.generation.stop import StopStrings
     from mlx_mixtral.runtime.prompt_cache import check_saved
 
     # Everything that can be refused without the model is refused before it is loaded.
     sampling = given.sampling.params(given.logprobs)
     check_integer("max_tokens", given.max_tokens, 1)
-    StopStrings(given.stop)
+    given.stopping.check()
     prompt: str | Sequence[int] = read_prompt(given.prompt) if given.prompt is not None else given.token_ids or ()
     if not prompt:
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
@@ -82,24 +88,33 @@ def generate(given: GenerateOptions) -> None:
     if given.saved_prompt is not None:
         check_saved(given.saved_prompt)
 
-    loaded, speculation = load_with_speculation(given.model, given.loading, given.speculation)
+    loaded, speculation = load_with_speculation(
+        given.model, given.loading, given.speculation, chat_template=given.chat_template
+    )
     model = loaded.model
+    special_tokens = None
     if given.saved_prompt is not None:
         before = model.load_prompt(given.saved_prompt)
-        prompt = [*before, *(model.tokenizer.encode(prompt, bos=False) if isinstance(prompt, str) else prompt)]
+        if isinstance(prompt, str):
+            special_tokens = len(model.tokenizer.markers.sequence(prompt)) if given.special else 0
+            prompt = model.tokenizer.encode(prompt, bos=False, special=given.special)
+        prompt = [*before, *prompt]
     if given.save_prompt is not None:
-        model.save_prompt(given.save_prompt, prompt)
+        model.save_prompt(given.save_prompt, prompt, special=given.special)
     with Interruptible() as interrupt:
         stream = model.stream(
             prompt,
+            special=given.special,
             max_tokens=given.max_tokens,
             sampling=sampling,
-            stop=given.stop,
-            stop_token_ids=given.stop_token_ids,
+            stop=given.stopping.stop,
+            stop_token_ids=given.stopping.stop_token_ids,
             cancelled=interrupt.cancelled,
             on_prefill=interrupt.on_prefill,
             speculation=speculation,
         )
+        if special_tokens is not None:
+            stream.stats.prompt_special_tokens = special_tokens
 
         def show(chunks: Sequence[Chunk]) -> None:
             stats = {**stream.stats.to_dict(), "load_s": loaded.load_s}

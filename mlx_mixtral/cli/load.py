@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import click
 
 from mlx_mixtral import Mixtral, load
+from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.options import LoadOptions, SpeculationOptions
 from mlx_mixtral.cli.progress import byte_progress, fetch
-from mlx_mixtral.errors import MemoryBudgetError
+from mlx_mixtral.errors import MemoryBudgetError, TokenizerError
 from mlx_mixtral.generation.request import Speculation
 from mlx_mixtral.runtime.speculation import DraftModel, PromptLookup
 from mlx_mixtral.sizes import format_bytes, parse_size
@@ -27,18 +29,30 @@ class LoadedModel:
     load_s: float
 
 
-def load_model(source: str | Path, options: LoadOptions | None = None) -> LoadedModel:
-    """``mlx_mixtral.load``, with bars on stderr when that is a terminal."""
+def load_model(
+    source: str | Path, options: LoadOptions | None = None, *, chat_template: str | None = None
+) -> LoadedModel:
+    """``mlx_mixtral.load``, with bars on stderr when that is a terminal, and what is to be said of the tokenizer."""
     options = options or LoadOptions()
+    _ = options.overrides.checked  # before anything is downloaded
     folder = fetch(str(source), revision=options.revision)
     started = time.perf_counter()
     with byte_progress("loading") as show:
-        model = load(folder, progress=lambda at: show(at.done_bytes, at.total_bytes), **options.arguments())
-    return LoadedModel(model, time.perf_counter() - started)
+        model = load(
+            folder,
+            progress=lambda at: show(at.done_bytes, at.total_bytes),
+            chat_template=chat_template,
+            **options.arguments(),
+        )
+    load_s = time.perf_counter() - started
+    with contextlib.suppress(TokenizerError):
+        for message in model.tokenizer.notes:
+            note(f"note: {one_line(message)}")
+    return LoadedModel(model, load_s)
 
 
 def load_with_speculation(
-    model: str, loading: LoadOptions, speculation: SpeculationOptions
+    model: str, loading: LoadOptions, speculation: SpeculationOptions, *, chat_template: str | None = None
 ) -> tuple[LoadedModel, Speculation | None]:
     """``load_model``, and how to speculate with it.
 
@@ -49,7 +63,8 @@ def load_with_speculation(
         InvalidRequestError: the draft has another vocabulary.
     """
     if speculation.draft is None:
-        return load_model(model, loading), PromptLookup() if speculation.speculate else None
+        loaded = load_model(model, loading, chat_template=chat_template)
+        return loaded, PromptLookup() if speculation.speculate else None
     if speculation.speculate is not None:
         raise click.UsageError("give either --speculate or --draft")
     budget = None if loading.memory is None else parse_size(loading.memory)
@@ -62,7 +77,7 @@ def load_with_speculation(
                 "give more, or a smaller draft"
             )
         loading = replace(loading, memory=budget - taken)
-    loaded = load_model(model, loading)
+    loaded = load_model(model, loading, chat_template=chat_template)
     drafter = DraftModel(drafting.model)
     drafter.check(loaded.model.engine, loaded.model.piece_of)
     return loaded, drafter

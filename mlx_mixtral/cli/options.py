@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlx_mixtral.cli.fields import flag, option
+from mlx_mixtral.cli.fields import flag, group, option
 from mlx_mixtral.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from mlx_mixtral import SamplingParams
+    from mlx_mixtral.config.overrides import ConfigOverrides
 
 __all__ = [
     "LoadOptions",
+    "OverrideOptions",
     "RecordOptions",
     "SamplingOptions",
     "SpeculationOptions",
+    "StopOptions",
+    "chat_template_option",
     "device_option",
     "json_flag",
     "number_list",
@@ -57,6 +61,11 @@ def parse_logit_bias(ctx: click.Context, param: click.Parameter, values: tuple[s
     return biases
 
 
+def parse_breakers(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    r"""Option callback: ``\n`` and ``\t`` may be typed."""
+    return tuple(value.replace(r"\n", "\n").replace(r"\t", "\t") for value in values)
+
+
 def parse_seed(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Option callback: a seed out of its range is refused as any other sampling value is."""
     try:
@@ -87,8 +96,55 @@ def json_flag(help: str = "Print the result as JSON on stdout.") -> Any:
     return flag("--json", help)
 
 
+def check_chat_template(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Option callback: refused before any model is loaded."""
+    if value is not None:
+        from mlx_mixtral.tokenizer.chat.choice import given_template
+
+        given_template(value)
+    return value
+
+
+def chat_template_option() -> Any:
+    return option(
+        "--chat-template FILE|NAME",
+        "Chat format in place of the model's own: a file of jinja, or chatml, llama-3, mistral-v1, …",
+        callback=check_chat_template,
+    )
+
+
 def revision_option() -> Any:
     return option("--revision REV", "Branch, tag or commit of a hub repository.")
+
+
+def parse_rope_scaling(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Option callback: refused before anything is downloaded."""
+    from mlx_mixtral.config.overrides import ConfigOverrides
+
+    ConfigOverrides(rope_scaling=value)
+    return value
+
+
+@dataclass(frozen=True)
+class OverrideOptions:
+    """What is computed otherwise than the checkpoint says, named as the fields of ``ConfigOverrides``."""
+
+    experts_per_token: int | None = option(
+        "--experts-per-token N", "Experts each token goes through.  [default: the model's own]"
+    )
+    rope_scaling: str | None = option(
+        "--rope-scaling KIND=FACTOR",
+        "Stretch the context: yarn, linear or dynamic, such as yarn=4.",
+        callback=parse_rope_scaling,
+    )
+    rope_theta: float | None = option("--rope-theta X", "Base of the rotary embedding.  [default: the model's own]")
+
+    @property
+    def checked(self) -> ConfigOverrides:
+        """As the library takes them; raises InvalidRequestError for values that are none."""
+        from mlx_mixtral.config.overrides import ConfigOverrides
+
+        return ConfigOverrides(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -108,6 +164,11 @@ class LoadOptions:
     prefix_cache: str | None = option(
         "--prefix-cache SIZE", "What is kept of earlier prompts and answers; 0 keeps none.  [default: 1GB]"
     )
+    tokenizer: str | None = option(
+        "--tokenizer",
+        "Which file to read text with, where both are there.  [default: tokenizer.model]",
+        type=click.Choice(("model", "json")),
+    )
     kv_bits: int | None = option("--kv-bits 4|8|16", "Bits of the KV cache.  [default: those of the compute type]")
     kv_size: int | None = option("--kv-size N", "Most tokens a token sees; bounds the KV cache.  [default: all]")
     kv_sinks: int = option("--kv-sinks", "Of --kv-size, tokens kept from the start.", default=4)
@@ -120,15 +181,18 @@ class LoadOptions:
         type=click.Choice(("off", "on", "auto")),
         default="off",
     )
+    overrides: OverrideOptions = group(OverrideOptions)
 
     def arguments(self) -> dict[str, Any]:
         """As ``load`` takes them, of a folder and for the device in force."""
-        return {name: value for name, value in vars(self).items() if name not in ("device", "revision")}
+        left_out = ("device", "revision", "overrides")
+        return {name: value for name, value in vars(self).items() if name not in left_out} | vars(self.overrides)
 
     def identity(self) -> dict[str, Any]:
         """What changes the numbers a model gives."""
         found = {name: value for name, value in vars(self).items() if name == "dtype" or name.startswith("kv_")}
-        return found if self.device is None else found | {"device": self.device}
+        found |= {name: value for name, value in vars(self.overrides).items() if value is not None}
+        return found | {name: value for name in ("device", "tokenizer") if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -147,13 +211,54 @@ class SamplingOptions:
     logit_bias: Mapping[int, float] = option(
         "--logit-bias ID=VALUE", "Added to a token's logit; repeatable.", callback=parse_logit_bias, multiple=True
     )
+    xtc_probability: float = option(
+        "--xtc-probability", "How often the likeliest tokens are left out (XTC).", default=0.0, show_default=False
+    )
+    xtc_threshold: float = option("--xtc-threshold", "Of XTC: how likely those are, but for the last.", default=0.1)
+    dry_multiplier: float = option(
+        "--dry-multiplier", "Penalty on repeating a sequence (DRY); off at 0.", default=0.0, show_default=False
+    )
+    dry_base: float = option("--dry-base", "Of DRY: times as much for each token repeated.", default=1.75)
+    dry_allowed_length: int = option("--dry-allowed-length", "Of DRY: tokens that may be repeated.", default=2)
+    dry_penalty_last_n: int = option("--dry-penalty-last-n", "Of DRY: tokens looked at; -1 is all.", default=-1)
+    dry_sequence_breakers: tuple[str, ...] = option(
+        "--dry-sequence-breaker TEXT",
+        'Of DRY: no repetition is followed past it; repeatable, none for none.  [default: line break, colon, ", *]',
+        callback=parse_breakers,
+        multiple=True,
+    )
     seed: int | None = option("--seed INTEGER", "Same seed, same prompt, same text.", type=str, callback=parse_seed)
 
     def params(self, logprobs: int | None = None) -> SamplingParams:
         """Checked, before any model is loaded."""
         from mlx_mixtral import SamplingParams
 
-        return SamplingParams(**{**vars(self), "logit_bias": self.logit_bias or None}, logprobs=logprobs)
+        given = vars(self) | {"logit_bias": self.logit_bias or None}
+        if not given["dry_sequence_breakers"]:
+            del given["dry_sequence_breakers"]
+        elif given["dry_sequence_breakers"] == ("none",):
+            given["dry_sequence_breakers"] = ()
+        return SamplingParams(**given, logprobs=logprobs)
+
+
+@dataclass(frozen=True)
+class StopOptions:
+    """What ends a generation beside the checkpoint's own end, named as in ``GenerationOptions``."""
+
+    stop: tuple[str, ...] = option(
+        "--stop TEXT",
+        "Text that ends the generation, or a control token as it is spelled; repeatable.",
+        multiple=True,
+    )
+    stop_token_ids: tuple[int, ...] = option(
+        "--stop-token-id ID", "Token that ends it; repeatable.", type=int, multiple=True
+    )
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for what can be refused before any model is loaded."""
+        from mlx_mixtral.generation.stop import StopStrings
+
+        StopStrings(self.stop)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from mlx_mixtral.cli.console import err_console
 from mlx_mixtral.hub import resolve
 
-__all__ = ["byte_bars", "byte_progress", "count_progress", "fetch"]
+__all__ = ["byte_bars", "byte_progress", "count_progress", "fetch", "share_bars"]
 
 Show = Callable[[int, int], None]
 """Told what is done of how much."""
@@ -32,6 +32,13 @@ def byte_bars() -> Any:
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
     return _bars(DownloadColumn(), TransferSpeedColumn())
+
+
+def share_bars() -> Any:
+    """Bars of a share of all work."""
+    from rich.progress import TaskProgressColumn
+
+    return _bars(TaskProgressColumn())
 
 
 def _count_bars() -> Any:

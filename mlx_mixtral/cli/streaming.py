@@ -96,15 +96,17 @@ def completion(chunks: Sequence[Chunk]) -> dict[str, Any]:
 
 
 def stats_line(stats: GenerationStats) -> str:
-    """``24 prompt tokens, 310 tok/s · 40 tokens, 56.3 tok/s · peak memory 26.9 GB``."""
+    """``24 prompt tokens, 310 tok/s · 40 tokens, 56.3 tok/s · peak memory 26.9 GB``; rates where there are tokens enough."""
+    prompt = plural(stats.prompt_tokens, "prompt token")
+    counts = ((stats.reused_tokens, "known"), (stats.prompt_special_tokens, "special"))
+    if known := ", ".join(f"{count} {what}" for count, what in counts if count):
+        prompt += f" ({known})"
+    if stats.prompt_tok_s:
+        prompt += f", {rate(stats.prompt_tok_s)}"
     decoded = plural(stats.tokens, "token")
     if stats.decode_tok_s:
         decoded += f", {rate(stats.decode_tok_s)}"
-    reused = f" ({stats.reused_tokens} known)" if stats.reused_tokens else ""
-    line = (
-        f"{stats.prompt_tokens} prompt tokens{reused}, {rate(stats.prompt_tok_s)} · {decoded} · "
-        f"peak memory {format_bytes(stats.peak_memory_bytes)}"
-    )
+    line = f"{prompt} · {decoded} · peak memory {format_bytes(stats.peak_memory_bytes)}"
     if (done := stats.speculation) is not None and done.forwards:
         line += f"\nspeculation: {done.tokens_per_forward:.2f} tokens a forward"
         if done.proposed:

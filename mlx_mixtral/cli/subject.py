@@ -12,6 +12,7 @@ from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.load import load_model
 from mlx_mixtral.cli.options import LoadOptions, RecordOptions
 from mlx_mixtral.cli.progress import count_progress, fetch
+from mlx_mixtral.config.overrides import settings_of
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, TokenProgress, check_window, encode_texts, vocabulary_sha256
 from mlx_mixtral.evaluation.journal import EvaluationJournal
@@ -39,25 +40,29 @@ def read_corpus(paths: tuple[str, ...], records: RecordOptions, max_bytes: int |
 
 
 class Subject:
-    """A model by its folder: configuration, tokenizer and identity, without weights.
+    """A model by its folder: configuration as it is run, tokenizer and identity, without weights.
 
     Raises:
         CheckpointError, ConfigError, HubError, TokenizerError: it cannot be found or read.
     """
 
-    def __init__(self, source: str, revision: str | None) -> None:
-        self.folder = fetch(source, revision=revision)
+    def __init__(self, source: str, loading: LoadOptions) -> None:
+        overrides, self._overrides = loading.overrides.checked, loading.overrides
+        self.folder = fetch(source, revision=loading.revision)
+        self._kind = loading.tokenizer
         self.name = self.folder.resolve().name if Path(source).exists() else source
-        self.config = MixtralConfig.from_folder(self.folder)
+        self._own_config = MixtralConfig.from_folder(self.folder)
+        self.config = overrides.apply(self._own_config, loading.context)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         eos = self.config.eos_token_ids
-        return load_tokenizer(self.folder, vocab_size=self.config.vocab_size, eos_token_ids=eos)
+        return load_tokenizer(self.folder, vocab_size=self.config.vocab_size, eos_token_ids=eos, kind=self._kind)
 
     @cached_property
     def identity(self) -> str:
-        return checkpoint_identity(self.folder)
+        identity, settings = checkpoint_identity(self.folder), settings_of(self.config, self._own_config)
+        return f"{identity} {settings}" if settings else identity
 
     def encode(self, texts: list[Text]) -> Corpus:
         return encode_texts(self.tokenizer, texts)
@@ -69,9 +74,9 @@ class Subject:
             what = f"{sizes[0]} tokens" if sizes[0] != sizes[1] else f"{sizes[0]} tokens too, but other pieces"
             raise InvalidRequestError(
                 f"reference {self.name} has another vocabulary: {what}, {other.name} has {sizes[1]}; distributions over "
-                "different tokens cannot be compared"
+                "different tokens cannot be compared: give the model this one was made from"
             )
-        check_window(window, stride, self.config.max_position_embeddings)
+        check_window(window, stride, self.config.max_context_tokens)
 
     def header(self, corpus: Corpus, window: int, stride: int, top_k: int) -> ReferenceHeader:
         """What a reference file of this model says."""
@@ -90,7 +95,7 @@ class Subject:
 
     def load(self, options: LoadOptions) -> Mixtral:
         """The model itself; close it when done."""
-        return load_model(self.folder, replace(options, revision=None)).model
+        return load_model(self.folder, replace(options, revision=None, overrides=self._overrides)).model
 
     def make_reference(
         self,
@@ -120,12 +125,15 @@ class Subject:
 class Baseline:
     """What a model is compared with: a file of distributions, another model that is run first, or nothing.
 
+    The other model is run with the same rope, which long windows may need, and with its own number of experts a token.
+
     Raises:
         CheckpointError: a file that is something else.
     """
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: str | None, loading: LoadOptions) -> None:
         self.name = name
+        self._loading = replace(loading, revision=None, overrides=replace(loading.overrides, experts_per_token=None))
         self.file = Reference(Path(name)) if name and _is_file(name) else None
         self.other: Subject | None = None
 
@@ -137,14 +145,14 @@ class Baseline:
         Raises:
             InvalidRequestError: they are none, or the baseline does not predict the same tokens in them.
         """
-        vocab_size, limit = subject.config.vocab_size, subject.config.max_position_embeddings
+        vocab_size, limit = subject.config.vocab_size, subject.config.max_context_tokens
         if self.file is not None:
             window, stride = window or self.file.header.window, stride or self.file.header.stride
         checked = check_window(window, stride, limit)
         if self.file is not None:
             self.file.header.check_text(corpus, vocab_size, *checked, self.file.path)
         elif self.name:
-            self.other = Subject(self.name, None)
+            self.other = Subject(self.name, self._loading)
             self.other.check_comparable(subject, *checked)
         return checked
 

@@ -42,5 +42,10 @@ def verify(ctx: click.Context, given: VerifyOptions) -> None:
         out_console().print(f"{name}: {checked} are as written, {seconds(report.seconds)}", soft_wrap=True)
     else:
         rows = [[one_line(problem.what), one_line(problem.problem)] for problem in report.problems]
-        print_table(f"{name}: {plural(len(rows), 'problem')}", ["what", "problem"], rows, left=2)
+        found = (
+            f"{plural(len(rows), 'file')} changed, weights as written"
+            if report.weights_ok
+            else plural(len(rows), "problem")
+        )
+        print_table(f"{name}: {found}", ["what", "problem"], rows, left=2)
     ctx.exit(0 if report.ok else 1)

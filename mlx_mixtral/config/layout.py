@@ -5,11 +5,13 @@ checkpoints use, and a shape: ``[out, in]``, or ``[experts, out, in]`` for the e
 
     stacked      model.layers.N.block_sparse_moe.switch_mlp.gate_proj.weight      [E, F, D]   MLX, what we write
     per expert   model.layers.N.block_sparse_moe.experts.M.w1.weight              [F, D]      HF hub, oldest MLX
+    named        model.layers.N.mlp.experts.M.gate_proj.weight                    [F, D]      llm-compressor
     fused        model.layers.N.mlp.experts.gate_up_proj                          [E, 2F, D]  transformers 5 in memory
     dense        model.layers.N.mlp.gate_proj.weight                              [F, D]      Llama, Mistral: one expert
 
 In all of them one expert of one matrix is one run of rows of one tensor, so ``locate`` answers every question with a list
-of ``Rows``, and reading, converting and streaming need no cases. w1 is gate, w3 is up, w2 is down.
+of ``Rows``, and reading, converting and streaming need no cases. w1 is gate, w3 is up, w2 is down. Blocks are called
+``block_sparse_moe`` or ``mlp`` whatever the cut is: ``_expert_rows`` has every spelling.
 """
 
 from __future__ import annotations
@@ -166,24 +168,32 @@ def locate(matrix: Matrix, field: Field, names: Container[str]) -> list[Rows] | 
         stacked = matrix.num_experts if not matrix.path.endswith(_DENSE_PATHS) else None
         name = f"{matrix.path}.{field}"
         return [Rows(name, e * rows, (e + 1) * rows, matrix.num_experts * rows, stacked) for e in experts]
-    prefix, projection = _block(matrix), matrix.path.rsplit(".", 1)[1]
-    per_expert = [f"{prefix}.block_sparse_moe.experts.{e}.{EXPERT_NAMES[projection]}.{field}" for e in experts]
-    if any(name in names for name in per_expert):
-        return [Rows(name, 0, rows, rows) for name in per_expert]
-    if field != "weight":
-        return None
-    if projection == "down_proj":
-        name = f"{prefix}.mlp.experts.down_proj"
-        found = [Rows(name, e * rows, (e + 1) * rows, matrix.num_experts * rows, matrix.num_experts) for e in experts]
-    else:
-        name, skip = f"{prefix}.mlp.experts.gate_up_proj", rows * (projection == "up_proj")
-        found = [
-            Rows(
-                name, 2 * e * rows + skip, 2 * e * rows + skip + rows, 2 * matrix.num_experts * rows, matrix.num_experts
-            )
-            for e in experts
-        ]
-    return found if name in names else None
+    return next((found for found in _expert_rows(matrix, field) if any(rows.name in names for rows in found)), None)
+
+
+def _expert_rows(matrix: Matrix, field: Field) -> Iterator[list[Rows]]:
+    """Every spelling in use of a field of experts, apart from the matrix's own path."""
+    assert matrix.num_experts is not None
+    rows, count, projection = matrix.out_features, matrix.num_experts, matrix.path.rpartition(".")[2]
+    both, skip = ("gate_up_proj", rows * (projection == "up_proj")) if projection != "down_proj" else ("down_proj", 0)
+    # What gate and up are halves of.
+    tall = rows if projection == "down_proj" else 2 * rows
+    for block in (f"{_block(matrix)}.{name}" for name in ("block_sparse_moe", "mlp")):
+        for own in (EXPERT_NAMES[projection], projection):
+            yield [Rows(f"{block}.experts.{e}.{own}.{field}", 0, rows, rows) for e in range(count)]
+        stacked = [f"{block}.switch_mlp.{projection}.{field}", f"{block}.experts.{projection}.{field}"]
+        if projection != "down_proj":
+            yield [Rows(f"{block}.experts.{e}.gate_up_proj.{field}", skip, skip + rows, tall) for e in range(count)]
+        elif field == "weight":
+            stacked.append(f"{block}.experts.w2_weight")
+        for name in stacked:
+            yield [Rows(name, e * rows, (e + 1) * rows, count * rows, count) for e in range(count)]
+        if field == "weight":
+            halves = [f"{block}.experts.{both}", f"{block}.experts.{both}.weight"]
+            halves += [f"{block}.experts.w13_weight"] if projection != "down_proj" else []
+            for name in halves:
+                starts = (e * tall + skip for e in range(count))
+                yield [Rows(name, start, start + rows, count * tall, count) for start in starts]
 
 
 _DENSE_PATHS = (".mlp.gate_proj", ".mlp.up_proj", ".mlp.down_proj")

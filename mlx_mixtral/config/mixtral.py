@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.arguments import is_integer, is_number
-from mlx_mixtral.config.quantization import QuantizationConfig
-from mlx_mixtral.config.rope import RopeConfig
+from mlx_mixtral.config.folder import must_convert, refuse_adapter, refuse_foreign
+from mlx_mixtral.config.quantization import QuantizationConfig, mlx_entry
+from mlx_mixtral.config.rope import EXTENDING_KINDS, MAX_CONTEXT_TOKENS, MAX_FACTOR, RopeConfig
 from mlx_mixtral.config.supported import refuse_contradiction, refuse_unsupported, shown
-from mlx_mixtral.errors import CheckpointError, ConfigError
+from mlx_mixtral.errors import CheckpointError, ConfigError, ContextLengthError
 from mlx_mixtral.files import read_json
 
 __all__ = ["MixtralConfig", "stop_ids"]
@@ -37,7 +38,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
 }
 # Counts from a stranger's file are bounded before anything is enumerated by them; real models are far below.
 _MAX = {"num_hidden_layers": 1024, "num_local_experts": 1024, "num_experts_per_tok": 1024}
-_MAX_OTHER = 2**24
+_MAX_OTHER = MAX_CONTEXT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,23 @@ class MixtralConfig:
         """Whether the model has no router: one feed-forward network a layer."""
         return self.architecture != "mixtral"
 
+    @property
+    def max_context_tokens(self) -> int:
+        """Tokens a sequence may have: ``max_position_embeddings``, or what rope scaling makes of it."""
+        return max(self.max_position_embeddings, self.rope.max_context_tokens)
+
+    def check_context(self, context: int) -> None:
+        """Raise ContextLengthError for more tokens than a sequence may have."""
+        own = self.max_context_tokens
+        if context <= own:
+            return
+        kind = self.rope.kind if self.rope.kind in EXTENDING_KINDS else "yarn"
+        factor = -(-context // self.rope.original)
+        fix = "give no more"
+        if factor <= MAX_FACTOR:
+            fix += f", or stretch it with --rope-scaling {kind}={factor} (rope_scaling= in Python) if you know that it bears it"
+        raise ContextLengthError(f"context is {shown(context)}; the model's own is {own} tokens: {fix}")
+
     def kv_bytes_per_token(self, item_bytes: int = 2) -> int:
         """Bytes of keys and values one token leaves in all layers, at ``item_bytes`` a number."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * item_bytes
@@ -118,6 +136,8 @@ class MixtralConfig:
         """
         if (folder / "config.json").is_file():
             entries = read_json(folder / "config.json")
+            if "dim" in entries and "hidden_size" not in entries:
+                raise must_convert(folder, "the settings of MLX's first examples", "config.json")
             config, generation = cls.from_hf(entries), folder / "generation_config.json"
             if not generation.is_file():
                 return config
@@ -125,10 +145,8 @@ class MixtralConfig:
             return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
         if (folder / "params.json").is_file():
             return cls.from_params(read_json(folder / "params.json"))
-        if any(folder.glob("*.gguf")):
-            raise CheckpointError(
-                f"{folder} holds a GGUF file, which has to be converted first: mlx-mixtral convert {folder} DEST"
-            )
+        refuse_adapter(folder)
+        refuse_foreign((path.name for path in folder.glob("*") if path.is_file()), folder)
         raise CheckpointError(f"{folder} is not a checkpoint: it has neither config.json nor params.json")
 
     @classmethod
@@ -158,7 +176,7 @@ class MixtralConfig:
         mixture = architecture == "mixtral"
         experts = get.optional_integer("num_local_experts", get.optional_integer("num_experts", 8)) if mixture else 1
         context = get.optional_integer("max_position_embeddings", family["max_position_embeddings"])
-        quantization = entries.get("quantization")
+        quantization = mlx_entry(entries)
         return cls(
             architecture=architecture,
             hidden_size=hidden,
@@ -177,7 +195,7 @@ class MixtralConfig:
             tie_word_embeddings=get.flag("tie_word_embeddings"),
             bos_token_id=get.optional_integer("bos_token_id", None),
             eos_token_ids=_token_ids(entries.get("eos_token_id"), "config"),
-            quantization=QuantizationConfig.from_dict(quantization) if isinstance(quantization, Mapping) else None,
+            quantization=None if quantization is None else QuantizationConfig.from_dict(quantization),
             source=dict(entries),
         )
 
@@ -298,4 +316,7 @@ def _token_ids(value: Any, where: str) -> tuple[int, ...]:
 def _check_ids(what: str, ids: tuple[int, ...], vocab_size: int) -> None:
     for token in ids:
         if not 0 <= token < vocab_size:
-            raise ConfigError(f"{what} is {token}; the vocabulary's ids go from 0 to {vocab_size - 1} (vocab_size)")
+            raise ConfigError(
+                f"{what} is {token}; the vocabulary's ids go from 0 to {vocab_size - 1} (vocab_size): write the id that this "
+                "model was trained with there, or take the entry out, and the tokenizer's own counts"
+            )

@@ -9,11 +9,11 @@ from typing import Any, Literal, cast
 from mlx_mixtral.arguments import is_integer, shown
 from mlx_mixtral.errors import ConfigError
 
-__all__ = ["AFFINE_BITS", "AFFINE_GROUP_SIZES", "MODES", "QuantizationConfig", "QuantizationSpec"]
+__all__ = ["AFFINE_BITS", "AFFINE_GROUP_SIZES", "MODES", "QuantizationConfig", "QuantizationSpec", "mlx_entry"]
 
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
 # Modes other than affine allow exactly one (bits, group_size) each.
 # https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html
@@ -99,6 +99,11 @@ class QuantizationSpec:
         per_group = 2 * scale_bytes if self.has_biases else 1
         return rows * (4 * self.packed_columns(in_features) + per_group * self.groups(in_features))
 
+    def has_group_for(self, in_features: int) -> bool:
+        """Whether rows of ``in_features`` weights divide into groups of some size that the mode has."""
+        sizes = AFFINE_GROUP_SIZES if self.mode == "affine" else (self.group_size,)
+        return any(in_features % size == 0 for size in sizes)
+
     def check_divides(self, in_features: int, path: str) -> None:
         """Raise ConfigError unless rows of ``in_features`` weights divide into groups and whole words."""
         if in_features % self.group_size:
@@ -108,6 +113,21 @@ class QuantizationSpec:
 
     def __str__(self) -> str:
         return f"{self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
+
+
+def mlx_entry(entries: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What ``config.json`` says of MLX's packing: ``quantization``, or ``quantization_config`` alone where that is MLX's.
+
+    The hub's pages read the second key, and other libraries write it: theirs name a method or have settings of their own.
+    """
+    if isinstance(entry := entries.get("quantization"), Mapping):
+        return entry
+    entry = entries.get("quantization_config")
+    if not isinstance(entry, Mapping) or not {"bits", "group_size"} <= set(entry):
+        return None
+    own = {"bits", "group_size", "mode"} | ({"quant_method"} if entry.get("quant_method") == "mlx" else set())
+    others = (key for key, value in entry.items() if key not in own and not isinstance(value, Mapping))
+    return entry if all("." in key or key == "lm_head" for key in others) else None
 
 
 @dataclass(frozen=True)

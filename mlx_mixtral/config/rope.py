@@ -17,10 +17,18 @@ import numpy.typing as npt
 from mlx_mixtral.arguments import is_number
 from mlx_mixtral.errors import ConfigError
 
-__all__ = ["RopeConfig"]
+__all__ = ["EXTENDING_KINDS", "MAX_CONTEXT_TOKENS", "MAX_FACTOR", "RopeConfig"]
+
+MAX_CONTEXT_TOKENS = 2**24
+"""More than any model has: a count from a stranger's file is bounded."""
+EXTENDING_KINDS = ("yarn", "linear", "dynamic")
+"""Kinds that a factor alone describes."""
+MAX_FACTOR = 1024
+"""That is given on the command line."""
 
 Floats = npt.NDArray[np.float32]
 
+_ALIASES = {"su": "longrope"}
 _KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # Keys a kind reads; the required ones first.
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -63,6 +71,7 @@ class RopeConfig:
         if not isinstance(scaling, Mapping):
             raise ConfigError(f"config.json: rope_parameters is {scaling!r}, not an object")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
+        kind = _ALIASES.get(kind, kind) if isinstance(kind, str) else kind
         if kind not in _KINDS:
             raise ConfigError(f"config.json: rope scaling {kind!r} is not supported; known are {', '.join(_KINDS)}")
         known = {*_REQUIRED.get(kind, ()), *_OPTIONAL.get(kind, ())}
@@ -103,6 +112,26 @@ class RopeConfig:
     def original(self) -> int:
         """Context the model was pretrained with, in tokens."""
         return self.original_max_position_embeddings or self.max_position_embeddings
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Tokens the scaled embedding reaches.
+
+        ``factor`` multiplies the pretrained context, and ``max_position_embeddings`` may have been multiplied already: then
+        ``original_max_position_embeddings`` says so, and the larger of both is meant. llama3 always declares the multiplied
+        one, with a factor that reaches further.
+        """
+        reached = 0.0
+        if self.kind in ("linear", "dynamic", "yarn", "longrope"):
+            reached = self.original * float((self.parameters or {}).get("factor", 1.0))
+        return max(self.max_position_embeddings, int(min(reached + 1e-6, MAX_CONTEXT_TOKENS)))
+
+    def table_of(self, length: int) -> int:
+        """Which table of frequencies a sequence of ``length`` tokens has: 0 the plain one, equal numbers the same one."""
+        switch = self.switches_at()
+        if switch is None or length <= switch:
+            return 0
+        return length if self.kind == "dynamic" else 1
 
     def switches_at(self) -> int | None:
         """Sequence length in tokens past which the frequencies depend on it, None when they never do."""

@@ -6,19 +6,20 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_mixtral.config.quantization import mlx_entry
 from mlx_mixtral.errors import ConfigError
 
-__all__ = ["ARCHITECTURES", "refuse_contradiction", "refuse_unsupported", "shown"]
+__all__ = ["ARCHITECTURES", "CONVERTIBLE_METHODS", "DEQUANTIZE", "refuse_contradiction", "refuse_unsupported", "shown"]
 
 ARCHITECTURES = {"mixtral": "MixtralForCausalLM", "mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 """The class that ``architectures`` of config.json names, by ``model_type``."""
+CONVERTIBLE_METHODS = ("awq", "gptq", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "bitsandbytes")
+"""What ``quant_method`` says of weights that the converter reads."""
+DEQUANTIZE = "use the unquantised original, or what transformers' model.dequantize() and save_pretrained() write"
+"""What to do about weights of any other."""
 # Keys that other models of this shape use to change the computation, with the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "qkv_bias": (False,),
-    "use_bias": (False,),
     "partial_rotary_factor": (1, 1.0),
     "rope_interleaved": (False,),
     "rope_traditional": (False,),
@@ -69,11 +70,10 @@ def refuse_unsupported(entries: Mapping[str, Any]) -> None:
         if value is not None and value not in neutral:
             raise ConfigError(f"config.json: {key} = {shown(value)} changes the computation and is not supported")
     foreign = entries.get("quantization_config")
-    if isinstance(foreign, Mapping) and "quant_method" in foreign and "quantization" not in entries:
-        raise ConfigError(
-            f"config.json: weights are quantised with {foreign['quant_method']!r}; only MLX quantisation runs here: "
-            "convert them first, with mlx-mixtral convert"
-        )
+    if isinstance(foreign, Mapping) and "quant_method" in foreign and mlx_entry(entries) is None:
+        method = shown(foreign["quant_method"]).strip('"')
+        fix = "convert them first, with mlx-mixtral convert" if method in CONVERTIBLE_METHODS else DEQUANTIZE
+        raise ConfigError(f"config.json: weights are quantised with {method!r}; only MLX quantisation runs here: {fix}")
 
 
 def shown(value: Any) -> str:

@@ -81,7 +81,7 @@ def evaluate(
     check_callbacks(progress=progress)
     check_type("worst", worst, int, "a number of tokens")
     corpus = texts if isinstance(texts, Corpus) else encode_texts(model.tokenizer, texts)
-    size, step = check_window(window, stride, model.config.max_position_embeddings, context_limit(model))
+    size, step = check_window(window, stride, model.config.max_context_tokens, context_limit(model))
     vocab_size = model.config.vocab_size
     if reference is not None and not isinstance(reference, Reference):
         reference = Reference(Path(reference))

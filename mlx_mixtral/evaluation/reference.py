@@ -76,7 +76,8 @@ class ReferenceHeader:
             sizes = f"{self.vocab_size} tokens and other pieces" if self.vocab_size == vocab_size else self.vocab_size
             raise InvalidRequestError(
                 f"reference {place} (of {self.model}) has another vocabulary: {sizes}, the model's has {vocab_size}; "
-                "distributions over different tokens cannot be compared"
+                "distributions over different tokens cannot be compared: make one from this model's original with "
+                "--save-reference"
             )
         if self.text_sha256 != corpus.sha256:
             raise InvalidRequestError(

@@ -37,8 +37,8 @@ def decode(context: DecodeContext, request: Request, cache: KVCache) -> Generato
 
     for made in range(1, request.max_tokens + 1):
         current = ahead
-        # A forward that waits for experts would wait for this token too: nothing is gained by starting it early.
-        is_early = made < request.max_tokens and not model.is_streamed
+        # What waits for experts, or for a function that wants this token, gains nothing by starting early.
+        is_early = made < request.max_tokens and not model.is_streamed and not sampler.reads_tokens
         if is_early:
             ahead = following(current)
         token = read_token(current)

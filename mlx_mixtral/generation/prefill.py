@@ -29,6 +29,7 @@ def prefill(
     one begins; the last one is lazy, so that what follows from it can be scheduled with it.
     """
     length, done = tokens.shape[1], 0
+    total = cache.length + length
     while done < length:
         start, done = done, min(done + chunk_tokens, length)
         # Too short a last chunk would be rounded as a decode step is: the one before it is shorter then.
@@ -36,13 +37,13 @@ def prefill(
             done = max(length - model.min_prompt_tokens, start + 1)
         part = tokens[:, start:done]
         if done == length and first is None:
-            yield Prefilled(done, model.hidden(part, cache, last_only=True))
+            yield Prefilled(done, model.hidden(part, cache, last_only=True, total=total))
         elif first is None or done <= first:
-            model.remember(part, cache)
+            model.remember(part, cache, total=total)
             mx.eval(cache.arrays)
             yield Prefilled(done, None)
         else:
-            hidden = model.hidden(part, cache)
+            hidden = model.hidden(part, cache, total=total)
             if done < length:
                 mx.eval(hidden, cache.arrays)
             yield Prefilled(done, hidden[:, max(first - start, 0) :])

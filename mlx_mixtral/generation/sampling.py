@@ -1,113 +1,24 @@
-"""Choosing the next token: what may be asked for, checked when it is asked, and its computation on the device."""
+"""Choosing the next token, on the device."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_mixtral.arguments import check_type, checked, is_integer, is_number, plain, shown
 from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.generation.dry import Dry, DryHistory
+from mlx_mixtral.generation.processors import LogitsProcessor, processed
+from mlx_mixtral.generation.sampling_params import SamplingParams
 
 __all__ = ["Sampled", "Sampler", "SamplingParams"]
 
-MAX_LOGPROBS = 100
-KEY_STREAMS = 4
-
-
-@checked()
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen. The defaults are greedy: the most likely token.
-
-    Applied in this order: repetition, presence and frequency penalties, ``logit_bias``, temperature, top-k, top-p, min-p.
-
-    Args:
-        temperature: divides the logits; 0 is greedy.
-        top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
-        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output
-            (arXiv 1909.05858); 1 is off.
-        presence_penalty: subtracted from logits of tokens generated so far.
-        frequency_penalty: subtracted once for each time a token was generated.
-        logit_bias: added to the logits of token ids.
-        seed: same seed, same prompt, same text; None draws one.
-        logprobs: None for none, 0 for the chosen token's log-probability, n for the n likeliest beside it. They are the
-            model's own, before penalties, bias and temperature.
-
-    Raises:
-        InvalidRequestError: a value out of its range.
-
-    Example:
-        >>> SamplingParams(temperature=0.7, top_p=0.95, seed=1)
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        self._number("temperature", 0, math.inf, "at least 0 (0 is greedy)")
-        self._number("top_p", 0, 1, "above 0 and at most 1")
-        if self.top_p == 0:
-            raise InvalidRequestError("top_p is 0; it must be above 0 and at most 1")
-        self._number("min_p", 0, 1, "between 0 and 1")
-        self._number("repetition_penalty", 0, math.inf, "above 0 (1 is off)")
-        if self.repetition_penalty == 0:
-            raise InvalidRequestError("repetition_penalty is 0; it must be above 0 (1 is off)")
-        self._number("presence_penalty", -math.inf, math.inf, "a finite number")
-        self._number("frequency_penalty", -math.inf, math.inf, "a finite number")
-        self._integer("top_k", 0, None, "at least 0 (0 keeps all)")
-        self._integer("seed", None, None, "an integer")
-        self._integer("logprobs", 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
-        check_type("logit_bias", self.logit_bias, (Mapping, type(None)), "a mapping of token ids to numbers, or None")
-        pairs = [(plain(token), plain(bias)) for token, bias in (self.logit_bias or {}).items()]
-        for token, bias in pairs:
-            is_bias = is_number(bias) and (bias == -math.inf or _is_finite(bias))
-            if not is_integer(token) or token < 0 or not is_bias:
-                raise InvalidRequestError(
-                    f"logit_bias holds {shown(token)}: {shown(bias)}; it maps token ids to numbers below infinity"
-                )
-        if self.logit_bias is not None:
-            object.__setattr__(self, "logit_bias", dict(pairs))
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
-
-    def _number(self, name: str, low: float, high: float, allowed: str) -> None:
-        value = getattr(self, name)
-        if is_number(value) and _is_finite(value) and low <= value <= high:
-            return
-        finite = "a finite number, " if is_number(value) and not _is_finite(value) and "finite" not in allowed else ""
-        raise InvalidRequestError(f"{name} is {shown(value)}; it must be {finite}{allowed}")
-
-    def _integer(self, name: str, low: int | None, high: int | None, allowed: str) -> None:
-        value = getattr(self, name)
-        if value is None and name != "top_k":
-            return
-        if not is_integer(value) or (low is not None and value < low) or (high is not None and value > high):
-            raise InvalidRequestError(f"{name} is {shown(value)}; it must be {allowed}")
-
-
-def _is_finite(value: float) -> bool:
-    """Whether it is a number that a float can be: neither infinite nor NaN, nor an integer beyond all floats."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+# Of each position: one draws its token, three are speculation's, one says whether XTC applies.
+KEY_STREAMS, XTC_STREAM = 5, 4
 
 
 @dataclass(frozen=True)
@@ -133,12 +44,34 @@ class Sampler:
 
     Args:
         params: what to do.
-        prompt: token ids the repetition penalty counts as seen.
+        prompt: token ids the repetition penalty counts as seen, and DRY as the beginning.
         vocab_size: size of the logits.
+        xtc_special_tokens: ids that XTC leaves where they are.
+        dry_breakers: sequences of ids that are DRY's breakers.
+        processors: the request's own functions, called for each token with all ids before it. Speculation calls them for
+            tokens that may be taken back.
     """
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
-        self.params = params
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        vocab_size: int,
+        *,
+        xtc_special_tokens: Iterable[int] = (),
+        dry_breakers: frozenset[tuple[int, ...]] = frozenset(),
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> None:
+        self.params, self._processors = params, tuple(processors)
+        self._ids = mx.array(list(prompt), mx.int32) if processors else None
+        self._dry: DryHistory | None = None
+        if params.repels:
+            last_n = None if params.dry_penalty_last_n < 0 else params.dry_penalty_last_n
+            numbers = (params.dry_multiplier, params.dry_base, params.dry_allowed_length)
+            self._dry = Dry(*numbers, last_n, dry_breakers, vocab_size).begin(prompt)
+        special = np.zeros(vocab_size, bool)
+        special[[token for token in xtc_special_tokens if token < vocab_size]] = True
+        self._xtc_special = mx.array(special) if params.xtc_probability else None
         self._step = 0
         seed = params.seed if params.seed is not None else np.random.SeedSequence().entropy
         # Streams of threefry keys: one word from the seed, one counts the steps. The first stream draws tokens.
@@ -159,6 +92,17 @@ class Sampler:
                     raise InvalidRequestError(f"logit_bias names token {token}; the vocabulary has {vocab_size}")
                 bias[token] = value
             self._bias = mx.array(bias)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the next token is the likeliest one, and nothing else is asked of it."""
+        p = self.params
+        return p.is_greedy and p.logprobs is None and not p.adjusts and not self._processors
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether tokens are waited for: functions of the request's own see each before the next is drawn."""
+        return bool(self._processors)
 
     def __call__(self, logits: mx.array) -> Sampled:
         """Sample from ``logits [1, V]``; lazily, so that the next step can be scheduled before this one is read."""
@@ -184,12 +128,32 @@ class Sampler:
         return mx.array([self._keys[stream], self._step + ahead], mx.uint32)
 
     def adjusted(self, logits: mx.array, drafted: mx.array | None = None) -> mx.array:
-        """``logits [N, V]`` of the next N positions after penalties and bias, float32.
+        """``logits [N, V]`` of the next N positions after penalties, bias, DRY and processors, float32.
 
         ``drafted [N - 1]`` are the tokens at all of them but the last: each counts as generated for those after it. None
         when N is 1.
         """
-        logits = logits.astype(mx.float32)
+        logits = self._with_seen(logits.astype(mx.float32), drafted)
+        if self._dry is not None:
+            logits = logits - self._repelled(self._dry, len(logits), drafted)
+        if self._ids is None:
+            return logits
+        before = self._ids if drafted is None else mx.concatenate([self._ids, drafted.astype(mx.int32)])
+        known = before.size - len(logits) + 1
+        return mx.stack([processed(self._processors, before[: known + n], row) for n, row in enumerate(logits)])
+
+    @staticmethod
+    def _repelled(history: DryHistory, positions: int, drafted: mx.array | None) -> mx.array:
+        """What logits ``[N, V]`` lose."""
+        rows = [history.penalties()]
+        for n in range(positions - 1):
+            assert drafted is not None
+            history = history.after(drafted[n : n + 1])
+            rows.append(history.penalties())
+        return mx.stack(rows)
+
+    def _with_seen(self, logits: mx.array, drafted: mx.array | None) -> mx.array:
+        """Penalties and bias."""
         if drafted is None or (self._seen is None and self._counts is None):
             return self._with_penalties(logits, self._seen, self._counts)
         times = mx.cumsum((mx.arange(logits.shape[-1]) == drafted[:, None]).astype(mx.float32), axis=0)
@@ -232,6 +196,11 @@ class Sampler:
             self._seen[tokens] = True
         if self._counts is not None:
             self._counts = self._counts.at[tokens].add(1)
+        if self._ids is not None:
+            self._ids = mx.concatenate([self._ids, tokens.astype(mx.int32)])
+        for n in range(tokens.size if self._dry is not None else 0):
+            assert self._dry is not None
+            self._dry = self._dry.after(tokens[n : n + 1])
 
     def _with_penalties(self, logits: mx.array, seen: mx.array | None, counts: mx.array | None) -> mx.array:
         p = self.params
@@ -260,7 +229,21 @@ class Sampler:
         if p.min_p > 0:
             floor = mx.max(logits, axis=-1, keepdims=True) + math.log(p.min_p)
             logits = mx.where(logits < floor, -math.inf, logits)
+        if self._xtc_special is not None:
+            logits = self._without_top_choices(logits, order)
         return logits, order
+
+    def _without_top_choices(self, logits: mx.array, order: mx.array | None) -> mx.array:
+        """XTC of ``logits [N, V]`` over the temperature, each position by its own coin."""
+        p, special = self.params, self._xtc_special
+        assert special is not None
+        probabilities = mx.softmax(logits * p.temperature, axis=-1)
+        likely = mx.where(probabilities > p.xtc_threshold, probabilities, math.inf)
+        left_out = probabilities > mx.min(likely, axis=-1, keepdims=True)
+        left_out = left_out & ~(special if order is None else special[order])
+        coins = [mx.random.uniform(shape=(1,), key=self.key(XTC_STREAM, n)) for n in range(len(logits))]
+        applies = mx.stack(coins) < p.xtc_probability  # [N, 1]
+        return mx.where(applies & left_out, -math.inf, logits)
 
 
 def _unsigned(seed: object) -> int:

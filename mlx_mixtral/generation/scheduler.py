@@ -41,6 +41,7 @@ class _Row:
     is_finished: bool = False
     columns: int = 0
     """Columns of cache it takes by its end, padding included, in whole steps."""
+    is_alone: bool = False
 
     @property
     def goes_on(self) -> bool:
@@ -132,7 +133,7 @@ class Scheduler:
             reading = [(row, row.unread) for row in self._rows if not row.is_finished]
             self._keep([place for place, row in enumerate(self._rows) if row.goes_on])
             # A forward that waits for experts would wait for these tokens too: nothing is gained by starting it early.
-            if self._model.is_streamed:
+            if self._model.is_streamed or any(row.request.sampler.reads_tokens for row in self._rows):
                 for row in self._rows:
                     row.unread = None
             elif self._rows:
@@ -145,6 +146,10 @@ class Scheduler:
         row.made += 1
         row.meter.count(row.made)
         return token
+
+    def _is_alone(self, request: Request) -> bool:
+        """Whether a row may get so long that its rotary frequencies are others than those of the rows beside it."""
+        return self._model.config.rope.table_of(len(request.tokens) + request.max_tokens) != 0
 
     def _columns(self, tokens: int) -> int:
         return self._model.kv.columns(self._model.config, tokens)
@@ -168,13 +173,14 @@ class Scheduler:
     @staticmethod
     def _sample(rows: Sequence[_Row], logits: mx.array) -> mx.array:
         """A token for each row of ``logits [B, V]``; returns them, ``[B]``. Rows that want the likeliest share a kernel."""
-        likeliest = mx.argmax(logits.astype(mx.float32), axis=-1) if any(_is_plain(row) for row in rows) else None
+        is_plain = [row.request.sampler.is_plain for row in rows]
+        likeliest = mx.argmax(logits.astype(mx.float32), axis=-1) if any(is_plain) else None
         for place, row in enumerate(rows):
-            if likeliest is not None and _is_plain(row):
+            if likeliest is not None and is_plain[place]:
                 row.unread = Sampled(likeliest[place : place + 1])
             else:
                 row.unread = row.request.sampler(logits[place : place + 1])
-        if likeliest is not None and all(map(_is_plain, rows)):
+        if likeliest is not None and all(is_plain):
             return likeliest
         return mx.concatenate([row.unread.token for row in rows if row.unread is not None])
 
@@ -217,6 +223,7 @@ class Scheduler:
         padding = [longest - len(row.request.tokens) for row in chosen]
         for row in chosen:
             row.columns = self._columns(longest + row.request.max_tokens - 1)
+            row.is_alone = self._is_alone(row.request)
         padded = [[0] * pad + list(row.request.tokens) for pad, row in zip(padding, chosen, strict=True)]
         cache = self._model.make_cache(padding, max_tokens=self._max_tokens)
         chunk = max(MIN_CHUNK_TOKENS, self._context.chunk_tokens // len(chosen))
@@ -224,6 +231,10 @@ class Scheduler:
 
     def _fits(self, joining: Sequence[_Row]) -> bool:
         count = len(self._rows) + len(joining)
+        if count > 1 and (
+            any(row.is_alone for row in self._rows) or any(self._is_alone(row.request) for row in joining)
+        ):
+            return False
         lengths = [len(row.request.tokens) for row in joining]
         waste = len(lengths) * max(lengths) - sum(lengths)
         if waste and not self._pads:
@@ -236,10 +247,3 @@ class Scheduler:
         most = self._columns(max(row.request.max_tokens for row in joining) + max(lengths) - 1)
         columns = max([most, *(row.columns for row in self._rows)])
         return count <= self._max_rows and count * columns <= self._max_columns
-
-
-def _is_plain(row: _Row) -> bool:
-    """Whether the row's next token is the likeliest one, and nothing else is asked of it."""
-    p = row.request.sampler.params
-    adjusts = p.logit_bias or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
-    return p.is_greedy and p.logprobs is None and not adjusts

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from mlx_mixtral.experts.store import Counters
 
-__all__ = ["GenerationStats", "SpeculationStats", "Token"]
+MIN_RATED_TOKENS = 16
+"""Rates of fewer tokens are not given: while the first one is read the next is being computed, which would count as free."""
+
+__all__ = ["MIN_RATED_TOKENS", "GenerationStats", "SpeculationStats", "Token"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class SpeculationStats:
 
 @dataclass
 class GenerationStats:
-    """What a generation cost so far. Seconds are wall-clock; rates are 0 before there is anything to divide.
+    """What a generation cost so far. Seconds are wall-clock; rates of fewer than ``MIN_RATED_TOKENS`` (16) tokens are 0, and
+    null in JSON.
 
     Example:
         >>> stats = model.generate("Mixtral is").stats
@@ -61,6 +65,8 @@ class GenerationStats:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     """Of the prompt, those that were computed for an earlier one."""
+    prompt_special_tokens: int = 0
+    """Control tokens that the text of a completion's prompt spelled."""
     tokens: int = 0
     time_to_first_token_s: float = 0.0
     decode_s: float = 0.0
@@ -79,26 +85,23 @@ class GenerationStats:
     @property
     def prompt_tok_s(self) -> float:
         """Prompt tokens that were computed over the time to the first token."""
-        return (
-            (self.prompt_tokens - self.reused_tokens) / self.time_to_first_token_s
-            if self.time_to_first_token_s
-            else 0.0
-        )
+        return _rate(self.prompt_tokens - self.reused_tokens, self.time_to_first_token_s)
 
     @property
     def decode_tok_s(self) -> float:
         """Tokens after the first over the time they took."""
-        return (self.tokens - 1) / self.decode_s if self.tokens > 1 and self.decode_s else 0.0
+        return _rate(self.tokens - 1, self.decode_s)
 
-    def to_dict(self) -> dict[str, float | int]:
+    def to_dict(self) -> dict[str, float | int | None]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "reused_tokens": self.reused_tokens,
+            "prompt_special_tokens": self.prompt_special_tokens,
             "tokens": self.tokens,
             "time_to_first_token_s": self.time_to_first_token_s,
-            "prompt_tok_s": self.prompt_tok_s,
+            "prompt_tok_s": self.prompt_tok_s or None,
             "decode_s": self.decode_s,
-            "decode_tok_s": self.decode_tok_s,
+            "decode_tok_s": self.decode_tok_s or None,
             "peak_memory_bytes": self.peak_memory_bytes,
             **self._streaming(),
             **({} if self.speculation is None else self.speculation.to_dict()),
@@ -116,3 +119,7 @@ class GenerationStats:
             "readbacks_per_token": decoded.readbacks / steps,
             "disk_wait_s": prompt.wait_s + decoded.wait_s,
         } | ({} if self.predicted_tok_s is None else {"predicted_tok_s": self.predicted_tok_s})
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / seconds if tokens >= MIN_RATED_TOKENS and seconds else 0.0

@@ -39,7 +39,7 @@ DEFAULT_REVISION = "main"
 # The hub has a file's git hash or sha256 here.
 _ETAG = re.compile(r'(?:W/)?"?([A-Za-z0-9_-]{1,128})"?')
 _GGUF_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
-WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt")
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".npz")
 # Configuration, tokenizer and the like.
 MAX_SMALL_BYTES = 256 * 2**20
 # From here on by byte range, several pieces at once.

@@ -23,6 +23,8 @@ _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^\s@:]+)
 _SMALL = (
     "config.json", "generation_config.json", "params.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "tokenizer.model*", "chat_template.*", "conversion.json", "LICENSE*",
+    "hf_quant_config.json",
+    "quantize_config.json", "quant_config.json", "adapter_config.json",
 )  # fmt: skip
 # Weights that the converter reads besides: of the first kind that a repository has, all files.
 _CONVERTIBLE = (
@@ -30,6 +32,7 @@ _CONVERTIBLE = (
     ("consolidated*.safetensors",),
     ("consolidated.*.pth",),
     ("consolidated.*.pt",),
+    ("weights*.npz",),
 )
 
 
@@ -148,7 +151,7 @@ def wanted_files(
     if not chosen and convertible and (found := _convertible(top)):
         return small + found
     if not chosen:
-        others = [name for name in top if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
+        others = [name for name in top if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf"))]
         there = f"only {others[0]}" + (f" and {len(others) - 1} more" if len(others) > 1 else "") if others else "none"
         fix = "choose one that has"
         if others and not convertible:

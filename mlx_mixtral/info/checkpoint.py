@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_mixtral.config.layout import FIELDS, locate, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.overrides import ConfigOverrides
 from mlx_mixtral.errors import CheckpointError, MissingDependencyError, MixtralError, TokenizerError
 from mlx_mixtral.files import read_json
 from mlx_mixtral.info.estimate import PARTS, bytes_per_token
@@ -24,7 +25,9 @@ __all__ = ["checkpoint_report"]
 KINDS = {"SentencePieceTokenizer": "SentencePiece", "JsonTokenizer": "tokenizer.json"}
 
 
-def checkpoint_report(folder: Path, chips: Sequence[Chip], *, downloaded: bool = False) -> dict[str, Any]:
+def checkpoint_report(
+    folder: Path, chips: Sequence[Chip], *, downloaded: bool = False, overrides: ConfigOverrides | None = None
+) -> dict[str, Any]:
     """All that ``info FOLDER`` shows, as ``--json`` prints it.
 
     Of a repository (``downloaded``) only the small files are fetched: unless its weights are in the hub's cache already,
@@ -34,7 +37,7 @@ def checkpoint_report(folder: Path, chips: Sequence[Chip], *, downloaded: bool =
     Raises:
         CheckpointError, ConfigError: the folder has no configuration, or one of another architecture.
     """
-    config = MixtralConfig.from_folder(folder)
+    config = (overrides or ConfigOverrides()).apply(MixtralConfig.from_folder(folder))
     report: dict[str, Any] = {
         **facts_of(config),
         "kv_cache": kv_cache(config),
@@ -67,7 +70,7 @@ def _weights(config: MixtralConfig, checkpoint: Checkpoint, chips: Sequence[Chip
                     part.formats[str(spec) if spec else DTYPE_NAMES[info.dtype]] = None
     for norm in norms(config):
         info = checkpoint[f"{norm.path}.weight"]
-        used.add(info.name)
+        used.add(f"{norm.path}.weight")
         parts["norms"].add(norm.size, info.nbytes, DTYPE_NAMES[info.dtype])
     named = {file.name for file in checkpoint.files}
     return {
@@ -134,5 +137,7 @@ def _tokenizer(folder: Path, config: MixtralConfig) -> dict[str, Any]:
         "kind": KINDS.get(type(found).__name__, type(found).__name__),
         "vocab_size": found.vocab_size,
         "chat_format": found.chat_format,
+        "chat_origin": found.chat_origin,
+        "notes": list(found.notes),
         "eos_token_ids": sorted(found.eos_token_ids),
     }

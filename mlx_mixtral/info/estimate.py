@@ -118,5 +118,5 @@ def bytes_per_token(config: MixtralConfig, sizes: dict[str, int]) -> int:
 def context_that_fits(config: MixtralConfig, weight_bytes: int, memory_bytes: int) -> int:
     """Tokens of context whose 16-bit KV cache fits beside the weights, at most the model's own; 0 when not even 1024 do."""
     room = memory_bytes - weight_bytes - WORKING_BYTES
-    tokens = min(max(room, 0) // config.kv_bytes_per_token(), config.max_position_embeddings)
+    tokens = min(max(room, 0) // config.kv_bytes_per_token(), config.max_context_tokens)
     return tokens if tokens >= 1024 else 0

@@ -15,10 +15,11 @@ from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.budget.slots import ModelSizes, ResidencyPlan, Speeds
 from mlx_mixtral.cache.options import KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.overrides import ConfigOverrides
 from mlx_mixtral.errors import InvalidRequestError, MemoryBudgetError
 from mlx_mixtral.experts.trace import hit_rates, published_trace
 from mlx_mixtral.info.estimate import BUILT_IN, WIDTHS, Width, bytes_by_part, expert_bytes
-from mlx_mixtral.info.macs import Chip
+from mlx_mixtral.info.macs import CHIPS, Chip
 from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import compute_dtype, current_device
 from mlx_mixtral.model.build import Builder
@@ -34,7 +35,12 @@ DEFAULT_DISK = "3GB"
 
 
 def checkpoint_plan(
-    folder: Path, memory: str, context: int | None, chips: Sequence[Chip], disk: str | None
+    folder: Path,
+    memory: str,
+    context: int | None,
+    chips: Sequence[Chip],
+    disk: str | None,
+    overrides: ConfigOverrides | None = None,
 ) -> dict[str, Any]:
     """The plan for a checkpoint on this machine; what is given of chip and disk replaces what is measured.
 
@@ -42,7 +48,8 @@ def checkpoint_plan(
         MemoryBudgetError: the budget is below the least; CheckpointError, ConfigError: the folder cannot be loaded.
     """
     device = current_device()
-    config, dtype = MixtralConfig.from_folder(folder), compute_dtype("auto", device)
+    config = (overrides or ConfigOverrides()).apply(MixtralConfig.from_folder(folder), context)
+    dtype = compute_dtype("auto", device)
     builder = Builder(config, Checkpoint(folder), dtype, products=products_for(device))
     planner = make_planner(builder, device)
     if builder.config.is_dense:
@@ -57,7 +64,12 @@ def checkpoint_plan(
 
 
 def shape_plans(
-    name: str, memory: str, context: int | None, chips: Sequence[Chip], disk: str | None
+    name: str,
+    memory: str,
+    context: int | None,
+    chips: Sequence[Chip],
+    disk: str | None,
+    overrides: ConfigOverrides | None = None,
 ) -> list[dict[str, Any]]:
     """Plans for a published size at every bit width, on a chip by its published bandwidth.
 
@@ -65,8 +77,13 @@ def shape_plans(
         InvalidRequestError: no single chip is named, or a size is none.
     """
     if len(chips) != 1:
-        raise InvalidRequestError("--memory with a published size needs one --chip, whose bandwidth is published")
-    config = BUILT_IN[name]
+        fix = (
+            "name one with --chip, for its published bandwidth"
+            if chips == CHIPS
+            else f"name {_one_of(chips)} with --chip"
+        )
+        raise InvalidRequestError(f"a plan for --memory is made for one chip; {fix}")
+    config = (overrides or ConfigOverrides()).apply(BUILT_IN[name], context)
     speeds = Speeds(float(parse_size(disk or DEFAULT_DISK)), chips[0].bandwidth_gb_s * 1e9, READBACK_S)
     trace = published_trace(config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok)
     curves = hit_rates(trace)
@@ -130,3 +147,7 @@ def _predictions(sizes: ModelSizes, plan: ResidencyPlan | None, speeds: Speeds |
         "hit_rate": 1 - plan.misses_per_token / needed if needed else 1.0,
         "readbacks_per_token": plan.readbacks_per_token,
     }
+
+
+def _one_of(chips: Sequence[Chip]) -> str:
+    return " or ".join(f"'{chip.name}' ({chip.bandwidth_gb_s:g} GB/s)" for chip in chips)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.overrides import ConfigOverrides
 from mlx_mixtral.info.estimate import (
     BUILT_IN,
     WIDTHS,
@@ -25,9 +26,9 @@ __all__ = ["FITS_NOTE", "facts_of", "kv_cache", "limits", "shape_report"]
 FITS_NOTE = f"{USABLE_NOTE}, less {format_bytes(WORKING_BYTES)} to work in."
 
 
-def shape_report(name: str, chips: Sequence[Chip]) -> dict[str, Any]:
+def shape_report(name: str, chips: Sequence[Chip], overrides: ConfigOverrides | None = None) -> dict[str, Any]:
     """All that ``info 8x7b`` shows, as ``--json`` prints it."""
-    config = BUILT_IN[name]
+    config = (overrides or ConfigOverrides()).apply(BUILT_IN[name])
     widths: list[dict[str, Any]] = []
     for width in WIDTHS:
         parts = bytes_by_part(config, width)
@@ -66,14 +67,14 @@ def facts_of(config: MixtralConfig) -> dict[str, Any]:
         "experts": config.num_local_experts,
         "experts_per_token": config.num_experts_per_tok,
         "vocab_size": config.vocab_size,
-        "context": config.max_position_embeddings,
+        "context": config.max_context_tokens,
         "sliding_window": config.sliding_window,
     }
 
 
 def kv_cache(config: MixtralConfig) -> dict[str, Any]:
     """Bytes of the 16-bit KV cache, a token and at whole contexts."""
-    each, longest = config.kv_bytes_per_token(), config.max_position_embeddings
+    each, longest = config.kv_bytes_per_token(), config.max_context_tokens
     contexts = sorted({count for count in (4096, 8192, 16384, 32768, 65536) if count <= longest} or {longest})
     return {"bytes_per_token": each, "bytes_by_context": {str(count): count * each for count in contexts}}
 

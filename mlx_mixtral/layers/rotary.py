@@ -45,13 +45,11 @@ class Rotary:
         """
         if self.config.kind in ("default", "linear"):
             return None
-        switch = self.config.switches_at()
-        past = switch is not None and length > switch
-        key = (length if self.config.kind == "dynamic" else 1) if past else 0
+        key = self.config.table_of(length)
         if key not in self._frequencies:
             if len(self._frequencies) > 1:
                 self._frequencies.popitem()
-            table = mx.array(np.float32(1.0) / self.config.inverse_frequencies(self.dims, length if past else 0))
+            table = mx.array(np.float32(1.0) / self.config.inverse_frequencies(self.dims, length if key else 0))
             mx.eval(table)
             self._frequencies[key] = table
         return self._frequencies[key]

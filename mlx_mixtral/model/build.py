@@ -23,7 +23,8 @@ from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.model.moe import SparseMoe
 from mlx_mixtral.model.transformer import DecoderLayer, MixtralModel
-from mlx_mixtral.weights.checkpoint import Checkpoint
+from mlx_mixtral.weights.biases import refuse_biases
+from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.direct import identities
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral.weights.fill import ReadRange, allocate
@@ -73,6 +74,7 @@ class Builder:
         }
         for norm in self.norms.values():
             self._norm_info(norm)
+        self._refuse_biases()
         for matrix in self.matrices.values():
             for field in self._fields(matrix):
                 self._locations(matrix, field)
@@ -284,6 +286,12 @@ class Builder:
                 kind = wanted if integer else "F32, F16 or BF16"
                 raise CheckpointError(f"{info.file}: tensor {rows.name!r} has dtype {info.dtype}; {kind} was expected")
         return found
+
+    def _refuse_biases(self) -> None:
+        """Tensors that nothing reads are passed over, but a bias changes the answer unless it is zero."""
+        if found := [name for name in self.checkpoint if name.endswith(".bias")]:
+            with CheckpointReader(self.checkpoint) as reader:
+                refuse_biases(self.checkpoint, reader, found)
 
     def _norm_info(self, norm: Norm) -> None:
         info = self.checkpoint[f"{norm.path}.weight"]

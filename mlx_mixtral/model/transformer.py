@@ -86,18 +86,22 @@ class MixtralModel(Module):
             storage=self.kv.storage(c, self.dtype),
         )
 
-    def hidden(self, tokens: mx.array, cache: KVCache, *, last_only: bool = False) -> mx.array:
+    def hidden(
+        self, tokens: mx.array, cache: KVCache, *, last_only: bool = False, total: int | None = None
+    ) -> mx.array:
         """Hidden states before the final norm, ``[B, L, D]``, of ``tokens [B, L]`` (int32); the cache moves on by L.
 
-        ``last_only`` gives ``[B, 1, D]``: in the last layer no token but the last needs its query, nor its experts.
+        ``last_only`` gives ``[B, 1, D]``: in the last layer no token but the last needs its query, nor its experts. ``total``
+        is the length of the prompt these tokens are a chunk of, by which some rope scalings turn all of it; None where they
+        are its end.
         """
-        x = self.through_layers(tokens, self._chunk(tokens, cache), last_only=last_only)
+        x = self.through_layers(tokens, self._chunk(tokens, cache, total), last_only=last_only)
         cache.advance(tokens.shape[1])
         return x
 
-    def remember(self, tokens: mx.array, cache: KVCache) -> None:
+    def remember(self, tokens: mx.array, cache: KVCache, *, total: int | None = None) -> None:
         """Take ``tokens [B, L]`` into the cache: of the last layer only keys and values, for nothing reads the rest."""
-        chunk = self._chunk(tokens, cache)
+        chunk = self._chunk(tokens, cache, total)
         x, last = self._before_last(tokens, chunk), self.layers[-1]
         last.attention.remember(last.input_norm(x), len(self.layers) - 1, chunk)
         cache.advance(tokens.shape[1])
@@ -111,9 +115,9 @@ class MixtralModel(Module):
         """Rotary frequencies of a sequence of ``length`` tokens, where the base alone does not say them."""
         return self.layers[0].attention.rotary.table(length)
 
-    def _chunk(self, tokens: mx.array, cache: KVCache) -> CacheView:
+    def _chunk(self, tokens: mx.array, cache: KVCache, total: int | None) -> CacheView:
         rows, length = tokens.shape
-        return cache.chunk(rows, length, self.frequencies(cache.length + length))
+        return cache.chunk(rows, length, self.frequencies(max(cache.length + length, total or 0)))
 
     def _before_last(self, tokens: mx.array, view: CacheView) -> mx.array:
         x = self.embed_tokens.rows(tokens, self.dtype)

@@ -50,6 +50,7 @@ class Engine:
         lease: the stream on ``device`` that it computes on; the engine's from now on, and given back when it is closed.
         allocate: a bank of expert slots, for when the plan changes.
         identity: tells the checkpoint from others; asked when a prompt is saved or loaded.
+        settings: what it computes otherwise than the checkpoint says; a saved prompt is of the same.
         prefix_cache: bytes of earlier prompts that are kept; what the plan allows when None.
 
     Example:
@@ -70,10 +71,13 @@ class Engine:
         allocate: AllocateBank,
         identity: Callable[[], str],
         prefix_cache: int | None = None,
+        settings: str = "",
     ) -> None:
         self.config: MixtralConfig = module.config
         self.device, self.residency = device, residency
-        self.prompt_cache = PromptCache(residency.plan, prefix_cache, identity)
+        self.prompt_cache = PromptCache(
+            residency.plan, prefix_cache, identity, settings=settings, max_tokens=self.config.rope.switches_at()
+        )
         # The lock below keeps it to one user at a time.
         self._lease, self.stream = lease, lease.stream
         self.planner, self.prefetch, self._allocate = planner, prefetch, allocate
@@ -118,7 +122,7 @@ class Engine:
     @property
     def context_limit(self) -> int:
         """Tokens a sequence may have: the model's own, or those a memory budget holds KV cache for."""
-        own = self.config.max_position_embeddings
+        own = self.config.max_context_tokens
         return own if self.plan.budget_bytes is None else min(own, self.plan.context_capacity)
 
     def room(self, prompt_tokens: int) -> int:
@@ -127,7 +131,7 @@ class Engine:
         Raises:
             ContextLengthError: none.
         """
-        own, limit = self.config.max_position_embeddings, self.context_limit
+        own, limit = self.config.max_context_tokens, self.context_limit
         if prompt_tokens < limit:
             return limit - prompt_tokens
         if limit == own:
@@ -218,7 +222,10 @@ class Engine:
             BusyError: with the first token: another generation is running.
             CheckpointError: an expert cannot be read.
         """
-        speculation = request.speculation
+        speculation, rope = request.speculation, self.config.rope
+        longest = len(request.tokens) + request.max_tokens
+        if rope.table_of(len(request.tokens)) != rope.table_of(longest):
+            speculation = None  # every step has other rotary frequencies: several tokens cannot share a forward
         decoder = decode if speculation is None else speculation.decoder(self, request)
         steps = self.opened(self._generated(self.context, decoder, request))
         if speculation is not None:
@@ -255,7 +262,7 @@ class Engine:
         """
         if not tokens:
             raise InvalidRequestError("token_ids is empty; give at least one token")
-        own = self.config.max_position_embeddings
+        own = self.config.max_context_tokens
         if len(tokens) > own:
             raise ContextLengthError(f"{len(tokens)} tokens were given; the model's context holds {own}")
         with self.computing() as context:

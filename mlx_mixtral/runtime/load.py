@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,6 +13,7 @@ from mlx_mixtral.arguments import as_path, check_callbacks, checked
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.options import DEFAULT_SINKS, KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.overrides import ConfigOverrides, settings_of
 from mlx_mixtral.errors import DtypeRangeError, InvalidRequestError, MissingDependencyError, TokenizerError
 from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.residency import Residency
@@ -27,6 +29,8 @@ from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.tokenizer import Tokenizer, load_tokenizer
+from mlx_mixtral.tokenizer.chat.choice import given_template
+from mlx_mixtral.tokenizer.load import check_kind
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.fill import fill
 from mlx_mixtral.weights.fingerprint import checkpoint_identity
@@ -64,6 +68,11 @@ def load(
     kv_size: int | None = None,
     kv_sinks: int = DEFAULT_SINKS,
     prefix_cache: str | float | None = None,
+    tokenizer: str | None = None,
+    chat_template: str | Path | None = None,
+    experts_per_token: int | None = None,
+    rope_scaling: str | Mapping[str, Any] | None = None,
+    rope_theta: float | None = None,
     progress: Callable[[LoadProgress], None] | None = None,
 ) -> Mixtral:
     """Load a model from a folder or a hub repository.
@@ -93,6 +102,16 @@ def load(
             like one of them is computed from where it differs. When None 1 GB where no budget binds; under a budget that of the
             last generation alone, in the memory reserved for the next. 0 keeps none. What is given here comes on top of
             ``memory``.
+        tokenizer: which file to read text with, where a checkpoint has both: "model" or "json" (``tokenizer.model``,
+            ``tokenizer.json``). The model when None; ``model.tokenizer.notes`` says where they differ.
+        chat_template: a chat format in place of the checkpoint's own: a name ("chatml", "llama-3", "mistral-v1", …), a file of
+            jinja, or the template itself.
+        experts_per_token: experts each token goes through, in place of the checkpoint's own number: fewer are faster, and
+            budgets and predictions follow. It was trained with its own number.
+        rope_scaling: longer contexts than the checkpoint declares: "yarn=4", "linear=2" or "dynamic=2" stretch the one it was
+            pretrained with by the factor, in place of its own scaling; or a mapping as ``rope_scaling`` in config.json.
+        rope_theta: base of the rotary embedding in place of the checkpoint's; without ``rope_scaling`` ``context`` may then be
+            any.
         progress: told the bytes read so far, from this thread.
 
     Raises:
@@ -109,21 +128,31 @@ def load(
     check_callbacks(progress=progress)
     place = current_device(device)
     kind = compute_dtype(dtype, place)
+    overrides = ConfigOverrides(experts_per_token, rope_scaling, rope_theta)
     control, _ = PrefetchControl(prefetch), make_policy(policy)
     kv = KVOptions(kv_bits, kv_size, kv_sinks)
-    kept = prefix_cache if prefix_cache is None else 0 if prefix_cache in (0, "0") else parse_size(prefix_cache)
+    kept = None if prefix_cache is None else _kept_bytes(prefix_cache)
+    given = None if chat_template is None else given_template(chat_template)
+    check_kind(tokenizer)
     folder = resolve(path, revision=revision)
     check_sizes(folder)
     if verify:
         check_files(folder)
-    config = MixtralConfig.from_folder(folder)
+    own_config = MixtralConfig.from_folder(folder)
+    config = overrides.apply(own_config, context)
     checkpoint = Checkpoint(folder)
-    tokenizer: Tokenizer | TokenizerError
+    words: Tokenizer | TokenizerError
     try:
-        tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
+        words = load_tokenizer(
+            folder,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            kind=tokenizer,
+            chat_template=given,
+        )
     except (MissingDependencyError, TokenizerError) as error:
         # A fresh error: a raised one keeps this frame alive by its traceback, and the weights with it.
-        tokenizer = TokenizerError(str(error))
+        words = TokenizerError(str(error))
     products, lease = products_for(place), StreamLease(place)
     for name in (kind, "BF16"):
         builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy, products=products)
@@ -147,9 +176,15 @@ def load(
             allocate=builder.bank,
             identity=lambda: checkpoint_identity(folder),
             prefix_cache=kept,
+            settings=settings_of(config, own_config),
         )
-        return Mixtral(engine, tokenizer)
+        return Mixtral(engine, words)
     raise AssertionError("bfloat16 has the range of float32")
+
+
+def _kept_bytes(prefix_cache: str | float) -> int:
+    is_none = isinstance(prefix_cache, str | int | float) and prefix_cache in (0, "0")
+    return 0 if is_none else parse_size(prefix_cache)
 
 
 def load_module(

@@ -23,7 +23,7 @@ from mlx_mixtral.model.routing import record_routing
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.batch import DEFAULT_ROWS, collect_batch, stream_batch
 from mlx_mixtral.runtime.engine import Engine
-from mlx_mixtral.runtime.requests import GenerationOptions, Requests, TextRequest
+from mlx_mixtral.runtime.requests import GenerationOptions, Prompt, Requests, TextRequest
 from mlx_mixtral.runtime.steps import Steps
 from mlx_mixtral.runtime.stream import Chunk, Generation, TextStream
 from mlx_mixtral.sizes import format_bytes
@@ -36,7 +36,7 @@ __all__ = ["CHAT_SAMPLING", "Mixtral"]
 _SAMPLING = {
     field.name: f"give it as sampling=SamplingParams({field.name}=…)" for field in dataclasses.fields(SamplingParams)
 }
-_with_options = checked(options=Requests.request, without=("tokens", "is_answer"), elsewhere=_SAMPLING)
+_with_options = checked(options=Requests.request, without=("prompt", "is_answer"), elsewhere=_SAMPLING)
 
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
@@ -82,7 +82,7 @@ class Mixtral:
 
     @property
     def config(self) -> MixtralConfig:
-        """What ``config.json`` says."""
+        """What ``config.json`` says, and what ``load`` was told in its place."""
         return self.engine.config
 
     @property
@@ -152,11 +152,16 @@ class Mixtral:
         self.engine.set_memory(memory, context=context)
 
     @_with_options
-    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Generation:
+    def generate(
+        self, prompt: str | Sequence[int], *, special: bool = True, **options: Unpack[GenerationOptions]
+    ) -> Generation:
         """Continue ``prompt``: text, sent as it is after BOS, or token ids, sent as they are.
 
         Args:
-            options: max_tokens, sampling, stop, stop_token_ids, cancelled, on_prefill, speculation: see ``GenerationOptions``.
+            special: text that spells a control token, such as ``<|im_start|>``, becomes that token; False where the prompt
+                holds what somebody else wrote.
+            options: max_tokens, sampling, stop, stop_token_ids, cancelled, on_prefill, logits_processors, speculation: see
+                ``GenerationOptions``.
 
         Raises:
             InvalidRequestError: an empty prompt, a token id or an argument out of range.
@@ -164,13 +169,15 @@ class Mixtral:
             TokenizerError: text for a checkpoint without a tokenizer.
             BusyError: another generation is running on this model.
         """
-        return self.stream(prompt, **options).collect()
+        return self.stream(prompt, special=special, **options).collect()
 
     @_with_options
-    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> TextStream:
+    def stream(
+        self, prompt: str | Sequence[int], *, special: bool = True, **options: Unpack[GenerationOptions]
+    ) -> TextStream:
         """As ``generate``, chunk by chunk. Arguments are checked here; work starts with the first step."""
         _ = self.module  # a closed model says so before anything else
-        return self._stream(self._requests.request(self._requests.prompt(prompt), **options))
+        return self._stream(self._requests.request(self._requests.prompt(prompt, special=special), **options))
 
     @_with_options
     def generate_batch(
@@ -178,6 +185,7 @@ class Mixtral:
         prompts: Sequence[str | Sequence[int]],
         *,
         max_rows: int = DEFAULT_ROWS,
+        special: bool = True,
         **options: Unpack[GenerationOptions],
     ) -> list[Generation]:
         """Continue several prompts at once, each as ``generate`` would; weights are read once a step for all of them.
@@ -188,12 +196,13 @@ class Mixtral:
             prompts: text or token ids each.
             max_rows: generations at once; the rest wait, and join when one has ended or, under a memory budget, when its KV
                 cache has room for them.
+            special: as for ``generate``.
             options: for all of them: see ``GenerationOptions``.
 
         Raises:
             InvalidRequestError, ContextLengthError, TokenizerError, BusyError: as for ``generate``, the prompt's number named.
         """
-        requests, chunks = self._batch(prompts, max_rows, options)
+        requests, chunks = self._batch(prompts, max_rows, special, options)
         return collect_batch(chunks, requests)
 
     @_with_options
@@ -202,10 +211,11 @@ class Mixtral:
         prompts: Sequence[str | Sequence[int]],
         *,
         max_rows: int = DEFAULT_ROWS,
+        special: bool = True,
         **options: Unpack[GenerationOptions],
     ) -> Steps[tuple[int, Chunk]]:
         """As ``generate_batch``, by pairs of a prompt's number and its next chunk; busy until the last, or until closed."""
-        return self._batch(prompts, max_rows, options)[1]
+        return self._batch(prompts, max_rows, special, options)[1]
 
     @_with_options
     def chat(
@@ -243,17 +253,21 @@ class Mixtral:
                 "the checkpoint's chat template makes nothing of these messages; use generate instead"
             )
         options.setdefault("sampling", CHAT_SAMPLING)
-        return self._stream(self._requests.request(tokens, is_answer=True, **options))
+        if (end := self.tokenizer.end_of_turn_text) is not None:
+            given = options.get("stop", ())
+            check_type("stop", given, (str, list, tuple), "text, or a list of texts")
+            options["stop"] = [end, *([given] if isinstance(given, str) else given)]
+        return self._stream(self._requests.request(Prompt(tokens), is_answer=True, **options))
 
     @checked()
-    def save_prompt(self, path: str | Path, prompt: str | Sequence[int]) -> None:
+    def save_prompt(self, path: str | Path, prompt: str | Sequence[int], *, special: bool = True) -> None:
         """Compute ``prompt`` and save its keys and values to a file, for ``load_prompt`` of another day.
 
         Raises:
             InvalidRequestError, ContextLengthError, TokenizerError, BusyError: as for ``generate``.
             DestinationError, DiskSpaceError: the file cannot be written.
         """
-        self.engine.save_prompt(path, self._requests.prompt(prompt))
+        self.engine.save_prompt(path, self._requests.prompt(prompt, special=special).tokens)
 
     @checked()
     def load_prompt(self, path: str | Path) -> list[int]:
@@ -293,8 +307,8 @@ class Mixtral:
         return TextStream(self.engine.generate(made.request), made.text, made.request.stats)
 
     def _batch(
-        self, prompts: Sequence[str | Sequence[int]], max_rows: int, options: GenerationOptions
+        self, prompts: Sequence[str | Sequence[int]], max_rows: int, special: bool, options: GenerationOptions
     ) -> tuple[list[TextRequest], Steps[tuple[int, Chunk]]]:
         scheduler = self.engine.scheduler(max_rows)
-        requests = self._requests.batch(prompts, options)
+        requests = self._requests.batch(prompts, options, special=special)
         return requests, stream_batch(self.engine, scheduler, requests)

@@ -26,6 +26,7 @@ __all__ = ["DEFAULT_KEPT_BYTES", "PromptCache", "check_saved"]
 
 DEFAULT_KEPT_BYTES = 10**9
 FORMAT, VERSION = "mlx-mixtral-prompt", "1"
+OWN_SETTINGS = "the checkpoint's own settings"
 
 
 class PromptCache:
@@ -36,13 +37,24 @@ class PromptCache:
         limit_bytes: of what is kept. When None the plan decides: under a budget one sequence is kept, in the memory of the
             next one's cache.
         identity: tells the checkpoint from others; asked when a prompt is saved or loaded.
+        settings: what the model computes otherwise than its checkpoint says.
+        max_tokens: longest sequence whose keys serve another one; beyond it rope scaling turns them by the sequence's length.
+            None for any.
 
     Raises:
         PromptCacheError: by ``save`` and ``load``, where ``identity`` raises CheckpointError.
     """
 
-    def __init__(self, plan: MemoryPlan, limit_bytes: int | None, identity: Callable[[], str]) -> None:
-        self._given, self._identify = limit_bytes, identity
+    def __init__(
+        self,
+        plan: MemoryPlan,
+        limit_bytes: int | None,
+        identity: Callable[[], str],
+        *,
+        settings: str = "",
+        max_tokens: int | None = None,
+    ) -> None:
+        self._given, self._identify, self._settings, self._max_tokens = limit_bytes, identity, settings, max_tokens
         self.fit(plan)
 
     def fit(self, plan: MemoryPlan) -> None:
@@ -57,11 +69,15 @@ class PromptCache:
 
         ``left`` tokens at least are left to compute.
         """
-        return self.kept.take(tokens, left)
+        return self.kept.take(tokens, left) if self._serves(tokens) else None
 
     def put(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Keep ``cache``, which holds just ``tokens``; the caller must not use it any more."""
-        self.kept.put(tokens, cache)
+        if self._serves(tokens):
+            self.kept.put(tokens, cache)
+
+    def _serves(self, tokens: Sequence[int]) -> bool:
+        return self._max_tokens is None or len(tokens) <= self._max_tokens
 
     def free(self) -> None:
         """Give back what lies in the memory of the next generation's cache, which something else needs now."""
@@ -80,6 +96,11 @@ class PromptCache:
             DestinationError, DiskSpaceError: it cannot be written.
         """
         place, module = check_destination("path", path), context.model
+        if not self._serves(tokens):
+            raise InvalidRequestError(
+                f"a prompt of {len(tokens)} tokens cannot be saved: past {self._max_tokens} tokens this model's rope scaling "
+                "depends on the length of the whole text; save at most so many"
+            )
         window = module.kv.window(module.config)
         if window is not None and len(tokens) > window.columns:
             raise InvalidRequestError(
@@ -108,7 +129,7 @@ class PromptCache:
         about, shapes = _read_about(place)
         cache = module.make_cache()
         for key, expected in self._about(cache).items():
-            _compare(place, key, about.get(key), expected)
+            _compare(place, key, about.get(key, "" if key == "settings" else None), expected)
         try:
             arrays = mx.load(str(place), format="safetensors")
         except (RuntimeError, ValueError, OSError) as error:
@@ -116,7 +137,7 @@ class PromptCache:
         assert isinstance(arrays, dict)
         mx.eval(arrays)
         tokens = [int(token) for token in np.asarray(arrays["tokens"])] if "tokens" in shapes else []
-        if not tokens or len(tokens) >= module.config.max_position_embeddings:
+        if not tokens or not self._serves(tokens) or len(tokens) >= module.config.max_context_tokens:
             raise PromptCacheError(
                 f"{place} holds {len(tokens)} tokens, which no prompt of this model has; save it again"
             )
@@ -152,13 +173,15 @@ class PromptCache:
             raise PromptCacheError(f"the model's own files are needed to tell whose prompt it is: {error}") from None
 
     def _about(self, cache: KVCache) -> dict[str, str]:
-        return {"format": FORMAT, "version": VERSION, "model": self._identity, "storage": repr(cache.storage)}
+        model = {"model": self._identity, "settings": self._settings}
+        return {"format": FORMAT, "version": VERSION, **model, "storage": repr(cache.storage)}
 
 
 _DIFFERENCES = {
     "format": "is not a saved prompt",
     "version": "is of version {found}; this program reads version {expected}: save the prompt again",
     "model": "was made with another model; save the prompt again with this one",
+    "settings": "was made with {found}, this model is run with {expected}; load it with the same experts_per_token and rope",
     "storage": "holds its keys and values as {found}, this model as {expected}; load it with the same kv_bits and dtype",
 }
 
@@ -177,7 +200,8 @@ def check_saved(path: str | Path) -> None:
 
 def _compare(place: Path, key: str, found: str | None, expected: str) -> None:
     if found != expected:
-        raise PromptCacheError(f"{place} {_DIFFERENCES[key].format(found=found, expected=expected)}")
+        said = {"found": found or OWN_SETTINGS, "expected": expected or OWN_SETTINGS}
+        raise PromptCacheError(f"{place} {_DIFFERENCES[key].format_map(said)}")
 
 
 def _read_about(place: Path) -> tuple[dict[str, str], list[str]]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from mlx_mixtral.arguments import check_callbacks, check_integer, check_type
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError, TokenizerError
+from mlx_mixtral.generation.processors import LogitsProcessor, check_processors
 from mlx_mixtral.generation.request import PieceOf, Request, Speculation
 from mlx_mixtral.generation.sampling import Sampler, SamplingParams
-from mlx_mixtral.generation.stop import StopStrings
+from mlx_mixtral.generation.stats import GenerationStats
 from mlx_mixtral.runtime.engine import Engine
+from mlx_mixtral.runtime.marked_stops import MarkedStops
 from mlx_mixtral.runtime.stream import TextAssembler
 from mlx_mixtral.tokenizer import Tokenizer
+from mlx_mixtral.tokenizer.breakers import completing_sequences
 
-__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Requests", "TextRequest"]
+__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Prompt", "Requests", "TextRequest"]
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -34,15 +37,27 @@ class GenerationOptions(TypedDict, total=False):
     sampling: SamplingParams | None
     """How tokens are chosen; greedy when left out."""
     stop: str | Sequence[str]
-    """Text that ends the generation and is not part of it."""
+    """Text that ends the generation and is not part of it; where it spells a control token, that token does."""
     stop_token_ids: Sequence[int]
     """Ids that end it, beside the checkpoint's end-of-sequence ids."""
     cancelled: Callable[[], bool] | None
     """Asked after every token; True ends the generation with ``finish_reason`` "cancelled"."""
     on_prefill: Callable[[int, int], None] | None
     """Told ``(done, total)`` prompt tokens while the prompt is computed."""
+    logits_processors: Sequence[LogitsProcessor] | Sequence[Sequence[LogitsProcessor]] | None
+    """Functions called for every token with the ids so far ``[n]`` (int32, prompt first) and the logits ``[V]`` (float32, after
+    penalties), which return other logits; one after the other. They may be called for tokens that are then not taken, so what
+    they return should follow from what they are given. For a batch also a list of them for each prompt."""
     speculation: Speculation | None
     """Propose tokens by ``PromptLookup`` or ``DraftModel`` and verify several at once; the text stays what it is without."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to continue, and how many of them are control tokens that a text spelled."""
+
+    tokens: list[int]
+    special_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ class Requests:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | TokenizerError) -> None:
         self._engine, self._tokenizer = engine, tokenizer
+        self._known_breakers: tuple[tuple[str, ...], frozenset[tuple[int, ...]]] | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -77,7 +93,7 @@ class Requests:
 
     def request(
         self,
-        tokens: list[int],
+        prompt: Prompt,
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         sampling: SamplingParams | None = None,
@@ -85,6 +101,7 @@ class Requests:
         stop_token_ids: Sequence[int] = (),
         cancelled: Callable[[], bool] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        logits_processors: Sequence[Any] | None = None,
         speculation: Speculation | None = None,
         is_answer: bool = False,
     ) -> TextRequest:
@@ -100,9 +117,10 @@ class Requests:
         check_type("stop", stop, (str, list, tuple), "text, or a list of texts")
         check_callbacks(cancelled=cancelled, on_prefill=on_prefill)
         check_type("speculation", speculation, (Speculation, type(None)), "PromptLookup or DraftModel")
+        tokens = prompt.tokens
         engine, own = self._engine, None if isinstance(self._tokenizer, Exception) else self._tokenizer
         limit = min(max_tokens, engine.room(len(tokens)))
-        stops = StopStrings([stop] if isinstance(stop, str) else stop)
+        stops = MarkedStops([stop] if isinstance(stop, str) else stop, own)
         if stop and own is None:
             _ = self.tokenizer  # stop strings need text: raises and says why there is none
         stop_ids = {*engine.checked_ids(stop_token_ids, "stop_token_ids"), *engine.config.eos_token_ids}
@@ -110,37 +128,82 @@ class Requests:
             stop_ids |= own.eos_token_ids
         if speculation is not None:
             speculation.check(engine, self.piece_of)
-        sampler = Sampler(sampling or SamplingParams(), tokens, engine.vocab_size)
+        sampler = self._sampler(sampling or SamplingParams(), tokens, stop_ids, check_processors(logits_processors))
         decoder = None if own is None else own.streaming_decoder(continues=not is_answer)
         text = TextAssembler(decoder, limit, frozenset(stop_ids), stops, cancelled)
-        return TextRequest(Request(tokens, limit, sampler, speculation, on_prefill), text)
+        stats = GenerationStats(prompt_special_tokens=prompt.special_tokens)
+        return TextRequest(Request(tokens, limit, sampler, speculation, on_prefill, stats), text)
 
-    def batch(self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions) -> list[TextRequest]:
+    def _sampler(
+        self, params: SamplingParams, tokens: list[int], stop_ids: Set[int], processors: Sequence[LogitsProcessor]
+    ) -> Sampler:
+        own = None if isinstance(self._tokenizer, Exception) else self._tokenizer
+        special, breakers = set(stop_ids), frozenset[tuple[int, ...]]()
+        if params.xtc_probability and own is not None:
+            special |= set(own.encode("\n", bos=False))
+        if params.repels and params.dry_sequence_breakers:
+            breakers = self._breakers(tuple(params.dry_sequence_breakers))
+        return Sampler(
+            params,
+            tokens,
+            self._engine.vocab_size,
+            xtc_special_tokens=special,
+            dry_breakers=breakers,
+            processors=processors,
+        )
+
+    def _breakers(self, texts: tuple[str, ...]) -> frozenset[tuple[int, ...]]:
+        """Looks at the whole vocabulary: once for the same texts."""
+        if self._known_breakers is None or self._known_breakers[0] != texts:
+            try:
+                self._known_breakers = (texts, completing_sequences(self.tokenizer, texts))
+            except TokenizerError as error:
+                raise TokenizerError(
+                    f"dry_sequence_breakers are texts: give none, () or none on the command line; {error}"
+                ) from None
+        return self._known_breakers[1]
+
+    def batch(
+        self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions, *, special: bool = True
+    ) -> list[TextRequest]:
         """A request for each of ``prompts``; an error names the prompt it is about by its number, from 0."""
         check_type("prompts", prompts, (list, tuple), "a list of texts, or of lists of token ids")
         if options.get("speculation") is not None:
             raise InvalidRequestError("speculation is for one text at a time; leave it out for a batch")
+        processors = options.get("logits_processors")
+        is_listed = isinstance(processors, list | tuple) and any(isinstance(each, list | tuple) for each in processors)
+        if is_listed and processors is not None and len(processors) != len(prompts):
+            raise InvalidRequestError(
+                f"logits_processors has {len(processors)} lists for {len(prompts)} prompts; give one for each, or functions "
+                "for all of them"
+            )
         requests = []
         for index, prompt in enumerate(prompts):
+            own = GenerationOptions(**options)
+            if is_listed and processors is not None:
+                own["logits_processors"] = processors[index]  # type: ignore[typeddict-item]
             try:
-                requests.append(self.request(self.prompt(prompt), **options))
+                requests.append(self.request(self.prompt(prompt, special=special), **own))
             except (InvalidRequestError, ContextLengthError) as error:
                 raise type(error)(f"prompt {index}: {error}") from None
         return requests
 
-    def prompt(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of text, after BOS, or of token ids.
+    def prompt(self, prompt: str | Sequence[int], *, special: bool = True) -> Prompt:
+        """Token ids of text, after BOS, or of token ids; ``special``: text that spells a control token is that token.
 
         Raises:
             InvalidRequestError: none, or ids out of range.
             TokenizerError: text for a checkpoint without a tokenizer.
         """
+        check_type("special", special, bool, "True or False")
+        count = 0
         if isinstance(prompt, str):
-            ids: Sequence[int] = self.tokenizer.encode(prompt) if prompt else []
+            ids: Sequence[int] = self.tokenizer.encode(prompt, special=special) if prompt else []
+            count = len(self.tokenizer.markers.sequence(prompt)) if special else 0
         else:
             ids = prompt
         if tokens := self._engine.checked_ids(ids, "the prompt"):
-            return tokens
+            return Prompt(tokens, count)
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
 
 

@@ -172,7 +172,8 @@ class DraftModel(Speculation):
         ours, theirs = engine.vocab_size, self.engine.vocab_size
         if ours != theirs:
             raise InvalidRequestError(
-                f"the draft has a vocabulary of {theirs} tokens and the model one of {ours}; a draft needs the model's own"
+                f"the draft has a vocabulary of {theirs} tokens and the model one of {ours}; a draft needs the model's own: "
+                "take one of the same family"
             )
         assert isinstance(self.model, Mixtral)
         drafts_piece_of = self.model.piece_of
@@ -182,7 +183,7 @@ class DraftModel(Speculation):
             if (piece := piece_of(token)) != (other := drafts_piece_of(token)):
                 raise InvalidRequestError(
                     f"token {token} is {_quoted(other)} to the draft and {_quoted(piece)} to the model; a draft needs the "
-                    "model's own vocabulary"
+                    "model's own vocabulary: take one of the same family"
                 )
 
 

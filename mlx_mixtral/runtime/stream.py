@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from mlx_mixtral.errors import BusyError
 from mlx_mixtral.generation.stats import GenerationStats, Token
-from mlx_mixtral.generation.stop import StopStrings
+from mlx_mixtral.runtime.marked_stops import MarkedStops
 from mlx_mixtral.runtime.steps import Steps
 from mlx_mixtral.tokenizer import StreamingDecoder
 
@@ -148,7 +148,7 @@ class TextAssembler:
         decoder: StreamingDecoder | None,
         max_tokens: int,
         stop_ids: frozenset[int],
-        stops: StopStrings,
+        stops: MarkedStops,
         cancelled: Callable[[], bool] | None,
     ) -> None:
         self._decoder, self._max_tokens, self._stop_ids = decoder, max_tokens, stop_ids
@@ -166,7 +166,7 @@ class TextAssembler:
 
     def _add(self, token_id: int) -> tuple[str, FinishReason | None]:
         is_stop_token = token_id in self._stop_ids
-        text = "" if is_stop_token or self._decoder is None else self._stops.add(self._decoder.add(token_id))
+        text = "" if is_stop_token or self._decoder is None else self._stops.add(self._decoder.add(token_id), token_id)
         if self._stops.is_stopped():
             return text, "stop"
         reason: FinishReason | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from mlx_mixtral.arguments import check_type
@@ -18,9 +19,13 @@ Message = Mapping[str, Any]
 
 
 class ChatFormat(Protocol):
-    """Writes a conversation as the token ids the model was trained on."""
+    """Writes a conversation as the token ids the model was trained on.
+
+    A native one writes ids, segment by segment; the others render a text and read its markers.
+    """
 
     name: str
+    is_native: bool
 
     @property
     def source(self) -> str:
@@ -32,6 +37,9 @@ class ChatFormat(Protocol):
 
     def render(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> str: ...
 
+    def end_of_turn(self, tokenizer: Tokenizer) -> int | str | None:
+        """The token after an answer; text that looks like one and is none; None where there is neither."""
+
 
 class Tokenizer(ABC):
     """A model's tokenizer. `load_tokenizer` makes one.
@@ -40,19 +48,26 @@ class Tokenizer(ABC):
         vocab_size: Number of ids: all valid ids are below it.
         bos_token_id: Id that begins a sequence, or None.
         eos_token_id: Id that ends an assistant's turn, or None.
-        eos_token_ids: Every id at which generation stops.
-        chat_format: "mistral-v1", "mistral-v3", "template" (the checkpoint's own jinja) or "none".
+        eos_token_ids: Every id at which generation stops: those the files declare, and the chat format's end of a turn.
+        adds_bos: Whether `encode` puts BOS in front of a text.
+        chat_format: "mistral-v1", "mistral-v3", "template" (the checkpoint's own jinja), a family such as "chatml", or "none".
+        chat_origin: Where the format is from: a file's name, "control tokens", "a guess", or what was given.
+        chat_note: What to tell who chats when the checkpoint does not say its format; else "".
+        notes: What is wrong with the files without keeping anything from working, a sentence each.
     """
 
     vocab_size: int
     bos_token_id: int | None
     eos_token_id: int | None
     eos_token_ids: frozenset[int]
+    chat_origin: str = ""
+    chat_note: str = ""
+    notes: tuple[str, ...] = ()
 
     def __init__(self, markers: Markers, chat: ChatFormat, *, adds_bos: bool) -> None:
         self.markers = markers
         self._chat = chat
-        self._adds_bos = adds_bos
+        self.adds_bos = adds_bos
         self._surfaces: dict[int, Surface] = {}
         self._by_id: dict[int, AddedToken] = {token.token_id: token for token in markers.by_content.values()}
 
@@ -60,22 +75,44 @@ class Tokenizer(ABC):
     def chat_format(self) -> str:
         return self._chat.name
 
+    @property
+    def chat_is_native(self) -> bool:
+        """Whether the chat format writes ids, and not a text with markers."""
+        return self._chat.is_native
+
+    @property
+    def end_of_turn(self) -> int | None:
+        """Id of the marker that ends an answer in the chat format, None where text does."""
+        return self._end if isinstance(self._end, int) else None
+
+    @property
+    def end_of_turn_text(self) -> str | None:
+        """The marker that ends an answer where the vocabulary has no token for it."""
+        return self._end if isinstance(self._end, str) else None
+
+    @cached_property
+    def _end(self) -> int | str | None:
+        return self._chat.end_of_turn(self)
+
     def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of a text.
 
         Args:
             text: Plain text. What looks like a marker in it (`</s>`, `[INST]`, `<|im_end|>`) stays text.
             bos: Put the BOS id first (where the model has one and its tokenizer uses it).
-            special: Read markers in the text as the control and added tokens they name. For trusted text only.
+            special: Read markers in the text as the control and added tokens they name, and a BOS it begins with as the
+                one that stands first. For trusted text only.
 
         Raises:
             InvalidRequestError: `text` is not a string, or holds a lone surrogate, which no UTF-8 text can.
         """
         check_text(text)
-        ids = [self.bos_token_id] if bos and self._adds_bos and self.bos_token_id is not None else []
+        ids = [self.bos_token_id] if bos and self.adds_bos and self.bos_token_id is not None else []
         if not special:
             return ids + self.encode_plain(text)
-        return ids + self.encode_parts(list(self.markers.split(text)))
+        parts = list(self.markers.split(text))
+        begun = bool(parts) and isinstance(parts[0], AddedToken) and [parts[0].token_id] == ids
+        return self.encode_parts(parts) if begun else ids + self.encode_parts(parts)
 
     def encode_parts(self, parts: Sequence[str | AddedToken]) -> list[int]:
         """Ids of plain texts and markers one after the other, as `Markers.split` gives them; no BOS."""

@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-__all__ = ["AddedToken", "Markers"]
+__all__ = ["NAMED_FORM", "AddedToken", "Markers"]
+
+NAMED_FORM = re.compile(r"[<\[].+[>\]]")
+"""A piece that a file only names (as `pad_token`, say) is a marker if it looks like one; a word stays a word."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class Markers:
         tail = text[start:].lstrip() if swallow else text[start:]
         if tail:
             yield tail
+
+    def within(self, text: str) -> list[AddedToken]:
+        """The markers that a text spells anywhere, overlapping ones too."""
+        return [token for content, token in self.by_content.items() if content in text]
 
     def sequence(self, text: str) -> list[str]:
         """The markers of a text, in order."""

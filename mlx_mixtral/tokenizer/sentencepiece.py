@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from mlx_mixtral.errors import MissingDependencyError, TokenizerError
 from mlx_mixtral.tokenizer.base import ChatFormat, Tokenizer
-from mlx_mixtral.tokenizer.markers import AddedToken, Markers
+from mlx_mixtral.tokenizer.markers import NAMED_FORM, AddedToken, Markers
 from mlx_mixtral.tokenizer.sentencepiece_proto import retype_markers, without_dummy_prefix
 from mlx_mixtral.tokenizer.settings import Settings
 from mlx_mixtral.tokenizer.streaming import SPACE, PieceDecoder, Surface
@@ -19,19 +20,25 @@ __all__ = ["SentencePieceModel", "SentencePieceTokenizer"]
 
 
 class SentencePieceModel:
-    """The SentencePiece processor of a file, with its markers made CONTROL (see `spm_proto`).
+    """The SentencePiece processor of a file, with its markers made CONTROL (see `sentencepiece_proto`).
+
+    Args:
+        settings: What the files beside it declare.
 
     Raises:
         TokenizerError: The bytes are no SentencePiece model.
     """
 
-    def __init__(self, data: bytes, special: Sequence[str], *, source: str) -> None:
+    def __init__(self, data: bytes, settings: Settings, *, source: str) -> None:
         if data.startswith(b"version https://git-lfs"):
             raise TokenizerError(
                 f"{source} is a git-lfs pointer, not the tokenizer itself; fetch it with `git lfs pull`"
             )
         try:
-            self.data, self.retyped = retype_markers(data, special)
+            special = [token.content for token in settings.added.values() if token.special]
+            special += [content for content in settings.named if NAMED_FORM.fullmatch(content)]
+            declared = {token_id: token.content for token_id, token in settings.added.items()}
+            self.data, self.retyped = retype_markers(data, special, declared)
         except (ValueError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{source} is broken or cut off ({error}); download it again") from error
         self.processor = self._load(self.data, source)
@@ -52,18 +59,24 @@ class SentencePieceModel:
             raise TokenizerError(f"{source} is not a SentencePiece model ({error}); download it again") from error
         return processor
 
+    def pieces(self) -> list[str]:
+        """Every piece, by id."""
+        return [self.processor.id_to_piece(i) for i in range(self.size)]
+
     def without_prefix(self) -> SentencePieceProcessor:
         """A second processor that puts no space in front of a text."""
         return self._load(without_dummy_prefix(self.data), "tokenizer.model without its dummy prefix")
 
-    def control_tokens(self) -> list[AddedToken]:
-        """Every piece that no text becomes, the unknown one too; a retyped one is shown unless a file says special."""
-        processor = self.processor
-        return [
-            AddedToken(processor.id_to_piece(i), i, special=i not in self.retyped)
-            for i in range(self.size)
-            if processor.is_control(i) or processor.is_unknown(i)
-        ]
+    def control_tokens(self, named: Mapping[str, AddedToken]) -> list[AddedToken]:
+        """Every piece that no text becomes, the unknown one too; a retyped one is shown unless a file says special, or
+        names it."""
+        processor, found = self.processor, []
+        for token_id in range(self.size):
+            if processor.is_control(token_id) or processor.is_unknown(token_id):
+                piece = processor.id_to_piece(token_id)
+                token = AddedToken(piece, token_id, special=token_id not in self.retyped)
+                found.append(replace(named[piece], token_id=token_id) if piece in named else token)
+        return found
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -9,7 +9,7 @@ are those of `sentencepiece_model.proto`: ModelProto.pieces = 1, .normalizer_spe
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 __all__ = [
     "BYTE", "CONTROL", "MARKER_FORM", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "retype_markers", "varint",
@@ -34,8 +34,11 @@ def without_dummy_prefix(model: bytes) -> bytes:
     return model + b"\x1a\x02\x18\x00"
 
 
-def retype_markers(model: bytes, special: Collection[str]) -> tuple[bytes, dict[int, str]]:
-    """Make markers CONTROL: pieces spelled as one of `special`, and USER_DEFINED pieces of `MARKER_FORM`.
+def retype_markers(
+    model: bytes, special: Collection[str], declared: Mapping[int, str] | None = None
+) -> tuple[bytes, dict[int, str]]:
+    """Make markers CONTROL: pieces spelled as one of `special`, those whose id a file declares as something else
+    (`declared`, spellings by id), and USER_DEFINED pieces of `MARKER_FORM`.
 
     Returns the changed model and the ids changed, with their spelling.
 
@@ -43,6 +46,7 @@ def retype_markers(model: bytes, special: Collection[str]) -> tuple[bytes, dict[
         ValueError: The bytes are not a protocol buffer.
     """
     spellings = {content.encode("utf-8") for content in special}
+    contents = {token_id: content.encode("utf-8") for token_id, content in (declared or {}).items()}
     changed: dict[int, str] = {}
     chunks: list[bytes] = []
     copied = token_id = 0
@@ -52,11 +56,12 @@ def retype_markers(model: bytes, special: Collection[str]) -> tuple[bytes, dict[
         # Cheap tests first: nearly none of 32000 pieces is read any closer.
         piece = model[body:end]
         length = piece[1] if len(piece) > 1 else 0
-        if b"\x18\x04" in piece or piece[2 : 2 + length] in spellings:
+        if b"\x18\x04" in piece or piece[2 : 2 + length] in spellings or token_id in contents:
             spelling, kind = _piece(piece)
-            declared = spelling in spellings
+            is_declared = spelling in spellings or contents.get(token_id, spelling) != spelling
             text = spelling.decode("utf-8")
-            if (declared and kind in (NORMAL, USER_DEFINED)) or (kind == USER_DEFINED and MARKER_FORM.fullmatch(text)):
+            is_marker = kind == USER_DEFINED and MARKER_FORM.fullmatch(text)
+            if is_marker or (is_declared and kind in (NORMAL, USER_DEFINED)):
                 new = piece + b"\x18\x03"  # the last value of a scalar field wins
                 chunks += [model[copied:start], b"\x0a", varint(len(new)), new]
                 copied = end

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_mixtral.errors import MissingDependencyError, TokenizerError
 from mlx_mixtral.tokenizer.base import ChatFormat, Tokenizer
 from mlx_mixtral.tokenizer.markers import Markers
-from mlx_mixtral.tokenizer.settings import Settings, read_settings_file
+from mlx_mixtral.tokenizer.settings import Settings
 from mlx_mixtral.tokenizer.streaming import ByteLevelDecoder, PieceDecoder, StreamingDecoder, Surface
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, path: Path, markers: Markers, settings: Settings, chat: ChatFormat) -> None:
-        spec = read_settings_file(path)
+        spec = settings.fast
         super().__init__(markers, chat, adds_bos=_adds_bos(spec, settings))
         self._path, self._spec = path, spec
         self._added_ids = set(self._by_id)

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mlx_mixtral.config.folder import must_convert, refuse_foreign
 from mlx_mixtral.config.layout import Rows
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.files import read_json
+from mlx_mixtral.weights.files import choose_files
+from mlx_mixtral.weights.names import unwrapped
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
 __all__ = ["Checkpoint", "CheckpointReader", "close_files"]
@@ -24,12 +27,14 @@ SINGLE = "model.safetensors"
 class Checkpoint(Mapping[str, TensorInfo]):
     """Tensors of a checkpoint folder by name. Opening reads headers only.
 
-    The index, where there is one, says which file holds a tensor; a file it does not name is ignored. Without an index the
-    folder must hold ``model.safetensors``, or exactly one safetensors file.
+    The index, where there is one, says which file holds a tensor; a file it does not name is ignored. Without an index it is
+    ``model.safetensors``, else the headers of all files of the model (``choose_files``). Names are the model's own, without
+    what a trainer put around it.
 
     Raises:
-        CheckpointError: no weights, an index that names an absent file or one outside the folder, a tensor the index
-            places in a file that does not have it, or a damaged header.
+        CheckpointError: no weights, or weights that have to be converted first; an index that names an absent file or one
+            outside the folder, a tensor the index places in a file that does not have it, one that two files have where there
+            is no index, or a damaged header.
     """
 
     index_name, single_name = INDEX, SINGLE
@@ -85,25 +90,39 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def _header(self, file: str) -> Mapping[str, TensorInfo]:
         return read_header(self.folder / file)
 
-    def _names(self) -> list[str]:
-        """Files that the weights may be in when neither the index nor the usual single one is there."""
-        return sorted(file.name for file in self.folder.glob("*.safetensors"))
+    def _all_names(self) -> list[str]:
+        """All files of the folder."""
+        return sorted(file.name for file in self.folder.iterdir() if file.is_file()) if self.folder.is_dir() else []
 
     def _open(self, folder: Path) -> dict[str, TensorInfo]:
         index = folder / self.index_name
-        return dict(self._header(self._single_file())) if not index.is_file() else self._read_index(index)
-
-    def _single_file(self) -> str:
-        if self._has(self.single_name):
-            return self.single_name
-        found = self._names()
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise CheckpointError(
-                f"{self.folder} has {len(found)} safetensors files and no {self.index_name} to say which tensor is where"
+        tensors = unwrapped(self._read_index(index) if index.is_file() else self._read_files())
+        if "tok_embeddings.weight" in tensors:
+            raise must_convert(
+                self.folder, "tensors under Mistral's own names", tensors["tok_embeddings.weight"].file.name
             )
-        raise CheckpointError(f"{self.folder} has no weights: neither {self.index_name} nor {self.single_name}")
+        return tensors
+
+    def _read_files(self) -> dict[str, TensorInfo]:
+        """The union of all files, where no index says which counts."""
+        names, suffix = self._all_names(), Path(self.single_name).suffix
+        if self._has(self.single_name):
+            chosen = [self.single_name]
+        else:
+            chosen = choose_files([name for name in names if name.endswith(suffix)], self.folder)
+        if not chosen:
+            refuse_foreign(names, self.folder)
+            raise CheckpointError(f"{self.folder} has no weights: neither {self.index_name} nor {self.single_name}")
+        tensors: dict[str, TensorInfo] = {}
+        for file in chosen:
+            for name, info in self._header(file).items():
+                if name in tensors:
+                    raise CheckpointError(
+                        f"{info.file}: tensor {name!r} is in {tensors[name].file.name} too, and there is no {self.index_name} "
+                        "to say which one counts; remove the file that is not the model's"
+                    )
+                tensors[name] = info
+        return tensors
 
     def _read_index(self, index: Path) -> dict[str, TensorInfo]:
         weight_map = read_json(index).get("weight_map")

@@ -10,9 +10,21 @@ from pathlib import Path
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.files import read_json
 
-__all__ = ["MANIFEST", "FileEntry", "check_files", "check_sizes", "file_problem", "file_sha256", "read_manifest"]
+__all__ = [
+    "EDITED",
+    "MANIFEST",
+    "FileEntry",
+    "check_files",
+    "check_sizes",
+    "file_problem",
+    "file_sha256",
+    "read_manifest",
+]
 
 MANIFEST = "conversion.json"
+EDITED = "was changed after the conversion"
+# What is not for people to edit.
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 HASH_BYTES = 8 * 2**20
 
 
@@ -70,22 +82,30 @@ def check_files(folder: Path) -> None:
         raise CheckpointError(f"{folder} has no {MANIFEST} to verify it by; load it without verifying")
     for name, entry in entries.items():
         if (problem := file_problem(folder, name, entry)) is not None:
-            raise CheckpointError(f"{folder / name}: {problem}")
+            fix = ", or load without verifying if it was on purpose" if problem.startswith(EDITED) else ""
+            raise CheckpointError(f"{folder / name}: {problem}{fix}")
 
 
 def file_problem(folder: Path, name: str, entry: FileEntry, read: Callable[[int], None] | None = None) -> str | None:
-    """What is wrong with a listed file: missing, another size, other bytes. ``read`` is told each number of bytes hashed."""
+    """What is wrong with a listed file: missing, another size, other bytes; of a small one, that it was edited.
+
+    ``read`` is told each number of bytes hashed.
+    """
     path = folder / name
     try:
         if not path.is_file():
             return f"missing; {MANIFEST} lists it"
         if (size := path.stat().st_size) != entry.nbytes:
-            return f"has {size} bytes, {MANIFEST} says {entry.nbytes}"
-        if (found := file_sha256(path, read)) != entry.sha256:
-            return f"has sha256 {found}, {MANIFEST} says {entry.sha256}"
+            told = f"has {size} bytes, {MANIFEST} says {entry.nbytes}"
+        elif (found := file_sha256(path, read)) != entry.sha256:
+            told = f"has sha256 {found}, {MANIFEST} says {entry.sha256}"
+        else:
+            return None
+        if name.endswith(_WEIGHTS):
+            return told
+        return f"{EDITED}: it {told}; copy it again unless you changed it"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    return None
 
 
 def file_sha256(path: Path, read: Callable[[int], None] | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlx_mixtral.config.folder import must_convert
 from mlx_mixtral.config.layout import Matrix, Rows, locate
 from mlx_mixtral.config.quantization import MODES, QuantizationConfig, QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConfigError
@@ -15,8 +16,10 @@ def packing_of(matrix: Matrix, config: QuantizationConfig | None, checkpoint: Ch
 
     Raises:
     ConfigError: the config contradicts the tensors, or says nothing.
-    CheckpointError: there are scales without a weight.
+    CheckpointError: there are scales without a weight, or the packing of GPTQ or AWQ.
     """
+    if (words := f"{matrix.path}.qweight") in checkpoint:
+        raise must_convert(checkpoint.folder, "weights packed by GPTQ or AWQ", checkpoint[words].file.name)
     scales = locate(matrix, "scales", checkpoint)
     if scales is None:
         return None

@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import parse_json
+from mlx_mixtral.files import POINTER_FIX, is_pointer, parse_json
 
 __all__ = ["ITEM_BYTES", "TensorInfo", "header_bytes", "is_count", "parse_header", "read_header", "read_into"]
 
@@ -73,10 +73,12 @@ def header_bytes(path: Path, head: bytes, size: int) -> int:
     """Length of the JSON header, from the first 8 bytes of a file of ``size`` bytes; ``path`` is for messages.
 
     Raises:
-        CheckpointError: the header would be longer than the file.
+        CheckpointError: the header would be longer than the file, or it is a git-lfs pointer.
     """
     if len(head) < 8:
         raise CheckpointError(f"{path} has {size} bytes; a safetensors file starts with 8 bytes of header length")
+    if is_pointer(head):
+        raise CheckpointError(f"{path} {POINTER_FIX}")
     (length,) = struct.unpack("<Q", head)
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise CheckpointError(

@@ -114,7 +114,7 @@ class Bench:
     def calibrate(self) -> Row:
         started = time.perf_counter()
         limit = {} if self.subject.calibration_tokens is None else {"tokens": self.subject.calibration_tokens}
-        calibrate(self.subject.folder, **limit).save(self.calibration)
+        calibrate(self.subject.folder, sensitivities=True, **limit).save(self.calibration)
         return {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
 
     def theirs(self, method: str, argument: str) -> Row:

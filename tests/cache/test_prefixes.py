@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mixtral import Mixtral, load
-from mlx_mixtral.cache.prefixes import MAX_LOST_TOKENS, PrefixStore, common_prefix
+from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.cache.prefixes import MAX_LOST_TOKENS, MIN_TOKENS, PrefixStore, common_prefix
+from mlx_mixtral.cache.window import Window
 from mlx_mixtral.errors import DestinationError, InvalidRequestError, PromptCacheError
 
 
@@ -99,13 +101,13 @@ def test_an_error_keeps_nothing(own: Mixtral) -> None:
 
 
 def test_the_least_recently_used_goes_first(tiny: Path) -> None:
-    with load(tiny, prefix_cache="800KB") as model:
+    with load(tiny, prefix_cache="400KB") as model:
         prompts = [_ids(model, 100, seed=seed) for seed in range(4)]
         for index in (0, 1, 2, 3, 1, 0):
             model.generate(prompts[index], max_tokens=5)
-            assert model.engine.prompt_cache.kept.nbytes <= 800_000
+            assert model.engine.prompt_cache.kept.nbytes <= 400_000
         each = model.engine.prompt_cache.kept.nbytes // len(model.engine.prompt_cache.kept)
-        assert len(model.engine.prompt_cache.kept) == 800_000 // each < 4
+        assert len(model.engine.prompt_cache.kept) == 400_000 // each < 4
         reused = [bool(model.generate(prompts[index], max_tokens=1).stats.reused_tokens) for index in (0, 1)]
         assert reused == [True, True]
 
@@ -157,8 +159,98 @@ def test_a_copy_is_made_only_where_much_would_be_lost(model: Mixtral) -> None:
     model.module.remember(mx.array([tokens]), cache)
     store.put(tokens, cache)
     assert store.take([*tokens[: 99 - MAX_LOST_TOKENS], 4, 5]) is not cache
-    assert store.take([*tokens[: 100 - MAX_LOST_TOKENS], 4, 5]) is cache
+    lent = store._kept[0].cache
+    assert store.take([*tokens[: 100 - MAX_LOST_TOKENS], 4, 5]) is lent
     assert len(store) == 0
+
+
+def _kept_cache(model: Mixtral, tokens: list[int]) -> KVCache:
+    cache = model.make_cache()
+    model.module.remember(mx.array([tokens]), cache)
+    return cache
+
+
+def test_what_a_new_sequence_begins_with_is_replaced_and_only_that(model: Mixtral) -> None:
+    store, tokens = PrefixStore(10**8), _ids(model, 60)
+    for kept in (tokens[:20], [*tokens[:19], 3], tokens[:40], tokens[:20]):
+        store.put(kept, _kept_cache(model, kept))
+    # The last is what the one of 40 begins with: it goes in beside it, for it was used since.
+    assert [len(kept.tokens) for kept in store._kept] == [20, 40, 20]
+    store.put(tokens, _kept_cache(model, tokens))
+    assert [kept.tokens for kept in store._kept] == [[*tokens[:19], 3], tokens]
+    assert store.nbytes == sum(kept.cache.nbytes for kept in store._kept)
+
+
+def test_a_short_sequence_keeps_the_columns_it_uses_and_goes_on_from_them(own: Mixtral, forgetful: Mixtral) -> None:
+    prompt = _ids(own, 40)
+    own.generate(prompt, max_tokens=4)
+    kept = own.engine.prompt_cache.kept
+    a_token = own.config.kv_bytes_per_token(4)
+    assert kept.nbytes in (42 * a_token, 43 * a_token)
+    longer = [*prompt, *_ids(own, 300, seed=3)]
+    found = own.generate(longer, max_tokens=8)
+    assert found.stats.reused_tokens >= 40
+    assert found.token_ids == forgetful.generate(longer, max_tokens=8).token_ids
+    # Where more than half is in use nothing is copied: two whole steps.
+    assert sum(array.nbytes for layer in kept._kept[0].cache.layers for array in layer) == 512 * a_token
+
+
+def _wrapped(model: Mixtral, length: int) -> tuple[list[int], KVCache]:
+    """A cache with 40 tokens in sight that was written over."""
+    tokens = _ids(model, length)
+    cache = KVCache(2, 2, 32, window=Window(40))
+    for start in range(0, length, 20):
+        model.module.remember(mx.array([tokens[start : start + 20]]), cache)
+    return tokens, cache
+
+
+def test_what_was_written_over_is_not_taken(model: Mixtral) -> None:
+    tokens, cache = _wrapped(model, 140)
+    assert (cache.is_whole, cache.trimmable) == (False, 56)
+    whole = PrefixStore(10**8)
+    whole.put(tokens, cache)
+    # So much can be given up, but is too much to be: a copy would be made, and of this none can be.
+    assert whole.take([*tokens[:100], 250, 4]) is None
+    assert len(whole) == 1
+    cache.trim(30)  # tokens that are not kept leave fewer to be given up
+    kept, left = tokens[:110], cache.trimmable
+    assert 0 < left < MAX_LOST_TOKENS
+    store = PrefixStore(10**8)
+    store.put(kept, cache)
+    # Far from its end nothing can be copied; nearer, more than may be given up would be lost.
+    assert store.take([*kept[:50], 3, 4]) is None
+    assert store.take([*kept[: 110 - left - 1], 250, 4]) is None
+    assert len(store) == 1
+    assert store.take([*kept[: 110 - left], 250, 4]) is cache
+
+
+def test_a_copy_counts_its_own_tokens(model: Mixtral) -> None:
+    cache = _kept_cache(model, _ids(model, 40))
+    assert cache.lengths.tolist() == [40]
+    assert cache.fork(20).lengths.tolist() == [20]
+    assert cache.lengths.tolist() == [40]
+
+
+def test_of_more_than_the_limit_the_oldest_go(model: Mixtral) -> None:
+    sequences = [_ids(model, 20, seed=seed) for seed in range(3)]
+    each = _kept_cache(model, sequences[0]).fork(20).nbytes
+    store = PrefixStore(2 * each)
+    for tokens in sequences:
+        store.put(tokens, _kept_cache(model, tokens))
+    assert [kept.tokens for kept in store._kept] == sequences[1:]
+    too_small = PrefixStore(each - 1)
+    too_small.put(sequences[0], _kept_cache(model, sequences[0]))
+    assert len(too_small) == 0
+
+
+def test_a_short_beginning_is_not_taken_from_a_longer_sequence(model: Mixtral) -> None:
+    store, tokens = PrefixStore(10**8), _ids(model, 30)
+    store.put(tokens, _kept_cache(model, tokens))
+    assert store.take([*tokens[: MIN_TOKENS - 1], 3, 4]) is None
+    assert len(store) == 1
+    found = store.take([*tokens[:MIN_TOKENS], 3, 4])
+    assert found is not None
+    assert found.length == MIN_TOKENS
 
 
 def test_common_prefix() -> None:

@@ -127,3 +127,21 @@ def test_a_file_of_another_format_says_how_to_convert_it(invoke: Invoke, tmp_pat
     file.write_bytes(b"GGUF")
     assert_one_error(invoke("generate", file, "-p", "x"), "has to be converted first: mlx-mixtral convert")
     assert_one_error(invoke("info", tmp_path), "holds a GGUF file", "mlx-mixtral convert")
+
+
+@pytest.mark.parametrize(
+    ("typed", "advice"),
+    [("genrate", "did you mean generate?"), ("conver", "did you mean convert?"), ("xyz", "--help lists them")],
+)
+def test_a_slip_in_a_command_is_answered_with_the_one_that_was_meant(invoke: Invoke, typed: str, advice: str) -> None:
+    for words in ([typed], ["help", typed]):
+        result = invoke(*words)
+        assert result.exit_code == 2
+        assert f"there is no command '{typed}'; " in result.stderr
+        assert advice in result.stderr
+
+
+def test_help_and_version_are_commands_too(invoke: Invoke) -> None:
+    assert invoke("help").stdout == invoke("--help").stdout
+    assert invoke("help", "convert").stdout == invoke("convert", "--help").stdout
+    assert invoke("version").stdout == invoke("--version").stdout

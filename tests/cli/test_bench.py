@@ -17,6 +17,7 @@ from mlx_mixtral.cli.bench.tables import print_bench
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.info.estimate import BUILT_IN
 from mlx_mixtral.info.macs import measured_on_similar, published_for
+from mlx_mixtral.machine.bandwidth import copy_rates
 from mlx_mixtral.machine.device import Device
 from mlx_mixtral_convert import Recipe, convert
 from tests.shared import SharedFolders
@@ -31,7 +32,7 @@ SHORT = ("--tokens", 2, "--repeats", 2, "--prompt", "3,5", "--depth", "4", "--ba
 def _small_copies() -> Iterator[None]:
     """Half a gigabyte is written before copying is measured, which takes longer than all else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mlx_mixtral.bench.traffic.COPY_BYTES", 2**22)
+        patch.setattr("mlx_mixtral.bench.run.copy_rates", lambda repeats: copy_rates(2**22, repeats))
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,16 @@ def test_a_calibration_is_written_with_progress_to_the_end_and_may_be_replaced(
     flags = ("--tokens", 1024, "--json")
     result = invoke("calibrate", short, tmp_path / "file", *flags)
     assert json.loads(result.stdout)["tokens"] == 1024
-    assert result.stderr.splitlines()[-2:] == ["calibrate: layer 1/1", "calibrate: sensitivities"]
-    assert Calibration.load(tmp_path / "file").losses
-    again = invoke("calibrate", short, tmp_path / "file", *flags, "--no-sensitivities")
-    assert again.stderr.splitlines()[-1] == "calibrate: layer 1/1"
+    told = result.stderr.splitlines()
+    assert re.fullmatch(r"calibrate: about [0-9.]+ s left", told[0])
+    assert re.fullmatch(r"calibrate: layer 1/1, about [0-9.]+ s left", told[-1])
     assert not Calibration.load(tmp_path / "file").losses
+    again = invoke("calibrate", short, tmp_path / "file", *flags, "--sensitivities")
+    assert again.stderr.splitlines()[0].endswith("left, nearly all of it for --sensitivities")
+    found = Calibration.load(tmp_path / "file")
+    assert found.losses == json.loads(again.stdout)["losses"]
+    assert found.anchors == json.loads(again.stdout)["anchors"]
+    assert set(found.anchors) == {"plain", "search"}
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -53,6 +59,7 @@ def test_places_that_cannot_be_written_are_refused_before_the_run(
 def test_a_trace_is_refused_before_the_run(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
     RoutingTrace(np.array([[[0, 1]] * 3], np.uint16), 8).save(tmp_path / "routing.trace")
     flags = ("calibrate", tiny, tmp_path / "file", "--trace")
-    assert_one_error(invoke(*flags, tmp_path / "routing.trace"), "3 layers", "the model has 6", "--save-trace")
-    assert invoke(*flags, tmp_path / "routing.trace", "--no-sensitivities").exit_code == 2
+    asked = invoke(*flags, tmp_path / "routing.trace", "--sensitivities")
+    assert_one_error(asked, "3 layers", "the model has 6", "--save-trace")
+    assert invoke(*flags, tmp_path / "routing.trace").exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["routing.trace"]

@@ -154,7 +154,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(spawn: Spawn, tiny: Pat
 
 
 def test_ctrl_c_while_waiting_for_piped_input_or_loading_ends_with_130(spawn: Spawn, tiny: Path) -> None:
-    process = spawn("chat", tiny, "-n", 4)
+    process = spawn("chat", tiny, "-n", 4, "--chat-template", "mistral-v1")
     assert process.stdin is not None
     assert process.stderr is not None
     process.stdin.write(b"Hello\n")
@@ -224,3 +224,31 @@ def _read_until(terminal: int, mark: str | None) -> str:
             break
         seen += data.decode(errors="replace")
     return seen
+
+
+def test_a_guessed_format_is_said_and_another_can_be_given(invoke: Invoke, quantised: Path, tmp_path: Path) -> None:
+    noted = invoke("chat", quantised, *SEED, input="Hello\n")
+    notes = [line for line in noted.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: there is no chat template; the chat format is taken to be mistral-v1: "
+        "--chat-template FILE or NAME chooses another"
+    ]
+    named = invoke("chat", quantised, *SEED, "--chat-template", "mistral-v1", input="Hello\n")
+    assert (named.stdout, "note: " in named.stderr) == (noted.stdout, False)
+    (tmp_path / "mine.jinja").write_text("{{ bos_token }}{{ messages[-1].content }} and", "utf-8")
+    given = invoke("chat", quantised, "-n", 8, "-t", 0, "--chat-template", tmp_path / "mine.jinja", input="Hello\n")
+    completed = invoke("generate", quantised, "-p", "<s>Hello and", "-n", 8)
+    assert given.stdout.strip() == completed.stdout.strip()
+
+
+def test_an_answer_stops_at_what_is_given(invoke: Invoke, quantised: Path) -> None:
+    greedy = ("chat", quantised, "-t", 0, "-n", 12)
+    free = invoke(*greedy, input="Hello\n").stdout
+    word = free.split()[2]
+    assert invoke(*greedy, "--stop", word, input="Hello\n").stdout.strip() == free[: free.index(word)].strip()
+    with load(quantised) as model:
+        ids = model.chat([{"role": "user", "content": "Hello"}], sampling=SamplingParams(), max_tokens=12).token_ids
+        third = model.tokenizer.decode(ids[: ids.index(ids[2])])
+    stopped = invoke(*greedy, "--stop-token-id", ids[2], input="Hello\n").stdout
+    assert stopped.strip() == third.strip()
+    assert invoke("chat", "no-such-folder", "--stop", "").stderr.startswith("error: --stop string ''")

@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_mixtral.cli.options import LoadOptions
+from mlx_mixtral.machine.bandwidth import copy_rates
 
 from .conftest import Invoke, assert_one_error
 from .test_app import ENVIRONMENT
@@ -41,7 +42,7 @@ def test_another_device_is_a_usage_error(invoke: Invoke) -> None:
 
 
 def test_results_name_the_device(invoke: Invoke, quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_mixtral.bench.traffic.COPY_BYTES", 2**22)
+    monkeypatch.setattr("mlx_mixtral.bench.run.copy_rates", lambda repeats: copy_rates(2**22, repeats))
     few = ("--prompt", 3, "--depth", "none", "--batch", "none", "--repeats", 1)
     found = json.loads(invoke("bench", quantised, *few, "--device", "cpu", "--json").stdout)
     assert (found["device"]["kind"], found["compute_dtype"]) == ("cpu", "float32")

@@ -44,7 +44,10 @@ def test_stats_are_one_line_on_stderr_and_can_be_left_out(invoke: Invoke, quanti
     shown = invoke("generate", quantised, "-p", PROMPT, "-n", 5).stderr
     assert len(shown.splitlines()) == 1
     assert "5 tokens" in shown
-    assert "tok/s" in shown
+    # Neither prompt nor answer has the tokens that a rate needs.
+    assert "tok/s" not in shown
+    shown = invoke("generate", quantised, "-p", PROMPT, "-n", 30).stderr
+    assert shown.count("tok/s") == 1
     assert "peak memory" in shown
     assert invoke("generate", quantised, "-p", PROMPT, "-n", 5, "--no-stats").stderr == ""
 
@@ -231,3 +234,46 @@ def test_a_seed_that_is_no_integer_is_refused_before_the_model_is_loaded(invoke:
     result = invoke("generate", "nowhere", "-p", "x", "--seed", "abc")
     assert result.exit_code == 2
     assert result.stderr == "error: --seed is 'abc'; it must be an integer\n"
+
+
+def test_control_tokens_of_the_prompt_are_counted_and_can_be_text(invoke: Invoke, quantised: Path) -> None:
+    def tokens(*flags: str) -> tuple[int, int]:
+        stats = json.loads(invoke("generate", quantised, "-p", "Hello</s>", "-n", 1, "--json", *flags).stdout)["stats"]
+        return stats["prompt_tokens"], stats["prompt_special_tokens"]
+
+    with load(quantised) as model:
+        hello, as_text = (len(model.tokenizer.encode(text)) for text in ("Hello", "Hello</s>"))
+    assert tokens() == (hello + 1, 1)
+    assert tokens("--no-special") == (as_text, 0)
+    line = invoke("generate", quantised, "-p", "Hello</s>", "-n", 1).stderr
+    assert line.startswith(f"{hello + 1} prompt tokens (1 special) · ")
+
+
+def test_the_rest_of_a_saved_prompt_has_its_control_tokens_too(invoke: Invoke, quantised: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "one.prompt"
+    assert invoke("generate", quantised, "-p", "Hello", "-n", 1, "--save-prompt", saved).exit_code == 0
+    further = ("generate", quantised, "-p", "</s><s>", "-n", 1, "--saved-prompt", saved, "--json")
+    stats, as_text = (json.loads(invoke(*further, *flags).stdout)["stats"] for flags in ((), ("--no-special",)))
+    assert (stats["prompt_special_tokens"], as_text["prompt_special_tokens"]) == (2, 0)
+    assert stats["prompt_tokens"] < as_text["prompt_tokens"]
+
+
+def test_tokenizers_that_disagree_are_noted_once_and_chosen_between(invoke: Invoke, checkpoint_copy: Path) -> None:
+    spec = {"model": {"type": "BPE", "vocab": {"<unk>": 0, "<s>": 1, "</end>": 2}, "merges": []}}
+    (checkpoint_copy / "tokenizer.json").write_text(json.dumps(spec))
+    noted = invoke("generate", checkpoint_copy, "-p", "Hello", "-n", 1)
+    assert noted.exit_code == 0
+    lines = [line for line in noted.stderr.splitlines() if line.startswith("note: ")]
+    assert len(lines) == 1
+    assert "id 2 is '</s>' in the first and '</end>' in the second" in lines[0]
+    chosen = invoke("generate", checkpoint_copy, "-p", "Hello", "-n", 1, "--tokenizer", "model")
+    assert (chosen.stdout, "note: " in chosen.stderr) == (noted.stdout, False)
+    assert_one_error(invoke("generate", checkpoint_copy, "-p", "Hi", "--tokenizer", "json"), "tokenizer.json")
+    shown = invoke("info", checkpoint_copy).stdout
+    assert "chat format mistral-v1 (a guess), stops at 2" in shown
+    assert "note: tokenizer.model and tokenizer.json disagree" in " ".join(shown.split())
+
+
+def test_a_chat_template_that_is_not_there_is_refused_before_the_model_is_looked_for(invoke: Invoke) -> None:
+    for command in (("generate", "no-such-folder", "-p", PROMPT), ("chat", "no-such-folder")):
+        assert_one_error(invoke(*command, "--chat-template", "chatmll"), "'chatmll'", "chatml")

@@ -77,6 +77,11 @@ def test_speed_bounds_are_bandwidth_over_bytes_per_token(invoke: Invoke) -> None
     both = json_of(invoke, "8x7b", "--chip", "Apple M3 Max")["speed_bounds"]
     assert [row["bandwidth_gb_s"] for row in both] == [300, 400]
     assert_one_error(invoke("info", "8x7b", "--chip", "M9"), "M9", "M3 Max")
+    plan = ("info", "8x7b", "--memory", "12GB")
+    wanted = "name 'M3 Max 30-core' (300 GB/s) or 'M3 Max 40-core' (400 GB/s) with --chip"
+    assert_one_error(invoke(*plan, "--chip", "M3 Max"), wanted)
+    assert invoke(*plan, "--chip", "M3 Max 40-core").exit_code == 0
+    assert_one_error(invoke(*plan), "name one with --chip")
 
 
 @pytest.mark.parametrize("model", ["8x7b", "8x22b"])
@@ -101,6 +106,8 @@ def test_a_converted_folder_shows_its_packing(invoke: Invoke, quantised: Path) -
         "kind": "SentencePiece",
         "vocab_size": 4096,
         "chat_format": "mistral-v1",
+        "chat_origin": "a guess",
+        "notes": [],
         "eos_token_ids": [2],
     }
     data = sum(file.stat().st_size for file in quantised.glob("*.safetensors"))

@@ -77,7 +77,7 @@ def test_info_plans_published_sizes_for_a_chip(invoke: Invoke) -> None:
     assert four["bytes_read_per_token"] == pytest.approx((1 - four["hit_rate"]) * 2 * 99e6 * (32 - 3), rel=0.05)
     assert four["predicted_tok_s"] < 5e9 / four["bytes_read_per_token"]
     assert plans["2-bit"]["predicted_tok_s"] > four["predicted_tok_s"] > plans["8-bit"]["predicted_tok_s"]
-    assert_one_error(invoke("info", "8x7b", "--memory", "12GB"), "needs one --chip")
+    assert_one_error(invoke("info", "8x7b", "--memory", "12GB"), "name one with --chip")
     small = json.loads(invoke("info", "8x22b", "--memory", "2GB", "--chip", "M1", "--json").stdout)["memory"]
     assert all("too small" in plan["problem"] for plan in small)
     assert "needs" in invoke("info", "8x22b", "--memory", "2GB", "--chip", "M1").stdout

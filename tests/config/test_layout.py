@@ -87,6 +87,40 @@ def _fused() -> dict[str, Array]:
     return tensors
 
 
+def _named(block: str, letters: bool) -> dict[str, Array]:
+    """Experts apart, under the names of either, in a block of either name."""
+    return {
+        f"model.layers.{layer}.{block}.experts.{expert}.{LETTER[projection] if letters else projection}.weight": matrix
+        for layer in range(LAYERS)
+        for projection in PROJECTIONS
+        for expert, matrix in enumerate(_stacked_of(layer, projection))
+    }
+
+
+def _together(gate_up: str, down: str) -> dict[str, Array]:
+    """Gate and up one above the other, stacked under ``gate_up`` and ``down`` of the layer."""
+    return {
+        name.replace("mlp.experts.gate_up_proj", gate_up).replace("mlp.experts.down_proj", down): array
+        for name, array in _fused().items()
+    }
+
+
+def _pairs() -> dict[str, Array]:
+    """Gate and up of each expert in one."""
+    tensors = {name: array for name, array in _named("mlp", False).items() if "down_proj" in name}
+    for name, array in _fused().items():
+        if "gate_up" in name:
+            prefix = name.removesuffix(".gate_up_proj")
+            tensors |= {f"{prefix}.{expert}.gate_up_proj.weight": matrix for expert, matrix in enumerate(array)}
+    return tensors
+
+
+def _renamed(block: str, stack: str) -> dict[str, Array]:
+    return {
+        name.replace("block_sparse_moe.switch_mlp", f"{block}.{stack}"): array for name, array in _stacked().items()
+    }
+
+
 def _dense() -> dict[str, Array]:
     return {
         f"model.layers.{layer}.mlp.{projection}.weight": _stacked_of(layer, projection)[0]
@@ -109,6 +143,18 @@ def _read(tensors: dict[str, Array], rows: Rows) -> Array:
         pytest.param(SPARSE, _stacked(), id="stacked"),
         pytest.param(SPARSE, _per_expert(), id="per expert"),
         pytest.param(SPARSE, _fused(), id="fused"),
+        pytest.param(SPARSE, _named("mlp", False), id="mlp.experts.M.gate_proj"),
+        pytest.param(SPARSE, _named("mlp", True), id="mlp.experts.M.w1"),
+        pytest.param(SPARSE, _named("block_sparse_moe", False), id="block_sparse_moe.experts.M.gate_proj"),
+        pytest.param(SPARSE, _pairs(), id="mlp.experts.M.gate_up_proj"),
+        pytest.param(SPARSE, _renamed("mlp", "switch_mlp"), id="mlp.switch_mlp"),
+        pytest.param(SPARSE, _renamed("mlp", "experts"), id="mlp.experts.gate_proj.weight"),
+        pytest.param(
+            SPARSE, _together("block_sparse_moe.experts.w13_weight", "block_sparse_moe.experts.w2_weight"), id="w13"
+        ),
+        pytest.param(
+            SPARSE, _together("mlp.experts.gate_up_proj.weight", "mlp.experts.down_proj.weight"), id="fused.weight"
+        ),
         pytest.param(DENSE, _dense(), id="dense"),
     ],
 )

@@ -275,10 +275,6 @@ def test_an_absent_model_type_is_refused() -> None:
 # A value that changes the computation, and the values (null aside) under which the key says nothing.
 CHANGING: list[tuple[str, Any, tuple[Any, ...]]] = [
     ("hidden_act", "gelu", ("silu", "swish")),
-    ("attention_bias", True, (False,)),
-    ("mlp_bias", True, (False,)),
-    ("qkv_bias", True, (False,)),
-    ("use_bias", True, (False,)),
     ("partial_rotary_factor", 0.5, (1, 1.0)),
     ("rope_interleaved", True, (False,)),
     ("rope_traditional", True, (False,)),
@@ -515,7 +511,11 @@ def test_a_folder_with_neither_file_is_not_a_checkpoint(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (b'{"a": "\xff\xfe"}', "not valid JSON"),
-        ('{"a": 1}'.encode("utf-16"), "not valid JSON"),
+        ('{"a": 1}'.encode("utf-16-le"), "not valid JSON"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4221\n",
+            "is a git-lfs pointer.*run git lfs pull",
+        ),
         (b"", "not valid JSON"),
         (b"{'a': 1}", "not valid JSON"),
         (b'{"a": 1', "not valid JSON"),
@@ -533,6 +533,12 @@ def test_a_file_that_is_not_a_json_object_is_a_checkpoint_error(tmp_path: Path, 
     with pytest.raises(CheckpointError, match=said) as caught:
         read_json(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_says_how_a_file_is_written(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "config.json").write_bytes('{"a": "é"}'.encode(encoding))
+    assert read_json(tmp_path / "config.json") == {"a": "é"}
 
 
 def test_an_unreadable_or_enormous_file_is_a_checkpoint_error(tmp_path: Path) -> None:

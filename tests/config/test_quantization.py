@@ -68,7 +68,7 @@ def test_a_mode_fills_in_its_own_bits_and_group() -> None:
 @pytest.mark.parametrize(
     ("bits", "group_size", "mode", "said"),
     [
-        (7, 64, "affine", "7 bits are not supported in affine mode; use 2, 3, 4, 5, 6 or 8"),
+        (7, 64, "affine", "7 bits are not supported in affine mode; use 1, 2, 3, 4, 5, 6 or 8"),
         (4, 48, "affine", "group size 48 is not supported in affine mode; use 32, 64 or 128"),
         (8, 32, "mxfp4", "mxfp4 means 4 bits in groups of 32, not 8 bits in groups of 32; leave both out"),
         (4, 64, "nf4", "quantization mode 'nf4' is unknown; use one of affine, mxfp4, mxfp8, nvfp4"),

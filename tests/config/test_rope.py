@@ -246,7 +246,7 @@ def test_a_missing_parameter_is_named(kind: str, given: dict[str, Any], absent: 
         RopeConfig.from_hf({"rope_scaling": scaling}, 1e4, 64)
 
 
-@pytest.mark.parametrize("kind", ["su", "mrope", "ntk", "", None, 3, ["yarn"], {}])
+@pytest.mark.parametrize("kind", ["mrope", "ntk", "", None, 3, ["yarn"], {}])
 def test_an_unknown_kind_is_named(kind: Any) -> None:
     with pytest.raises(ConfigError, match="is not supported; known are default, linear") as caught:
         RopeConfig.from_hf({"rope_scaling": {"rope_type": kind, "factor": 2.0}}, 1e4, 64)
@@ -316,3 +316,41 @@ def test_scaling_that_is_not_an_object_is_refused(value: Any) -> None:
 def test_values_at_which_a_formula_divides_by_zero_are_refused(entries: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         RopeConfig.from_hf(entries, 1e4, 64)
+
+
+@pytest.mark.parametrize(
+    ("declared", "scaling", "reached"),
+    [
+        (32768, None, 32768),
+        # As transformers documents `factor`: that many times the pretrained context, which is the declared one.
+        (4096, {"type": "linear", "factor": 4.0}, 16384),
+        (4096, {"type": "dynamic", "factor": 2.5}, 10240),
+        (32768, {"type": "yarn", "factor": 4.0}, 131072),
+        (4096, {"type": "linear", "factor": 0.5}, 4096),
+        # Declared scaled already, or not: Qwen's instructions, DeepSeek V3, Yarn-Mistral-7b-128k.
+        (32768, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        (163840, {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}, 163840),
+        (32768, {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192, "finetuned": True}, 131072),
+        (16384, {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        # Llama 3.1 and 3.2 1B: 8192 times 32 would be 262144, which nobody says it is.
+        (131072, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, 131072),
+        (131072, {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}, 131072),
+        # Phi-3-mini-128k, by the old name too.
+        (131072, {"type": "longrope", "original_max_position_embeddings": 4096}, 131072),
+        (131072, {"type": "su", "original_max_position_embeddings": 4096}, 131072),
+        (4096, {"type": "longrope", "factor": 32.0}, 131072),
+        (4096, {"type": "dynamic", "factor": 1e300}, 2**24),
+    ],
+)
+def test_the_context_reached_is_scaled_once(declared: int, scaling: dict[str, Any] | None, reached: int) -> None:
+    if scaling is not None and scaling.get("type") in ("longrope", "su"):
+        scaling = scaling | {"short_factor": [1.0], "long_factor": [2.0]}
+    if scaling is not None and scaling.get("rope_type") == "llama3":
+        scaling = scaling | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert RopeConfig.from_hf({"rope_scaling": scaling}, 1e4, declared).max_context_tokens == reached
+
+
+def test_su_is_longrope_by_its_first_name() -> None:
+    entries = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0], "original_max_position_embeddings": 16}
+    old, new = (RopeConfig.from_hf({"rope_scaling": entries | {"type": kind}}, 1e4, 64) for kind in ("su", "longrope"))
+    assert old == new

@@ -27,7 +27,7 @@ from tests.processes import PYTHONPATH
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BREAKS = ("drop", "503", "short", "429")
-WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt")
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".npz")
 # Pieces are small so that there are many. ``home`` is all this process may write to beside the destination.
 SCRIPT = """
 import json, os, signal, sys, threading, time
@@ -227,12 +227,17 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 def serve(folder: Path) -> Iterator[Hub]:
     """A running hub for ``folder``."""
     hub = Hub(folder)
-    server = _Server(("127.0.0.1", 0), _handler(hub))
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    with listening(_Server(("127.0.0.1", 0), _handler(hub))) as hub.url:
+        yield hub
+
+
+@contextlib.contextmanager
+def listening(server: ThreadingHTTPServer) -> Iterator[str]:
+    """A server at work, and its address."""
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
-        yield hub
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         thread.join()

@@ -59,6 +59,12 @@ def words(columns: list[Integers], bits: int) -> npt.NDArray[np.int32]:
     return np.asarray(total, np.uint64).astype(np.uint32).view(np.int32)
 
 
+def stream(numbers: Integers, bits: int) -> npt.NDArray[np.int32]:
+    """Words down each column of ``numbers``, as one stream of bits from the lowest on: numbers of 3 bits lie across words."""
+    single = (numbers.T[:, :, None] >> np.arange(bits) & 1).astype(np.uint8).reshape(numbers.shape[1], -1)
+    return np.ascontiguousarray(np.packbits(single, axis=1, bitorder="little").view("<i4").T)
+
+
 def awq(matrix: Grouped) -> dict[str, npt.NDArray[Any]]:
     """Eight outputs to a word, from the low bits on outputs 0, 2, 4, 6, 1, 3, 5, 7."""
 
@@ -72,11 +78,12 @@ def gptq(matrix: Grouped, *, version: int = 1, g_idx: bool = True) -> dict[str, 
     """Inputs in order down the words of qweight, outputs in order along those of qzeros; version 1 takes one from zeros."""
     count = 32 // matrix.bits
     zeros = (matrix.zeros - 1) % 2**matrix.bits if version == 1 else matrix.zeros
-    made: dict[str, npt.NDArray[Any]] = {
-        "qweight": words([matrix.q[first::count] for first in range(count)], matrix.bits),
-        "qzeros": words([zeros[:, first::count] for first in range(count)], matrix.bits),
-        "scales": matrix.scales,
-    }
+    if matrix.bits == 3:
+        qweight, qzeros = stream(matrix.q, 3), np.ascontiguousarray(stream(zeros.T, 3).T)
+    else:
+        qweight = words([matrix.q[first::count] for first in range(count)], matrix.bits)
+        qzeros = words([zeros[:, first::count] for first in range(count)], matrix.bits)
+    made: dict[str, npt.NDArray[Any]] = {"qweight": qweight, "qzeros": qzeros, "scales": matrix.scales}
     return made | ({"g_idx": matrix.group_of.astype(np.int32)} if g_idx else {})
 
 
@@ -94,11 +101,15 @@ def make_packed(
     *,
     head: bool = False,
     shards: int = 1,
+    settings: str | None = None,
+    plain_bytes: tuple[str, ...] = (),
     **changes: Any,
 ) -> dict[str, Floats]:
     """Write a packed folder and return, under the hub's names, the weights it means.
 
     Args:
+        settings: a file for ``entry``, in place of config.json.
+        plain_bytes: fields whose uint8 are bytes and not float8.
         pack: (module, its unpacked weights) to the tensors ``module.*`` and the weights they mean.
     """
     config = CONFIG | changes
@@ -114,14 +125,19 @@ def make_packed(
     meant |= {name: value.astype(np.float32) for name, value in plain.items()}
     tensors |= plain
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": entry, "torch_dtype": "float16"}))
-    save(folder, tensors, shards)
+    said = {"quantization_config": entry} if settings is None else {}
+    (folder / "config.json").write_text(json.dumps(config | said | {"torch_dtype": "float16"}))
+    if settings is not None:
+        (folder / settings).write_text(json.dumps(entry))
+    save(folder, tensors, shards, plain_bytes)
     return meant
 
 
-def save(folder: Path, tensors: dict[str, npt.NDArray[Any]], shards: int = 1) -> None:
+def save(
+    folder: Path, tensors: dict[str, npt.NDArray[Any]], shards: int = 1, plain_bytes: tuple[str, ...] = ()
+) -> None:
     """One file, or several with an index; float8 arrives as uint8 and is renamed in the header."""
-    fp8 = {name for name, value in tensors.items() if value.dtype == np.uint8}
+    fp8 = {n for n, value in tensors.items() if value.dtype == np.uint8 and not n.endswith(plain_bytes or "\0")}
     names = list(tensors)
     weight_map: dict[str, str] = {}
     for number in range(shards):

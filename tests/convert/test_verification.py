@@ -73,7 +73,8 @@ def test_one_flipped_bit_is_found_in_any_file(folder: Path, name: str) -> None:
     flip(folder / name, -2)
     problems = found(folder)
     assert problems[0][0] == name
-    assert problems[0][1].startswith("has sha256 ")
+    weights = name.endswith((".safetensors", ".index.json"))
+    assert problems[0][1].startswith("has sha256 " if weights else "was changed after the conversion: it has sha256 ")
     assert "conversion.json says" in problems[0][1]
 
 
@@ -180,7 +181,10 @@ def _edit_tokenizer(folder: Path) -> None:
 def test_load_compares_hashes_on_request(folder: Path, damage: Callable[[Path], Any]) -> None:
     load(folder, verify=True).close()
     damage(folder)
-    with pytest.raises(CheckpointError, match=r"(safetensors|tokenizer_config\.json): has .*conversion\.json says"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"(safetensors|tokenizer_config\.json): (was changed after the conversion: it )?has .*conversion\.json says",
+    ):
         load(folder, verify=True)
     load(folder).close()
 
@@ -190,3 +194,21 @@ def test_verifying_what_has_no_hashes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no conversion\.json to verify it by"):
         load(source, verify=True)
     assert load(source).logits([1, 2]).dtype == mx.float32
+
+
+def test_an_edited_configuration_is_no_damage(folder: Path) -> None:
+    """What a person changes is told apart from weights that are not as they were written."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 3]}))
+    report = verify(folder)
+    assert (report.ok, report.weights_ok, report.edited) == (False, True, ("config.json",))
+    assert "was changed after the conversion" in report.problems[0].problem
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: was changed after .* load without verifying if it was on purpose"
+    ):
+        load(folder, verify=True)
+    with load(folder) as model:
+        assert model.config.eos_token_ids == (2, 3)
+    shard = folder / SHARD
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+    assert not verify(folder).weights_ok

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_mixtral import Mixtral
+from mlx_mixtral.bench import run as bench_run
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.storage import PlainStorage
 from mlx_mixtral.cache.window import Window
@@ -29,7 +30,7 @@ from mlx_mixtral.layers import expert_bank as bank
 from mlx_mixtral.layers.cpu import CpuProducts
 from mlx_mixtral.layers.linear import StackedLinear
 from mlx_mixtral.machine import bandwidth as bandwidth_module
-from mlx_mixtral.machine.bandwidth import disk_bandwidth, memory_bandwidth
+from mlx_mixtral.machine.bandwidth import copy_rates, disk_bandwidth, memory_bandwidth
 from mlx_mixtral.weights import dtypes
 
 Patch = pytest.MonkeyPatch
@@ -471,6 +472,18 @@ def test_bandwidths_are_positive_finite_rates_at_any_size() -> None:
     ):
         assert math.isfinite(rate)
         assert rate > 0
+
+
+def test_bench_and_doctor_measure_copying_alike(monkeypatch: Patch) -> None:
+    """On the CPU into memory that was written before: fresh pages would be what is measured."""
+    copied: list[tuple[int, int]] = []
+    copyto = np.copyto
+    monkeypatch.setattr(np, "copyto", lambda to, of: (copied.append((id(to), of.nbytes)), copyto(to, of))[1])
+    assert len(copy_rates(MIB, 3)) == 3
+    assert memory_bandwidth(MIB, 2) > 0
+    assert [nbytes for _, nbytes in copied] == [MIB] * 5
+    assert len({target for target, _ in copied[:3]}) == 1
+    assert bench_run.copy_rates is copy_rates
 
 
 def test_the_median_of_the_memory_rates_is_reported(monkeypatch: Patch) -> None:

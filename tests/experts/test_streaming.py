@@ -20,6 +20,7 @@ from mlx_mixtral.errors import CheckpointError, ContextLengthError, MemoryBudget
 from mlx_mixtral.experts.store import Loading
 from mlx_mixtral.layers.expert_bank import ExpertBank
 from mlx_mixtral.weights.dtypes import bytes_of
+from mlx_mixtral.weights.fill import fill
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert import Recipe, convert
 from tests.shared import SharedFolders, random_checkpoint
@@ -427,3 +428,36 @@ def test_a_trace_has_what_the_routers_chose(whole: Mixtral, folder: Path) -> Non
     h = hidden + layer.attention(layer.input_norm(hidden), 0, whole.make_cache().chunk(1, hidden.shape[1]))
     logits = np.asarray(layer.moe.gate(layer.post_attention_norm(h)))[0]
     assert np.array_equal(np.sort(trace.experts[-4:, 0]), np.sort(np.argsort(logits, axis=-1)[:, -2:]))
+
+
+@pytest.mark.parametrize("moment", ["before", "during"])
+def test_a_file_that_changes_while_a_layer_is_filled_leaves_it_streaming(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    with streamed(copy, 0.0) as model:
+        wanted = model.generate(TOKENS, max_tokens=8).token_ids
+        filled: list[int] = []
+
+        def touch() -> None:
+            for file in copy.glob("*.safetensors"):
+                status = file.stat()
+                os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1000))
+
+        def fill_then_touch(reader: Any, ranges: Any) -> None:
+            fill(reader, ranges)
+            filled.append(len(ranges))
+            # With the last one: no layer after it looks at the files again.
+            if len(filled) == LAYERS:
+                touch()
+
+        if moment == "before":
+            touch()
+        monkeypatch.setattr("mlx_mixtral.experts.residency.fill", fill_then_touch)
+        with pytest.raises(CheckpointError, match="was written to since the model was loaded"):
+            model.set_memory("1GB")
+        assert len(filled) == (LAYERS if moment == "during" else 0)
+        assert model.residency.is_streamed
+    with streamed(copy, 0.0) as model:
+        assert model.generate(TOKENS, max_tokens=8).token_ids == wanted

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral_convert import convert
+from mlx_mixtral_convert.packing.measure import E4M3
 from tests.convert import packers
+from tests.convert.module_packers import fp8_blocks, integers, lookup, nvfp4, row_pairs
 from tests.convert.native_writer import make_native, native
-from tests.convert.support import CONFIG, dense_config, fused, make_checkpoint, weights
+from tests.convert.support import CONFIG, Floats, dense_config, fused, make_checkpoint, weights
 from tests.convert.torch_writer import save_torch
 from tests.fuzz.gguf_file import GgufFile, tiny
 from tests.fuzz.mutate_torch import entries_of, rewritten
@@ -93,8 +96,25 @@ def _safetensors(folder: Path) -> Iterator[Seed]:
     fp8 = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head", "re:.*gate$"]}
     packers.make_packed(folder / "fp8", fp8, lambda _, weight: packers.fp8(weight, (len(weight), 1)), **TINY)
     yield Seed("fp8", read_folder(folder / "fp8"), one, quantised=True)
+    for name, entry, pack, kept in _coded():
+        packers.make_packed(folder / name, entry, lambda _, weight, pack=pack: pack(weight), plain_bytes=kept, **TINY)
+        yield Seed(name, read_folder(folder / name), one, quantised=True)
     convert(folder / "hf", folder / "mlx")
     yield Seed("mlx", read_folder(folder / "mlx"), _weights(folder / "mlx"), quantised=True)
+
+
+def _coded() -> Iterator[tuple[str, dict[str, Any], Callable[[Floats], Any], tuple[str, ...]]]:
+    """Name, configuration, packer and fields of bytes of modules that say by their tensors how they are packed."""
+    scheme = {"targets": ["Linear"], "weights": {"num_bits": 4}}
+    packed = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {"group_0": scheme}}
+    yield "int4", packed, partial(integers, bits=4, group=32, zeros="packed", order=True), ()
+    floats = partial(nvfp4, table=E4M3, whole=1, field="weight_global_scale", codes_field="weight_packed")
+    yield "nvfp4", packed, floats, ("weight_packed",)
+    blocks = partial(fp8_blocks, table=E4M3, rows=32, columns=32, field="weight_scale_inv", powers=True)
+    yield "fp8-block", {"quant_method": "fp8", "weight_block_size": [32, 32]}, blocks, ("weight_scale_inv",)
+    yield "nf4", {"quant_method": "bitsandbytes"}, lookup, ("weight", "weight.absmax", "bitsandbytes__nf4")
+    awq = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}
+    yield "row-pairs", awq, partial(row_pairs, group=32, scaled_inputs=True), ("weight",)
 
 
 def _torch(folder: Path) -> Iterator[Seed]:
@@ -133,7 +153,7 @@ def _index(folder: Path) -> Iterator[Seed]:
         read_folder(make_native(folder / "params", made, config, "consolidated.safetensors")),
         ("params.json",),
     )
-    for name in ("awq", "gptq", "fp8"):
+    for name in ("awq", "gptq", "fp8", "int4", "nf4"):
         yield Seed(name, read_folder(folder / name), ("config.json",), quantised=True)
 
 

@@ -75,6 +75,60 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     assert chi2 < freedom + 3.9 * math.sqrt(2 * freedom) + 12
 
 
+# Probabilities in tenths: cut-offs fall where these say, and no other reading of the order gives the same.
+TENTHS = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))[None]
+
+
+@pytest.mark.parametrize(
+    ("params", "wanted"),
+    [
+        # Of what top-k left, 0.4 / 0.7 reaches 0.5: of all tokens 0.4 would not.
+        ({"top_k": 2, "top_p": 0.5}, [1, 0, 0, 0]),
+        ({"top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_k": 3}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"top_k": 4}, [0.4, 0.3, 0.2, 0.1]),
+        # min-p is of the likeliest token's share, whatever was cut off before, and after the temperature.
+        ({"min_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_k": 3, "min_p": 0.3}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"temperature": 0.5, "min_p": 0.6}, [1, 0, 0, 0]),
+        ({"temperature": 0.5, "top_p": 0.5}, [1, 0, 0, 0]),
+        ({"top_p": 0.65, "min_p": 0.8}, [1, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_filters_apply_in_their_order_each_to_what_the_last_left(params: dict[str, Any], wanted: list[float]) -> None:
+    sampler = Sampler(SamplingParams(**({"temperature": 1.0} | params)), [1], 4)
+    found = np.exp(np.array(sampler.log_probabilities(mx.array(TENTHS))))[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    drawn = {int(sampler(mx.array(TENTHS)).token.item()) for _ in range(60)}
+    assert drawn == set(np.flatnonzero(wanted))
+
+
+def test_a_token_that_ends_just_at_top_p_is_the_last() -> None:
+    halves = mx.array(np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32)))
+    for top_p, kept in ((0.5, 1), (0.75, 2), (0.76, 3)):
+        sampler = Sampler(SamplingParams(temperature=1.0, top_p=top_p), [1], 4)
+        assert int(mx.isfinite(sampler.log_probabilities(halves)).sum().item()) == kept
+
+
+@pytest.mark.parametrize(
+    "params", [{"presence_penalty": 1.5}, {"frequency_penalty": 0.75}, {"repetition_penalty": 1.2}]
+)
+def test_each_penalty_works_without_the_others(params: dict[str, float]) -> None:
+    sampler = _sampler([3], **params)
+    sampler.record(mx.array([5]))
+    sampler.record(mx.array([5]))
+    change = np.asarray(sampler.adjusted(mx.array(LOGITS[None])))[0] - LOGITS
+    wanted = np.zeros(VOCAB)
+    if "repetition_penalty" in params:
+        for token in (3, 5):
+            wanted[token] = LOGITS[token] / 1.2 - LOGITS[token] if LOGITS[token] > 0 else LOGITS[token] * 0.2
+    else:
+        wanted[5] = -1.5  # once for presence, twice 0.75 for frequency
+    np.testing.assert_allclose(change, wanted, atol=1e-5)
+
+
 def test_same_seed_draws_the_same_and_another_does_not() -> None:
     first, again, other = (_draws(40, temperature=1.0, seed=seed) for seed in (5, 5, 6))
     assert (first == again).all()
@@ -157,7 +211,10 @@ def test_logprobs_are_the_models_own() -> None:
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
         ("top_p", 0), ("top_p", 1.01), ("min_p", 1.5), ("min_p", -0.1), ("top_k", -1), ("top_k", 2.5),
         ("repetition_penalty", 0), ("presence_penalty", math.inf),
-        ("frequency_penalty", math.nan), ("seed", 1.5), ("seed", True), ("logprobs", -1),
+        ("xtc_probability", 1.1), ("xtc_probability", None), ("xtc_threshold", 0.51), ("dry_multiplier", -1),
+        ("dry_multiplier", math.inf), ("dry_base", 0.9), ("dry_allowed_length", 0), ("dry_allowed_length", None),
+        ("dry_penalty_last_n", -2), ("dry_sequence_breakers", "\n"), ("dry_sequence_breakers", [""]),
+        ("dry_sequence_breakers", [1]), ("frequency_penalty", math.nan), ("seed", 1.5), ("seed", True), ("logprobs", -1),
         ("logprobs", 101), ("logit_bias", {-1: 1.0}), ("logit_bias", {2: math.nan}), ("logit_bias", {"a": 1.0}),
     ],
 )  # fmt: skip

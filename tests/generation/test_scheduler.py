@@ -126,8 +126,8 @@ class _Watched:
         )
         self.scheduler = Scheduler(context, **{"max_rows": 8} | limits)
 
-    def submit(self, prompt: Sequence[int], max_tokens: int) -> int:
-        sampler = Sampler(SamplingParams(), prompt, self.model.config.vocab_size)
+    def submit(self, prompt: Sequence[int], max_tokens: int, **params: Any) -> int:
+        sampler = Sampler(SamplingParams(**params), prompt, self.model.config.vocab_size)
         ticket = self.scheduler.submit(Request(prompt, max_tokens, sampler))
         self.tokens[ticket] = []
         return ticket
@@ -232,3 +232,108 @@ def test_under_a_budget_there_are_no_more_rows_than_asked_for(small_model: Mixtr
         watched.submit(_prompt(small_model, 5, seed=index), 4)
     watched.run()
     assert max(map(len, watched.running)) == 2
+
+
+def test_a_row_that_is_ended_while_its_prompt_is_computed_gives_no_token(model: Mixtral) -> None:
+    watched = _Watched(model, prefill_chunk=32)
+    first = watched.submit(_prompt(model, 5), 12)
+    watched.step()
+    leaving, staying = watched.submit(_prompt(model, 90), 5), watched.submit(_prompt(model, 100), 5)
+    watched.step()
+    assert watched.scheduler.running == 3
+    watched.scheduler.finish(leaving)
+    watched.run()
+    assert watched.tokens[leaving] == []
+    assert [len(watched.tokens[ticket]) for ticket in (first, staying)] == [12, 5]
+    assert tuple(watched.tokens[staying]) == _alone(model, _prompt(model, 100), max_tokens=5, stop_token_ids=[])
+
+
+def test_a_row_that_is_ended_while_it_waits_is_never_computed(model: Mixtral) -> None:
+    watched = _Watched(model, max_rows=1)
+    first, waiting = watched.submit(_prompt(model, 5), 3), watched.submit(_prompt(model, 6), 3)
+    watched.step()
+    watched.scheduler.finish(waiting)
+    assert watched.scheduler.running == 1
+    for _ in range(2):
+        watched.step()
+    assert watched.scheduler.is_idle
+    assert [len(watched.tokens[ticket]) for ticket in (first, waiting)] == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "together"),
+    [
+        ((10, 74), 2),  # 64 tokens of padding are always allowed
+        ((10, 75), 1),  # 65 are not, of 85
+        ((300, 400), 2),  # 100 are, of 700: a quarter
+        ((100, 300), 1),  # 200 of 400 are more
+        ((10, 74, 74), 3),
+        ((10, 10, 80), 2),  # a pair goes, the third would pad both
+    ],
+    ids=str,
+)
+def test_prompts_are_computed_together_while_padding_stays_small(
+    model: Mixtral, lengths: tuple[int, ...], together: int
+) -> None:
+    watched = _Watched(model)
+    for index, length in enumerate(lengths):
+        watched.submit(_prompt(model, length, seed=index), 2)
+    admitted = watched.scheduler._admit()
+    assert admitted is not None
+    assert len(admitted.rows) == together
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logprobs": 0},
+        {"logit_bias": {7: 50.0}},
+        {"presence_penalty": -50.0},
+        {"frequency_penalty": -50.0},
+        {"repetition_penalty": 0.01},
+    ],
+    ids=str,
+)
+def test_greedy_rows_that_ask_for_one_thing_more_get_it(model: Mixtral, params: dict[str, Any]) -> None:
+    """Beside a row that asks for nothing, with which they must not share a kernel."""
+    prompts = [_prompt(model, 6), _prompt(model, 7)]
+    sampling = SamplingParams(**params)
+    alone = model.generate(prompts[1], max_tokens=12, sampling=sampling, stop_token_ids=[])
+    watched = _Watched(model)
+    watched.submit(prompts[0], 12)
+    ticket = watched.submit(prompts[1], 12, **params)
+    watched.run()
+    assert tuple(watched.tokens[ticket]) == alone.token_ids
+    if "logprobs" not in params:
+        assert alone.token_ids != _alone(model, prompts[1], max_tokens=12, stop_token_ids=[])
+    else:
+        found = model.generate_batch(prompts, max_tokens=3, sampling=sampling)
+        assert all(row.logprobs is not None for row in found)
+
+
+def test_a_short_row_beside_long_ones_counts_their_columns(model: Mixtral) -> None:
+    """All rows of a batch have the columns of the longest: whoever runs, and whoever joins."""
+    watched = _Watched(model, max_columns=3 * 256)
+    watched.submit(_prompt(model, 5), 300)  # 512 columns
+    watched.step()
+    late = watched.submit(_prompt(model, 5, seed=1), 3)
+    for _ in range(3):
+        watched.step()
+    assert watched.tokens[late] == []
+    watched = _Watched(model, max_columns=3 * 256)
+    watched.submit(_prompt(model, 5), 30)
+    watched.step()
+    late = watched.submit(_prompt(model, 5, seed=1), 300)
+    for _ in range(3):
+        watched.step()
+    assert watched.tokens[late] == []
+
+
+def test_padding_counts_among_the_columns_a_row_takes(model: Mixtral) -> None:
+    watched = _Watched(model, max_columns=3 * 512 - 1)
+    watched.submit(_prompt(model, 200), 40)
+    watched.submit(_prompt(model, 240), 10)
+    admitted = watched.scheduler._admit()
+    assert admitted is not None
+    # 240 columns and 39 more for the first, though it has 200 tokens itself.
+    assert [row.columns for row in admitted.rows] == [512, 256]

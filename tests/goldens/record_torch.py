@@ -1,4 +1,7 @@
-"""Record a file of tensors as PyTorch writes it: ``python tests/goldens/record_torch.py``, with the ``goldens`` group."""
+"""Record a file of tensors as PyTorch writes it, and as it did before 1.6: ``python tests/goldens/record_torch.py``.
+
+It needs the ``goldens`` group.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-FILE = Path(__file__).parent / "torch" / "small.bin"
+FOLDER = Path(__file__).parent / "torch"
 
 
 def main() -> None:
@@ -20,8 +23,9 @@ def main() -> None:
         vector=torch.ones(5),
         numbers=torch.arange(3),
     )
-    FILE.parent.mkdir(exist_ok=True)
-    torch.save(tensors, FILE)
+    FOLDER.mkdir(exist_ok=True)
+    torch.save(tensors, FOLDER / "small.bin")
+    torch.save(tensors, FOLDER / "small-before-1.6.bin", _use_new_zipfile_serialization=False)
 
 
 if __name__ == "__main__":

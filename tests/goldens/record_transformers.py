@@ -4,7 +4,8 @@
 
 Each case becomes a folder with `config.json`, the weights (bfloat16) and `reference.npz`: `ids` int32 [B, L] and
 `logits` float32 [B, L, V], computed in float32 from the rounded weights with eager attention; Mixtral cases named in
-`WITH_ROUTER_LOGITS` add `router_logits` float32 [layers, B * L, E].
+`WITH_ROUTER_LOGITS` add `router_logits` float32 [layers, B * L, E]; cases with `greedy` add `greedy` int32 [B, n], what
+`generate` continues the first half of each row with, each alone and with a cache: frequencies change on the way.
 
 A golden that cannot tell right from wrong is worth nothing, so every case carries `wrong` configurations: readings of
 the file that an implementation could mistakenly make. The recorder fails unless each moves a logit by more than
@@ -81,6 +82,7 @@ class Case:
     length: int = 24
     wrong: dict[str, Settings] = field(default_factory=dict)
     same_as: str | None = None
+    greedy: int = 0
     save: Settings = field(default_factory=dict)
 
 
@@ -188,6 +190,31 @@ CASES = [
             "high_freq_factor": rope("llama3", 1e4, **LLAMA3 | {"high_freq_factor": 8.0}),
         },
     ),
+    # At and below the context nothing is scaled.
+    Case(
+        "rope_dynamic_below",
+        NARROW | rope("dynamic", 100.0, factor=2.0) | {"max_position_embeddings": 16},
+        length=16,
+        wrong={"length unnoticed": {"max_position_embeddings": 8}},
+    ),
+    Case(
+        "rope_dynamic_greedy",
+        NARROW
+        | rope("dynamic", 100.0, factor=4.0)
+        | {"max_position_embeddings": 16, "num_hidden_layers": 2, "eos_token_id": None},
+        length=24,
+        wrong={"length unnoticed": {"max_position_embeddings": 64}},
+        greedy=40,
+    ),
+    Case(
+        "rope_longrope_greedy",
+        NARROW
+        | rope("longrope", 100.0, **LONGROPE | {"original_max_position_embeddings": 16})
+        | {"num_hidden_layers": 2, "eos_token_id": None},
+        length=24,
+        wrong={"unscaled": rope(theta=100.0)},
+        greedy=20,
+    ),
     Case(
         "rope_dynamic",
         NARROW | rope("dynamic", 100.0, factor=2.0) | {"max_position_embeddings": 16},
@@ -252,6 +279,23 @@ def run(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.
         return model(ids, use_cache=False).logits, None
     output = model(ids, use_cache=False, output_router_logits=True)
     return output.logits, torch.stack(output.router_logits)
+
+
+@torch.no_grad()
+def continued(case: Case, state: State, ids: torch.Tensor) -> torch.Tensor:
+    """Greedy tokens [B, n] after the first half of each row, every row by a model that has seen no other length."""
+    rows = []
+    for row in ids[:, : case.length // 2]:
+        model = build(case.settings, state)
+        found = model.generate(
+            row[None],
+            attention_mask=torch.ones_like(row[None]),
+            max_new_tokens=case.greedy,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        rows.append(found[0, len(row) :])
+    return torch.stack(rows)
 
 
 def smallest_router_gap(router_logits: torch.Tensor | None, config: PreTrainedConfig) -> float:
@@ -329,6 +373,9 @@ def record(case: Case, out: Path) -> torch.Tensor:
     arrays = {"ids": ids.numpy().astype(np.int32), "logits": logits.numpy()}
     if case.name in WITH_ROUTER_LOGITS and router_logits is not None:
         arrays["router_logits"] = router_logits.numpy()
+    if case.greedy:
+        arrays["greedy"] = continued(case, state, ids).numpy().astype(np.int32)
+        print(f"{'':22} greedy {arrays['greedy'].tolist()}")
     np.savez_compressed(folder / "reference.npz", **arrays)
     size = sum(path.stat().st_size for path in folder.iterdir())
     shape = "x".join(map(str, logits.shape))

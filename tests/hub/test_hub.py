@@ -340,6 +340,7 @@ SPLIT = ["big.Q8_0-00001-of-00002.gguf", "big.Q8_0-00002-of-00002.gguf"]
         (["config.json", "model.safetensors", *BIN, *NATIVE, *SPLIT], ["model.safetensors"]),
         (["small.gguf", "README.md"], ["small.gguf"]),
         (SPLIT, SPLIT),
+        (["config.json", "weights.0.npz", "weights.1.npz"], ["weights.0.npz", "weights.1.npz"]),
     ],
 )
 def test_the_converter_takes_one_kind_of_weights(names: list[str], weights: list[str]) -> None:

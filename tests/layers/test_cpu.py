@@ -20,7 +20,7 @@ from mlx_mixtral.machine.device import Device
 from mlx_mixtral.machine.processor import one_blas_thread, thread_count
 
 SPECS = [
-    *(QuantizationSpec(bits, 64) for bits in (2, 3, 4, 5, 6, 8)),
+    *(QuantizationSpec(bits, 64) for bits in (1, 2, 3, 4, 5, 6, 8)),
     QuantizationSpec(4, 32),
     QuantizationSpec(4, 128),
     QuantizationSpec(4, 32, "mxfp4"),

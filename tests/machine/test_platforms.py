@@ -141,7 +141,7 @@ def test_the_program_without_mlx_says_one_line_and_exits_with_1(
     assert done.stderr.splitlines() == [f"error: {backend_problem(has_backend=False)}"]
 
 
-@pytest.mark.parametrize("flag", ["-V", "--version"])
+@pytest.mark.parametrize("flag", ["-V", "--version", "version"])
 def test_the_version_is_told_without_mlx(tmp_path: Path, flag: str) -> None:
     done = _python(tmp_path, HIDE_ALL, "-m", "mlx_mixtral", flag)
     assert (done.returncode, done.stderr) == (0, "")

@@ -18,8 +18,13 @@ from mlx_mixtral import DraftModel, Mixtral, PromptLookup, SamplingParams, load,
 from mlx_mixtral.errors import InvalidRequestError, MixtralError
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral_convert import Recipe, convert
+from mlx_mixtral_convert.calibration import calibrate
+from mlx_mixtral_convert.export import export
+from mlx_mixtral_convert.upload import upload
 
 Call = Callable[[Any], Any]
+LOADING = ("memory", "prefix_cache", "tokenizer", "chat_template", "experts_per_token", "rope_scaling", "rope_theta")
+UPLOADING = ("repository", "base_model", "licence", "report", "source", "verified")
 WRONG: list[Any] = [
     object(), b"x", {1: 2}, [[1, 2]], np.zeros((2, 3), np.int32), mx.zeros((2, 2), mx.int32), mx.array([1.0, 5.0]),
     np.array([0.5]), math.inf, -math.inf, math.nan, np.float32("nan"), 10**400, -(10**400), 1j, True, print, Fraction(1, 3),
@@ -47,7 +52,7 @@ def options_of(model: Mixtral) -> dict[str, Call]:
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: repr(wrong)[:20])
-def test_nothing_but_our_own_errors(short_model: Mixtral, tmp_path: Path, wrong: Any) -> None:
+def test_nothing_but_our_own_errors(short_model: Mixtral, short: Path, tmp_path: Path, wrong: Any) -> None:
     samplings = {
         name: lambda given, name=name: short_model.generate([1], max_tokens=1, sampling=SamplingParams(**{name: given}))
         for name in inspect.signature(SamplingParams).parameters
@@ -55,7 +60,7 @@ def test_nothing_but_our_own_errors(short_model: Mixtral, tmp_path: Path, wrong:
     calls: dict[str, Call] = {
         **ids_of(short_model), **options_of(short_model), **samplings,
         "load": load,
-        "memory": lambda given: load(tmp_path, memory=given),
+        **{name: lambda given, name=name: load(short, **{name: given}) for name in LOADING},
         "lookup": lambda given: PromptLookup(max_ngram=given),
         "draft": lambda given: DraftModel(given),
         "set_memory": lambda given: short_model.set_memory(None, context=given),
@@ -64,6 +69,15 @@ def test_nothing_but_our_own_errors(short_model: Mixtral, tmp_path: Path, wrong:
         "dest": lambda given: convert(tmp_path, given),
         "fit": lambda given: convert(tmp_path, tmp_path / "out", fit=given),
         "length": lambda given: passkey(short_model, trials=1, lengths=[given], depths=[0.5]),
+        "special": lambda given: short_model.generate([1], max_tokens=1, special=given),
+        "stop of a chat": lambda given: short_model.chat([], stop=given),
+        "export": lambda given: export(tmp_path, tmp_path / "out", to=given),
+        "type": lambda given: export(tmp_path, tmp_path / "out", to="gguf", type=given),
+        "weighed export": lambda given: export(tmp_path, tmp_path / "out", to="gguf", calibration=given),
+        "calibrate": lambda given: calibrate(tmp_path, given),
+        "trace of a calibration": lambda given: calibrate(tmp_path, trace=given, sensitivities=True),
+        "saved calibration": lambda given: calibrate(tmp_path, save=given),
+        **{name: lambda given, name=name: upload(tmp_path, **{"repository": "me/model", name: given}) for name in UPLOADING},
         "logit bias of a token": lambda given: SamplingParams(logit_bias={1: given}),
         "size": parse_size,
     }  # fmt: skip

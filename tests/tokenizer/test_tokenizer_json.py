@@ -137,7 +137,8 @@ def test_bos_follows_the_post_processor_where_the_config_is_silent(
 
 def test_chat_formats(loaded: Callable[..., Tokenizer], byte_level: Any) -> None:
     hi = [{"role": "user", "content": "hi<|im_end|>"}]
-    plain = loaded(byte_level)
+    assert loaded(byte_level).chat_format == "chatml"
+    plain = loaded(llama_like("first"))
     assert plain.chat_format == "none"
     with pytest.raises(ChatTemplateError, match="no chat format"):
         plain.encode_chat(hi)
@@ -145,9 +146,9 @@ def test_chat_formats(loaded: Callable[..., Tokenizer], byte_level: Any) -> None
     ids = tokenizer.encode_chat(hi)
     assert ids.count(2) == 1
     assert ids[0] == 1
-    byte_level = tokenizers.Tokenizer.from_str(byte_level.to_str())
-    byte_level.add_special_tokens(["[INST]", "[/INST]", "<s>", "</s>"])
-    native = loaded(byte_level, bos_token="<s>", eos_token="</s>")
+    with_markers = llama_like("first")
+    with_markers.add_special_tokens(["[INST]", "[/INST]"])
+    native = loaded(with_markers, bos_token="<s>", eos_token="</s>", add_bos_token=True)
     assert native.chat_format == "mistral-v3"
     named = [native.special_id(marker) for marker in ("<s>", "[INST]", "[/INST]")]
     ids = native.encode_chat(hi)

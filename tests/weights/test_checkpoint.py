@@ -146,18 +146,109 @@ def test_without_an_index_the_standard_name_wins(tmp_path: Path) -> None:
     assert set(Checkpoint(tmp_path)) == {"a"}
 
 
-def test_several_files_without_an_index_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "ignored"),
+    [
+        (("one.safetensors", "two.safetensors"), ()),
+        (("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), ("other.safetensors",)),
+        (("weights.00.safetensors", "weights.01.safetensors"), ("consolidated.safetensors",)),
+        (("weights.0.safetensors", "weights.1.safetensors"), ("adapters.safetensors", "adapter_model.safetensors")),
+    ],
+)
+def test_without_an_index_the_headers_say_where_tensors_are(
+    tmp_path: Path, files: tuple[str, str], ignored: tuple[str, ...]
+) -> None:
+    for name, tensors in zip(files, ({"a": A}, {"b": B}), strict=True):
+        _save(tmp_path / name, **tensors)
+    for name in ignored:
+        _save(tmp_path / name, a=A + 1)
+    checkpoint = Checkpoint(tmp_path)
+    assert {name: info.file.name for name, info in checkpoint.items()} == dict(zip("ab", files, strict=True))
+
+
+def test_without_an_index_a_tensor_may_be_in_one_file_only(tmp_path: Path) -> None:
     _save(tmp_path / "one.safetensors", a=A)
-    _save(tmp_path / "two.safetensors", b=B)
-    with pytest.raises(CheckpointError, match=r"has 2 safetensors files and no model\.safetensors\.index\.json"):
+    _save(tmp_path / "two.safetensors", a=A, b=B)
+    with pytest.raises(
+        CheckpointError, match=r"two\.safetensors: tensor 'a' is in one\.safetensors too, and there is no"
+    ):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_without_an_index_a_missing_shard_is_named(tmp_path: Path, missing: int) -> None:
+    for number in {1, 2, 3} - {missing}:
+        _save(tmp_path / f"model-{number:05}-of-00003.safetensors", **{f"t{number}": A})
+    with pytest.raises(
+        CheckpointError, match=f"model-0000{missing}-of-00003.safetensors is missing, one of the 3 files"
+    ):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    ["module.", "base_model.model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.base_model.model.",
+     "base_model.model._orig_mod."],
+)  # fmt: skip
+def test_what_a_trainer_puts_around_names_is_taken_off(tmp_path: Path, wrapper: str) -> None:
+    _save(tmp_path / "model.safetensors", **{f"{wrapper}lm_head.weight": A, f"{wrapper}model.norm.weight": B})
+    checkpoint = Checkpoint(tmp_path)
+    assert set(checkpoint) == {"lm_head.weight", "model.norm.weight"}
+    assert checkpoint["lm_head.weight"].name == f"{wrapper}lm_head.weight"
+
+
+def test_wrappers_in_the_middle_are_taken_off(tmp_path: Path) -> None:
+    names = [
+        "model._orig_mod.norm.weight",
+        "_fsdp_wrapped_module.model.layers.0._fsdp_wrapped_module.mlp.up_proj.weight",
+    ]
+    _save(tmp_path / "model.safetensors", **dict.fromkeys(names, A))
+    assert set(Checkpoint(tmp_path)) == {"model.norm.weight", "model.layers.0.mlp.up_proj.weight"}
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    _save(tmp_path / "model.safetensors", **{"module.lm_head.weight": A, "lm_head.weight": A})
+    with pytest.raises(
+        CheckpointError, match=r"'lm_head\.weight' and 'module\.lm_head\.weight' are both 'lm_head\.weight'"
+    ):
         Checkpoint(tmp_path)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "notes.txt").write_bytes(b"")
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(CheckpointError, match="has no weights"):
             Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("model.gguf", r"holds a GGUF file \(model\.gguf\), to be converted first: mlx-mixtral convert "),
+        ("consolidated.00.pth", "holds Mistral's own files"),
+        ("weights.0.npz", "holds files of MLX's first examples"),
+        ("pytorch_model-00001-of-00002.bin", "holds PyTorch files"),
+        ("adapters.npz", "holds an adapter .* and no model"),
+    ],
+)
+def test_weights_that_only_the_converter_reads_are_named(tmp_path: Path, name: str, match: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=match):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "model.safetensors", "weights.00.safetensors"])
+def test_mistrals_own_names_are_sent_to_the_converter(tmp_path: Path, name: str) -> None:
+    _save(tmp_path / name, **{"tok_embeddings.weight": A})
+    with pytest.raises(CheckpointError, match=f"Mistral's own .*{name}.*, to be converted first: mlx-mixtral convert"):
+        Checkpoint(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_named_as_that(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4221\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a git-lfs pointer.*git lfs pull"):
+        Checkpoint(tmp_path)
 
 
 def test_a_missing_tensor_is_named(sharded: Path) -> None:

@@ -84,7 +84,7 @@ def _one(**changes: Any) -> dict[str, Entry]:
         (b"1234567", "has 7 bytes"),
         (_file(b"{}", length=3), "the header claims 3 bytes, but the file has 10"),
         (_file(b"{}", length=2**64 - 1), f"the header claims {2**64 - 1} bytes"),
-        (_file(b"version https://git-lfs.github.com/spec/v1"), "not valid JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4221\n", "is a git-lfs pointer"),
         (_file(b"\xff\xfe{}"), "not valid JSON"),
         (_file(b"[" * 100_000), "not valid JSON"),
         (_file(b""), "not valid JSON"),

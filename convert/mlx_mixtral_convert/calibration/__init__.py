@@ -2,6 +2,7 @@
 
 from mlx_mixtral_convert.calibration.file import Calibration
 from mlx_mixtral_convert.calibration.place import check_place
+from mlx_mixtral_convert.calibration.progress import CalibrationProgress
 from mlx_mixtral_convert.calibration.run import calibrate
 
-__all__ = ["Calibration", "calibrate", "check_place"]
+__all__ = ["Calibration", "CalibrationProgress", "calibrate", "check_place"]

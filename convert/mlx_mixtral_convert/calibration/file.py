@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mlx_mixtral.files import replace_file
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.calibration.place import FORMAT, check_place
 from mlx_mixtral_convert.calibration.statistics import input_name
+from mlx_mixtral_convert.calibration.uniform import Anchors
 from mlx_mixtral_convert.sources.base import TensorSource
 
 __all__ = ["Calibration", "Losses", "identity"]
@@ -35,7 +36,8 @@ class Calibration:
 
     ``mean_squares`` has an array ``[experts, in]`` for the input of every matrix (by ``input_name``), an expert's tokens
     weighted by the square of their routing weight; ``routed`` the tokens behind each row. ``tokens [B, L]`` is the text itself,
-    with which GPTQ gathers second moments again: those of 8x7B would fill 20 GB. ``losses`` is empty without sensitivities.
+    with which GPTQ gathers second moments again: those of 8x7B would fill 20 GB. ``losses`` and ``anchors``, which say how far
+    their sums are off (``uniform.correction``), are empty without sensitivities.
     """
 
     identity: str
@@ -43,6 +45,7 @@ class Calibration:
     mean_squares: Mapping[str, npt.NDArray[np.float32]]
     routed: Mapping[str, npt.NDArray[np.int64]]
     losses: Losses
+    anchors: Anchors = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -83,6 +86,7 @@ class Calibration:
                 {name.removeprefix("squares."): array for name, array in arrays.items() if name.startswith("squares.")},
                 {name.removeprefix("routed."): array for name, array in arrays.items() if name.startswith("routed.")},
                 header["losses"],
+                header.get("anchors", {}),
             )
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -107,7 +111,8 @@ class Calibration:
         return dict(sorted(named.items()))
 
     def _header(self) -> str:
-        return json.dumps({"identity": self.identity, "losses": self.losses}, sort_keys=True)
+        header = {"identity": self.identity, "losses": self.losses}
+        return json.dumps(header | ({"anchors": self.anchors} if self.anchors else {}), sort_keys=True)
 
 
 def _needed(part: str) -> bool:

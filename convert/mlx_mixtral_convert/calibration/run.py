@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_mixtral import __version__
 from mlx_mixtral.arguments import as_path, check_callbacks, check_type, checked
 from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
@@ -14,9 +15,11 @@ from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.hub import Source
 from mlx_mixtral.tokenizer import load_tokenizer
-from mlx_mixtral_convert.calibration.file import Calibration, Losses, identity
+from mlx_mixtral_convert.calibration.file import Calibration, identity
 from mlx_mixtral_convert.calibration.layer import read_matrix, read_norm
-from mlx_mixtral_convert.calibration.sensitivity import Sensitivity
+from mlx_mixtral_convert.calibration.measurements import Measurements
+from mlx_mixtral_convert.calibration.place import check_place
+from mlx_mixtral_convert.calibration.progress import CalibrationProgress, WorkCounter, trial_seconds
 from mlx_mixtral_convert.calibration.text import (
     MIN_SEQUENCES,
     SEQUENCE_TOKENS,
@@ -24,7 +27,7 @@ from mlx_mixtral_convert.calibration.text import (
     read_texts,
     sequences,
 )
-from mlx_mixtral_convert.calibration.walk import Sums, Walk
+from mlx_mixtral_convert.calibration.unfinished import Unfinished, digest_of, journal_of
 from mlx_mixtral_convert.sources import TensorSource, open_source
 
 __all__ = ["calibrate"]
@@ -40,36 +43,43 @@ def calibrate(
     texts: Sequence[str | Path] = (),
     *,
     tokens: int = DEFAULT_TOKENS,
-    sensitivities: bool = True,
+    sensitivities: bool = False,
     trace: RoutingTrace | str | Path | None = None,
+    save: str | Path | None = None,
+    restart: bool = False,
     revision: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[CalibrationProgress], None] | None = None,
 ) -> Calibration:
-    """Measure the inputs of every matrix of a checkpoint on a text, and what each packing of each group would cost.
+    """Measure the inputs of every matrix of a checkpoint on a text, and if asked what each packing of each group would cost.
 
     Memory: one layer's attention and one expert in float32, the hidden states, and for the sensitivities their copies; a
     model of 93 GB is calibrated on a machine with 16 GB.
 
     Example:
-        calibration = calibrate("mixtral", ["wiki.txt"])
-        calibration.save("mixtral.calibration")
-        convert("mixtral", "mixtral-20gb", calibration=calibration, fit="20GB")
+        calibrate("mixtral", ["wiki.txt"], sensitivities=True, save="mixtral.calibration")
+        convert("mixtral", "mixtral-20gb", calibration="mixtral.calibration", fit="20GB")
 
     Args:
         source: a folder or hub repository, as for ``convert``.
         texts: UTF-8 text files; a bundled text in several languages and code when empty.
         tokens: how many tokens at most; 1024 at least.
-        sensitivities: measure the cost of packings, which fitting a size needs; without them it is several times faster.
+        sensitivities: measure the cost of packings too, which ``convert(fit=)`` needs and nothing else: every matrix is packed
+            in twelve ways, which takes many times as long as all the rest.
         trace: what ``mlx-mixtral routing --save-trace`` recorded of this model, or a conversion of it, on text like that it is
             wanted for, or its file. Sensitivities then weigh each expert's error by how often it was chosen there, so that
             fitting a size spends fewer bits on layers whose errors are those of experts that are rarely chosen.
-        progress: told layers done and layers in all, from this thread.
+        save: a file to save the calibration to. While it is measured, finished layers are kept beside it under its name and
+            ``.journal``: after an interruption the same call goes on from there, with the same result to the bit.
+        restart: forget what an interrupted calibration left.
+        progress: told each step, from this thread; the first time before anything is measured.
 
     Raises:
         InvalidRequestError: a text that cannot be read, is empty or too short; too few ``tokens``; a trace without
             sensitivities, or of a model of another shape.
         NonFiniteWeightsError: NaN or infinity in the source.
         CheckpointError: a file that is no routing trace.
+        DestinationError: ``save`` cannot be written, or the journal beside it is of another calibration.
+        DiskSpaceError: the disk is full.
         CheckpointError, ConfigError, HubError, TokenizerError: as ``convert`` and loading a tokenizer.
     """
     named = Source.parse(source, revision)
@@ -83,38 +93,40 @@ def calibrate(
         )
     check_type("trace", trace, (RoutingTrace, str, Path, type(None)), "a RoutingTrace, its file, or None")
     if trace is not None and not sensitivities:
-        raise InvalidRequestError("a trace weighs sensitivities; leave it out, or measure them")
+        raise InvalidRequestError("a trace weighs sensitivities, which are not measured; ask for them, or leave it out")
+    place = None if save is None else check_place(save, source)
     recorded = RoutingTrace.load(as_path("trace", trace)) if isinstance(trace, (str, Path)) else trace
     folder = named.resolve()
-    written = read_texts([Path(path) for path in texts]) if texts else default_texts()
+    written = read_texts([as_path("a text", path) for path in texts]) if texts else default_texts()
     with open_source(folder) as tensors:
         config = tensors.config
         if recorded is not None:
             _check_trace(recorded, config)
         tokenizer = load_tokenizer(tensors.folder, vocab_size=config.vocab_size)
-        ids = sequences(tokenizer, written, tokens, config.max_position_embeddings)
+        ids = sequences(tokenizer, written, tokens, config.max_context_tokens)
         _check_ends(tensors)
-        walk = Walk(tensors, ids)
-        few = max(1, min(len(ids), SENSITIVITY_TOKENS // ids.shape[1]))
-        picked = np.linspace(0, len(ids) - 1, few).round().astype(int)
         counts = None if recorded is None else recorded.counts
-        sensitivity = Sensitivity(tensors, ids[picked], counts) if sensitivities else None
-        sums: Sums = {}
-        for layer, found in walk.layers():
-            sums |= found
-            if sensitivity is not None:
-                sensitivity.step(layer)
-            if progress is not None:
-                progress(walk.next_layer, config.num_hidden_layers)
-        sums |= walk.head_sum()
-        losses: Losses = {} if sensitivity is None else sensitivity.finish(walk)
-        return Calibration(
-            identity(tensors),
-            ids,
-            {name: np.stack([one.mean_squares for one in found]) for name, found in sums.items()},
-            {name: np.array([one.tokens for one in found]) for name, found in sums.items()},
-            losses,
-        )
+        few = max(1, min(len(ids), SENSITIVITY_TOKENS // ids.shape[1]))
+        picked = ids[np.linspace(0, len(ids) - 1, few).round().astype(int)] if sensitivities else None
+        known = identity(tensors)
+        told = {
+            "checkpoint": [known, tensors.files.describe()],
+            "text": digest_of(ids),
+            "sensitivities": None if picked is None else digest_of(picked),
+            "trace": None if counts is None else digest_of(counts),
+            "converter": __version__,
+        }
+        journal = None if place is None else journal_of(place)
+        measured = (ids.size, 0 if picked is None else picked.size)
+        seconds = trial_seconds(tensors, sensitivities=sensitivities)
+        with Unfinished(journal, told, restart=restart) as unfinished:
+            work = WorkCounter(config, measured, seconds, progress)
+            found = Measurements(tensors, ids, picked, counts, work).run(unfinished)
+            result = Calibration(known, ids, found.mean_squares, found.routed, found.losses, found.anchors)
+            if place is not None:
+                result.save(place)
+                unfinished.remove()
+        return result
 
 
 def _check_trace(trace: RoutingTrace, config: MixtralConfig) -> None:

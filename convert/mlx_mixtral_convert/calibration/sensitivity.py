@@ -16,9 +16,14 @@ the error of expert e enters with the square root of ``w_e = (trace's share of e
 error by w_e, as if it had been chosen as often as there: an expert that is rarely chosen counts less. Shares are of the layer's
 assignments to experts that the text reaches at all; what it does not reach cannot be measured. With the text's own counts
 every weight is 1.
+
+Errors are those of searched codes. What a whole model loses is not just the sum: ``uniform.py``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +32,13 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.config.quantization import AFFINE_BITS, QuantizationSpec
 from mlx_mixtral_convert.calibration.layer import Expert, Layer, Routing, read_matrix, times
+from mlx_mixtral_convert.calibration.uniform import (
+    ANCHOR_BITS,
+    ANCHOR_ROUNDINGS,
+    UniformModels,
+    anchor,
+    plainly_packed,
+)
 from mlx_mixtral_convert.calibration.walk import Walk, embed
 from mlx_mixtral_convert.packing.measure import digits
 from mlx_mixtral_convert.packing.search import search
@@ -58,12 +70,17 @@ def candidates_for(in_features: int) -> list[QuantizationSpec]:
     """The candidates whose groups divide rows of ``in_features``; groups of 32 at every width where 64 does not."""
     if in_features % 64 == 0:
         return [spec for spec in CANDIDATES if in_features % spec.group_size == 0]
-    return [QuantizationSpec(bits, 32) for bits in AFFINE_BITS] if in_features % 32 == 0 else []
+    return [QuantizationSpec(bits, 32) for bits in AFFINE_BITS if bits > 1] if in_features % 32 == 0 else []
 
 
-def reference(in_features: int) -> QuantizationSpec:
-    fitting = [spec for spec in candidates_for(in_features) if spec.bits == REFERENCE_BITS]
-    return next((spec for spec in fitting if spec.group_size == 64), fitting[0])
+def at_bits(in_features: int, bits: int) -> QuantizationSpec | None:
+    """The candidate of so many bits that a uniform model takes: groups of 64 where they divide the rows."""
+    fitting = [spec for spec in candidates_for(in_features) if spec.bits == bits]
+    return next((spec for spec in fitting if spec.group_size == 64), fitting[0] if fitting else None)
+
+
+def reference(in_features: int) -> QuantizationSpec | None:
+    return at_bits(in_features, REFERENCE_BITS)
 
 
 def packed(weight: mx.array, spec: QuantizationSpec) -> mx.array:
@@ -94,30 +111,63 @@ class Sensitivity:
     """
 
     def __init__(
-        self, source: TensorSource, tokens: npt.NDArray[np.int32], counts: npt.NDArray[np.int64] | None = None
+        self,
+        source: TensorSource,
+        tokens: npt.NDArray[np.int32],
+        counts: npt.NDArray[np.int64] | None = None,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self.source, self.config, self.tokens, self.counts = source, source.config, tokens, counts
-        listed = list(matrices(self.config))
+        self.source, self.config, self.tokens, self.counts, self.tick = source, source.config, tokens, counts, tick
         self.errors: dict[str, dict[str, float]] = {}
-        self._references: dict[str, str] = {}  # in the order of the travelling states
-        table = read_matrix(source, listed[0])
-        self._states = embed(source, tokens, table)  # [streams * B, L, D], the true states first
-        if specs := candidates_for(listed[0].in_features):
-            used = mx.array(np.unique(tokens))
-            rows = table[used]
-            places = mx.array(np.searchsorted(np.unique(tokens), tokens).astype(np.int32))
-            for spec in specs:
-                changed = packed(rows, spec)[places]
-                self._record("embed_tokens", spec, changed - self._states[: len(tokens)])
-                if spec == reference(listed[0].in_features):
-                    self._start("embed_tokens", spec, changed)
+        self.references: dict[str, str] = {}  # in the order of the travelling states
+        self.states = mx.zeros((0,))  # [streams * B, L, D], the true states first
+        self.uniform = UniformModels()
+
+    def start(self) -> None:
+        """The embeddings, where every state begins."""
+        first = next(iter(matrices(self.config)))
+        table = read_matrix(self.source, first)
+        self.states = true = embed(self.source, self.tokens, table)
+        # Only the rows in use: the packing of a row does not depend on those beside it.
+        used = np.unique(self.tokens)
+        rows, places = table[mx.array(used)], mx.array(np.searchsorted(used, self.tokens).astype(np.int32))
+        for bits in self._anchor_bits():
+            spec = at_bits(first.in_features, bits)
+            for rounding in ANCHOR_ROUNDINGS:
+                self.uniform.states[rounding, bits] = true if spec is None else _pack(rounding, rows, spec)[places]
+        mx.eval(self.uniform.states)
+        for spec in candidates_for(first.in_features):
+            changed = packed(rows, spec)[places]
+            self._record("embed_tokens", spec, changed - true)
+            if spec == reference(first.in_features):
+                self._start("embed_tokens", spec, changed)
+
+    def arrays(self) -> dict[str, mx.array]:
+        """With ``figures`` all that was measured so far."""
+        uniform = {f"uniform.{rounding}.{bits}": x for (rounding, bits), x in self.uniform.states.items()}
+        return {"states": self.states, **uniform}
+
+    def figures(self) -> dict[str, Any]:
+        """See ``arrays``; JSON."""
+        return {"errors": self.errors, "references": self.references}
+
+    def restore(self, arrays: Mapping[str, mx.array], figures: Mapping[str, Any]) -> None:
+        """Go on from there, in place of ``start``."""
+        self.states, self.errors, self.references = arrays["states"], figures["errors"], figures["references"]
+        for bits in self._anchor_bits():
+            for rounding in ANCHOR_ROUNDINGS:
+                self.uniform.states[rounding, bits] = arrays[f"uniform.{rounding}.{bits}"]
+
+    def _anchor_bits(self) -> list[int]:
+        widths = {matrix.in_features for matrix in matrices(self.config)}
+        return [bits for bits in ANCHOR_BITS if any(at_bits(width, bits) for width in widths)]
 
     def step(self, layer: Layer) -> None:
         """Measure ``layer`` and take all states through it."""
         batch = len(self.tokens)
-        true = self._states[:batch]
-        after = layer.attend(self._states)
-        self._states = after
+        true = self.states[:batch]
+        after = layer.attend(self.states)
+        self.states = after
         for group, names in (("qkv", "qkv"), ("o", "o")):
             width = layer.attention[names[0]].shape[1]
             for spec in candidates_for(width):
@@ -125,11 +175,18 @@ class Sensitivity:
                 self._record(f"layers.{layer.index}.{group}", spec, other - after[:batch])
                 if spec == reference(width):
                     self._start(f"layers.{layer.index}.{group}", spec, other)
+            self.tick()
+        for key in self.uniform.states:
+            rounding, bits = key
+            specs = {name: at_bits(weight.shape[1], bits) for name, weight in layer.attention.items()}
+            held = {name: _pack(rounding, layer.attention[name], spec) for name, spec in specs.items() if spec}
+            self.uniform.attend(layer, key, held)
         self._experts(layer)
+        self.uniform.close()
 
     def _experts(self, layer: Layer) -> None:
-        batch, shape = len(self.tokens), self._states.shape
-        flat = self._states.reshape(-1, shape[-1])
+        batch, shape = len(self.tokens), self.states.shape
+        flat = self.states.reshape(-1, shape[-1])
         normed = layer.post_norm(flat)
         routing = layer.route(normed)
         count = batch * shape[1]  # the true states are the first rows
@@ -138,21 +195,22 @@ class Sensitivity:
         changes: dict[tuple[str, QuantizationSpec], mx.array] = {}
         for expert in layer.experts():
             tokens, weights = routing.tokens[expert.index], routing.weights[expert.index]
-            if not tokens.size:
-                continue
-            out = weights[:, None] * times(expert(normed[tokens]), expert.down)
-            if own := int(owned[expert.index]):
-                part = Routing((tokens[:own],), (weights[:own],))
-                self._pack_expert(expert, normed, part, out[:own], changes, count, float(scales[expert.index]))
-            flat = flat.at[tokens].add(out)
+            own = int(owned[expert.index])
+            out = mx.zeros((0, shape[-1]))
+            if tokens.size:
+                out = weights[:, None] * times(expert(normed[tokens]), expert.down)
+                flat = flat.at[tokens].add(out)
+            part = Routing((tokens[:own],), (weights[:own],))
+            self._pack_expert(expert, normed, part, out[:own], changes, count, float(scales[expert.index]))
             mx.eval(flat, *changes.values())
-        self._states = flat.reshape(shape)
+            self.tick()
+        self.states = flat.reshape(shape)
         for (group, spec), change in changes.items():
             name = f"layers.{layer.index}.{group}"
             self._record(name, spec, change)
             width = layer.matrices["gate_proj" if group == "gate_up" else "down_proj"].in_features
             if spec == reference(width):
-                self._start(name, spec, self._states[:batch] + change.reshape(batch, *shape[1:]))
+                self._start(name, spec, self.states[:batch] + change.reshape(batch, *shape[1:]))
 
     def _pack_expert(
         self,
@@ -164,61 +222,120 @@ class Sensitivity:
         count: int,
         scale: float,
     ) -> None:
+        """One expert at every packing; no more of them than those of one number of bits are held."""
         tokens, weights = routing.tokens[0], routing.weights[0][:, None]
         x = normed[tokens]
-        inner = expert(x)
+        inner = expert(x) if tokens.size else x
+        widths = expert.gate.shape[1], expert.down.shape[1]
 
         def add(group: str, spec: QuantizationSpec, out: mx.array) -> None:
             before = changes.get((group, spec), mx.zeros((count, normed.shape[1])))
             changes[group, spec] = before.at[tokens].add(scale * (weights * out - true))
             mx.eval(changes[group, spec])
 
-        for spec in candidates_for(expert.gate.shape[1]):
-            changed = expert(x, (packed(expert.gate, spec), packed(expert.up, spec)))
-            add("gate_up", spec, times(changed, expert.down))
-        for spec in candidates_for(expert.down.shape[1]):
-            add("down", spec, times(inner, packed(expert.down, spec)))
+        for bits in sorted({spec.bits for width in widths for spec in candidates_for(width)}):
+            gate, up, down = expert.gate, expert.up, expert.down  # as the searched uniform model has them
+            anchors = list(self.uniform.models(bits))
+            for spec in candidates_for(widths[0]):
+                if spec.bits != bits or not (tokens.size or (anchors and spec == at_bits(widths[0], bits))):
+                    continue
+                pair = packed(expert.gate, spec), packed(expert.up, spec)
+                if tokens.size:
+                    add("gate_up", spec, times(expert(x, pair), expert.down))
+                if spec == at_bits(widths[0], bits):
+                    gate, up = pair
+            for spec in candidates_for(widths[1]):
+                if spec.bits != bits or not (tokens.size or (anchors and spec == at_bits(widths[1], bits))):
+                    continue
+                changed = packed(expert.down, spec)
+                if tokens.size:
+                    add("down", spec, times(inner, changed))
+                if spec == at_bits(widths[1], bits):
+                    down = changed
+            for key in anchors:
+                held = (gate, up, down) if key[0] == "search" else _plain_expert(expert, bits)
+                self.uniform.expert(key, expert, *held)
 
-    def finish(self, walk: Walk) -> dict[str, dict[str, float]]:
-        """Predicted KL of every group and packing, in nats a token."""
+    def finish(self, walk: Walk) -> tuple[dict[str, dict[str, float]], dict[str, list[list[float]]]]:
+        """Predicted KL of every group and packing, in nats a token, and the measured one of the uniform models."""
         batch = len(self.tokens)
-        final = walk.final_norm(self._states)
+        final = walk.final_norm(self.states)
         head = list(matrices(self.config))[0 if self.config.tie_word_embeddings else -1]
         weight = read_matrix(self.source, head)
-        true = final[:batch]
-        kl = {
-            name: _mean_kl(true, final[batch * (index + 1) : batch * (index + 2)], weight, weight)
-            for index, name in enumerate(self._references)
-        }
+        truth = _Truth(final[:batch], weight)
+        kl = {}
+        for index, name in enumerate(self.references):
+            kl[name] = truth.mean_kl(final[batch * (index + 1) : batch * (index + 2)], weight)
+            self.tick()
         losses = {}
         for name, errors in self.errors.items():
-            base = errors[self._references[name]]
+            base = errors[self.references[name]]
             losses[name] = {spec: digits(kl[name] * error / base if base else 0.0) for spec, error in errors.items()}
         tied = self.config.tie_word_embeddings
         own = {
-            str(spec): digits(_mean_kl(true, true, weight, packed(weight, spec)))
+            str(spec): digits(truth.mean_kl(truth.final, packed(weight, spec)))
             for spec in candidates_for(head.in_features)
         }
-        if tied:
+        if tied and own:
             losses["embed_tokens"] = {spec: digits(loss + own[spec]) for spec, loss in losses["embed_tokens"].items()}
         elif own:
             losses["lm_head"] = own
-        return losses
+        return losses, self._anchors(walk, truth, weight, losses)
+
+    def _anchors(
+        self, walk: Walk, truth: _Truth, head: mx.array, losses: Mapping[str, Mapping[str, float]]
+    ) -> dict[str, list[list[float]]]:
+        widths = {group_of(matrix): matrix.in_features for matrix in matrices(self.config)}
+        found: dict[str, list[list[float]]] = {}
+        for (rounding, bits), states in self.uniform.states.items():
+            spec = at_bits(head.shape[1], bits)
+            other = head if spec is None else _pack(rounding, head, spec)
+            kl = truth.kl(walk.final_norm(states), other)
+            predicted = sum(losses[name].get(str(at_bits(widths[name], bits)), 0.0) for name in losses)
+            found.setdefault(rounding, []).append(anchor(predicted, kl))
+            self.tick()
+        return {rounding: sorted(rows) for rounding, rows in found.items()}
 
     def _record(self, name: str, spec: QuantizationSpec, change: mx.array) -> None:
         self.errors.setdefault(name, {})[str(spec)] = float(np.array(mx.square(change).sum(axis=-1).mean()))
 
     def _start(self, name: str, spec: QuantizationSpec, states: mx.array) -> None:
-        self._references[name] = str(spec)
-        self._states = mx.concatenate([self._states, states])
-        mx.eval(self._states)
+        self.references[name] = str(spec)
+        self.states = mx.concatenate([self.states, states])
+        mx.eval(self.states)
 
 
-def _mean_kl(true: mx.array, other: mx.array, true_head: mx.array, other_head: mx.array) -> float:
-    """``E KL(p ‖ p')`` over final states ``[B, L, D]``, a sequence at a time: logits are wide."""
-    total = 0.0
-    for row, other_row in zip(true, other, strict=True):
-        p, q = (times(x, head) for x, head in ((row, true_head), (other_row, other_head)))
-        log_p, log_q = p - mx.logsumexp(p, axis=-1, keepdims=True), q - mx.logsumexp(q, axis=-1, keepdims=True)
-        total += float(np.array((mx.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()))
-    return max(total / len(true), 0.0)
+def _pack(rounding: str, weight: mx.array, spec: QuantizationSpec) -> mx.array:
+    return packed(weight, spec) if rounding == "search" else plainly_packed(weight, spec)
+
+
+def _plain_expert(expert: Expert, bits: int) -> list[mx.array]:
+    found = []
+    for weight in (expert.gate, expert.up, expert.down):
+        spec = at_bits(weight.shape[1], bits)
+        found.append(weight if spec is None else plainly_packed(weight, spec))
+    return found
+
+
+class _Truth:
+    """The true log-probabilities of ``final [B, L, D]`` under the true head, computed once."""
+
+    def __init__(self, final: mx.array, head: mx.array) -> None:
+        self.final = final
+        self._log_p = [_log_softmax(times(row, head)) for row in final]
+        mx.eval(self._log_p)
+
+    def kl(self, final: mx.array, head: mx.array) -> npt.NDArray[np.float64]:
+        """``E KL(p ‖ p')`` of each sequence, ``[B]``, with other states or another head; one at a time, for logits are wide."""
+        found = []
+        for row, log_p in zip(final, self._log_p, strict=True):
+            log_q = _log_softmax(times(row, head))
+            found.append(float(np.array((mx.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())))
+        return np.array(found)
+
+    def mean_kl(self, final: mx.array, head: mx.array) -> float:
+        return max(float(self.kl(final, head).sum()) / len(self._log_p), 0.0)
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -38,6 +38,8 @@ def read_texts(paths: list[Path]) -> list[str]:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise InvalidRequestError(f"calibration text {path} cannot be read: {error.strerror or error}") from error
+        except UnicodeEncodeError:
+            raise InvalidRequestError(f"calibration text {str(path)!r} is not the name of a file") from None
         except UnicodeDecodeError as error:
             raise InvalidRequestError(
                 f"calibration text {path} is not UTF-8: byte {error.start} is not text"

@@ -26,9 +26,10 @@ from mlx_mixtral.config.layout import Matrix, Norm, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import ConversionError, InvalidRequestError, MissingDependencyError
 from mlx_mixtral.files import disk_error, disk_errors
-from mlx_mixtral.weights.dtypes import convert
+from mlx_mixtral.weights.dtypes import FLOATS, convert
 from mlx_mixtral_convert.export.gguf_blocks import encode, repack, repackable
 from mlx_mixtral_convert.export.gguf_header import rope_factors, write_header
+from mlx_mixtral_convert.export.gguf_mixes import WEIGHABLE, fallback_notes, mix_of, tensor_types
 from mlx_mixtral_convert.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from mlx_mixtral_convert.export.job import Job, Result
 from mlx_mixtral_convert.output.destination import SPARE_BYTES
@@ -36,33 +37,36 @@ from mlx_mixtral_convert.output.file_destination import FileDestination
 from mlx_mixtral_convert.packing.measure import decode
 from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.packing.values import Values
+from mlx_mixtral_convert.rounding import Search
 from mlx_mixtral_convert.sources import GeneratedFiles, PackedSource, TensorSource, small_files, tensor_place
 from mlx_mixtral_convert.sources.gguf.names import gguf_name
+from mlx_mixtral_convert.sources.gguf.source import GgufSource
 from mlx_mixtral_convert.sources.gguf.types import TYPES_BY_NAME, GgufTensor
 from mlx_mixtral_convert.sources.row_order import join_halves, rotary_heads
 
-__all__ = ["GGUF_TYPES", "write_gguf"]
+__all__ = ["write_gguf"]
 
-GGUF_TYPES = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 ALIGNMENT = 32
 
 
 def write_gguf(job: Job, kind: str | None) -> Result:
-    """Write the file. ``kind`` is the type of all matrices but the routers, F16 when None.
+    """Write the file. ``kind`` is one of ``GGUF_TYPES``, F16 when None.
 
     Raises:
-        InvalidRequestError: rows that do not divide into the blocks of ``kind``.
+        ConversionError: the calibration is another model's.
+        InvalidRequestError: rows that do not divide into the blocks of ``kind``, or a calibration that it has no use for.
         MissingDependencyError: the package ``gguf`` is not installed.
         ConfigError: rope scaling that GGUF has no keys for.
         TokenizerError: no SentencePiece tokenizer that fits.
     """
-    kind = "F16" if kind is None else kind
-    config = job.source.config
+    mix = mix_of("F16" if kind is None else kind)
+    config, importance = job.source.config, _importance(job, mix)
+    types = tensor_types(config, mix)
     destination = FileDestination(job.dest, job.folder, overwrite=job.overwrite)
     _require_gguf()
     listed: list[Matrix | Norm] = [*norms(config), *matrices(config)]
     factors = rope_factors(config)
-    tensors = {item.path: _tensor(item, kind) for item in listed}
+    tensors = {item.path: _tensor(item, types.get(item.path, "F32")) for item in listed}
     if factors is not None:
         tensors["rope"] = GgufTensor("rope_freqs.weight", TYPES_BY_NAME["F32"], factors.shape)
     vocabulary = _vocabulary(job)
@@ -78,29 +82,32 @@ def write_gguf(job: Job, kind: str | None) -> Result:
     if not job.dry_run:
         destination.check_space(needed)
         with destination as partial:
-            write_header(partial, job.name, config, vocabulary, kind, list(tensors.values()))
-            exact = _append(job, partial, tensors, kind, factors)
+            write_header(partial, job.name, config, vocabulary, mix, list(tensors.values()))
+            exact = _append(job, partial, tensors, importance, factors)
             output_bytes = partial.stat().st_size
             job.finish(data_bytes)
             destination.commit()
-    notes = tuple(_notes(config, bool(vocabulary.templates)))
-    return Result(destination.path, kind, output_bytes, data_bytes, needed, free, exact, notes)
+    notes = (*fallback_notes(config, mix, types), *_notes(config, vocabulary))
+    return Result(destination.path, mix, output_bytes, data_bytes, needed, free, exact, notes)
 
 
 def _tensor(item: Matrix | Norm, kind: str) -> GgufTensor:
-    name, floats, type_ = gguf_name(item), TYPES_BY_NAME["F32"], TYPES_BY_NAME[kind]
+    name, type_ = gguf_name(item), TYPES_BY_NAME[kind]
     if isinstance(item, Norm):
-        return GgufTensor(f"{name}.weight", floats, (item.size,))
-    if item.part == "router":
-        return GgufTensor(f"{name}.weight", floats, item.shape)
-    if item.in_features % type_.weights:
-        raise InvalidRequestError(
-            f"{item.path} has rows of {item.in_features} weights, which do not divide into {kind}'s blocks of "
-            f"{type_.weights}; use F16 or BF16"
-        )
+        return GgufTensor(f"{name}.weight", type_, (item.size,))
     if item.path.rpartition(".")[0].endswith(".mlp"):
         return GgufTensor(f"{name}.weight", type_, (item.out_features, item.in_features))
     return GgufTensor(f"{name}{'_exps' * (item.num_experts is not None)}.weight", type_, item.shape)
+
+
+def _importance(job: Job, mix: str) -> Search | None:
+    """What weighs errors, None without a calibration."""
+    if job.calibration is None:
+        return None
+    if mix not in WEIGHABLE:
+        raise InvalidRequestError(f"{mix} has no scales that a calibration could improve; use {', '.join(WEIGHABLE)}")
+    job.calibration.check_fits(job.source)
+    return Search(job.calibration)
 
 
 def _vocabulary(job: Job) -> Vocabulary:
@@ -113,7 +120,11 @@ def _vocabulary(job: Job) -> Vocabulary:
 
 
 def _append(
-    job: Job, path: Path, tensors: dict[str, GgufTensor], kind: str, factors: npt.NDArray[np.float32] | None
+    job: Job,
+    path: Path,
+    tensors: dict[str, GgufTensor],
+    importance: Search | None,
+    factors: npt.NDArray[np.float32] | None,
 ) -> int:
     """Write all data after the header, in the header's order; returns how many matrices kept their integers."""
     source, config = job.source, job.source.config
@@ -131,7 +142,9 @@ def _append(
         for matrix, expert, read in walk:
             if isinstance(read, Values):
                 changed.add(matrix.path)
-                rows = encode(read, tensors[matrix.path].kind.name, tensor_place(source, matrix, expert), pool)
+                weighing = None if importance is None else importance.importance(matrix, expert)
+                weights = None if weighing is None else np.array(weighing)
+                rows = encode(read, tensors[matrix.path].kind.name, tensor_place(source, matrix, expert), pool, weights)
             else:
                 rows = read
             if (heads := rotary_heads(matrix, config)) is not None:
@@ -151,6 +164,10 @@ def _reader(source: TensorSource, tensors: dict[str, GgufTensor]) -> Any:
 
     def read(matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values | npt.NDArray[np.uint8]:
         kind = tensors[matrix.path].kind.name
+        if isinstance(source, GgufSource) and source.type_name(matrix) == kind and kind not in FLOATS:
+            # The same type already. Its floats are what is checked.
+            cast(source.read(matrix, expert, scratch), "F32", tensor_place(source, matrix, expert))
+            return source.read_blocks(matrix, expert)
         native = source.native(matrix) if isinstance(source, PackedSource) else None
         if native is None or not native.exact or not repackable(native.spec, kind):
             return source.read(matrix, expert, scratch)
@@ -200,11 +217,13 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _notes(config: MixtralConfig, has_template: bool) -> Iterator[str]:
+def _notes(config: MixtralConfig, vocabulary: Vocabulary) -> Iterator[str]:
     window = config.sliding_window
     if window is not None and window < config.max_position_embeddings:
         yield f"the context is cut to {window} tokens: GGUF's llama architecture has no sliding window"
-    if not has_template:
+    if lost := vocabulary.lost_ends:
+        yield f"generation will not stop at {', '.join(map(str, lost))}: GGUF has keys for three stop tokens"
+    if not vocabulary.templates:
         yield "there is no chat template in the source, so that other programs will guess one"
 
 

@@ -1,4 +1,4 @@
-"""Weights as GGUF stores them: blocks along a row, made by the ``gguf`` package, or taken over from MLX's integers.
+"""Weights as GGUF stores them: blocks along a row, searched for, or taken over from MLX's integers.
 
 A block of 32 weights is a float16 scale d (and in Q4_1 a minimum m) before its integers (ggml-common.h in ggml-org/llama.cpp):
 
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import DtypeRangeError, NonFiniteWeightsError
 from mlx_mixtral.weights.dtypes import convert, is_finite
+from mlx_mixtral_convert.export.k_blocks import LARGEST, SEARCHED, search_blocks
 from mlx_mixtral_convert.packing.measure import decode, row_blocks
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.gguf.types import TYPES_BY_NAME
@@ -32,13 +33,17 @@ Bytes = npt.NDArray[np.uint8]
 
 BLOCK = 32
 # The largest weight whose block has a scale that float16 holds.
-_LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0, "Q4_1": 65504.0}
+_LARGEST = {"F16": 65504.0, **LARGEST}
 # (what is taken from q, lowest, highest) of what is left.
 _SYMMETRIC = {"Q4_0": (-8, 7), "Q8_0": (-128, 127)}
 
 
-def encode(values: Values, kind: str, place: str, pool: Executor) -> Bytes:
+def encode(
+    values: Values, kind: str, place: str, pool: Executor, importance: npt.NDArray[np.float32] | None = None
+) -> Bytes:
     """Rows of ``values`` as GGUF type ``kind``, uint8 ``[rows, row_bytes]``; ``pool`` works on cache-sized blocks of rows.
+
+    ``importance [columns]`` weighs the error of each input, where scales are searched for.
 
     Raises:
         NonFiniteWeightsError: NaN or infinity in the tensor at ``place``.
@@ -56,21 +61,13 @@ def encode(values: Values, kind: str, place: str, pool: Executor) -> Bytes:
         floats = convert(values.array[at], values.dtype, "F32")
         if (limit := _LARGEST.get(kind)) is not None and (largest := float(np.abs(floats).max())) > limit:
             raise DtypeRangeError(f"{place} holds {largest:.3g}, beyond the {limit:g} of {kind}; use BF16")
-        out[at] = _quantize(floats, kind)
+        out[at] = (
+            search_blocks(floats, kind, importance) if kind in SEARCHED else convert(floats, "F32", kind).view(np.uint8)
+        )
 
     for _ in pool.map(block, row_blocks(rows, columns)):
         pass
     return out
-
-
-def _quantize(floats: npt.NDArray[np.float32], kind: str) -> Bytes:
-    import gguf
-    from gguf import quants
-
-    # A block of zeros, or one too small for float16, divides by zero on the way to a scale of zero.
-    with np.errstate(all="ignore"):
-        coded: npt.NDArray[Any] = quants.quantize(floats, gguf.GGMLQuantizationType[kind])
-    return np.ascontiguousarray(coded).view(np.uint8)
 
 
 def repackable(spec: QuantizationSpec, kind: str) -> bool:

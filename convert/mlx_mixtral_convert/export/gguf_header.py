@@ -61,11 +61,20 @@ def rope_factors(config: MixtralConfig) -> npt.NDArray[np.float32] | None:
     if rope.kind in ("default", "linear", "yarn"):
         _refuse_tuned_yarn(rope)
         return None
-    if rope.kind != "llama3":
+    if rope.kind == "longrope" and not _has_one_scale(rope):
+        raise ConfigError("rope scaling 'longrope' with other factors past a length cannot be written to GGUF")
+    if rope.kind not in ("llama3", "longrope"):
         raise ConfigError(f"rope scaling {rope.kind!r} cannot be written to GGUF; default, linear, yarn and llama3 can")
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    plain = 1.0 / rope.theta**exponents
-    return (plain / rope.inverse_frequencies(config.head_dim, 1)).astype(np.float32)
+    scaled = rope.inverse_frequencies(config.head_dim, 1)
+    if rope.kind == "longrope":
+        return np.asarray((rope.parameters or {})["long_factor"], np.float32)
+    return RopeConfig(rope.theta, rope.max_position_embeddings).inverse_frequencies(config.head_dim, 1) / scaled
+
+
+def _has_one_scale(rope: RopeConfig) -> bool:
+    """Whether longrope's divisors are the same at every length, as those read from GGUF are."""
+    given = rope.parameters or {}
+    return given["long_factor"] == given["short_factor"] and rope.attention_factor() == 1
 
 
 def _refuse_tuned_yarn(rope: RopeConfig) -> None:
@@ -121,6 +130,9 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
         (vocabulary.bos, writer.add_bos_token_id),
         (vocabulary.eos, writer.add_eos_token_id),
         (vocabulary.unknown, writer.add_unk_token_id),
+        (vocabulary.pad, writer.add_pad_token_id),
+        (vocabulary.eot, writer.add_eot_token_id),
+        (vocabulary.eom, writer.add_eom_token_id),
     ):
         if token_id is not None:
             add(token_id)

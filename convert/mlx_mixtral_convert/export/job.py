@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.errors import ConversionError
+from mlx_mixtral_convert.calibration.file import Calibration
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.report import Progress, ProgressCounter
 from mlx_mixtral_convert.sources import PackedSource, TensorSource, main_dtype, matrix_bytes
@@ -52,6 +53,7 @@ class Job:
     dry_run: bool
     progress: Callable[[Progress], None] | None
     cancelled: Callable[[], bool] | None
+    calibration: Calibration | None = None
 
     @property
     def packed_matrices(self) -> int:

@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from mlx_mixtral.arguments import check_callbacks, checked
+from mlx_mixtral.arguments import check_callbacks, check_type, checked, shown
 from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.hub import Source
-from mlx_mixtral_convert.export.gguf import GGUF_TYPES, write_gguf
+from mlx_mixtral_convert.calibration.file import Calibration
+from mlx_mixtral_convert.export.gguf import write_gguf
+from mlx_mixtral_convert.export.gguf_mixes import GGUF_TYPES
 from mlx_mixtral_convert.export.hf import HF_TYPES, write_hf
 from mlx_mixtral_convert.export.job import Job
 from mlx_mixtral_convert.output.destination import as_destination
@@ -67,6 +70,7 @@ def export(
     revision: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    calibration: Calibration | str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> ExportReport:
@@ -81,11 +85,13 @@ def export(
         dest: for ``hf`` the folder to make, for ``gguf`` the file, its name ending in ``.gguf``.
         to: ``hf`` or ``gguf``.
         type: what weights are stored in. hf: BF16, F16 or F32, the source's own when None. gguf: F16 (when None), BF16, Q8_0,
-            Q4_0 or Q4_1; norms and routers are always F32.
+            Q4_0, Q4_1, or a mix of K-quants by llama.cpp's name: Q2_K, Q3_K_S, Q3_K_M, Q3_K_L, Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M,
+            Q6_K; Q3_K, Q4_K and Q5_K are the medium ones. Norms and routers are always F32.
         kind: the source's layout, one of ``sources.KINDS``; auto finds it from the content.
         revision: branch, tag or commit of a hub repository.
         overwrite: replace a finished export at ``dest``, once the new one is complete.
         dry_run: check and plan everything, write nothing.
+        calibration: of this checkpoint, or its file: weighs the errors of K-quants, Q4_0 and Q4_1 in GGUF.
         progress: told each step, from this thread.
         cancelled: asked before each matrix; True ends the export with ConversionError.
 
@@ -96,23 +102,28 @@ def export(
         DestinationError: ``dest`` cannot be used.
         DiskSpaceError: the disk has too little room, before or while writing.
         HubError: the repository cannot be downloaded.
-        InvalidRequestError: an empty ``source`` or ``dest``, an unknown ``to``, ``type`` or ``kind``, or a type that
-            the model's rows do not fit.
+        InvalidRequestError: an empty ``source`` or ``dest``, an unknown ``to``, ``type`` or ``kind``, a type that
+            the model's rows do not fit, or a calibration for a type that has no use for one.
         MissingDependencyError: GGUF needs the package ``gguf``.
         TokenizerError: GGUF needs a ``tokenizer.model``, and there is none that fits.
     """
     started = time.perf_counter()
     named, place = Source.parse(source, revision), as_destination(dest)
     check_callbacks(progress=progress, cancelled=cancelled)
-    if to not in FORMATS:
-        raise InvalidRequestError(f"export to {to!r} is unknown; use {' or '.join(FORMATS)}")
-    if type not in (None, *TYPES[to]):
-        raise InvalidRequestError(f"type {type!r} is unknown for {to}; use {', '.join(TYPES[to])}")
+    check_type("calibration", calibration, (Calibration, str, Path, NoneType), "a Calibration, its file, or None")
+    # Arrays have an == of their own.
+    if not isinstance(to, str) or to not in FORMATS:
+        raise InvalidRequestError(f"export to {shown(to)} is unknown; use {' or '.join(FORMATS)}")
+    if not isinstance(type, str | NoneType) or type not in (None, *TYPES[to]):
+        raise InvalidRequestError(f"type {shown(type)} is unknown for {to}; use {', '.join(TYPES[to])}")
+    if calibration is not None and to != "gguf":
+        raise InvalidRequestError(f"a calibration chooses no scales for {to}, which is not quantised; leave it out")
+    calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
     path = named.resolve(convertible=True, progress=downloading(progress))
     name, commit = named.origin(path)
     name = path.stem if named.repository is None and path.is_file() else name
     with open_source(path, kind) as tensors:
-        job = Job(tensors, path, name, commit, place, overwrite, dry_run, progress, cancelled)
+        job = Job(tensors, path, name, commit, place, overwrite, dry_run, progress, cancelled, calibrated)
         result = (write_hf if to == "hf" else write_gguf)(job, type)
         parameters = sum(m.parameters for m in matrices(tensors.config)) + sum(n.size for n in norms(tensors.config))
         return ExportReport(
@@ -130,6 +141,6 @@ def export(
             peak_memory_bytes=peak_memory_bytes(),
             disk_needed_bytes=result.needed_bytes,
             disk_free_bytes=result.free_bytes,
-            notes=result.notes,
+            notes=(*tensors.notes, *result.notes),
             dry_run=dry_run,
         )

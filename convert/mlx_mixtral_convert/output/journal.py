@@ -26,7 +26,7 @@ from mlx_mixtral.weights.manifest import file_sha256
 from mlx_mixtral_convert.output.plan import ShardPlan
 from mlx_mixtral_convert.packing.measure import MatrixError
 
-__all__ = ["JOURNAL", "CancelledError", "ConversionJournal", "Finished", "clear_folder"]
+__all__ = ["JOURNAL", "CancelledError", "ConversionJournal", "Finished", "clear_folder", "is_bad_input"]
 
 JOURNAL = "journal.jsonl"
 
@@ -91,7 +91,7 @@ class ConversionJournal:
     ) -> None:
         if error is None:
             return
-        if not self.finished or _is_bad_input(error):
+        if not self.finished or is_bad_input(error):
             with contextlib.suppress(OSError):
                 self.path.unlink()
             return
@@ -150,7 +150,7 @@ def _line(done: Finished) -> dict[str, Any]:
     return {"file": done.file, "bytes": done.nbytes, "sha256": done.sha256, "errors": errors}
 
 
-def _is_bad_input(error: BaseException) -> bool:
+def is_bad_input(error: BaseException) -> bool:
     """Whether the source is at fault, so that what was made of it is worth nothing.
 
     A disk that was unplugged or a file that could not be read is not: its error comes from the operating system.

@@ -28,6 +28,8 @@ Origin = Mapping[str, Any]
 _CONVERTER = {"converter": {"name": "mlx-mixtral", "version": __version__}}
 # What described the source's packing, or the machine it lay on.
 _DROPPED = ("quantization", "quantization_config", "compression_config", "_name_or_path")
+# Where these are true, the source had biases of zeros, which are left out.
+_BIASES = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias")
 
 
 def write_small_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
@@ -39,7 +41,7 @@ def write_small_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, dic
 
 def model_config_text(entries: Mapping[str, Any], plan: Plan, default: QuantizationSpec | None = None) -> bytes:
     """The output's config.json: the source's entries with this float type, and the packing by ``default`` and what differs."""
-    config = {key: value for key, value in entries.items() if key not in _DROPPED}
+    config = {key: False if key in _BIASES else value for key, value in entries.items() if key not in _DROPPED}
     spelled = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
     config |= dict.fromkeys(spelled, DTYPE_NAMES[plan.dtype])
     # mlx-lm's Mixtral reads only the older spelling and assumes 1e6 without it.

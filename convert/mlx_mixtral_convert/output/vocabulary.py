@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from mlx_mixtral.config.mixtral import MixtralConfig, stop_ids
 from mlx_mixtral.errors import CheckpointError, MissingDependencyError, TokenizerError
 from mlx_mixtral.files import parse_json
+from mlx_mixtral.tokenizer.agreement import disagreement
 from mlx_mixtral.tokenizer.sentencepiece import SentencePieceModel
+from mlx_mixtral.tokenizer.settings import Settings, read_settings
 
 __all__ = ["check_stop_ids", "check_vocabulary", "tokenizer_notes"]
+
+_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def check_vocabulary(files: Mapping[str, bytes], vocab_size: int) -> None:
@@ -27,7 +32,8 @@ def check_vocabulary(files: Mapping[str, bytes], vocab_size: int) -> None:
             continue
         if pieces > vocab_size:
             raise TokenizerError(
-                f"{name} has {pieces} pieces, but the model's vocab_size is {vocab_size}: they do not belong together"
+                f"{name} has {pieces} pieces, but the model's vocab_size is {vocab_size}: it belongs to another model; "
+                "put the tokenizer of this one into the folder"
             )
 
 
@@ -44,12 +50,15 @@ def tokenizer_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:
     models = [name for name in files if name.startswith("tokenizer.model")]
     if not models and "tokenizer.json" not in files:
         return ("there is no tokenizer; the result will take token ids only",)
-    objects = [name for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json") if name in files]
+    objects = [name for name in _OBJECTS if name in files]
     try:
-        for name in models[:1]:
-            SentencePieceModel(files[name], (), source=name)
         for name in objects:
             _check_object(name, files[name], needs_model=name == "tokenizer.json" and not models)
+        for name in models[:1]:
+            settings = read_settings(Path(), held={name: files[name] for name in objects})
+            model = SentencePieceModel(files[name], settings, source=name)
+            problem = disagreement(model.pieces(), settings)
+            return () if problem is None else (problem,)
     except MissingDependencyError:
         return ()  # this machine's fault, not the tokenizer's
     except TokenizerError as error:
@@ -68,7 +77,7 @@ def _check_object(name: str, data: bytes, *, needs_model: bool) -> None:
 
 def _sentencepieces(name: str, data: bytes) -> int:
     try:
-        return SentencePieceModel(data, (), source=name).size
+        return SentencePieceModel(data, Settings(), source=name).size
     except TokenizerError:
         return 0
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["pack"]
+__all__ = ["pack", "pack_rows"]
 
 WORD = 32
 
@@ -23,3 +25,9 @@ def pack(codes: mx.array, bits: int) -> mx.array:
         if shift + bits > WORD:
             words[word + 1] = words[word + 1] | (grouped[..., index] >> (WORD - shift))
     return mx.stack(words, axis=-1).reshape(rows, -1)
+
+
+def pack_rows(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint32]:
+    """The same on any thread, of rows of a multiple of 32 codes."""
+    stream = np.unpackbits(codes[..., None], axis=2, count=bits, bitorder="little").reshape(len(codes), -1)
+    return np.packbits(stream, axis=1, bitorder="little").view(np.uint32)

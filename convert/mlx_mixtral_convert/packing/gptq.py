@@ -25,7 +25,9 @@ from mlx_mixtral_convert.packing.search import search_groups
 __all__ = ["gptq"]
 
 Floats = npt.NDArray[np.float32]
-DAMPING = 0.01
+# Of the mean second moment, added to the diagonal: an expert sees few tokens, and less would fit the text and not the model. On
+# held-out text of the bundled checkpoint 0.1 loses 2 to 30% less than 0.01, by how many tokens each input has.
+DAMPING = 0.1
 SWEEPS = 3
 
 

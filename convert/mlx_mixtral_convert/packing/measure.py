@@ -19,7 +19,9 @@ from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.packing.values import Values
 
-__all__ = ["E4M3", "ErrorSum", "MatrixError", "decode", "digits", "row_blocks", "unpack"]
+__all__ = [
+    "E2M1", "E2M3", "E4M3", "E5M2", "ErrorSum", "MatrixError", "decode", "digits", "row_blocks", "unpack",
+]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
 # Blocks that fit in a core's cache: five passes over them cost one over memory.
@@ -38,13 +40,15 @@ def _small_float(exponent_bits: int, mantissa_bits: int, bias: int) -> Floats:
     return values
 
 
-_E2M1 = _small_float(2, 1, 1)
-E4M3 = _small_float(4, 3, 7)
+E2M1, E2M3 = _small_float(2, 1, 1), _small_float(2, 3, 1)
+E4M3, E5M2 = _small_float(4, 3, 7), _small_float(5, 2, 15)
 # There is no infinity, and one NaN of each sign.
 E4M3[[0x7F, 0xFF]] = np.nan
+# As in IEEE's types: the highest exponent is infinity and NaN.
+E5M2[[*range(0x7C, 0x80), *range(0xFC, 0x100)]] = np.nan
 # Code 255 is NaN, which no packed weight has.
 _E8M0 = np.append(2.0 ** (np.arange(255) - 127.0), np.nan).astype(np.float32)
-_CODES = {"mxfp4": _E2M1, "nvfp4": _E2M1, "mxfp8": E4M3}
+_CODES = {"mxfp4": E2M1, "nvfp4": E2M1, "mxfp8": E4M3}
 _SCALES = {"mxfp4": _E8M0, "nvfp4": E4M3, "mxfp8": _E8M0}
 
 

@@ -1,12 +1,14 @@
-"""Blocks of GGUF as MLX's affine packing: the integers move as they are, only their order within a word changes.
+"""Blocks of GGUF as MLX packs weights: the codes move as they are, only their order within a word changes.
 
-Both formats store a group of 32 weights as small integers q with ``w = scale * q + bias``. MLX packs the q of a row as one
-little-endian stream of bits. GGUF's blocks (ggml-common.h and ggml-quants.c in ggml-org/llama.cpp) hold a group's first 16 q
-in low and its last 16 in high halves of bytes; Q4_K and Q5_K hold eight groups in a block of 256, with 6-bit scales.
+Both store a group of weights as small integers q with ``w = scale * q + bias``, or as floats of 4 bits. MLX packs the q of a
+row as one little-endian stream of bits. GGUF's blocks (ggml-common.h and ggml-quants.c in ggml-org/llama.cpp) hold a group's
+first 16 q in low and its last 16 in high halves of bytes; Q4_K and Q5_K hold eight groups in a block of 256, with 6-bit scales.
 
     Q4_0, Q5_0, Q8_0   scale d, bias -8 d, -16 d, -128 d     d is float16: nothing is lost
     Q4_1, Q5_1         scale d, bias m                       nothing is lost
     Q4_K, Q5_K         scale d * sc, bias -dmin * m          products that float16 rounds
+    TQ1_0, TQ2_0       scale d, bias -d, q in 0, 1, 2        nothing is lost
+    MXFP4, NVFP4       a byte of scale, codes e2m1           MLX's mxfp4 and nvfp4, nothing is lost
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import ConversionError
 from mlx_mixtral_convert.packing.measure import row_blocks
 
-__all__ = ["AFFINE", "AffineType", "dequantize_affine", "transcode"]
+__all__ = [
+    "AFFINE",
+    "MICROFLOATS",
+    "AffineType",
+    "MicrofloatType",
+    "dequantize_affine",
+    "transcode",
+    "transcode_floats",
+]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -31,7 +41,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class AffineType:
-    """A GGUF type whose blocks are groups of 32 integers with a scale and a bias.
+    """A GGUF type whose blocks are groups of ``group`` integers with a scale and a bias.
 
     ``codes`` gives the integers of blocks ``[n, block_bytes]`` in the order of the weights, ``stream`` the same as MLX's
     bytes, ``scales`` scale and bias of each group ``[n, groups]`` in float32. ``lossless``: float16 holds them.
@@ -44,10 +54,22 @@ class AffineType:
     scales: Callable[[Bytes], tuple[Floats, Floats]]
     codes: Callable[[Bytes], Bytes]
     stream: Callable[[Bytes], Bytes]
+    group: int = 32
 
     @property
     def spec(self) -> QuantizationSpec:
-        return QuantizationSpec(self.bits, 32)
+        return QuantizationSpec(self.bits, self.group)
+
+
+@dataclass(frozen=True)
+class MicrofloatType:
+    """A GGUF type whose blocks are groups of 4-bit floats with a byte of scale each, in MLX's mode ``spec``."""
+
+    spec: QuantizationSpec
+    weights: int
+    block_bytes: int
+    scales: Callable[[Bytes], Bytes]
+    stream: Callable[[Bytes], Bytes]
 
 
 def transcode(raw: Bytes, kind: AffineType, place: str) -> dict[Field, npt.NDArray[Any]]:
@@ -58,18 +80,36 @@ def transcode(raw: Bytes, kind: AffineType, place: str) -> dict[Field, npt.NDArr
     """
     rows, columns = len(raw), raw.shape[1] // kind.block_bytes * kind.weights
     words = np.empty((rows, columns * kind.bits // 32), np.uint32)
-    scales, biases = (np.empty((rows, columns // 32), np.float16) for _ in range(2))
+    scales, biases = (np.empty((rows, columns // kind.group), np.float16) for _ in range(2))
     stream = words.view(np.uint8)
     for block in row_blocks(rows, columns):
         parts = raw[block].reshape(-1, kind.block_bytes)
         stream[block] = kind.stream(parts).reshape(-1, stream.shape[1])
         with np.errstate(over="ignore", invalid="ignore"):
             for held, values in zip((scales, biases), kind.scales(parts), strict=True):
-                held[block] = values.reshape(-1, columns // 32)
+                held[block] = values.reshape(-1, columns // kind.group)
     for held in (scales, biases):
         if not np.isfinite(held).all():
             raise ConversionError(f"{place} has a scale or bias that float16 cannot hold; convert without --exact")
     return {"weight": words, "scales": scales, "biases": biases}
+
+
+def transcode_floats(raw: Bytes, kind: MicrofloatType, place: str) -> dict[Field, npt.NDArray[Any]]:
+    """The same of floats: words (uint32) and scales (uint8).
+
+    Raises:
+        ConversionError: a scale that means 2^128 there and NaN here.
+    """
+    rows, columns = len(raw), raw.shape[1] // kind.block_bytes * kind.weights
+    stream = np.empty((rows, columns // 2), np.uint8)
+    scales = np.empty((rows, columns // kind.spec.group_size), np.uint8)
+    for block in row_blocks(rows, columns):
+        parts = raw[block].reshape(-1, kind.block_bytes)
+        stream[block] = kind.stream(parts).reshape(-1, columns // 2)
+        scales[block] = kind.scales(parts).reshape(-1, scales.shape[1])
+    if (scales == 255).any():
+        raise ConversionError(f"{place} has a scale of 2^128, which MLX has no code for; convert without --exact")
+    return {"weight": stream.view(np.uint32), "scales": scales}
 
 
 def dequantize_affine(raw: Bytes, kind: AffineType, out: Floats) -> None:
@@ -78,7 +118,7 @@ def dequantize_affine(raw: Bytes, kind: AffineType, out: Floats) -> None:
     for block in row_blocks(len(raw), columns):
         parts = raw[block].reshape(-1, kind.block_bytes)
         scales, biases = kind.scales(parts)
-        target = out[block].reshape(*scales.shape, 32)
+        target = out[block].reshape(*scales.shape, kind.group)
         np.multiply(kind.codes(parts).reshape(target.shape), scales[..., None], out=target, dtype=np.float32)
         target += biases[..., None]
 
@@ -111,12 +151,12 @@ def _super_block(blocks: Bytes) -> tuple[Floats, Floats]:
     return sc, m
 
 
-def _halves(at: int, groups: int) -> Callable[[Bytes], Bytes]:
-    """4-bit codes: of each run of ``16 * groups`` bytes the low halves, then the high ones."""
+def _halves(at: int, run: int) -> Callable[[Bytes], Bytes]:
+    """4-bit codes: of each run of bytes the low halves, then the high ones."""
 
     def codes(blocks: Bytes) -> Bytes:
-        packed = np.ascontiguousarray(blocks[:, at:]).reshape(len(blocks), -1, 16 * groups)
-        out = np.empty((len(blocks), packed.shape[1], 2, 16 * groups), np.uint8)
+        packed = np.ascontiguousarray(blocks[:, at:]).reshape(len(blocks), -1, run)
+        out = np.empty((len(blocks), packed.shape[1], 2, run), np.uint8)
         np.bitwise_and(packed, 0x0F, out=out[:, :, 0])
         np.right_shift(packed, 4, out=out[:, :, 1])
         return out.reshape(len(blocks), -1)
@@ -124,12 +164,12 @@ def _halves(at: int, groups: int) -> Callable[[Bytes], Bytes]:
     return codes
 
 
-def _half_stream(at: int, groups: int) -> Callable[[Bytes], Bytes]:
+def _half_stream(at: int, run: int) -> Callable[[Bytes], Bytes]:
     """The same codes, two a byte in the order of the weights: neighbouring bytes' low halves meet, then their high halves."""
 
     def stream(blocks: Bytes) -> Bytes:
-        pairs = np.ascontiguousarray(blocks[:, at:]).view("<u2").reshape(len(blocks), -1, 8 * groups)
-        out = np.empty((len(blocks), pairs.shape[1], 2, 8 * groups), np.uint8)
+        pairs = np.ascontiguousarray(blocks[:, at:]).view("<u2").reshape(len(blocks), -1, run // 2)
+        out = np.empty((len(blocks), pairs.shape[1], 2, run // 2), np.uint8)
         # The casts to a byte drop what lies above bit 7.
         out[:, :, 0] = (pairs & 0x0F) | (pairs >> 4 & 0xF0)
         out[:, :, 1] = (pairs >> 4 & 0x0F) | (pairs >> 8 & 0xF0)
@@ -140,7 +180,7 @@ def _half_stream(at: int, groups: int) -> Callable[[Bytes], Bytes]:
 
 def _fifth_bits(at: int) -> Callable[[Bytes], Bytes]:
     """Q5_0 and Q5_1: four bytes of fifth bits, one a weight, before the halves."""
-    halves = _halves(at + 4, 1)
+    halves = _halves(at + 4, 16)
 
     def codes(blocks: Bytes) -> Bytes:
         high = np.unpackbits(np.ascontiguousarray(blocks[:, at : at + 4]), axis=1, bitorder="little")
@@ -151,7 +191,7 @@ def _fifth_bits(at: int) -> Callable[[Bytes], Bytes]:
 
 def _q5_k(blocks: Bytes) -> Bytes:
     """32 bytes of fifth bits before the halves: bit g of byte i is weight i's of group g."""
-    codes = _halves(48, 2)(blocks).reshape(-1, 8, 32)
+    codes = _halves(48, 32)(blocks).reshape(-1, 8, 32)
     high = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]
     codes |= (high & 1) << 4
     return codes.reshape(len(blocks), -1)
@@ -175,12 +215,65 @@ def _q8_0(blocks: Bytes) -> Bytes:
     return blocks[:, 2:] ^ np.uint8(0x80)
 
 
+def _ternary(at: int) -> Callable[[Bytes], tuple[Floats, Floats]]:
+    """One scale for a block of 256, which is two groups of 128."""
+
+    def scales(blocks: Bytes) -> tuple[Floats, Floats]:
+        d = np.repeat(_float16(blocks, at)[:, :1], 2, axis=1)
+        return d, -d
+
+    return scales
+
+
+def _tq2_0(blocks: Bytes) -> Bytes:
+    """Of each run of 32 bytes the lowest pairs of bits, then the next ones."""
+    runs = np.ascontiguousarray(blocks[:, :64]).reshape(-1, 2, 1, 32)
+    codes: Bytes = (runs >> np.array([0, 2, 4, 6], np.uint8)[:, None] & np.uint8(3)).astype(np.uint8)
+    return codes.reshape(len(blocks), -1)
+
+
+def _tq1_0(blocks: Bytes) -> Bytes:
+    """Five digits of base 3 a byte, the first highest, as a fraction of 256: runs of 32 bytes and of 16, then four digits each
+    of 4 bytes."""
+    parts = []
+    for start, stop, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
+        # Multiplied in a byte, what was read before falls out at the top.
+        moved = blocks[:, None, start:stop] * np.array([1, 3, 9, 27, 81], np.uint8)[:digits, None]
+        parts.append((moved.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(len(blocks), -1))
+    return np.concatenate(parts, axis=1)
+
+
+def _two_bit_stream(codes: Callable[[Bytes], Bytes]) -> Callable[[Bytes], Bytes]:
+    def stream(blocks: Bytes) -> Bytes:
+        four = codes(blocks).reshape(len(blocks), -1, 4)
+        joined: Bytes = (
+            four[..., 0] | four[..., 1] << np.uint8(2) | four[..., 2] << np.uint8(4) | four[..., 3] << np.uint8(6)
+        )
+        return joined
+
+    return stream
+
+
+def _nvfp4_scales(blocks: Bytes) -> Bytes:
+    """Without a sign; the code that means NaN in e4m3 means 0 there."""
+    scales = blocks[:, :4] & np.uint8(0x7F)
+    return np.where(scales == 0x7F, np.uint8(0), scales)
+
+
 AFFINE: dict[str, AffineType] = {
-    "Q4_0": AffineType(4, 32, 18, True, _symmetric(8), _halves(2, 1), _half_stream(2, 1)),
-    "Q4_1": AffineType(4, 32, 20, True, _asymmetric, _halves(4, 1), _half_stream(4, 1)),
+    "Q4_0": AffineType(4, 32, 18, True, _symmetric(8), _halves(2, 16), _half_stream(2, 16)),
+    "Q4_1": AffineType(4, 32, 20, True, _asymmetric, _halves(4, 16), _half_stream(4, 16)),
     "Q5_0": AffineType(5, 32, 22, True, _symmetric(16), _fifth_bits(2), _five_bit_stream(_fifth_bits(2))),
     "Q5_1": AffineType(5, 32, 24, True, _asymmetric, _fifth_bits(4), _five_bit_stream(_fifth_bits(4))),
     "Q8_0": AffineType(8, 32, 34, True, _symmetric(128), _q8_0, _q8_0),
-    "Q4_K": AffineType(4, 256, 144, False, _super_block, _halves(16, 2), _half_stream(16, 2)),
+    "Q4_K": AffineType(4, 256, 144, False, _super_block, _halves(16, 32), _half_stream(16, 32)),
     "Q5_K": AffineType(5, 256, 176, False, _super_block, _q5_k, _five_bit_stream(_q5_k)),
+    "TQ1_0": AffineType(2, 256, 54, True, _ternary(52), _tq1_0, _two_bit_stream(_tq1_0), 128),
+    "TQ2_0": AffineType(2, 256, 66, True, _ternary(64), _tq2_0, _two_bit_stream(_tq2_0), 128),
+}
+MICROFLOATS: dict[str, MicrofloatType] = {
+    "MXFP4": MicrofloatType(
+        QuantizationSpec(4, 32, "mxfp4"), 32, 17, lambda blocks: blocks[:, :1], _half_stream(1, 16)
+    ),
+    "NVFP4": MicrofloatType(QuantizationSpec(4, 16, "nvfp4"), 64, 36, _nvfp4_scales, _half_stream(4, 8)),
 }

@@ -20,12 +20,13 @@ from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import MemoryBudgetError
 from mlx_mixtral.sizes import format_bytes, format_bytes_up
-from mlx_mixtral_convert.calibration.file import Losses
+from mlx_mixtral_convert.calibration.file import Calibration, Losses
 from mlx_mixtral_convert.calibration.sensitivity import candidates_for, group_of
+from mlx_mixtral_convert.calibration.uniform import correction
 from mlx_mixtral_convert.recipes.defaults import default_losses
 from mlx_mixtral_convert.recipes.recipe import Recipe
 
-__all__ = ["Fitted", "fit", "predicted_kl"]
+__all__ = ["Expected", "Fitted", "expected_loss", "fit", "predicted_kl"]
 
 # With 130 groups, rounding sizes up to a step wastes 0.1% of the room at most, most of which is given out afterwards.
 STEPS = 2**17
@@ -43,7 +44,7 @@ class Fitted:
 def predicted_kl(
     config: MixtralConfig, specs: Mapping[str, QuantizationSpec | None], losses: Losses | None = None
 ) -> float | None:
-    """The KL that ``losses`` predict for an assignment by path; None for packings or groups they do not know."""
+    """The sum of ``losses`` for an assignment by path; None for packings or groups they do not know."""
     losses = losses or default_losses(config)
     total, seen = 0.0, set()
     for matrix in matrices(config):
@@ -55,6 +56,36 @@ def predicted_kl(
         total += losses[name][str(spec)]
         seen.add((name, spec))
     return total
+
+
+@dataclass(frozen=True)
+class Expected:
+    """KL to the source in nats a token that is to be expected, and its standard error; None where nothing was measured."""
+
+    kl: float
+    error: float | None
+
+
+def expected_loss(
+    config: MixtralConfig,
+    specs: Mapping[str, QuantizationSpec | None],
+    calibration: Calibration | None,
+    rounding: str = "plain",
+) -> Expected | None:
+    """What a conversion should lose on text like the calibration's; None for packings or groups nothing is known of.
+
+    The sum of the groups' losses, corrected by what models packed alike throughout were measured to lose; of the built-in
+    losses when there is no calibration with sensitivities.
+    """
+    if calibration is None or not calibration.losses:
+        guess = predicted_kl(config, specs)
+        return None if guess is None else Expected(guess, None)
+    if (predicted := predicted_kl(config, specs, calibration.losses)) is None:
+        return None
+    if (found := correction(calibration.anchors, rounding, predicted)) is None:
+        return Expected(predicted, None)
+    factor, error = found
+    return Expected(predicted * factor, predicted * factor * error)
 
 
 @dataclass(frozen=True)

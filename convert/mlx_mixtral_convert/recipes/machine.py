@@ -27,10 +27,10 @@ def room_for_weights(config: MixtralConfig, device: Device, context: int | None 
             "--fit mac asks the GPU of a Mac for its memory, and there is none here; give a size: 20GB"
         )
     check_type("context", context, (int, type(None)), "a number of tokens")
-    tokens = min(DEFAULT_CONTEXT_TOKENS, config.max_position_embeddings) if context is None else context
-    if not 1 <= tokens <= config.max_position_embeddings:
+    tokens = min(DEFAULT_CONTEXT_TOKENS, config.max_context_tokens) if context is None else context
+    if not 1 <= tokens <= config.max_context_tokens:
         raise InvalidRequestError(
-            f"context is {tokens}; it must be 1 to {config.max_position_embeddings} tokens, the model's own"
+            f"context is {tokens}; it must be 1 to {config.max_context_tokens} tokens, the model's own"
         )
     cache = tokens * config.kv_bytes_per_token()
     room = device.recommended_bytes - cache - WORKING_BYTES

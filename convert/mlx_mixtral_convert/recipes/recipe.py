@@ -34,14 +34,15 @@ class Recipe:
     Args:
         bits: bits a weight; None leaves everything unquantised that no override names.
         group_size: weights that share a scale, along the input; the mode's default (affine: 64) when None.
-        mode: ``affine`` (2, 3, 4, 5, 6 or 8 bits, groups of 32, 64 or 128), ``mxfp4``, ``nvfp4`` or ``mxfp8``.
+        mode: ``affine`` (1, 2, 3, 4, 5, 6 or 8 bits, groups of 32, 64 or 128), ``mxfp4``, ``nvfp4`` or ``mxfp8``.
         overrides: module path globs (``*.self_attn.*``, ``lm_head``, ``model.layers.0.*``) to a ``QuantizationSpec``, to a
             mapping of ``bits``, ``group_size`` and ``mode`` (what it leaves out comes from the recipe), or to None or False:
             unquantised. Of several that match, the last wins.
         rounding: how affine matrices find their codes at the same format: ``plain`` (``mx.quantize``), ``search`` (scale and
             bias of least squared error) or ``gptq`` (error compensation, which needs a calibration).
 
-    The router stays unquantised unless an override gives it 8 bits; fewer are refused: everything depends on its choices.
+    The router stays unquantised unless an override gives it 8 bits; fewer are refused: everything depends on its choices. So
+    does a matrix whose rows no group size of the mode divides, as with mlx-lm.
 
     Raises:
         ConfigError: a combination MLX has no kernel for.
@@ -76,8 +77,8 @@ class Recipe:
         """The packing of every matrix of a model by module path, None for unquantised.
 
         Raises:
-            ConfigError: a group size that does not divide a matrix's input, an override that matches nothing, or a router
-                below 8 bits.
+            ConfigError: a group size that does not divide a matrix's input where another would, an override that matches
+                nothing, or a router below 8 bits.
         """
         listed = list(matrices(config))
         for pattern in self.overrides:
@@ -88,8 +89,12 @@ class Recipe:
                 )
         assigned = {matrix.path: self._assign(matrix) for matrix in listed}
         for matrix in listed:
-            if (spec := assigned[matrix.path]) is not None:
+            if (spec := assigned[matrix.path]) is None:
+                continue
+            if spec.has_group_for(matrix.in_features):
                 spec.check_divides(matrix.in_features, matrix.path)
+            else:
+                assigned[matrix.path] = None
         return assigned
 
     def _assign(self, matrix: Matrix) -> QuantizationSpec | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import cast
 
+from mlx_mixtral.config.folder import refuse_adapter
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral_convert.sources.base import (
     GeneratedFiles,
@@ -19,6 +20,7 @@ from mlx_mixtral_convert.sources.base import (
     small_files,
     tensor_place,
 )
+from mlx_mixtral_convert.sources.storage.file import refuse_pointer
 from mlx_mixtral_convert.sources.storage.local import LocalStorage, Storage
 
 __all__ = [
@@ -30,10 +32,14 @@ __all__ = [
 # content and reads little; the class takes a storage and is a TensorSource.
 KINDS: dict[str, tuple[str, str]] = {
     "gguf": ("gguf.source", "GgufSource"),
+    "npz": ("npz", "NpzSource"),
     "mlx": ("mlx", "MlxSource"),
     "awq": ("packed.awq", "AwqSource"),
     "gptq": ("packed.gptq", "GptqSource"),
     "fp8": ("packed.fp8", "Fp8Source"),
+    "compressed-tensors": ("packed.compressed", "CompressedSource"),
+    "modelopt": ("packed.modelopt", "ModelOptSource"),
+    "bitsandbytes": ("packed.bitsandbytes", "BitsAndBytesSource"),
     "hf-bin": ("torch.hf_bin", "TorchSource"),
     "native": ("native", "NativeSource"),
     "hf": ("hf", "HuggingFaceSource"),
@@ -54,8 +60,11 @@ def detect(place: Path | Storage) -> str:
     for kind in KINDS if place.named is None else _ONE_FILE:
         if _module(kind).detect(place):
             return kind
+    for file in place.glob("*.gguf") if place.named is None else [place.named]:
+        refuse_pointer(place, file)
     if place.named is not None or not place.folder.is_dir():
         raise CheckpointError(f"{place.path} is not a checkpoint that can be converted")
+    refuse_adapter(place.folder)
     found = [file.name for file in place.glob("*")][:4]
     raise CheckpointError(
         f"{place.path} is not a checkpoint that can be converted: there is no config.json"

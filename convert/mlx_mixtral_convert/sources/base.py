@@ -52,6 +52,11 @@ class TensorSource(Protocol):
         """The weight files."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what is left out of it."""
+        ...
+
     def dtype(self, matrix: Matrix) -> str:
         """Safetensors float type of a matrix: F32, F16 or BF16."""
         ...

@@ -12,20 +12,33 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, Norm, Rows, hf_name, locate, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import mlx_entry
+from mlx_mixtral.config.supported import CONVERTIBLE_METHODS
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.files import read_json
+from mlx_mixtral.weights.biases import bias_notes, refuse_biases
 from mlx_mixtral.weights.checkpoint import Checkpoint
-from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
+from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.base import SourceFiles
 from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint, StoredReader
 from mlx_mixtral_convert.sources.storage.local import Storage
+from mlx_mixtral_convert.sources.unsupported import unsupported_method
 
-__all__ = ["HuggingFaceSource", "check_float", "detect"]
+__all__ = ["SETTINGS", "HuggingFaceSource", "check_float", "detect", "missing_settings"]
 
+SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""The file a packing tool writes its settings to, by itself, and the method it means where it names none."""
 # Old checkpoints store the rotary frequencies, which follow from the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Scales for keys and values (and queries, and probabilities) in 8 or 4 bits, under all names in use: the attention's own,
+# those of a module in it (attn, k_proj, a fused qkv_proj), AMD's output scales, ModelOpt's quantisers.
+_CACHE_SCALE = re.compile(
+    r"model\.layers\.\d+\.self_attn\.(?:\w+\.)*"
+    r"(?:(?:[qkv]|kv|qkv|p|prob|softmax|attn)(?:_proj|_cache|_output)*_(?:scale|scale_inv|zero_point|global_scale|amax)"
+    r"|(?:[qkv]|kv|softmax)_bmm_quantizer\.\w+|output_scale|output_zero_point)"
+)
 
 
 def detect(storage: Storage) -> bool:
@@ -44,7 +57,8 @@ class HuggingFaceSource:
         entries: the configuration, where it does not come from ``config.json``.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, of another shape or not of a float type; damaged headers or index.
+        CheckpointError: a tensor is missing, left over, a bias that is not zero, of another shape or not of a float type;
+            damaged headers or index.
         ConfigError: config.json describes another architecture.
         ConversionError: the weights are quantised already.
     """
@@ -60,11 +74,14 @@ class HuggingFaceSource:
         self._reader = StoredReader(storage)
         self._matrices = {matrix.path: self._find(matrix) for matrix in matrices(self.config)}
         self._norms = {norm.path: self._find_norm(norm) for norm in norms(self.config)}
+        self.notes: tuple[str, ...] = ()
         self._refuse_leftovers()
         self.files = SourceFiles(storage, self.checkpoint.files)
 
     def dtype(self, matrix: Matrix) -> str:
-        return self.checkpoint[self._matrices[matrix.path][0].name].dtype
+        found = {self.checkpoint[rows.name].dtype for rows in self._matrices[matrix.path]}
+        # float32 holds what either of the types of 16 bits does.
+        return found.pop() if len(found) == 1 else "F32"
 
     def name(self, item: Matrix | Norm, expert: int = 0) -> str:
         if isinstance(item, Norm):
@@ -81,10 +98,16 @@ class HuggingFaceSource:
     def read(self, matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values:
         rows = self._matrices[matrix.path][expert]
         info = self.checkpoint[rows.name]
-        raw = scratch[: matrix.out_features * info.row_bytes].reshape(matrix.out_features, info.row_bytes)
+        own = self.dtype(matrix)
+        memory = scratch if own == info.dtype else np.empty(matrix.out_features * info.row_bytes, np.uint8)
+        raw = memory[: matrix.out_features * info.row_bytes].reshape(matrix.out_features, info.row_bytes)
         values = Values(as_numpy(raw, info.dtype), info.dtype)
         self._fill(matrix, info, rows.start * info.row_bytes, values)
-        return values
+        if own == info.dtype:
+            return values
+        wide = scratch[: 4 * matrix.out_features * matrix.in_features].view(np.float32).reshape(values.array.shape)
+        wide[:] = convert(values.array, info.dtype, own)
+        return Values(wide, own)
 
     def read_norm(self, norm: Norm) -> Values:
         info = self._norms[norm.path]
@@ -105,11 +128,13 @@ class HuggingFaceSource:
         self._reader.read(info, memoryview(raw), skip_bytes)  # type: ignore[arg-type]
 
     def _find(self, matrix: Matrix) -> list[Rows]:
+        found = locate(matrix, "weight", self.checkpoint)
+        if found is None and any(name.endswith(".qweight") for name in self.checkpoint):
+            raise missing_settings(self.path)
         if locate(matrix, "scales", self.checkpoint) is not None:
             raise ConversionError(
                 f"{self.path}: {matrix.path} is quantised already (it has scales); convert from the unquantised original"
             )
-        found = locate(matrix, "weight", self.checkpoint)
         if found is None:
             raise CheckpointError(f"{self.path}: tensor {self._missing(matrix)!r} is missing")
         for rows in found:
@@ -120,14 +145,6 @@ class HuggingFaceSource:
                     f"the configuration calls for {matrix.in_features} columns"
                 )
             check_float(info)
-        first = self.checkpoint[found[0].name]
-        # A matrix has one type: what its experts are read into is measured by it.
-        for rows in found:
-            if (info := self.checkpoint[rows.name]).dtype != first.dtype:
-                raise CheckpointError(
-                    f"{self.path}: experts of {matrix.path} have different types: {first.name!r} is {first.dtype}, "
-                    f"{info.name!r} is {info.dtype}; use a checkpoint whose experts have one type"
-                )
         return found
 
     def _missing(self, matrix: Matrix) -> str:
@@ -152,7 +169,16 @@ class HuggingFaceSource:
         used = self._used()
         if self.config.tie_word_embeddings:
             used.add("lm_head.weight")
-        for name in sorted(set(self.checkpoint) - used):
+        left = set(self.checkpoint) - used
+        zeros = refuse_biases(self.checkpoint, self._reader, left)
+        scales = sorted(name for name in left if _CACHE_SCALE.fullmatch(name))
+        self.notes = bias_notes(zeros)
+        if scales:
+            self.notes += (
+                f"{len(scales)} scales for a quantised KV cache ({scales[0]!r} is the first) are left out: here the cache "
+                "chooses its own, with --kv-bits",
+            )
+        for name in sorted(left - set(zeros) - set(scales)):
             if not _DERIVED.fullmatch(name):
                 info = self.checkpoint[name]
                 raise CheckpointError(
@@ -162,17 +188,27 @@ class HuggingFaceSource:
 
 
 def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:
-    if isinstance(entries.get("quantization"), Mapping):
+    if mlx_entry(entries) is not None:
         raise ConversionError(
-            f"{path} is an MLX checkpoint that is quantised already; convert from the unquantised original"
+            f"{path} is an MLX checkpoint that is quantised already, which this kind does not read; convert it without a kind"
         )
     foreign = entries.get("quantization_config") or entries.get("compression_config")
     if isinstance(foreign, Mapping):
         # As text a terminal can be given: control characters escaped.
         method = repr(str(foreign.get("quant_method", "an unnamed method"))[:40])[1:-1]
-        raise ConversionError(
-            f"{path}: the weights are quantised with {method}, which is not supported; convert from the original"
-        )
+        if method in CONVERTIBLE_METHODS:
+            raise ConversionError(
+                f"{path}: the weights are quantised with {method}, which this kind does not read; convert it without a kind"
+            )
+        raise ConversionError(f"{path}: {unsupported_method(foreign)}")
+
+
+def missing_settings(path: Path) -> ConversionError:
+    """The error for packed weights of which nothing says how."""
+    return ConversionError(
+        f"{path}: the weights are packed by GPTQ or AWQ, and nothing says how: neither quantization_config in config.json, nor "
+        f"{' or '.join(SETTINGS)}; put that file beside them, from where they were published"
+    )
 
 
 def check_float(info: TensorInfo) -> None:

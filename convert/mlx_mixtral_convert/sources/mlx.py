@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, Rows, fields_of, locate, matrices
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.config.quantization import QuantizationSpec
+from mlx_mixtral.config.quantization import QuantizationSpec, mlx_entry
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
@@ -30,9 +30,9 @@ __all__ = ["MlxSource", "detect"]
 
 
 def detect(storage: Storage) -> bool:
-    """Whether the configuration has MLX's ``quantization`` entry."""
+    """Whether the configuration says that MLX packed the weights."""
     config = storage.folder / "config.json"
-    return config.is_file() and isinstance(read_json(config).get("quantization"), Mapping)
+    return config.is_file() and mlx_entry(read_json(config)) is not None
 
 
 class MlxSource(HuggingFaceSource):
@@ -43,9 +43,12 @@ class MlxSource(HuggingFaceSource):
         ConfigError: config.json describes another architecture, or a packing the tensors do not have.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        entries = read_json(storage.folder / "config.json")
-        config, checkpoint = MixtralConfig.from_hf(entries), StoredCheckpoint(storage)
+    def __init__(
+        self, storage: Storage, checkpoint: Checkpoint | None = None, entries: Mapping[str, Any] | None = None
+    ) -> None:
+        entries = read_json(storage.folder / "config.json") if entries is None else entries
+        checkpoint = StoredCheckpoint(storage) if checkpoint is None else checkpoint
+        config = MixtralConfig.from_hf(entries)
         # What the runtime takes the tensors for.
         self._specs = {matrix.path: packing_of(matrix, config.quantization, checkpoint) for matrix in matrices(config)}
         self._parts: dict[str, dict[Field, list[Rows]]] = {}
@@ -75,8 +78,9 @@ class MlxSource(HuggingFaceSource):
         """The packing the matrix has; scales and biases of float16 stay what they are."""
         if (spec := self._specs[matrix.path]) is None:
             return None
-        scales = self.checkpoint[self._parts[matrix.path]["scales"][0].name]
-        return NativePacking(spec, True, f"MLX {spec}", lossless=scales.dtype in ("F16", "U8"))
+        floats = [rows for field, found in self._parts[matrix.path].items() if field != "weight" for rows in found]
+        lossless = all(self.checkpoint[rows.name].dtype in ("F16", "U8") for rows in floats)
+        return NativePacking(spec, True, f"MLX {spec}", lossless=lossless)
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         """One expert's words, and scales and biases in float16 (scales of one byte for modes other than affine)."""
@@ -102,12 +106,7 @@ class MlxSource(HuggingFaceSource):
     def _find(self, matrix: Matrix) -> list[Rows]:
         if matrix.path not in self._parts:
             return super()._find(matrix)
-        found = self._parts[matrix.path]["weight"]
-        # An expert is read with one packing, so that what its neighbours have must be its own too.
-        for field, located in self._parts[matrix.path].items():
-            if len({self.checkpoint[rows.name].dtype for rows in located}) > 1:
-                raise CheckpointError(f"{self.path}: the experts of {matrix.path} have {field} of different types")
-        return found
+        return self._parts[matrix.path]["weight"]
 
     def _used(self) -> set[str]:
         packed = {rows.name for parts in self._parts.values() for found in parts.values() for rows in found}

@@ -22,15 +22,16 @@ from mlx_mixtral.config.supported import ARCHITECTURES
 from mlx_mixtral.errors import CheckpointError, ConfigError
 from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
+from mlx_mixtral.weights.names import unwrapped
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.row_order import part_halves, rotary_heads
-from mlx_mixtral_convert.sources.storage.file import read_header
+from mlx_mixtral_convert.sources.storage.file import StoredTensor, read_header
 from mlx_mixtral_convert.sources.storage.local import Storage
-from mlx_mixtral_convert.sources.torch.files import StoredTensor, read_torch
+from mlx_mixtral_convert.sources.torch.files import read_torch
 from mlx_mixtral_convert.sources.torch.hf_bin import TorchSource
 
-__all__ = ["NativeSource", "detect", "hugging_face_entries"]
+__all__ = ["NativeCheckpoint", "NativeSource", "detect", "hugging_face_entries", "union_of"]
 
 _OUTSIDE = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -90,9 +91,14 @@ class NativeSource(TorchSource):
     """
 
     def __init__(self, storage: Storage) -> None:
-        entries = _entries(storage.folder)
+        entries = _entries(storage)
         config = MixtralConfig.from_hf(entries)
-        super().__init__(storage, _NativeCheckpoint(storage, config), entries)
+        files = _weight_files(storage)
+        if not files:
+            raise CheckpointError(
+                f"{storage.path} has no consolidated*.safetensors, consolidated.*.pth or consolidated.*.pt"
+            )
+        super().__init__(storage, NativeCheckpoint(storage, config, _union(files, storage)), entries)
 
     def _fill(self, matrix: Matrix, info: TensorInfo, skip_bytes: int, into: Values) -> None:
         super()._fill(matrix, info, skip_bytes, into)
@@ -103,19 +109,12 @@ class NativeSource(TorchSource):
         return _native_name(super()._missing(matrix))
 
 
-class _NativeCheckpoint(Checkpoint):
-    """Mistral's tensors under the names of the other layouts; messages use their own."""
+class NativeCheckpoint(Checkpoint):
+    """Mistral's ``tensors`` under the names of the other layouts; messages use their own."""
 
-    def __init__(self, storage: Storage, config: MixtralConfig) -> None:
+    def __init__(self, storage: Storage, config: MixtralConfig, tensors: Mapping[str, TensorInfo]) -> None:
         self.folder = storage.path
-        files = _weight_files(storage)
-        if not files:
-            raise CheckpointError(
-                f"{storage.path} has no consolidated*.safetensors, consolidated.*.pth or consolidated.*.pt"
-            )
-        self._tensors = {
-            _renamed(name): _apart(info, config) for name, info in _union(files, storage).items() if name != _DERIVED
-        }
+        self._tensors = {_renamed(name): _apart(info, config) for name, info in tensors.items() if name != _DERIVED}
 
     def __getitem__(self, name: str) -> TensorInfo:
         if name not in self._tensors:
@@ -123,8 +122,14 @@ class _NativeCheckpoint(Checkpoint):
         return self._tensors[name]
 
 
-def _entries(folder: Path) -> Mapping[str, Any]:
+def _entries(storage: Storage) -> Mapping[str, Any]:
+    folder = storage.folder
     if not (folder / "params.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{storage.path} has Mistral's own weights, but not params.json, which describes them; put the one they were "
+                "published with beside them"
+            )
         return read_json(folder / "config.json")
     params = read_json(folder / "params.json")
     if "hidden_size" not in params:
@@ -147,10 +152,23 @@ def _weight_files(storage: Storage) -> list[Path]:
 
 
 def _union(files: list[Path], storage: Storage) -> dict[str, TensorInfo]:
+    return union_of(
+        {
+            file: read_header(storage, file) if file.suffix == ".safetensors" else read_torch(file, storage)
+            for file in files
+        }
+    )
+
+
+def union_of(files: Mapping[Path, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """All tensors by name; several files may have one, if it has the same shape in all of them.
+
+    Raises:
+        CheckpointError: it has not.
+    """
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        held = read_header(storage, file) if file.suffix == ".safetensors" else read_torch(file, storage)
-        for name, info in held.items():
+    for file, held in files.items():
+        for name, info in unwrapped(held).items():
             if name in tensors and tensors[name].shape != info.shape:
                 raise CheckpointError(
                     f"{file}: tensor {name!r} has shape {list(info.shape)}, in {tensors[name].file.name} "
@@ -179,6 +197,9 @@ def _apart(info: TensorInfo, config: MixtralConfig) -> TensorInfo:
 
 
 def _renamed(name: str) -> str:
+    module, _, field = name.rpartition(".")
+    if field in ("scales", "biases"):
+        return f"{_renamed(f'{module}.weight').removesuffix('.weight')}.{field}"
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     if (layer := _LAYER.fullmatch(name)) is None:

@@ -18,7 +18,7 @@ from mlx_mixtral.cli.bench.options import BenchOptions
 from mlx_mixtral.cli.bench.tables import print_bench
 from mlx_mixtral.cli.console import err_console
 from mlx_mixtral.cli.subject import Subject
-from mlx_mixtral.errors import ContextLengthError
+from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.figures import check_plotting
 from mlx_mixtral.files import check_destination, replace_file
 from mlx_mixtral.info.macs import published_for
@@ -56,10 +56,14 @@ class BenchJob:
             mlx_lm_version()
         if loading.memory is not None:
             parse_size(loading.memory)
-        self.subject = Subject(given.model, loading.revision)
+        self.subject = Subject(given.model, loading)
         self.cases = self._plan(loading.context, wanted)
         if given.compare is not None:
-            check_mlx_lm(self.subject.folder)
+            if loading.overrides.rope_scaling is not None or loading.overrides.rope_theta is not None:
+                raise InvalidRequestError(
+                    "--rope-scaling and --rope-theta are not mlx-lm's to compute with; leave them out of a comparison"
+                )
+            check_mlx_lm(self.subject.folder, self._settings)
         self.dtype = DTYPE_NAMES[compute_dtype(loading.dtype, self.device)]
         self._loading = replace(loading, context=loading.context or self.cases.context)
         self._openers = self._sides(given.compare)
@@ -104,20 +108,25 @@ class BenchJob:
             title = f"{self.subject.name} on {self.device.name}, {self.dtype}"
             replace_file(self._place, draw_bench(title, self.report))
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What mlx-lm computes with in place of the file's."""
+        chosen = self.subject.config.num_experts_per_tok
+        return {} if self.subject.config.is_dense else {"num_experts_per_tok": chosen}
+
     def _plan(self, context: int | None, wanted: dict[str, Any]) -> Cases:
-        own = self.subject.config.max_position_embeddings
+        own = self.subject.config.max_context_tokens
         if context is not None:
             check_integer("context", context, 1, wanted="a number of tokens, at least 1")
-        if context is not None and context > own:
-            raise ContextLengthError(f"context is {context}; the model's own is {own} tokens")
+            self.subject.config.check_context(context)
         return plan_cases(own if context is None else context, **wanted)
 
     def _sides(self, compare: str | None) -> dict[str, Opener]:
         openers: dict[str, Opener] = {OURS: lambda: Ours(self.subject.load(self._loading))}
         if compare is not None:
-            openers[MLX_LM] = lambda: MlxLm(self.subject.folder)
+            openers[MLX_LM] = lambda: MlxLm(self.subject.folder, self._settings)
             if self.device.kind == "cpu":
-                openers[MLX_LM_F32] = lambda: MlxLm(self.subject.folder, in_float32=True)
+                openers[MLX_LM_F32] = lambda: MlxLm(self.subject.folder, self._settings, in_float32=True)
         return openers
 
     def _fit_together(self) -> bool:

@@ -9,7 +9,7 @@ import click
 from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.fields import argument, group, option, takes
-from mlx_mixtral.cli.options import LoadOptions, SamplingOptions, SpeculationOptions
+from mlx_mixtral.cli.options import LoadOptions, SamplingOptions, SpeculationOptions, StopOptions, chat_template_option
 
 __all__ = ["chat"]
 
@@ -20,6 +20,8 @@ class ChatOptions:
     system: str | None = option("--system TEXT", "System prompt.")
     max_tokens: int = option("-n, --max-tokens", "Most tokens of one answer.", default=1024)
     sampling: SamplingOptions = group(SamplingOptions, temperature=0.7, top_p=0.95)
+    stopping: StopOptions = group(StopOptions)
+    chat_template: str | None = chat_template_option()
     loading: LoadOptions = group(LoadOptions)
     speculation: SpeculationOptions = group(SpeculationOptions)
 
@@ -38,14 +40,19 @@ def chat(given: ChatOptions) -> None:
 
     sampling = given.sampling.params()
     check_integer("max_tokens", given.max_tokens, 1)
-    loaded, speculation = load_with_speculation(given.model, given.loading, given.speculation)
-    session = Session(loaded.model, sampling, given.max_tokens, given.system, speculation)
+    given.stopping.check()
+    loaded, speculation = load_with_speculation(
+        given.model, given.loading, given.speculation, chat_template=given.chat_template
+    )
+    session = Session(loaded.model, sampling, given.max_tokens, given.system, speculation, given.stopping)
     session.check()
+    if chat_note := loaded.model.tokenizer.chat_note:
+        note(f"note: {chat_note}")
     reader = MessageReader()
     if reader.is_terminal:
         config = loaded.model.config
         note(
-            f"{one_line(given.model)}: {format_bytes(loaded.model.nbytes)}, context {config.max_position_embeddings} tokens, "
+            f"{one_line(given.model)}: {format_bytes(loaded.model.nbytes)}, context {config.max_context_tokens} tokens, "
             f"format {loaded.model.tokenizer.chat_format}. /help for help, Ctrl-D to leave."
         )
     while True:

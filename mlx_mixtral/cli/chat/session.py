@@ -8,6 +8,7 @@ from mlx_mixtral import GenerationStats, Mixtral, SamplingParams
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cli.chat.conversation import Conversation
 from mlx_mixtral.cli.console import note, one_line, terminal_safe
+from mlx_mixtral.cli.options import StopOptions
 from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
 from mlx_mixtral.errors import ContextLengthError, MixtralError
 from mlx_mixtral.generation.request import Speculation
@@ -37,8 +38,10 @@ class Session:
         max_tokens: int,
         system: str | None,
         speculation: Speculation | None = None,
+        stopping: StopOptions | None = None,
     ) -> None:
         self.model, self.sampling, self.max_tokens, self.speculation = model, sampling, max_tokens, speculation
+        self.stopping = stopping or StopOptions()
         self.conversation = Conversation(system)
         self._last: GenerationStats | None = None
         self._commands: dict[str, Callable[[str], None]] = {
@@ -59,7 +62,7 @@ class Session:
             TokenizerError: the model cannot chat.
         """
         used = len(self.model.tokenizer.encode_chat([*self.conversation.messages, {"role": "user", "content": "Hi"}]))
-        if used >= (limit := self.model.config.max_position_embeddings):
+        if used >= (limit := self.model.config.max_context_tokens):
             raise ContextLengthError(
                 f"the system prompt alone takes {used} tokens, and the context holds {limit}; give a shorter --system"
             )
@@ -90,6 +93,8 @@ class Session:
                     talk.messages,
                     sampling=self.sampling,
                     max_tokens=self.max_tokens,
+                    stop=self.stopping.stop,
+                    stop_token_ids=self.stopping.stop_token_ids,
                     cancelled=interrupt.cancelled,
                     on_prefill=interrupt.on_prefill,
                     speculation=self.speculation,
@@ -98,7 +103,7 @@ class Session:
         except ContextLengthError:
             used = len(self.model.tokenizer.encode_chat(talk.messages))
             talk.undo()
-            limit = self.model.config.max_position_embeddings
+            limit = self.model.config.max_context_tokens
             note(
                 f"error: the conversation would have {used} tokens and the context holds {limit}; this message was not "
                 "sent: /reset starts over, /undo forgets the last exchange"
@@ -153,7 +158,7 @@ class Session:
 
     def _stats(self, _: str) -> None:
         turns = self.conversation.messages
-        limit = self.model.config.max_position_embeddings
+        limit = self.model.config.max_context_tokens
         asked = [*turns, {"role": "user", "content": ""}] if turns else []
         used = len(self.model.tokenizer.encode_chat(asked)) if asked else 0
         note(f"{len(turns)} messages, {used} of {limit} tokens of context")

@@ -9,6 +9,7 @@ import click
 from mlx_mixtral.cli.console import emit_json, note, one_line
 from mlx_mixtral.cli.convert.options import ConvertOptions, check_options
 from mlx_mixtral.cli.fields import takes
+from mlx_mixtral.errors import MixtralError
 
 __all__ = ["convert"]
 
@@ -28,10 +29,39 @@ def convert(ctx: click.Context, given: ConvertOptions) -> None:
     packing do not apply then.
     """
     check_options(ctx, given)
+    if given.upload is not None:
+        from mlx_mixtral_convert.upload.run import check_repository
+
+        check_repository("--upload", given.upload)
     if given.to == "mlx":
         _convert(given)
     else:
         _export(given)
+    if given.upload is not None:
+        _upload(given, given.upload)
+
+
+def _upload(given: ConvertOptions, repository: str) -> None:
+    from mlx_mixtral.cli.upload import print_upload
+    from mlx_mixtral.hub import Source
+    from mlx_mixtral_convert.upload import upload as run
+
+    try:
+        found = run(
+            given.dest,
+            repository,
+            public=given.public,
+            base_model=Source.parse(given.source).repository,
+            source=given.source,
+            overwrite=given.overwrite,
+        ).to_dict()
+    except MixtralError as error:
+        error.add_note(f"{given.dest} is complete: mlx-mixtral upload {given.dest} {repository} tries again")
+        raise
+    if not given.as_json:
+        print_upload(found)
+    for text in found["notes"]:
+        note(f"note: {one_line(text)}")
 
 
 def _convert(given: ConvertOptions) -> None:
@@ -79,6 +109,7 @@ def _export(given: ConvertOptions) -> None:
             revision=given.revision,
             overwrite=given.overwrite,
             dry_run=given.dry_run,
+            calibration=given.calibration,
             progress=progress,
         )
     if given.as_json:

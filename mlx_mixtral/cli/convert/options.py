@@ -20,10 +20,25 @@ __all__ = ["ConvertOptions", "check_options"]
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 ROUNDINGS = ("plain", "search", "gptq")
 FORMATS = ("mlx", "hf", "gguf")
-GGUF_TYPES = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+GGUF_TYPES = (
+    "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K",
+    "Q3_K", "Q4_K", "Q5_K",
+)  # fmt: skip
 # What has a meaning with --to, beside the type: of GGUF's weights, or of Hugging Face's.
-EXPORT_OPTIONS = {"source", "dest", "to", "kind", "overwrite", "dry_run", "revision", "device", "as_json"}
-TYPE_OPTIONS = {"hf": "dtype", "gguf": "gguf_type"}
+EXPORT_OPTIONS = {
+    "source",
+    "dest",
+    "to",
+    "kind",
+    "overwrite",
+    "dry_run",
+    "revision",
+    "device",
+    "as_json",
+    "upload",
+    "public",
+}
+TYPE_OPTIONS = {"hf": {"dtype"}, "gguf": {"gguf_type", "calibration"}}
 
 Overrides = Mapping[str, dict[str, int] | None]
 
@@ -65,7 +80,9 @@ class ConvertOptions:
         type=click.Choice(FORMATS),
         default="mlx",
     )
-    gguf_type: str | None = option("--type", "Type of GGUF's weights.  [default: F16]", type=click.Choice(GGUF_TYPES))
+    gguf_type: str | None = option(
+        "--type", "Type of GGUF's weights, or a mix of types.  [default: F16]", type=click.Choice(GGUF_TYPES)
+    )
     dtype: str = option(
         "--dtype", "Type of scales and norms; with --to hf, of all weights.", type=click.Choice(DTYPES), default="auto"
     )
@@ -92,6 +109,10 @@ class ConvertOptions:
     restart: bool = flag("--restart", "Forget what an interrupted conversion to DEST left.")
     stream: bool = flag("--stream", "Fetch a hub repository's weights as they are needed; store none of them.")
     dry_run: bool = flag("--dry-run", "Check everything and say what would be written; write nothing.")
+    upload: str | None = option(
+        "--upload OWNER/NAME", "Put DEST on the hub when it is done, with a model card; `upload` has more options."
+    )
+    public: bool = flag("--public", "Let everyone see what --upload makes.  [default: private]")
     revision: str | None = revision_option()
     device: str | None = device_option()
     as_json: bool = json_flag()
@@ -118,8 +139,12 @@ def check_options(ctx: click.Context, given: ConvertOptions) -> None:
         click.UsageError: naming the first.
     """
     typed = [name for name in ctx.params if is_given(ctx, name)]
+    if given.public and given.upload is None:
+        raise click.UsageError("--public says who sees what --upload makes; give --upload owner/name")
+    if given.upload is not None and given.dry_run:
+        raise click.UsageError("--dry-run writes nothing that --upload could send; leave one of them out")
     if given.to != "mlx":
-        known = EXPORT_OPTIONS | {TYPE_OPTIONS[given.to]}
+        known = EXPORT_OPTIONS | TYPE_OPTIONS[given.to]
         for name in typed:
             if name not in known:
                 instead = {"dtype": "; give --type", "gguf_type": "; give --dtype"}.get(name, "")

@@ -72,7 +72,7 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
     _print_title(dest, report)
     line = _sizes(report)
     if report["predicted_kl"] is not None:
-        line += f", expected loss {report['predicted_kl']:.3g} nats a token"
+        line += f"\n{_expected_loss(report)}"
     if report["dry_run"]:
         expected = "" if report["expected_seconds"] is None else f"about {seconds(report['expected_seconds'])}, "
         expected += f"up to {format_bytes(report['expected_memory_bytes'])} of memory"
@@ -115,6 +115,15 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
         talks = "instruct" in source.lower()
         example = f"chat {shown}" if talks else f'generate {shown} -p "Once upon a time"'
         console.print(f"Next: mlx-mixtral {example}", soft_wrap=True)
+
+
+def _expected_loss(report: Mapping[str, Any]) -> str:
+    expected, error = report["predicted_kl"], report["predicted_kl_error"]
+    if error is None:
+        return (
+            f"expected loss: about {expected:.2g} nats a token, a guess; calibrate --sensitivities measures this model"
+        )
+    return f"expected loss: {expected:.2g} ± {error:.1g} nats a token, on text like the calibration's"
 
 
 def print_export(dest: Path, report: Mapping[str, Any]) -> None:

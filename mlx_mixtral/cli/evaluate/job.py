@@ -51,12 +51,12 @@ class EvaluationJob:
         if self.plot is not None:
             check_plotting()
         texts = read_corpus(given.texts, given.records, given.max_bytes) if given.texts else []
-        self.baseline = Baseline(given.reference)
+        self.baseline = Baseline(given.reference, given.loading)
         if self.baseline.file is not None and (given.save_reference or given.top_k is not None):
             raise click.UsageError("--save-reference and --top-k make a reference; --reference names one that is made")
 
-        self.subject = Subject(given.model, given.loading.revision)
-        limit = self.subject.config.max_position_embeddings
+        self.subject = Subject(given.model, given.loading)
+        limit = self.subject.config.max_context_tokens
         self.lengths = (given.lengths or default_lengths(limit)) if given.passkey else ()
         self.depths = DEFAULT_DEPTHS if given.depths is None else given.depths
         if given.passkey:

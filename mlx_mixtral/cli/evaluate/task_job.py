@@ -38,7 +38,7 @@ class TaskJob:
         places = check_destinations({"--output": given.output, "--resume": given.resume})
         self.output, self.journal_path = places.get("--output"), journal_path(places)
         check_harness()
-        self.subject = Subject(given.model, given.loading.revision)
+        self.subject = Subject(given.model, given.loading)
         _ = self.subject.tokenizer  # one that cannot be used says so before data are fetched
         with count_progress("loading tasks") as show:
             self.tasks = load_tasks(names, shots=given.shots, path=given.task_path, progress=show)

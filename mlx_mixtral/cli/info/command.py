@@ -10,8 +10,8 @@ import click
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cli.console import emit_json
-from mlx_mixtral.cli.fields import argument, option, takes
-from mlx_mixtral.cli.options import json_flag, revision_option
+from mlx_mixtral.cli.fields import argument, group, option, takes
+from mlx_mixtral.cli.options import OverrideOptions, json_flag, revision_option
 
 if TYPE_CHECKING:
     from mlx_mixtral.info.macs import Chip
@@ -29,6 +29,7 @@ class InfoOptions:
     )
     context: int | None = option("--context N", "Tokens that --memory reserves KV cache for.")
     disk: str | None = option("--disk SIZE", "Bytes the disk reads a second, such as 5GB.  [default: measured]")
+    overrides: OverrideOptions = group(OverrideOptions)
     as_json: bool = json_flag()
 
 
@@ -60,11 +61,11 @@ def _published(given: InfoOptions, chips: Sequence[Chip]) -> None:
     from mlx_mixtral.info.shape import shape_report
 
     name = given.model.lower()
-    report = shape_report(name, chips)
+    report = shape_report(name, chips, given.overrides.checked)
     if given.memory is not None:
         from mlx_mixtral.info.plans import shape_plans
 
-        report["memory"] = shape_plans(name, given.memory, given.context, chips, given.disk)
+        report["memory"] = shape_plans(name, given.memory, given.context, chips, given.disk, given.overrides.checked)
     if given.as_json:
         emit_json(report)
     elif given.memory is not None:
@@ -78,13 +79,15 @@ def _checkpoint(given: InfoOptions, chips: Sequence[Chip]) -> None:
     from mlx_mixtral.cli.progress import fetch
     from mlx_mixtral.info.checkpoint import checkpoint_report
 
+    overrides = given.overrides.checked
     folder = fetch(given.model, revision=given.revision, weights=given.memory is not None)
     downloaded = not as_path("model", given.model).is_dir()
-    report = {"model": given.model, **checkpoint_report(folder, chips, downloaded=downloaded)}
+    facts = checkpoint_report(folder, chips, downloaded=downloaded, overrides=overrides)
+    report = {"model": given.model, **facts}
     if given.memory is not None:
         from mlx_mixtral.info.plans import checkpoint_plan
 
-        report["memory"] = checkpoint_plan(folder, given.memory, given.context, chips, given.disk)
+        report["memory"] = checkpoint_plan(folder, given.memory, given.context, chips, given.disk, overrides)
     if given.as_json:
         emit_json(report)
     elif given.memory is not None:

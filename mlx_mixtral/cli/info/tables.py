@@ -128,7 +128,12 @@ def _headlines(report: Mapping[str, Any]) -> list[str]:
     if tokenizer["kind"] is None:
         lines.append(f"tokenizer: none ({one_line(tokenizer['problem'])})")
     else:
-        lines.append(f"tokenizer: {tokenizer['kind']}, chat format {tokenizer['chat_format']}")
+        origin = f" ({one_line(tokenizer['chat_origin'])})" if tokenizer["chat_origin"] else ""
+        stops = ", ".join(map(str, tokenizer["eos_token_ids"])) or "no token"
+        lines.append(
+            f"tokenizer: {tokenizer['kind']}, chat format {tokenizer['chat_format']}{origin}, stops at {stops}"
+        )
+        lines += [f"note: {one_line(message)}" for message in tokenizer["notes"]]
     if report["conversion"] is not None:
         source = report["conversion"].get("source")
         name = source.get("name") or source.get("path") if isinstance(source, Mapping) else source

@@ -48,7 +48,7 @@ class ReportJob:
         self.given, self.command, self.left_out = given, command, dict[str, str]()
         if not given.no_plots:
             _check_plotting()
-        self.subject = Subject(given.model, given.loading.revision)
+        self.subject = Subject(given.model, given.loading)
         place = f"{self.subject.name.rpartition('/')[2]}-report" if given.output is None else given.output
         self.folder = check_folder("--output", place, overwrite=given.overwrite, holds=(SECTION_FILE, "plots"))
         usual_bytes = QUICK_BYTES if given.quick else MAX_BYTES
@@ -56,7 +56,7 @@ class ReportJob:
         texts = read_corpus(given.texts or _bundled(), given.records, self.max_bytes)
         self.facts = self._facts()
         self.corpus = self.subject.encode(texts)
-        self.baseline = Baseline(given.reference)
+        self.baseline = Baseline(given.reference, given.loading)
         self.window, self.stride = self.baseline.windows(self.subject, self.corpus, given.window)
         if self.baseline.other is not None:
             self._header(self.baseline.other).check_size()
@@ -69,14 +69,14 @@ class ReportJob:
 
     def _facts(self) -> Mapping[str, Any]:
         """What ``info`` has of the checkpoint."""
-        facts = checkpoint_report(self.subject.folder, ())
+        facts = checkpoint_report(self.subject.folder, (), overrides=self.given.loading.overrides.checked)
         if facts["problem"]:
             raise CheckpointError(f"{self.subject.name} does not load: {facts['problem']}")
         return facts | {"parts": [part | {"part": PART_NAMES[part["part"]]} for part in facts["parts"]]}
 
     def _lengths(self, lengths: tuple[int, ...] | None, usual: tuple[int, ...]) -> tuple[int, ...]:
         """Of passkey prompts; none, with the reason noted, where the context has no room for one."""
-        limit, tokenizer = self.subject.config.max_position_embeddings, self.subject.tokenizer
+        limit, tokenizer = self.subject.config.max_context_tokens, self.subject.tokenizer
         found = lengths
         if found is None:
             found = tuple(length for length in usual if length <= limit) or (limit,)

@@ -40,7 +40,7 @@ class RoutingJob:
             check_plotting()
         self.record: RoutingRecord | None = None
         self.corpus: Corpus | None = None
-        self.subject = None if given.model is None else Subject(given.model, given.loading.revision)
+        self.subject = None if given.model is None else Subject(given.model, given.loading)
         if self.subject is not None and self.subject.config.is_dense:
             raise InvalidRequestError(f"{self.subject.name} is dense: it has no experts to choose from")
         if given.trace is not None:
@@ -73,7 +73,7 @@ class RoutingJob:
         """What can be refused before weights are read: the text, the window, the size of the trace file."""
         given, config = self.given, subject.config
         texts = read_corpus(given.texts, given.records)
-        self.window, _ = check_window(given.window, None, config.max_position_embeddings)
+        self.window, _ = check_window(given.window, None, config.max_context_tokens)
         if given.loading.context is None:
             # A memory budget reserves KV cache for no more than the longest sequence there will be.
             self.loading = replace(given.loading, context=self.window)

@@ -114,7 +114,7 @@ class Encoder:
 
     @property
     def _is_native(self) -> bool:
-        return self.tokenizer.chat_format != "template"
+        return self.tokenizer.chat_is_native
 
     def _whole(self, text: str) -> list[int]:
         if self._bos and text.startswith(self._bos):

@@ -87,6 +87,8 @@ def _can_share(model: Mixtral, columns: int) -> bool:
     """Whether nothing of a context is overwritten, and its KV cache may be held twice."""
     plan = model.engine.plan
     fits = plan.budget_bytes is None or plan.kv_columns >= 2 * columns
+    if model.config.rope.table_of(columns):  # keys of the context are turned by the length of the whole
+        return False
     return fits and model.module.kv.window(model.config) is None
 
 
@@ -98,6 +100,8 @@ def _batches(model: Mixtral, items: Sequence[T], length: Callable[[T], int], row
         longest = length(batch[0]) if batch else length(item)
         columns = (len(batch) + 1) * longest
         fits = columns <= plan.chunk_tokens and length(item) >= (1 - PADDING_SHARE) * longest
+        rope = model.config.rope  # of what is read, all but the last token
+        fits = fits and rope.table_of(length(item) - 1) == rope.table_of(longest - 1)
         if batch and (len(batch) == rows or not fits):
             yield batch
             batch = []

@@ -97,7 +97,7 @@ def record_texts(
     check_type("model", model, Mixtral, "a model that load() gave")
     check_callbacks(progress=progress)
     corpus = texts if isinstance(texts, Corpus) else encode_texts(model.tokenizer, texts)
-    size, _ = check_window(window, None, model.config.max_position_embeddings, context_limit(model))
+    size, _ = check_window(window, None, model.config.max_context_tokens, context_limit(model))
     parts = stretches(corpus, model.tokenizer.encode(""), size, max_tokens)
     total, done = sum(len(part.ids) for part in parts), 0
     experts, entropy = [], []

@@ -51,8 +51,9 @@ def speculate(
         while True:
             guess, proposed = rounds.choose(max_tokens - done - 1)
             following = None
-            # A forward that waits for experts would wait for this token too: nothing is gained by starting it early.
-            if done + 1 < max_tokens and not proposed and not context.model.is_streamed:
+            # What waits for experts, or for a function that wants this token, gains nothing by starting early.
+            waits = context.model.is_streamed or request.sampler.reads_tokens
+            if done + 1 < max_tokens and not proposed and not waits:
                 following = rounds.plain(ahead.token)
             last = read_token(ahead)
             rounds.take_plain(last.token_id, guess, is_first=done == 0)

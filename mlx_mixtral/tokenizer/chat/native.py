@@ -25,6 +25,7 @@ class _Native(ABC):
     """A format that is written as ids: its text is what they spell."""
 
     name: str
+    is_native = True
 
     @property
     def source(self) -> str:
@@ -34,6 +35,10 @@ class _Native(ABC):
     def encode(
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None
     ) -> list[int]: ...
+
+    def end_of_turn(self, tokenizer: Tokenizer) -> int | str | None:
+        """EOS ends an answer."""
+        return tokenizer.eos_token_id
 
     def render(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
         """`<s> [INST] Hi [/INST]`."""
@@ -52,7 +57,7 @@ class NoChat(_Native):
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None) -> list[int]:
         raise ChatTemplateError(
             "this checkpoint has no chat format: no chat_template, and no [INST] among its special tokens; "
-            "use generate with a prompt of your own, or put a chat_template.jinja into its folder"
+            "give --chat-template FILE or NAME, or use generate with a prompt of your own"
         )
 
 

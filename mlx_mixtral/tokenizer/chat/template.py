@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from mlx_mixtral.errors import ChatTemplateError, MissingDependencyError
 from mlx_mixtral.tokenizer.base import Message, Tokenizer, check_text
 from mlx_mixtral.tokenizer.chat.messages import check_messages
 from mlx_mixtral.tokenizer.markers import AddedToken, Markers
+from mlx_mixtral.tokenizer.sentencepiece_proto import MARKER_FORM
 
 __all__ = ["JinjaChat", "is_mistral_template"]
 
@@ -50,12 +52,16 @@ def is_mistral_template(source: str) -> bool:
 
 
 class JinjaChat:
-    """A chat format given by jinja templates by name; "tool_use" is taken when there are tools."""
+    """A chat format given by jinja templates by name; "tool_use" is taken when there are tools.
 
-    name = "template"
+    Args:
+        name: What the format is called where it is one of ours, and not the checkpoint's own.
+    """
 
-    def __init__(self, templates: Mapping[str, str]) -> None:
-        self._templates = templates
+    is_native = False
+
+    def __init__(self, templates: Mapping[str, str], name: str = "template") -> None:
+        self._templates, self.name = templates, name
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None) -> list[int]:
         """See `Tokenizer.encode_chat`. No BOS is added: the template writes `bos_token` where it wants one."""
@@ -70,6 +76,22 @@ class JinjaChat:
         """What the template makes of the messages."""
         render, given = self._prepared(tokenizer, messages, None)
         return render(given)
+
+    def end_of_turn(self, tokenizer: Tokenizer) -> int | str | None:
+        """The marker that the default template writes right after an answer, be it after blanks; one that is no token of the
+        vocabulary as text."""
+        asked, answered = {"role": "user", "content": "asked"}, {"role": "assistant", "content": "answered"}
+        try:
+            render, given = self._prepared(tokenizer, [asked, answered, asked], None)
+            parts = _split_rendering(render, given, tokenizer.markers)
+        except (ChatTemplateError, MissingDependencyError):
+            return None
+        for part, following in pairwise(parts):
+            if isinstance(part, str) and part.rstrip().endswith("answered") and isinstance(following, AddedToken):
+                return following.token_id
+        written = "".join(part if isinstance(part, str) else part.content for part in parts)
+        found = MARKER_FORM.match(written.rpartition("answered")[2].lstrip())
+        return found.group() if found else None
 
     def _prepared(
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None
@@ -100,7 +122,7 @@ class JinjaChat:
                 return template.render(
                     **given,
                     add_generation_prompt=True,
-                    bos_token=named(tokenizer.bos_token_id),
+                    bos_token=named(tokenizer.bos_token_id if self._has_bos(tokenizer) else None),
                     eos_token=named(tokenizer.eos_token_id),
                 )
             except TemplateLimitError as error:
@@ -118,6 +140,10 @@ class JinjaChat:
                 raise ChatTemplateError(f"{_THE_TEMPLATE} fails: {type(error).__name__}: {error}") from error
 
         return render
+
+    def _has_bos(self, tokenizer: Tokenizer) -> bool:
+        """A checkpoint's own template knows whether it wants BOS; one of ours asks the tokenizer."""
+        return self.name == "template" or tokenizer.adds_bos
 
     def _default(self) -> str:
         if "default" in self._templates:

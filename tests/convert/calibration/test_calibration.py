@@ -65,7 +65,7 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def calibrated(tiny: Path) -> Calibration:
-    return calibrate(tiny, tokens=2048, sensitivities=False)
+    return calibrate(tiny, tokens=2048)
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -145,7 +145,7 @@ def test_it_is_saved_and_read_back_and_two_runs_are_the_same_bytes(
     calibrated: Calibration, tiny: Path, tmp_path: Path
 ) -> None:
     calibrated.save(tmp_path / "a")
-    calibrate(tiny, tokens=2048, sensitivities=False).save(tmp_path / "b")
+    calibrate(tiny, tokens=2048).save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     again = Calibration.load(tmp_path / "a")
     assert again.digest == calibrated.digest
@@ -216,25 +216,34 @@ def test_losses_rise_as_bits_fall_and_the_reference_is_the_measured_kl(
     monkeypatch.setattr("mlx_mixtral_convert.calibration.sensitivity.CANDIDATES", few)
     source = open_source(small)
     walk, sensitivity = Walk(source, tokens()), Sensitivity(source, tokens(3))
+    sensitivity.start()
     for layer, _ in walk.layers():
         sensitivity.step(layer)
-    losses = sensitivity.finish(walk)
+    losses, anchors = sensitivity.finish(walk)
     groups = ("qkv", "o", "gate_up", "down")
     assert set(losses) == {f"layers.{n}.{g}" for n in range(2) for g in groups} | {"embed_tokens", "lm_head"}
     for name, found in losses.items():
         assert found["2-bit g64"] > found["3-bit g64"] > found["4-bit g64"] > found["6-bit g64"] > 0, name
-    assert losses["layers.1.down"]["3-bit g64"] == pytest.approx(kl_with(small, 1, "down_proj", tokens(3)), rel=0.02)
+    path = "model.layers.1.block_sparse_moe.switch_mlp.down_proj"
+    one = Recipe(None, overrides={path: QuantizationSpec(3, 64)}, rounding="search")
+    assert losses["layers.1.down"]["3-bit g64"] == pytest.approx(kl_of(small, one).mean(), rel=0.02)
+    # Uniform models, against conversions that the runtime loads.
+    assert {rounding: len(rows) for rounding, rows in anchors.items()} == {"plain": 4, "search": 4}
+    for rounding, rows in anchors.items():
+        for bits, (predicted, measured, error) in zip((6, 4, 3, 2), rows, strict=True):
+            kl = kl_of(small, Recipe(bits, rounding=rounding))
+            assert predicted == pytest.approx(sum(found[f"{bits}-bit g64"] for found in losses.values()), rel=1e-4)
+            assert measured == pytest.approx(kl.mean(), rel=0.03)
+            assert error == pytest.approx(kl.std(ddof=1) / 3**0.5, rel=0.1)
 
 
-def kl_with(folder: Path, layer: int, projection: str, ids: Any) -> float:
-    """KL of the whole model with one stacked matrix packed by a real conversion."""
-    path = f"model.layers.{layer}.block_sparse_moe.switch_mlp.{projection}"
-    recipe = Recipe(None, overrides={path: QuantizationSpec(3, 64)}, rounding="search")
-    out = folder.parent / "packed"
+def kl_of(folder: Path, recipe: Recipe) -> Any:
+    """KL ``[3]`` of the whole model as a real conversion packs it, for each sequence."""
+    out = folder.parent / f"packed {recipe}"
     convert(folder, out, recipe=recipe, dtype="bfloat16")
-    true, other = (load(f).module(mx.array(ids)) for f in (folder, out))
+    true, other = (load(f, dtype="float32").module(mx.array(tokens(3))) for f in (folder, out))
     p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (true, other))
-    return float((mx.exp(p) * (p - q)).sum(axis=-1).mean().item())
+    return np.array((mx.exp(p) * (p - q)).sum(axis=-1).mean(axis=-1))
 
 
 def test_text_that_is_empty_too_short_or_no_text_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -344,7 +353,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tiny: Path, tmp_path: P
     source = make_checkpoint(tmp_path / "source", edit=spoil, **changes)
     shutil.copy(tiny / "tokenizer.model", source)
     with pytest.raises(NonFiniteWeightsError, match=f"tensor '{name}' holds NaN or infinity"):
-        calibrate(source, tokens=1024, sensitivities=False)
+        calibrate(source, tokens=1024)
 
 
 @pytest.mark.parametrize("count", [-1, 1023])

@@ -57,9 +57,10 @@ def measured(folder: Path, counts: Any = None) -> Measured:
             "mlx_mixtral_convert.calibration.sensitivity.CANDIDATES", (QuantizationSpec(2, 64), QuantizationSpec(3, 64))
         )
         walk, sensitivity = Walk(source, IDS), Sensitivity(source, IDS, counts)
+        sensitivity.start()
         for layer, _ in walk.layers():
             sensitivity.step(layer)
-        return sensitivity.errors, sensitivity.finish(walk)
+        return sensitivity.errors, sensitivity.finish(walk)[0]
 
 
 def test_counts_are_tokens_that_chose_an_expert_in_a_layer() -> None:
@@ -140,19 +141,21 @@ def test_calibrating_measures_sensitivities_with_the_counts_of_a_trace_or_its_fi
     given: list[Any] = []
 
     class Noted:
-        def __init__(self, source: object, tokens: object, counts: Any) -> None:
+        def __init__(self, source: object, tokens: object, counts: Any, tick: object) -> None:
             given.append(counts)
+
+        def start(self) -> None: ...
 
         def step(self, layer: Layer) -> None: ...
 
-        def finish(self, walk: Walk) -> dict[str, dict[str, float]]:
-            return {}
+        def finish(self, walk: Walk) -> tuple[dict[str, Any], dict[str, Any]]:
+            return {}, {}
 
-    monkeypatch.setattr("mlx_mixtral_convert.calibration.run.Sensitivity", Noted)
+    monkeypatch.setattr("mlx_mixtral_convert.calibration.measurements.Sensitivity", Noted)
     trace = RoutingTrace(np.tile(np.array([[0, 1], [0, 2]], np.uint16)[:, None], (1, 2, 1)), 8)
     trace.save(tmp_path / "routing.trace")
     for named in (trace, tmp_path / "routing.trace"):
-        calibrate(short, tokens=1024, trace=named)
+        calibrate(short, tokens=1024, sensitivities=True, trace=named)
     assert [counts.tolist() for counts in given] == [[[2, 1, 1, 0, 0, 0, 0, 0]] * 2] * 2
 
 
@@ -164,16 +167,16 @@ def test_traces_of_other_shapes_and_no_traces_are_refused(folder: Path, tmp_path
         (trace_of([[0]], [[1]]), "2 layers with 1 of 4"),
     ):
         with pytest.raises(InvalidRequestError, match=what):
-            calibrate(folder, trace=trace)
+            calibrate(folder, trace=trace, sensitivities=True)
     with pytest.raises(InvalidRequestError, match="leave it out"):
-        calibrate(folder, trace=trace_of([[0, 1]], [[0, 1]]), sensitivities=False)
+        calibrate(folder, trace=trace_of([[0, 1]], [[0, 1]]))
     dense = make_checkpoint(tmp_path / "dense", **dense_config())
     with pytest.raises(InvalidRequestError, match="is dense"):
-        calibrate(dense, trace=trace_of([[0, 1]], [[0, 1]]))
+        calibrate(dense, sensitivities=True, trace=trace_of([[0, 1]], [[0, 1]]))
     (tmp_path / "file").write_text("no trace")
     with pytest.raises(CheckpointError, match="file"):
-        calibrate(folder, trace=tmp_path / "file")
+        calibrate(folder, sensitivities=True, trace=tmp_path / "file")
     with pytest.raises(CheckpointError, match="missing"):
-        calibrate(folder, trace=str(tmp_path / "missing"))
+        calibrate(folder, sensitivities=True, trace=str(tmp_path / "missing"))
     with pytest.raises(InvalidRequestError, match="trace"):
-        calibrate(folder, trace=7)  # type: ignore[arg-type]
+        calibrate(folder, sensitivities=True, trace=7)  # type: ignore[arg-type]

@@ -62,10 +62,13 @@ def test_every_tensor_is_there_in_llama_cpps_order(kind: str, source: Path, tmp_
         plain = "norm" in name or "ffn_gate_inp" in name
         assert kind_of(found[name]) == ("F32" if plain else kind), name
         stored = gguf.GGMLQuantizationType["F32" if plain else kind]
-        assert found[name].data.tobytes() == quants.quantize(weight, stored).tobytes(), name
-        error = floats(found[name]) - weight
-        bound = {"F16": 3e-4, "BF16": 0, "Q8_0": 0.006, "Q4_0": 0.11, "Q4_1": 0.09}[kind] * (not plain)
-        assert np.linalg.norm(error) <= bound * np.linalg.norm(weight), name
+        theirs = quants.quantize(weight, stored)
+        if plain or kind in ("F16", "BF16"):
+            assert found[name].data.tobytes() == theirs.tobytes(), name
+        else:
+            # The package spreads a block's range; a search finds less error.
+            error = np.linalg.norm(floats(found[name]) - weight)
+            assert error < 0.995 * np.linalg.norm(quants.dequantize(theirs, stored) - weight), name
     assert (report.type, report.format) == (kind, "gguf")
     assert report.output_bytes == (tmp_path / "out.gguf").stat().st_size
     assert report.bits_per_weight == pytest.approx(8 * sum(t.data.nbytes for t in found.values()) / report.parameters)
@@ -378,16 +381,17 @@ def test_the_same_source_gives_the_same_bytes(source: Path, tmp_path: Path) -> N
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-def test_memory_holds_a_few_experts_however_many_there_are(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 16, "num_hidden_layers": 1}
-    source = add_tokenizer(make_checkpoint(tmp_path / "source", **sizes))
-    export(source, tmp_path / "warm.gguf", to="gguf", type="Q8_0")
+def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:
+    peaks = []
+    for experts in (2, 2, 20):
+        sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": experts, "num_hidden_layers": 1}
+        source = add_tokenizer(make_checkpoint(tmp_path / f"source-{len(peaks)}", **sizes))
+        tracemalloc.start()
+        try:
+            export(source, tmp_path / f"{len(peaks)}.gguf", to="gguf", type="Q8_0")
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    # The first loads modules. The third has 54 matrices more than the second.
     expert_bytes = 256 * 1024 * 2
-    tracemalloc.start()
-    try:
-        export(source, tmp_path / "out.gguf", to="gguf", type="Q8_0")
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    # Two being read, one packed, float32 blocks; the file has 48.
-    assert peak < 12 * expert_bytes
+    assert peaks[2] < peaks[1] + 6 * expert_bytes

@@ -44,7 +44,7 @@ def refused(source: Path, dest: Path, error: type[MixtralError], match: str, **o
 
 
 def test_an_unknown_type(source: Path, tmp_path: Path) -> None:
-    refused(source, tmp_path / "out.gguf", InvalidRequestError, "'Q4_K' is unknown for gguf; use F16", type="Q4_K")
+    refused(source, tmp_path / "out.gguf", InvalidRequestError, "'IQ4_XS' is unknown for gguf; use F16", type="IQ4_XS")
 
 
 def test_rows_that_do_not_divide_into_blocks(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_weight_beyond_float16s_scales(kind: str, tmp_path: Path) -> None:
     export(source, tmp_path / "out.gguf", to="gguf", type="BF16")
 
 
-@pytest.mark.parametrize("kind", TYPES["gguf"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_K"])
 def test_damaged_weights(kind: str, tmp_path: Path) -> None:
     def broken(made: Tensors) -> None:
         made[EXPERT][3, 5] = np.inf

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_mixtral.config.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, QuantizationSpec
 from mlx_mixtral.errors import ConversionError
+from mlx_mixtral_convert.packing import search as module
 from mlx_mixtral_convert.packing.codes import pack
 from mlx_mixtral_convert.packing.quantize import quantize
 from mlx_mixtral_convert.packing.search import search
@@ -119,8 +120,6 @@ def test_an_important_input_is_rounded_better() -> None:
 
 
 def test_the_rows_of_a_block_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_mixtral_convert.packing import search as module
-
     spec, weights = QuantizationSpec(4, 64), random_weights(4, rows=37)
     whole = search(weights, spec)
     monkeypatch.setattr(module, "_BLOCK", dict.fromkeys(module._BLOCK, 256 * 5))
@@ -147,3 +146,40 @@ def test_search_without_calibration_weighs_all_inputs_alike() -> None:
     spec, weights = QuantizationSpec(4, 64), random_weights(5)
     found = Search().pack(Matrix("lm_head", "head", 24, 256), 0, weights, spec)
     assert all(mx.array_equal(found[name], array) for name, array in search(weights, spec).items())
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, "BF16"), (6, "BF16"), (8, "F16"), (4, "BF16")])
+def test_the_bias_is_fitted_to_the_scale_as_it_is_stored(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fit alone, again in float64: least squares for the codes over a group's whole range, the scale rounded first."""
+    monkeypatch.setattr(module, "_SHRINKS", {})
+    monkeypatch.setattr(module, "_FEW_SHRINKS", ())
+    monkeypatch.setattr(module, "_REFINEMENTS", 0)
+    spec, weights = QuantizationSpec(bits, 64), random_weights(bits + 20, 64, 1024, kind)
+    found, first = search(weights, spec), plain(weights, spec)
+    values = float64(weights).reshape(-1, 64)
+    low, high = values.min(axis=1, keepdims=True), values.max(axis=1, keepdims=True)
+    codes = np.clip(np.rint((values - low) / ((high - low) / (2**bits - 1))), 0, 2**bits - 1)
+    centred = codes - codes.mean(axis=1, keepdims=True)
+    scales = (centred * values).sum(axis=1) / (centred * codes).sum(axis=1)
+    stored = float64(mx.array(scales).astype(TYPES[kind]))
+    biases = float64(mx.array(values.mean(axis=1) - stored * codes.mean(axis=1)).astype(TYPES[kind]))
+    fitted = (float64(found["scales"]) != float64(first["scales"])).reshape(-1)
+    assert fitted.sum() > 100
+    # A code at the edge of two, or a sum at the edge of two numbers of the type, may fall to the other side.
+    same = (float64(found["scales"]).reshape(-1) == stored) & (float64(found["biases"]).reshape(-1) == biases)
+    assert same[fitted].mean() > 0.97
+
+
+def float64(array: mx.array) -> npt.NDArray[np.float64]:
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def test_refining_lowers_the_error_of_what_ranges_alone_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bits, most in ((2, 0.998), (3, 0.998), (4, 0.998)):
+        spec, weights = QuantizationSpec(bits, 64), random_weights(bits + 30, 64, 1024)
+        refined = group_errors(weights, search(weights, spec), spec)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_REFINEMENTS", 0)
+            unrefined = group_errors(weights, search(weights, spec), spec)
+        assert (refined <= unrefined * (1 + 1e-5)).all()
+        assert refined.sum() < most * unrefined.sum()

@@ -13,22 +13,24 @@ import pytest
 
 from mlx_mixtral import load
 from mlx_mixtral.errors import ConversionError, InvalidRequestError
-from mlx_mixtral_convert import Recipe, convert
-from mlx_mixtral_convert.packing.transcode import AFFINE, transcode
+from mlx_mixtral_convert import Recipe, convert, verify
+from mlx_mixtral_convert.packing.transcode import AFFINE, MICROFLOATS, transcode, transcode_floats
 from tests.convert.gguf_writer import dequantized, hub_tensors, packed, random_blocks, renamed, write_gguf
 from tests.convert.support import CONFIG, dense_config, make_checkpoint, read_output, weights
 
-LOSSLESS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+LOSSLESS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"]
+FLOATS = ["MXFP4", "NVFP4"]
 ROUNDED = ["Q4_K", "Q5_K"]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
 # What does not fit, and the bits of the groups of 32 it is rounded into.
-REQUANTISED = {"Q6_K": 8, "Q3_K": 6, "Q2_K": 4, "IQ4_XS": 8, "IQ4_NL": 8, "IQ2_XXS": 4, "MXFP4": 8}
+REQUANTISED = {"Q6_K": 8, "Q3_K": 6, "Q2_K": 4, "IQ4_XS": 8, "IQ4_NL": 8, "IQ2_XXS": 4}
 HUB = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def unpacked(fields: Any, bits: int) -> npt.NDArray[np.float32]:
     weight, scales, biases = (mx.array(fields[name]) for name in ("weight", "scales", "biases"))
-    return np.array(mx.dequantize(weight, scales.astype(mx.float32), biases.astype(mx.float32), 32, bits))
+    group = weight.shape[-1] * 32 // bits // scales.shape[-1]
+    return np.array(mx.dequantize(weight, scales.astype(mx.float32), biases.astype(mx.float32), group, bits))
 
 
 def blocks_of(kind: str, rows: int = 96, columns: int = 512) -> Any:
@@ -37,7 +39,33 @@ def blocks_of(kind: str, rows: int = 96, columns: int = 512) -> Any:
     values = np.random.default_rng(1).standard_normal((rows, columns)).astype(np.float32)
     values[3] = 0
     values[5, 32:64] = 2.0
-    return packed(values, kind)
+    return random_floats(rows, columns) if kind == "NVFP4" else packed(values, kind)
+
+
+def random_floats(rows: int, columns: int) -> Any:
+    """NVFP4, which the package does not write: any codes, and the scales of every code but NaN's, which means 0 there."""
+    random = np.random.default_rng(2)
+    blocks = random.integers(0, 256, (rows * columns // 64, 36), dtype=np.uint8)
+    blocks[:, :4] = random.integers(1, 127, (len(blocks), 4))
+    return blocks.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_small_floats_are_mlx_s_own_bit_for_bit(kind: str) -> None:
+    blocks, spec = blocks_of(kind), MICROFLOATS[kind].spec
+    fields = transcode_floats(blocks, MICROFLOATS[kind], "t")
+    assert [field.dtype for field in fields.values()] == [np.uint32, np.uint8]
+    found = mx.dequantize(
+        *(mx.array(field) for field in fields.values()), None, spec.group_size, spec.bits, spec.mode, dtype=mx.float32
+    )
+    np.testing.assert_array_equal(np.array(found), dequantized(blocks, kind))
+
+
+def test_a_scale_without_a_code_in_mlx_is_an_error_that_says_where() -> None:
+    blocks = blocks_of("MXFP4")
+    blocks[7, 0] = 255
+    with pytest.raises(ConversionError, match=r"m.gguf: tensor 'blk.0.x' has a scale of 2\^128.*without --exact"):
+        transcode_floats(blocks, MICROFLOATS["MXFP4"], "m.gguf: tensor 'blk.0.x'")
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
@@ -64,11 +92,11 @@ def test_every_integer_is_where_mlx_looks_for_it(kind: str) -> None:
     fields = transcode(blocks_of(kind), AFFINE[kind], "t")
     ones = fields | {"scales": np.ones_like(fields["scales"]), "biases": np.zeros_like(fields["biases"])}
     codes = unpacked(ones, AFFINE[kind].bits)
-    true = dequantized(blocks_of(kind), kind).reshape(-1, 32)
+    true = dequantized(blocks_of(kind), kind).reshape(-1, AFFINE[kind].group)
     scales, biases = (fields[name].reshape(-1, 1).astype(np.float64) for name in ("scales", "biases"))
     flat = scales[:, 0] != 0
     np.testing.assert_allclose(
-        ((true - biases) / np.where(scales, scales, 1))[flat], codes.reshape(-1, 32)[flat], atol=0.05
+        ((true - biases) / np.where(scales, scales, 1))[flat], codes.reshape(true.shape)[flat], atol=0.05
     )
 
 
@@ -95,7 +123,8 @@ def stored(tmp_path: Path, path: str, bits: int) -> Any:
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_a_model_keeps_every_weight(tmp_path: Path, kind: str, merged: bool) -> None:
-    report, true, manifest = exact(tmp_path, kind, merged=merged)
+    config = CONFIG | {**WIDE, "num_hidden_layers": 2} if kind in ("TQ1_0", "TQ2_0") else CONFIG
+    report, true, manifest = exact(tmp_path, kind, config, merged=merged)
     bits = AFFINE[kind].bits
     for name in ("model.embed_tokens", "lm_head", "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.k_proj"):
         assert np.array_equal(stored(tmp_path, name, bits), true[f"{name}.weight"]), name
@@ -106,7 +135,7 @@ def test_a_model_keeps_every_weight(tmp_path: Path, kind: str, merged: bool) -> 
             assert np.array_equal(found[expert], expected)
     entries = manifest["errors"]["model.layers.1.self_attn.k_proj"]
     assert entries == {
-        "spec": f"{bits}-bit g32",
+        "spec": str(AFFINE[kind].spec),
         "relative_rms": 0.0,
         "worst": 0.0,
         "source_type": kind,
@@ -115,6 +144,20 @@ def test_a_model_keeps_every_weight(tmp_path: Path, kind: str, merged: bool) -> 
     assert [(p.type_name, p.how, p.relative_rms) for p in report.packings] == [(kind, "exact", 0.0)]
     assert report.dtype == "float16"
     assert read_output(tmp_path / "out")["model.layers.0.block_sparse_moe.gate.weight"].dtype == mx.float16
+
+
+def test_a_model_of_small_floats_keeps_every_weight(tmp_path: Path) -> None:
+    report, true, _ = exact(tmp_path, "MXFP4")
+    assert [(p.type_name, p.spec, p.how, p.relative_rms) for p in report.packings] == [("MXFP4", "mxfp4", "exact", 0.0)]
+    out = read_output(tmp_path / "out")
+    for path, name in (
+        ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.q_proj"),
+        ("model.layers.1.block_sparse_moe.switch_mlp.down_proj", "model.layers.1.block_sparse_moe.experts.3.w2"),
+    ):
+        words, scales = (out[f"{path}.{field}"] for field in ("weight", "scales"))
+        found = np.array(mx.dequantize(words, scales, None, 32, 4, "mxfp4", dtype=mx.float32))
+        np.testing.assert_array_equal(found if found.ndim == 2 else found[3], true[f"{name}.weight"])
+    assert verify(tmp_path / "out").ok
 
 
 @pytest.mark.parametrize("kind", ROUNDED)

@@ -124,12 +124,13 @@ def test_a_size_too_small_names_the_smallest_which_then_works(tmp_path: Path) ->
     assert fit(EIGHT, parse_size(named)).data_bytes <= parse_size(named)
 
 
-def test_the_size_named_counts_headers_and_works_for_a_conversion(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_the_size_named_counts_headers_and_scales_and_works_for_a_conversion(tmp_path: Path, dtype: str) -> None:
     source = make_checkpoint(tmp_path / "source")
     with pytest.raises(MemoryBudgetError, match="the smallest it can be is") as caught:
-        convert(source, tmp_path / "out", fit="100kB")
+        convert(source, tmp_path / "out", fit="100kB", dtype=dtype)
     named = str(caught.value).partition("smallest it can be is ")[2].partition(",")[0]
-    assert convert(source, tmp_path / "out", fit=named).output_bytes <= parse_size(named)
+    assert convert(source, tmp_path / "out", fit=named, dtype=dtype).output_bytes <= parse_size(named)
 
 
 def test_two_fits_are_the_same_bytes(tmp_path: Path) -> None:
@@ -155,6 +156,10 @@ def test_dense_models_and_narrow_rows_are_fitted_too() -> None:
     assert candidates_for(96)
     assert all(spec.group_size == 32 for spec in candidates_for(96))
     assert candidates_for(80) == []
+    undivided = MixtralConfig.from_hf(CONFIG | {"intermediate_size": 344})
+    assigned = fit(undivided, 1_200_000).recipe.assign(undivided)
+    assert {path.rpartition(".")[2] for path, spec in assigned.items() if spec is None} >= {"down_proj", "gate"}
+    assert any(assigned.values())
 
 
 def test_built_in_losses_know_every_candidate() -> None:

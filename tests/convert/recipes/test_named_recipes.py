@@ -90,7 +90,7 @@ def test_options_that_contradict_are_a_usage_error(tmp_path: Path, options: tupl
 
 def test_calibrate_writes_a_file_that_convert_takes(short: Path, tmp_path: Path) -> None:
     file = tmp_path / "calibration"
-    done = run("calibrate", short, file, "--tokens", 1024, "--no-sensitivities", "--json")
+    done = run("calibrate", short, file, "--tokens", 1024, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 1024
     done = run("convert", short, tmp_path / "out", "--rounding", "search", "--calibration", file, "--json")

@@ -51,6 +51,7 @@ def test_the_last_override_that_matches_wins() -> None:
         (Recipe(4, 32), {"bits": 8}, QuantizationSpec(8, 32)),
         (Recipe(4, 32), {"mode": "mxfp4"}, QuantizationSpec(4, 32, "mxfp4")),
         (Recipe(mode="mxfp4"), {"bits": 6}, QuantizationSpec(6, 64)),
+        (Recipe(mode="mxfp4"), {"group_size": 128}, QuantizationSpec(4, 128)),
         (Recipe(mode="nvfp4"), {"mode": "mxfp8"}, QuantizationSpec(8, 32, "mxfp8")),
         (Recipe(None), {}, QuantizationSpec(4, 64)),
         (Recipe(3, 128), QuantizationSpec(5, 32), QuantizationSpec(5, 32)),
@@ -81,6 +82,14 @@ def test_a_group_that_does_not_divide_is_named_with_the_ones_that_do() -> None:
     ):
         Recipe(4, 64).assign(config)
     Recipe(4, 64, overrides={"*.down_proj": {"group_size": 32}}).assign(config)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(4, 64), Recipe(1, 128), Recipe(mode="mxfp4"), Recipe(mode="nvfp4")])
+def test_a_width_that_no_group_divides_is_left_out(recipe: Recipe) -> None:
+    config = MixtralConfig.from_hf(CONFIG | {"intermediate_size": 344})
+    assigned = recipe.assign(config)
+    whole = {path for path, spec in assigned.items() if spec is None and not path.endswith(".gate")}
+    assert whole == {path for path in assigned if path.endswith("down_proj")}
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,18 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
 
 def test_a_tensor_too_many_is_named(tmp_path: Path) -> None:
     def add(tensors: dict[str, Any]) -> None:
-        tensors["blk.0.attn_q.bias"] = np.ones(128, np.float32)
+        tensors["blk.0.attn_q_norm.weight"] = np.ones(128, np.float32)
 
-    refused(made(tmp_path / "m.gguf", add), CheckpointError, r"'blk\.0\.attn_q\.bias' has no place")
+    refused(made(tmp_path / "m.gguf", add), CheckpointError, r"'blk\.0\.attn_q_norm\.weight' has no place")
+
+
+def test_git_lfs_pointers_are_named_as_that(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "m.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4221\n")
+    for place, kind in ((folder, "auto"), (folder / "m.gguf", "auto"), (folder / "m.gguf", "gguf")):
+        with pytest.raises(CheckpointError, match=r"m\.gguf:? is a git-lfs pointer.*run git lfs pull"):
+            convert(place, tmp_path / "out", kind=kind)
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
@@ -140,19 +149,6 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     refused(
         made(tmp_path / "m.gguf", cut), CheckpointError, r"shape \[32, 128\]; the configuration calls for \[64, 128\]"
     )
-
-
-def test_experts_of_different_types_are_named(tmp_path: Path) -> None:
-    path = made(tmp_path / "m.gguf", merged=False, kind=lambda name: "Q4_0" if "up.3" in name else "Q8_0")
-    refused(path, CheckpointError, r"'blk\.0\.ffn_up\.0\.weight' is Q8_0, 'blk\.0\.ffn_up\.3\.weight' is Q4_0")
-
-
-def test_rotary_factors_other_than_one_are_refused(tmp_path: Path) -> None:
-    def add(value: float) -> Callable[[dict[str, Any]], None]:
-        return lambda tensors: tensors.update({"rope_freqs.weight": np.full(16, value, np.float32)})
-
-    refused(made(tmp_path / "m.gguf", add(8.0)), ConfigError, "'rope_freqs.weight' scales the rotary frequencies")
-    convert(made(tmp_path / "ones.gguf", add(1.0)), tmp_path / "out", exact=True)
 
 
 @pytest.mark.parametrize(("keys", "match"), [

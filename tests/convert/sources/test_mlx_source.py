@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
+from mlx_mixtral import load
 from mlx_mixtral.config.layout import matrices
-from mlx_mixtral.config.quantization import QuantizationSpec
+from mlx_mixtral.config.quantization import QuantizationSpec, mlx_entry
 from mlx_mixtral.errors import CheckpointError, ConfigError, ConversionError
 from mlx_mixtral_convert import Recipe, convert
 from mlx_mixtral_convert.sources import detect, open_source
@@ -103,6 +104,24 @@ def test_a_folder_of_mlx_lm_is_read(
     np.testing.assert_allclose(np.array(load_model(tmp_path / "out")[0](tokens)), np.array(theirs(tokens)), atol=1e-4)
 
 
+@pytest.mark.parametrize("extra", [{}, {"quant_method": "mlx"}])
+def test_a_folder_that_says_how_it_is_packed_to_others_only_is_read(tmp_path: Path, extra: dict[str, str]) -> None:
+    convert(make_checkpoint(tmp_path / "source"), tmp_path / "packed", recipe=RECIPES[-1].values[0])
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    config["quantization_config"] = config.pop("quantization") | extra
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    assert detect(tmp_path / "packed") == "mlx"
+    convert(tmp_path / "packed", tmp_path / "out", recipe=Recipe(bits=None), dtype="float32")
+    tokens = [1, 5, 9, 33, 2, 60]
+    with load(tmp_path / "packed") as packed, load(tmp_path / "out") as plain:
+        np.testing.assert_allclose(packed.logits(tokens), plain.logits(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("entry", [{"desc_act": False}, {"zero_point": True}, {"quant_method": "gptq"}, {"sym": False}])
+def test_settings_of_another_library_are_not_taken_for_mlxs(entry: dict[str, Any]) -> None:
+    assert mlx_entry({"quantization_config": {"bits": 4, "group_size": 64} | entry}) is None
+
+
 def apart(packed: Path, folder: Path) -> Path:
     """The same folder as the oldest repositories have it: experts one by one, one file, no index."""
     tensors = {}
@@ -173,6 +192,18 @@ def test_scales_in_bfloat16_are_passed_on_in_float16(tmp_path: Path) -> None:
             source.read_packed(head, 0)
 
 
+def test_scales_of_several_types_are_read_as_they_are(tmp_path: Path) -> None:
+    source = broken(tmp_path)
+    convert(source, tmp_path / "a", recipe=Recipe(bits=None), dtype="float32")
+    held = load_arrays(source / "model.safetensors")
+    held[f"{EXPERT}.scales"] = held[f"{EXPERT}.scales"].astype(mx.float32)
+    mx.save_safetensors(str(source / "model.safetensors"), held)
+    convert(source, tmp_path / "b", recipe=Recipe(bits=None), dtype="float32")
+    same(read_output(tmp_path / "a"), read_output(tmp_path / "b"))
+    report = convert(source, tmp_path / "c", exact=True)
+    assert {packing.how for packing in report.packings} == {"rounded"}
+
+
 def broken(tmp_path: Path, entries: dict[str, Any] | None = None, **tensors: Any) -> Path:
     convert(make_checkpoint(tmp_path / "source"), tmp_path / "packed", recipe=Recipe(4, 64))
     folder = apart(tmp_path / "packed", tmp_path / "apart")
@@ -197,7 +228,7 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2"
         ({f"{EXPERT}.biases": None}, f"'{EXPERT}.biases' is missing"),
         ({f"{EXPERT}.weight": mx.zeros((128, 31), mx.uint32)}, rf"'{EXPERT}.weight' has shape \[128, 31\]"),
         ({f"{EXPERT}.weight": mx.zeros((128, 32))}, "has dtype F32; U32 was expected"),
-        ({f"{EXPERT}.scales": mx.ones((128, 4))}, "down_proj have scales of different types"),
+        ({f"{EXPERT}.scales": mx.ones((128, 4), mx.uint8)}, "has dtype U8; F32, F16, BF16 was expected"),
         ({"model.vision.weight": mx.ones((2, 2))}, r"'model\.vision\.weight' has no place"),
         ({f"{EXPERT}.scales": mx.full((128, 4), float("nan"), mx.bfloat16)}, f"'{EXPERT}.weight' holds NaN"),
     ],

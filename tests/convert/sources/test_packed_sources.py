@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
+from mlx_mixtral import load
 from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError, MixtralError, NonFiniteWeightsError
@@ -25,7 +26,7 @@ from tests.convert.support import CONFIG, Floats, dense_config, load_arrays, mak
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False}
 FP8 = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head", "re:.*gate$"]}
-GOLDEN = Path(__file__).parents[2] / "goldens" / "fp8.npz"
+GOLDENS = Path(__file__).parents[2] / "goldens"
 MODULE = "model.layers.1.block_sparse_moe.experts.2.w2"
 
 
@@ -70,11 +71,15 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "gptq, one group": ("gptq", GPTQ | {"group_size": -1}, grouped_packer(gptq, -1)),
     "gptq, 8 bits": ("gptq", GPTQ | {"bits": 8}, grouped_packer(gptq, 64, 8)),
     "gptq, 2 bits": ("gptq", GPTQ | {"bits": 2}, grouped_packer(gptq, 64, 2)),
+    "gptq, 3 bits": ("gptq", GPTQ | {"bits": 3}, grouped_packer(gptq, 64, 3)),
+    "gptq v2, 3 bits, one group": (
+        "gptq", GPTQ | {"bits": 3, "group_size": -1, "format": "gptq_v2"}, grouped_packer(partial(gptq, version=2), -1, 3),
+    ),
     "gptq, act-order": ("gptq", GPTQ | {"desc_act": True}, grouped_packer(gptq, 32, act_order=True)),
-    "fp8, a scale a row": ("fp8", FP8, lambda _, weight: fp8(weight, (len(weight), 1))),
-    "fp8, a vector of scales": ("fp8", FP8, lambda _, weight: fp8(weight, (len(weight),), np.float16)),
+    "fp8, a scale a row": ("compressed-tensors", FP8, lambda _, weight: fp8(weight, (len(weight), 1))),
+    "fp8, a vector of scales": ("compressed-tensors", FP8, lambda _, weight: fp8(weight, (len(weight),), np.float16)),
     "fp8, one scale": ("fp8", {"quant_method": "fp8"}, lambda _, weight: fp8(weight, ())),
-    "fp8, one scale in a list": ("fp8", FP8, lambda _, weight: fp8(weight, (1,), np.float16)),
+    "fp8, one scale in a list": ("compressed-tensors", FP8, lambda _, weight: fp8(weight, (1,), np.float16)),
     "fbgemm": ("fp8", {"quant_method": "fbgemm_fp8"}, lambda _, weight: fp8(weight, (len(weight), 1))),
 }  # fmt: skip
 
@@ -107,12 +112,14 @@ def test_logits_equal_those_of_the_weights_meant(tmp_path: Path, case: str) -> N
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
-@pytest.mark.parametrize("method", ["awq", "gptq", "gptq v2"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "gptq v2", "gptq, 3 bits"])
 def test_the_integers_fit_mlx_as_they_are(tmp_path: Path, method: str, group: int) -> None:
     kept: dict[str, Grouped] = {}
     _, entry, _ = CASES[method]
-    packers: dict[str, Packer] = {"awq": awq, "gptq": gptq, "gptq v2": partial(gptq, version=2)}
-    make_packed(tmp_path / "source", entry | {"group_size": group}, grouped_packer(packers[method], group, kept=kept))
+    bits = entry["bits"]
+    packers: dict[str, Packer] = {"awq": awq, "gptq v2": partial(gptq, version=2)}
+    packer = grouped_packer(packers.get(method, gptq), group, bits, kept=kept)
+    make_packed(tmp_path / "source", entry | {"group_size": group}, packer)
     seen = 0
     with open_source(tmp_path / "source") as source:
         assert isinstance(source, PackedSource)
@@ -123,7 +130,7 @@ def test_the_integers_fit_mlx_as_they_are(tmp_path: Path, method: str, group: in
             packing = source.native(matrix)
             assert packing is not None
             inputs = matrix.in_features
-            assert packing.spec == QuantizationSpec(4, min(128, inputs if group == -1 else group))
+            assert packing.spec == QuantizationSpec(bits, min(128, inputs if group == -1 else group))
             assert packing.exact
             for expert in range(matrix.num_experts or 1):
                 module = source.name(matrix, expert).removesuffix(".weight")
@@ -134,9 +141,11 @@ def test_the_integers_fit_mlx_as_they_are(tmp_path: Path, method: str, group: in
                 scales, biases = (mx.array(packed[field]).astype(mx.float32) for field in ("scales", "biases"))
                 words = mx.array(packed["weight"])
                 ones = mx.ones_like(scales)
-                codes = mx.dequantize(words, ones, mx.zeros_like(ones), packing.spec.group_size, 4, dtype=mx.float32)
+                codes = mx.dequantize(words, ones, mx.zeros_like(ones), packing.spec.group_size, bits, dtype=mx.float32)
                 np.testing.assert_array_equal(np.array(codes), kept[module].q.T)
-                restored = np.array(mx.dequantize(words, scales, biases, packing.spec.group_size, 4, dtype=mx.float32))
+                restored = np.array(
+                    mx.dequantize(words, scales, biases, packing.spec.group_size, bits, dtype=mx.float32)
+                )
                 true = kept[module].values
                 size = inputs if group == -1 else group
                 largest = np.abs(true).reshape(len(true), -1, size).max(axis=2)
@@ -162,7 +171,7 @@ def test_what_does_not_fit_mlx_becomes_8_bits(tmp_path: Path, case: str) -> None
 
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])
 def test_what_compressed_tensors_wrote_means_what_it_says(tmp_path: Path, strategy: str) -> None:
-    with np.load(GOLDEN) as archive:
+    with np.load(GOLDENS / "fp8.npz") as archive:
         golden = {name.removeprefix(f"{strategy}."): archive[name] for name in archive if name.startswith(strategy)}
     stored = {"weight": golden["weight"], "weight_scale": golden["weight_scale"]}
 
@@ -213,10 +222,10 @@ BAD: list[tuple[str, dict[str, Any], type[MixtralError], str]] = [
     ("gptq", {"g_idx": np.full(256, 4, np.int32)}, CheckpointError, "names group 4"),
     ("gptq", {"g_idx": np.full(256, -1, np.int32)}, CheckpointError, "below 0; there are 4"),
     ("gptq", {"g_idx": np.zeros(255, np.int32)}, CheckpointError, r"g_idx' has shape \[255\]"),
-    ("fp8, one scale", {"weight_scale": np.ones((2, 2), np.float32)}, CheckpointError, r"has shape \[2, 2\]; one number"),
+    ("fp8, one scale", {"weight_scale": np.ones((2, 3), np.float32)}, CheckpointError, r"has shape \[2, 3\]; one number"),
     ("fp8, one scale", {"weight_scale": None}, CheckpointError, "w2.weight' has dtype F8_E4M3"),
     ("fp8, one scale", {"weight": np.full((128, 256), 127, np.uint8)}, NonFiniteWeightsError, "holds NaN"),
-    ("fp8, one scale", {"weight": np.ones((128, 256), np.float16)}, CheckpointError, "has dtype F16; F8_E4M3 was expected"),
+    ("fp8, one scale", {"weight": np.ones((128, 256), np.float16)}, CheckpointError, "dtype F16; F8_E4M3, F8_E5M2, I8 was"),
 ]  # fmt: skip
 
 
@@ -239,11 +248,22 @@ def test_damaged_modules_are_named(
         (AWQ | {"version": "gemv"}, "AWQ version 'gemv' is not supported"),
         (AWQ | {"group_size": 0}, "AWQ with groups of 0 is not supported"),
         ({"quant_method": "awq"}, "AWQ with bits = None"),
-        (GPTQ | {"bits": 3}, "GPTQ with 3 bits is not supported; 2 or 4 or 8"),
+        (GPTQ | {"bits": 5}, "GPTQ with 5 bits is not supported; 2 or 3 or 4 or 8"),
+        (GPTQ | {"is_marlin_format": True}, "checkpoint_format 'marlin' is not supported"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
-        (FP8 | {"format": "pack-quantized"}, "format 'pack-quantized' is not supported"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "a scale for each block"),
-        ({"quant_method": "bitsandbytes"}, "quantised with bitsandbytes"),
+        (FP8 | {"format": "marlin-24"}, "format 'marlin-24' is not supported; float-quantized, int-quantized"),
+        (FP8 | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "format 'sparse-24-bitmask' is not supported"),
+        (FP8 | {"transform_config": {"config_groups": {"u": {}}}}, "the weights are rotated"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]; two numbers"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "ModelOpt's 'W4A8_AWQ' is not supported; FP8"),
+        ({"quant_method": "hqq"}, r"quantised with hqq \(HQQ: .*call model.dequantize\(\), save that"),
+        ({"quant_method": "quanto"}, r"quantised with quanto \(.*convert from the original"),
+        ({"quant_method": "torchao"}, r"quantised with torchao \(.*convert from the original"),
+        ({"quant_method": "exl2"}, r"quantised with exl2 \(EXL2: .*--fit mixes bits here"),
+        ({"quant_method": "aqlm"}, r"quantised with aqlm \(.*--recipe experts-2bit"),
+        ({"quant_method": "eetq"}, r"quantised with eetq \(.*--bits 8"),
+        ({"quant_method": "higgs"}, r"quantised with higgs \("),
+        ({"quant_method": "a\nb"}, r"quantised with a\\nb, which is not supported; convert from the original"),
     ],
 )
 def test_variants_that_are_not_read_are_named(tmp_path: Path, entry: dict[str, Any], match: str) -> None:
@@ -257,10 +277,73 @@ def test_variants_that_are_not_read_are_named(tmp_path: Path, entry: dict[str, A
 @pytest.mark.parametrize("kind", ["awq", "gptq"])
 def test_a_kind_that_a_plain_folder_is_not_is_refused_as_that(tmp_path: Path, kind: str) -> None:
     source = make_checkpoint(tmp_path / "source")
-    with pytest.raises(
-        ConversionError, match=f"is not a {kind.upper()} folder: its config.json has no quantization_config"
-    ):
+    with pytest.raises(ConversionError, match=f"is not a {kind.upper()} folder: .*; convert it without a kind"):
         convert(source, tmp_path / "out", kind=kind)
+    convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "settings"),
+    [
+        ("awq", "quant_config.json", {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}),
+        ("awq", "quantize_config.json", AWQ),
+        ("gptq", "quantize_config.json", {"bits": 4, "group_size": 64, "desc_act": False, "sym": False}),
+        ("gptq v2", "quantize_config.json",
+         {"bits": 4, "group_size": 64, "method": "gptq", "format": "gptq_v2", "checkpoint_format": None}),
+    ],
+)  # fmt: skip
+def test_settings_in_a_file_of_their_own_are_read(
+    tmp_path: Path, case: str, name: str, settings: dict[str, Any]
+) -> None:
+    kind, _, pack = CASES[case]
+    meant = make_packed(tmp_path / "source", settings, pack, settings=name)
+    assert detect(tmp_path / "source") == kind
+    same_weights(tmp_path / "source", meant)
+    with pytest.raises(CheckpointError, match=r"holds weights packed by GPTQ or AWQ .*to be converted first"):
+        load(tmp_path / "source")
+
+
+def test_a_file_of_its_own_adds_what_the_configuration_leaves_out(tmp_path: Path) -> None:
+    """That zero points are stored as they are may be said there alone."""
+    meant = make_packed(tmp_path / "source", *CASES["gptq v2"][1:])
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    del config["quantization_config"]["checkpoint_format"]
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "source" / "quantize_config.json").write_text(json.dumps({"bits": 8, "checkpoint_format": "gptq_v2"}))
+    same_weights(tmp_path / "source", meant)
+
+
+@pytest.mark.parametrize("case", ["awq", "gptq"])
+def test_packed_weights_without_settings_say_which_file_is_missing(tmp_path: Path, case: str) -> None:
+    meant = make_packed(tmp_path / "source", *CASES[case][1:], settings="kept.json")
+    for kind in ("auto", case):
+        with pytest.raises(
+            ConversionError, match=r"quantize_config\.json or quant_config\.json; put that file beside them"
+        ):
+            convert(tmp_path / "source", tmp_path / "out", kind=kind)
+    name = {"gptq": "quantize_config.json", "awq": "quant_config.json"}[case]
+    (tmp_path / "source" / "kept.json").rename(tmp_path / "source" / name)
+    same_weights(tmp_path / "source", meant)
+
+
+def test_inputs_out_of_order_need_their_order(tmp_path: Path) -> None:
+    make_packed(tmp_path / "source", GPTQ | {"desc_act": True}, grouped_packer(partial(gptq, g_idx=False), 64))
+    with pytest.raises(CheckpointError, match=r"g_idx' is missing, and desc_act says that inputs are not in order"):
+        convert(tmp_path / "source", tmp_path / "out")
+
+
+def test_three_bits_that_autogptq_packed_mean_what_was_packed(tmp_path: Path) -> None:
+    with np.load(GOLDENS / "gptq3.npz") as archive:
+        golden = dict(archive)
+    meant = golden.pop("meant")
+    changes = {"num_key_value_heads": 2, "head_dim": 32}
+    pack = grouped_packer(gptq, 32, 3)
+
+    def with_golden(module: str, weight: Floats) -> Any:
+        return (golden, meant) if module == "model.layers.1.self_attn.k_proj" else pack(module, weight)
+
+    whole = make_packed(tmp_path / "source", GPTQ | {"bits": 3, "group_size": 32}, with_golden, **changes)
+    same_weights(tmp_path / "source", whole)
 
 
 def test_scales_that_float16_cannot_hold_are_named(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from mlx_mixtral_convert.calibration.walk import Sums, Walk
 from mlx_mixtral_convert.sources import detect, open_source
 from tests.convert.gguf_writer import renamed, write_gguf
 from tests.convert.hub_server import WEIGHTS, run_all, serve
-from tests.convert.native_writer import make_native, native
+from tests.convert.module_packers import integers, lookup
+from tests.convert.native_writer import make_native, native, params
 from tests.convert.packers import awq, fp8, gptq, grouped_packer, make_packed
 from tests.convert.support import CONFIG, hashes, make_checkpoint, read_output, weights
 from tests.convert.torch_writer import save_torch
@@ -51,6 +52,26 @@ def of_fp8(folder: Path) -> None:
     make_packed(folder, {"quant_method": "compressed-tensors"}, lambda _, weight: fp8(weight, (len(weight), 1)))
 
 
+def of_compressed(folder: Path) -> None:
+    """Zero points, in two files."""
+    scheme = {"targets": ["Linear"], "weights": {"num_bits": 4}}
+    entry = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": scheme}}
+    make_packed(folder, entry, lambda _, weight: integers(weight, 4, 32, zeros="packed"), shards=2)
+
+
+def of_modelopt(folder: Path) -> None:
+    """Described in hf_quant_config.json alone."""
+    make_packed(folder, {}, lambda _, weight: fp8(weight, ()))
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+
+
+def of_nf4(folder: Path) -> None:
+    """Experts at any byte of a flattened matrix."""
+    entry = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    kept = ("weight", "weight.absmax", "bitsandbytes__nf4")
+    make_packed(folder, entry, lambda _, weight: lookup(weight), plain_bytes=kept, num_hidden_layers=1)
+
+
 def of_mlx(folder: Path) -> None:
     convert(make_checkpoint(folder.with_name("floats")), folder, recipe=Recipe(4, 64))
 
@@ -68,6 +89,14 @@ def of_torch(folder: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     save_torch(folder / "pytorch_model.bin", weights(CONFIG))
+
+
+def of_npz(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(params(CONFIG)))
+    arrays = list(native(weights(CONFIG), CONFIG).items())
+    for number in range(2):
+        np.savez(folder / f"weights.{number}.npz", **dict(arrays[number::2]))
 
 
 def of_gguf(folder: Path) -> None:
@@ -88,11 +117,15 @@ KINDS: list[tuple[str, Callable[[Path], None], str, list[dict[str, Any]]]] = [
     ("hf", fused, "", [{}]),
     ("awq", of_awq, "", [{}, EXACT]),
     ("gptq", of_gptq, "", [{}, EXACT]),
-    ("fp8", of_fp8, "", [{}]),
+    ("compressed-tensors", of_fp8, "", [{}]),
+    ("compressed-tensors", of_compressed, "", [{}, EXACT]),
+    ("modelopt", of_modelopt, "", [{}]),
+    ("bitsandbytes", of_nf4, "", [{}]),
     ("mlx", of_mlx, "", [{"recipe": {"bits": 8, "group_size": 32}}, EXACT]),
     ("native", of_native, "", [{}]),
     ("native", of_torch_native, "", [{}]),
     ("hf-bin", of_torch, "", [{}]),
+    ("npz", of_npz, "", [{}]),
     ("gguf", of_gguf, "", [{}, EXACT]),
     ("gguf", of_split_gguf, ":m-00002-of-00003.gguf", [{}, EXACT]),
 ]

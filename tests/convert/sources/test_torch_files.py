@@ -18,8 +18,9 @@ import pytest
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral_convert import Recipe, convert
 from mlx_mixtral_convert.sources import KINDS, detect
+from mlx_mixtral_convert.sources.storage.file import StoredTensor
 from mlx_mixtral_convert.sources.storage.local import LocalStorage
-from mlx_mixtral_convert.sources.torch.files import StoredTensor, read_torch
+from mlx_mixtral_convert.sources.torch.files import read_torch
 from tests.convert.support import CONFIG, EXPERT, Tensors, dense_config, hashes, make_checkpoint, weights
 from tests.convert.torch_writer import EMPTY, View, named, number, save_torch, tensor_operations, text, transposed
 
@@ -28,7 +29,7 @@ def opened(path: Path) -> dict[str, StoredTensor]:
     return read_torch(path, LocalStorage(path))
 
 
-GOLDEN = Path(__file__).parents[2] / "goldens" / "torch" / "small.bin"
+GOLDENS = Path(__file__).parents[2] / "goldens" / "torch"
 ONE = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
 
 
@@ -42,8 +43,9 @@ def values(info: StoredTensor) -> list[Any]:
     return listed
 
 
-def test_a_file_pytorch_wrote_is_read() -> None:
-    found = opened(GOLDEN)
+@pytest.mark.parametrize("name", ["small.bin", "small-before-1.6.bin"])
+def test_a_file_pytorch_wrote_is_read(name: str) -> None:
+    found = opened(GOLDENS / name)
     whole = np.arange(24.0)
     assert {name: (info.dtype, values(info)) for name, info in found.items()} == {
         "plain": ("F32", whole.reshape(4, 6).tolist()),
@@ -210,10 +212,14 @@ def lie_about_size(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("edit", "match"),
     [
-        (cut, "truncated, or from before torch 1.6"),
+        (cut, "truncated, or no torch file"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4221\n", "run git lfs pull"),
         (lambda data: data[:100], "truncated"),
         (lambda data: b"", "truncated"),
-        (lambda data: pickle.dumps(0x1950A86A20F9469CFC6C, 2) + data[:50], "from before torch 1.6"),
+        (
+            lambda data: pickle.dumps(0x1950A86A20F9469CFC6C, 2) + data[:50],
+            "the pickle that describes the tensors is damaged",
+        ),
         (lambda data: data[:70] + b"~" + data[71:], "truncated|damaged|CRC"),
         (lie_about_place, "'model/data/0' is not where the directory says"),
         (lie_about_size, "'model/data/0' ends beyond the file's"),

@@ -22,6 +22,7 @@ from mlx_mixtral.generation.speculation.economics import Economics
 from mlx_mixtral.generation.speculation.loop import speculate
 from mlx_mixtral.generation.speculation.proposal import Guess, Proposal, Proposer
 from mlx_mixtral.generation.stats import Token
+from tests.generation.dry_by_hand import dry_penalties
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -63,12 +64,12 @@ class Chain:
     def make_cache(self, max_tokens: int | None = None) -> ChainCache:
         return ChainCache()
 
-    def hidden(self, tokens: mx.array, cache: ChainCache, *, last_only: bool = False) -> mx.array:
+    def hidden(self, tokens: mx.array, cache: ChainCache, *, last_only: bool = False, total: int = 0) -> mx.array:
         self.forwards.append(tokens.shape[1])
         cache.advance(tokens.shape[1])
         return tokens[:, -1:, None] if last_only else tokens[..., None]
 
-    def remember(self, tokens: mx.array, cache: ChainCache) -> None:
+    def remember(self, tokens: mx.array, cache: ChainCache, *, total: int = 0) -> None:
         self.hidden(tokens, cache)
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -183,11 +184,20 @@ def truncated(logits: Floats, params: SamplingParams) -> Floats:
         kept[token] = p[token]
         reached += p[token]
     kept[kept < params.min_p * kept.max()] = 0
-    return np.asarray(kept / kept.sum())
+    kept /= kept.sum()
+    if not params.xtc_probability:
+        return kept
+    # XTC: with its probability all tokens above the threshold go but the least likely of them, temperature left aside.
+    plain = np.where(kept > 0, np.exp(logits - logits.max()), 0)
+    plain /= plain.sum()
+    likely = [token for token in np.argsort(-plain) if plain[token] > params.xtc_threshold]
+    others = kept.copy()
+    others[likely[:-1]] = 0
+    return np.asarray((1 - params.xtc_probability) * kept + params.xtc_probability * others / others.sum())
 
 
 def penalised(logits: Floats, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> Floats:
-    """Logits after penalties and bias, one token at a time."""
+    """Logits after penalties, bias and DRY, one token at a time."""
     changed = logits.copy()
     for token in range(len(logits)):
         if token in prompt or token in output:
@@ -196,6 +206,9 @@ def penalised(logits: Floats, params: SamplingParams, prompt: Sequence[int], out
         if token in output:
             changed[token] -= params.presence_penalty + params.frequency_penalty * list(output).count(token)
         changed[token] += (params.logit_bias or {}).get(token, 0.0)
+    numbers = (params.dry_multiplier, params.dry_base, params.dry_allowed_length, params.dry_penalty_last_n)
+    for token, penalty in dry_penalties([*prompt, *output], *numbers).items():
+        changed[token] -= penalty
     return changed
 
 

@@ -37,6 +37,11 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 1.2, "top_k": 3, "min_p": 0.15},
     {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.8, "frequency_penalty": 0.7, "logit_bias": {2: 1.0}},
 ]
+# Every position has a coin: what is proposed and what judges it are to see the same one.
+XTC_AND_DRY: dict[str, Any] = {
+    "temperature": 1.4, "top_p": 0.95, "xtc_probability": 0.5, "xtc_threshold": 0.15, "dry_multiplier": 0.8,
+    "dry_base": 1.5, "dry_allowed_length": 1, "dry_sequence_breakers": (),
+}  # fmt: skip
 
 
 def _drafted_by(draft: Chain, most: int) -> Proposer:
@@ -44,7 +49,15 @@ def _drafted_by(draft: Chain, most: int) -> Proposer:
 
 
 @pytest.mark.parametrize(
-    ("proposes", "params"), [("lookup", SAMPLINGS[2]), ("draft", SAMPLINGS[0]), ("draft", SAMPLINGS[4])], ids=str
+    ("proposes", "params"),
+    [
+        ("lookup", SAMPLINGS[2]),
+        ("draft", SAMPLINGS[0]),
+        ("draft", SAMPLINGS[4]),
+        ("lookup", XTC_AND_DRY),
+        ("draft", XTC_AND_DRY),
+    ],
+    ids=str,
 )
 def test_sequences_follow_the_models_own_distribution(proposes: str, params: dict[str, Any]) -> None:
     """The first token is plain; the second and third come from a round of up to two proposals."""
@@ -99,7 +112,7 @@ def test_the_draft_proposes_what_sampling_from_it_gives(params: dict[str, Any]) 
     assert np.prod(drawn) == pytest.approx(last[tuple(proposal.tokens.tolist())], rel=1e-4)
 
 
-@pytest.mark.parametrize("params", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("params", [*SAMPLINGS, XTC_AND_DRY], ids=str)
 def test_lookup_gives_the_text_of_the_seed(params: dict[str, Any]) -> None:
     """More than the same distribution: every draw is the one plain decoding makes."""
     model = chain(VOCAB, seed=1)

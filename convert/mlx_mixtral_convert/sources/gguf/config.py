@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from mlx_mixtral.arguments import is_integer, is_number
 from mlx_mixtral.config.supported import ARCHITECTURES
 from mlx_mixtral.errors import ConfigError
 from mlx_mixtral_convert.sources.gguf.header import GgufHeader
+from mlx_mixtral_convert.sources.gguf.rope import scaling_of_factors
 
 __all__ = ["hf_entries"]
 
@@ -19,18 +23,26 @@ _KNOWN = {
     "attention.sliding_window", "rope.freq_base", "rope.dimension_count", "rope.scale_linear", "rope.scaling.type",
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned", "expert_count",
     "expert_used_count", "vocab_size", "tensor_data_layout", "expert_feed_forward_length",
+    "rope.scaling.attn_factor",
 }  # fmt: skip
 # Any other key of the architecture changes the computation, unless it says so much as "not that".
 _NEUTRAL = (0, 0.0, False, "")
 _PREFIX = "llama."
 
 
-def hf_entries(header: GgufHeader, vocab_size: int, *, tied: bool) -> dict[str, Any]:
+def hf_entries(
+    header: GgufHeader,
+    vocab_size: int,
+    *,
+    tied: bool,
+    rope_tensors: Mapping[str, npt.NDArray[np.float32]] | None = None,
+) -> dict[str, Any]:
     """The configuration a file's keys describe: ``mixtral`` with experts, else ``llama``, or ``mistral`` with a window.
 
     Args:
         vocab_size: rows of the embedding.
         tied: the file has no output matrix.
+        rope_tensors: those of ``ROPE_TENSORS`` that the file has, by name.
 
     Raises:
         ConfigError: another architecture, a key that is missing or malformed, or one that changes the computation.
@@ -44,6 +56,10 @@ def hf_entries(header: GgufHeader, vocab_size: int, *, tied: bool) -> dict[str, 
         )
     if (kind := keys.get("general.type", "model")) != "model":
         raise ConfigError(f"{header.path} holds a {kind!r}, not a model")
+    if not rope_tensors and keys.get(f"{_PREFIX}rope.scaling.attn_factor", 1.0) != 1.0:
+        raise ConfigError(
+            f"{header.path}: {_PREFIX}rope.scaling.attn_factor without longrope's tensors is not supported"
+        )
     for key, value in keys.items():
         name = key.removeprefix(_PREFIX)
         if name != key and name not in _KNOWN and value not in _NEUTRAL:
@@ -85,15 +101,28 @@ def hf_entries(header: GgufHeader, vocab_size: int, *, tied: bool) -> dict[str, 
         }
     if window:
         entries["sliding_window"] = window
-    if scaling := _rope_scaling(get, header):
+    scaling = _declared_scaling(get, header, with_tensors=bool(rope_tensors))
+    if rope_tensors:
+        attention = get.number("rope.scaling.attn_factor", 1.0)
+        try:
+            scaling = scaling_of_factors(scaling, rope_tensors, entries["rope_theta"], context, _shortest(attention))
+        except ConfigError as error:
+            raise ConfigError(f"{header.path}: {error}") from error
+    if scaling:
         entries["rope_scaling"] = scaling
     for name in ("bos", "eos"):
         if isinstance(token := keys.get(f"tokenizer.ggml.{name}_token_id"), int):
             entries[f"{name}_token_id"] = token
+    # What llama.cpp ends a text at too: the end of a turn and of a message.
+    ends = [keys.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    valid = [token for token in ends if is_integer(token) and 0 <= token < entries["vocab_size"]]
+    if len(set(valid)) > 1:
+        entries["eos_token_id"] = list(dict.fromkeys(valid))
     return entries
 
 
-def _rope_scaling(get: _Keys, header: GgufHeader) -> Mapping[str, Any] | None:
+def _declared_scaling(get: _Keys, header: GgufHeader, *, with_tensors: bool) -> Mapping[str, Any] | None:
+    """What the keys say; longrope's divisors are in tensors."""
     factor = get.number("rope.scaling.factor", get.number("rope.scale_linear", 1.0))
     # A factor without a kind is linear.
     kind = header.keys.get(f"{_PREFIX}rope.scaling.type", "linear")
@@ -101,10 +130,12 @@ def _rope_scaling(get: _Keys, header: GgufHeader) -> Mapping[str, Any] | None:
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": _shortest(factor)}
+    original = get.integer("rope.scaling.original_context_length", 0)
+    given = {"original_max_position_embeddings": original} if original else {}
     if kind == "yarn":
-        original = get.integer("rope.scaling.original_context_length", 0)
-        given = {"original_max_position_embeddings": original} if original else {}
         return {"rope_type": "yarn", "factor": _shortest(factor), **given}
+    if kind == "longrope" and with_tensors:
+        return {"rope_type": "longrope", **given}
     raise ConfigError(f"{header.path}: {_PREFIX}rope.scaling.type = {kind!r} is not supported; linear and yarn are")
 
 

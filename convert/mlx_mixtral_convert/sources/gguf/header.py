@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import POINTER_FIX, is_pointer
 from mlx_mixtral_convert.sources.gguf.types import TYPES, GgufTensor, GgufType
 from mlx_mixtral_convert.sources.storage.local import Storage
 
@@ -78,7 +79,9 @@ class _Head:
         self._file = file
 
     def read(self) -> GgufHeader:
-        if self.bytes(4, "the magic") != MAGIC:
+        if (magic := self.bytes(4, "the magic")) != MAGIC:
+            if is_pointer(magic + self._file.read(4)):
+                raise self.error(POINTER_FIX)
             raise self.error("is not a GGUF file: it does not begin with 'GGUF'")
         version = self.number("<I")
         if version & 0xFFFF == 0:

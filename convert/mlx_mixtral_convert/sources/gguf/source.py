@@ -16,15 +16,18 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, Norm, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConfigError
-from mlx_mixtral.weights.dtypes import FLOATS, as_numpy
-from mlx_mixtral_convert.packing.transcode import AFFINE, transcode
+from mlx_mixtral.weights.biases import bias_notes, is_zero
+from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert
+from mlx_mixtral_convert.packing.transcode import AFFINE, MICROFLOATS, transcode, transcode_floats
 from mlx_mixtral_convert.packing.values import NativePacking, Values
 from mlx_mixtral_convert.sources.base import SourceFiles, tensor_place
 from mlx_mixtral_convert.sources.gguf.config import hf_entries
 from mlx_mixtral_convert.sources.gguf.files import check_split, gguf_files, model_files
 from mlx_mixtral_convert.sources.gguf.header import LocatedTensor, is_gguf, read_header
 from mlx_mixtral_convert.sources.gguf.names import gguf_name
+from mlx_mixtral_convert.sources.gguf.rope import ROPE_TENSORS
 from mlx_mixtral_convert.sources.gguf.types import dequantize, native_packing
 from mlx_mixtral_convert.sources.gguf.vocabulary import tokenizer_files
 from mlx_mixtral_convert.sources.row_order import part_halves, rotary_heads
@@ -34,7 +37,8 @@ __all__ = ["GgufSource", "detect"]
 
 Bytes = npt.NDArray[np.uint8]
 
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+MAX_ROPE_BYTES = 2**16
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 
 
 def detect(storage: Storage) -> bool:
@@ -58,7 +62,7 @@ class GgufSource:
 
     Raises:
         CheckpointError: damaged or truncated, a tensor missing, left over or of another shape, a part of a split set missing,
-            experts of different types, several models in a folder.
+            several models in a folder.
         ConfigError: another architecture, or a key that changes the computation.
     """
 
@@ -78,9 +82,16 @@ class GgufSource:
                 self._tensors[name] = tensor
         embedding = self._tensor("token_embd.weight")
         tied = "output.weight" not in self._tensors
-        self.entries: Mapping[str, Any] = hf_entries(self._head, embedding.rows, tied=tied)
-        self.config = MixtralConfig.from_hf(self.entries)
         self._used: set[str] = set()
+        rope = self._rope_tensors()
+        self.entries: Mapping[str, Any] = hf_entries(self._head, embedding.rows, tied=tied, rope_tensors=rope)
+        self.config = MixtralConfig.from_hf(self.entries)
+        for name, factors in rope.items():
+            if factors.size != self.config.head_dim // 2:
+                raise CheckpointError(
+                    f"{self.path}: tensor '{name}.weight' has {factors.size} values; the configuration calls for "
+                    f"{self.config.head_dim // 2}"
+                )
         self._parts = {matrix.path: self._find(matrix) for matrix in matrices(self.config)}
         self._norms = {norm.path: self._find_norm(norm) for norm in norms(self.config)}
         self._fetched = "", 0, np.empty((0, 0), np.uint8)
@@ -88,8 +99,8 @@ class GgufSource:
         self._refuse_leftovers()
 
     def dtype(self, matrix: Matrix) -> str:
-        kind = self._parts[matrix.path][0].tensor.kind.name
-        return kind if kind in FLOATS else "F32"
+        kinds = self._kinds(matrix)
+        return kinds[0] if len(kinds) == 1 and kinds[0] in FLOATS else "F32"
 
     def name(self, item: Matrix | Norm, expert: int = 0) -> str:
         return self._norms[item.path].name if isinstance(item, Norm) else self._parts[item.path][expert].label
@@ -99,7 +110,7 @@ class GgufSource:
 
     def read(self, matrix: Matrix, expert: int, scratch: Bytes) -> Values:
         kind, shape = self._parts[matrix.path][expert].tensor.kind, (matrix.out_features, matrix.in_features)
-        if kind.name in FLOATS:
+        if kind.name == self.dtype(matrix):
             raw = scratch[: shape[0] * shape[1] * kind.nbytes].reshape(shape[0], -1)
             return Values(as_numpy(self._raw(matrix, expert, raw), kind.name), kind.name)
         values = scratch[: 4 * shape[0] * shape[1]].view(np.float32).reshape(shape)
@@ -107,7 +118,10 @@ class GgufSource:
         if self._storage.ahead_bytes:
             # Fetched once, whether an exact conversion asks for the integers too or not.
             self._fetched = matrix.path, expert, raw
-        dequantize(raw, kind.name, values)
+        if kind.name in FLOATS:
+            values[:] = convert(as_numpy(raw, kind.name), kind.name, "F32")
+        else:
+            dequantize(raw, kind.name, values)
         return Values(values, "F32")
 
     def read_norm(self, norm: Norm) -> Values:
@@ -116,14 +130,28 @@ class GgufSource:
         return Values(as_numpy(raw, tensor.kind.name), tensor.kind.name)
 
     def native(self, matrix: Matrix) -> NativePacking | None:
-        return native_packing(self._parts[matrix.path][0].tensor.kind.name)
+        kinds = self._kinds(matrix)
+        packings = [native_packing(kind) for kind in kinds]
+        if len(kinds) == 1 or not any(packings):
+            return packings[0]
+        # The experts of a matrix have one packing in MLX.
+        return NativePacking(QuantizationSpec(8, 32), False, " and ".join(kinds))
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
-        part = self._parts[matrix.path][expert]
+        part, raw = self._parts[matrix.path][expert], self.read_blocks(matrix, expert)
+        kind, place = part.tensor.kind.name, tensor_place(self, matrix, expert)
+        if (floats := MICROFLOATS.get(kind)) is not None:
+            return transcode_floats(raw, floats, place)
+        return transcode(raw, AFFINE[kind], place)
+
+    def type_name(self, matrix: Matrix) -> str:
+        """GGUF's name for the type of a matrix; of several, where its experts differ."""
+        return " and ".join(self._kinds(matrix))
+
+    def read_blocks(self, matrix: Matrix, expert: int) -> Bytes:
+        """One expert as it lies in the file, ``[out_features, row_bytes]``, rows of q and k in the model's order."""
         path, number, raw = self._fetched
-        if (path, number) != (matrix.path, expert):
-            raw = self._raw(matrix, expert)
-        return transcode(raw, AFFINE[part.tensor.kind.name], tensor_place(self, matrix, expert))
+        return raw if (path, number) == (matrix.path, expert) else self._raw(matrix, expert)
 
     def small_files(self) -> dict[str, bytes]:
         """Tokenizer, its settings and the chat template out of the keys; a licence that lies in the model's own folder."""
@@ -138,6 +166,10 @@ class GgufSource:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _kinds(self, matrix: Matrix) -> list[str]:
+        """The types of a matrix's experts, which old files keep in tensors of their own."""
+        return list(dict.fromkeys(part.tensor.kind.name for part in self._parts[matrix.path]))
 
     def _raw(self, matrix: Matrix, expert: int, out: Bytes | None = None) -> Bytes:
         """The rows of one expert ``[out_features, row_bytes]`` in the order of the half-rotation form."""
@@ -162,13 +194,6 @@ class GgufSource:
         names = _names(matrix, self.config.is_dense, self._tensors)
         merged = names[0].endswith("_exps.weight")
         found = [self._tensor(name) for name in names]
-        kinds = {tensor.kind.name for tensor in found}
-        if len(kinds) > 1:
-            other = next(tensor for tensor in found if tensor.kind != found[0].kind)
-            raise CheckpointError(
-                f"{self.path}: experts of {matrix.path} have different types: {found[0].name!r} is {found[0].kind.name}, "
-                f"{other.name!r} is {other.kind.name}; use a file whose experts are quantised alike"
-            )
         for tensor in found:
             expected = matrix.shape if merged else matrix.shape[-2:]
             if tensor.shape != expected:
@@ -193,15 +218,36 @@ class GgufSource:
         self._used.add(name)
         return tensor
 
+    def _rope_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
+        """What rotary frequencies are divided by, by tensor: old files have one a layer, all alike."""
+        found: dict[str, npt.NDArray[np.float32]] = {}
+        for name, tensor in self._tensors.items():
+            if (kind := name.removesuffix(".weight").rpartition(".")[2]) not in ROPE_TENSORS:
+                continue
+            if tensor.kind.name != "F32" or len(tensor.shape) != 1 or tensor.nbytes > MAX_ROPE_BYTES:
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {name!r} is {tensor.kind.name} {list(tensor.shape)}; a divisor for each rotary "
+                    "frequency was expected, in F32"
+                )
+            factors = self._pread(tensor, 0, np.empty(tensor.nbytes, np.uint8)).view(np.float32)
+            if not np.array_equal(found.setdefault(kind, factors), factors, equal_nan=True):
+                raise ConfigError(
+                    f"{tensor.file}: tensor {name!r} differs from that of another layer; layers rotate alike here"
+                )
+            self._used.add(name)
+        return found
+
     def _refuse_leftovers(self) -> None:
+        zeros = []
         for name in sorted(set(self._tensors) - self._used):
             tensor = self._tensors[name]
-            if name.endswith("rope_freqs.weight") and tensor.kind.name == "F32":
-                raw = self._pread(tensor, 0, np.empty(min(tensor.nbytes, 2**20), np.uint8))
-                if (raw.view(np.float32) == 1).all():
+            if name.endswith(".bias") and tensor.kind.name in FLOATS:
+                raw = self._pread(tensor, 0, np.empty((1, tensor.nbytes), np.uint8))
+                if is_zero(as_numpy(raw, tensor.kind.name), tensor.kind.name):
+                    zeros.append(name)
                     continue
-                raise ConfigError(
-                    f"{tensor.file}: tensor {name!r} scales the rotary frequencies, which is not supported"
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {name!r} is a bias that is not zero; the model computed here has no place for it"
                 )
             # Old files store the rotary frequencies, which follow from the configuration.
             if not name.endswith(".attn_rot_embd"):
@@ -209,6 +255,7 @@ class GgufSource:
                     f"{tensor.file}: tensor {name!r} has no place in the model its keys describe; "
                     "check llama.block_count and llama.expert_count"
                 )
+        self.notes = bias_notes(zeros)
 
 
 def _names(matrix: Matrix, dense: bool, present: Mapping[str, LocatedTensor]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.weights.dtypes import FLOATS
 from mlx_mixtral_convert.packing.measure import row_blocks
-from mlx_mixtral_convert.packing.transcode import AFFINE, dequantize_affine
+from mlx_mixtral_convert.packing.transcode import AFFINE, MICROFLOATS, dequantize_affine
 from mlx_mixtral_convert.packing.values import NativePacking
 
 __all__ = ["TYPES", "TYPES_BY_NAME", "GgufTensor", "GgufType", "dequantize", "native_packing"]
@@ -67,7 +67,7 @@ TYPES: dict[int, GgufType] = {
 }  # fmt: skip
 TYPES_BY_NAME = {kind.name: kind for kind in TYPES.values()}
 # What does not fit as it is: bits of the groups of 32 its values are rounded into.
-_ROUNDED = {"Q6_K": 8, "Q3_K": 6, "IQ4_NL": 8, "IQ4_XS": 8, "MXFP4": 8, "NVFP4": 8}
+_ROUNDED = {"Q6_K": 8, "Q3_K": 6, "IQ4_NL": 8, "IQ4_XS": 8}
 
 
 def native_packing(type_name: str) -> NativePacking | None:
@@ -76,6 +76,8 @@ def native_packing(type_name: str) -> NativePacking | None:
         return None
     if (fitting := AFFINE.get(type_name)) is not None:
         return NativePacking(fitting.spec, True, type_name, fitting.lossless)
+    if (floats := MICROFLOATS.get(type_name)) is not None:
+        return NativePacking(floats.spec, True, type_name, True)
     return NativePacking(QuantizationSpec(_ROUNDED.get(type_name, 4), 32), False, type_name)
 
 

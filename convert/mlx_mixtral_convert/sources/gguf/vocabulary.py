@@ -169,7 +169,10 @@ def _settings(header: GgufHeader, tokens: Sequence[str], types: Sequence[int]) -
             # A padding token beside the vocabulary is common and never used.
             if name in ("pad", "unk"):
                 continue
-            raise TokenizerError(f"{header.path}: {_PREFIX}{key}_token_id is {token_id!r}; it has {len(tokens)} tokens")
+            raise TokenizerError(
+                f"{header.path}: {_PREFIX}{key}_token_id is {token_id!r}; it has {len(tokens)} tokens: correct it with "
+                "gguf-set-metadata of the package gguf"
+            )
         config[f"{name}_token"] = tokens[token_id]
     config["added_tokens_decoder"] = {
         str(token_id): {"content": tokens[token_id], "special": types[token_id] != USER_DEFINED}

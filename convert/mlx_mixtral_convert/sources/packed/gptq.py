@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral.errors import CheckpointError, ConversionError
-from mlx_mixtral_convert.sources.packed.grouped import GroupedSource, fields_of_words
+from mlx_mixtral_convert.packing.measure import unpack
+from mlx_mixtral_convert.sources.packed.grouped import GroupedSource
 from mlx_mixtral_convert.sources.packed.modules import Floats, packing_entry
 from mlx_mixtral_convert.sources.storage.local import Storage
 
@@ -32,28 +33,31 @@ class GptqSource(GroupedSource):
     """A folder of GPTQ weights."""
 
     method = "GPTQ"
-    allowed_bits = (2, 4, 8)
+    allowed_bits = (2, 3, 4, 8)
 
     def __init__(self, storage: Storage) -> None:
-        kind = packing_entry(storage).get("checkpoint_format", "gptq")
+        entry = packing_entry(storage)
+        kind = entry.get("checkpoint_format") or entry.get("format", "gptq")
+        kind = "marlin" if entry.get("is_marlin_format") else kind
         if kind not in _FORMATS:
             raise ConversionError(
                 f"{storage.path}: GPTQ with checkpoint_format {str(kind)[:40]!r} is not supported; "
                 f"{' or '.join(_FORMATS)} can be converted"
             )
         self._missing_from_zero = _FORMATS[kind]
+        self._by_importance = entry.get("desc_act") is True
         super().__init__(storage)
 
     def _words(self, matrix: Matrix) -> tuple[int, int]:
         return matrix.in_features * self.bits // 32, matrix.out_features
 
     def _rows(self, module: str) -> npt.NDArray[np.uint32]:
-        # A word holds inputs in order already: it only lies in a column instead of a row.
+        # Words hold inputs in order already, as a stream of bits: they only lie in a column instead of a row.
         return np.ascontiguousarray(self._array(f"{module}.qweight").T)
 
     def _zeros(self, module: str) -> Floats:
         words = self._array(f"{module}.qzeros")
-        stored: Floats = fields_of_words(words, self.bits).reshape(len(words), -1).astype(np.float32)
+        stored: Floats = unpack(words, self.bits).astype(np.float32)
         # A zero point of 0 wrapped around when one was taken from it.
         stored += self._missing_from_zero
         stored %= 2**self.bits
@@ -62,6 +66,11 @@ class GptqSource(GroupedSource):
     def _groups(self, module: str, inputs: int) -> npt.NDArray[Any]:
         name = f"{module}.g_idx"
         if name not in self.checkpoint:
+            if self._by_importance and self._group(inputs) < inputs:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name!r} is missing, and desc_act says that inputs are not in order; use a file that "
+                    "has it"
+                )
             return self._in_order(inputs)
         groups = self._array(name).reshape(-1)
         count = inputs // self._group(inputs)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.arguments import is_integer
-from mlx_mixtral.config.layout import Field, Matrix
+from mlx_mixtral.config.layout import Field, Matrix, Rows
 from mlx_mixtral.config.quantization import AFFINE_GROUP_SIZES, QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.packing.measure import row_blocks, unpack
 from mlx_mixtral_convert.packing.values import NativePacking
 from mlx_mixtral_convert.sources.base import tensor_place
+from mlx_mixtral_convert.sources.hf import missing_settings
 from mlx_mixtral_convert.sources.packed.modules import Floats, PackedModules, packing_entry
+from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint
 from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = ["GroupedSource", "fields_of_words"]
 
 Codes = npt.NDArray[np.uint8]
-# Small tensors that opening reads of every module: one at a time from a hub would take minutes.
-THREADS = 8
 
 
 def fields_of_words(words: npt.NDArray[Any], bits: int) -> Codes:
@@ -40,21 +39,16 @@ class GroupedSource(PackedModules):
         ConversionError: a number of bits or a variant that is not read here.
     """
 
-    packed = "qweight"
-    fields = ("qweight", "qzeros", "scales", "g_idx", "bias")
+    packed = ("qweight",)
+    fields: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
     method: str
     allowed_bits: tuple[int, ...]
 
     def __init__(self, storage: Storage) -> None:
         entry = packing_entry(storage)
         if not entry:
-            raise ConversionError(
-                f"{storage.path} is not a {self.method} folder: its config.json has no quantization_config; leave out the "
-                "source kind to have it found"
-            )
-        self.bits, self.group_size = (
-            self._number(storage, entry, *names) for names in (("bits", "w_bit"), ("group_size", "q_group_size"))
-        )
+            raise self._unknown(storage)
+        self.bits, self.group_size = (self._number(storage, entry, name) for name in ("bits", "group_size"))
         if self.bits not in self.allowed_bits:
             allowed = " or ".join(map(str, self.allowed_bits))
             raise ConversionError(
@@ -63,13 +57,11 @@ class GroupedSource(PackedModules):
         if self.group_size != -1 and self.group_size < 1:
             raise ConversionError(f"{storage.path}: {self.method} with groups of {self.group_size} is not supported")
         super().__init__(storage)
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-mixtral-open") as pool:
-            list(pool.map(self._look, self._modules))
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         """One expert's integers, the scales, and ``-zero * scale`` as biases, groups cut to a size MLX has."""
-        module = self._matrices[matrix.path][expert].name.removesuffix(".weight")
-        spec = self._packing(module, matrix).spec
+        rows = self._matrices[matrix.path][expert]
+        module, spec = self._module(rows), self._packing(rows, matrix).spec
         inputs = matrix.in_features
         scales, zeros = self._scales(module), self._zeros(module)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -83,8 +75,8 @@ class GroupedSource(PackedModules):
             packed[field] = np.repeat(grouped[field].T, self._group(inputs) // spec.group_size, axis=1)
         return packed
 
-    def _decode(self, module: str, out: Floats) -> None:
-        inputs = out.shape[1]
+    def _decode(self, rows: Rows, out: Floats) -> None:
+        module, inputs = self._module(rows), out.shape[1]
         words, groups = self._rows(module), self._groups(module, inputs)
         scales, zeros = (np.ascontiguousarray(values.T) for values in (self._scales(module), self._zeros(module)))
         in_order = np.array_equal(groups, self._in_order(inputs))
@@ -101,7 +93,8 @@ class GroupedSource(PackedModules):
             with np.errstate(over="ignore", invalid="ignore"):
                 values *= scale
 
-    def _packing(self, module: str, matrix: Matrix) -> NativePacking:
+    def _packing(self, rows: Rows, matrix: Matrix) -> NativePacking:
+        module = self._module(rows)
         name = f"{self.method} {self.bits}-bit g{self._group(matrix.in_features)}"
         fitting = [g for g in AFFINE_GROUP_SIZES if self._group(matrix.in_features) % g == 0]
         plain = np.array_equal(self._groups(module, matrix.in_features), self._in_order(matrix.in_features))
@@ -109,7 +102,10 @@ class GroupedSource(PackedModules):
             return NativePacking(QuantizationSpec(self.bits, max(fitting)), True, name)
         return NativePacking(QuantizationSpec(8, 32), False, name if plain else f"{name}, act-order")
 
-    def _check(self, module: str, matrix: Matrix) -> None:
+    def _check(self, rows: Rows, matrix: Matrix) -> None:
+        module = self._module(rows)
+        if rows.of != matrix.out_features:
+            raise CheckpointError(f"{self.path}: module {module!r} has all experts in one, which is not supported")
         group = self._group(matrix.in_features)
         if matrix.in_features % group or matrix.in_features % 32 or matrix.out_features * self.bits % 32:
             raise CheckpointError(
@@ -122,6 +118,12 @@ class GroupedSource(PackedModules):
         self._expect(f"{module}.scales", (groups, matrix.out_features), ("F16", "BF16", "F32"))
         if f"{module}.g_idx" in self.checkpoint:
             self._expect(f"{module}.g_idx", (matrix.in_features,), ("I32", "U32"))
+
+    def _used(self) -> set[str]:
+        return super()._used() | {f"{module}.{field}" for module in self._modules for field in self.fields}
+
+    def _main(self, rows: Rows) -> str:
+        return f"{self._module(rows)}.qweight"
 
     def _words(self, matrix: Matrix) -> tuple[int, int]:
         """Shape of ``qweight``."""
@@ -149,18 +151,19 @@ class GroupedSource(PackedModules):
         name = f"{module}.scales"
         return convert(self._array(name), self.checkpoint[name].dtype, "F32")
 
-    def _look(self, module: str) -> None:
-        """Check the small tensors of a module."""
-        # GPTQ writes biases of zeros to modules that have none.
-        if (name := f"{module}.bias") in self.checkpoint and self._array(name).any():
-            raise CheckpointError(
-                f"{self.checkpoint[name].file}: tensor {name!r} is a bias that is not zero; the model has no place for it"
-            )
+    def _unknown(self, storage: Storage) -> ConversionError:
+        """The error for a folder without settings, which this kind was asked to read."""
+        if any(name.endswith(f".{self.packed[0]}") for name in StoredCheckpoint(storage)):
+            return missing_settings(storage.path)
+        return ConversionError(
+            f"{storage.path} is not a {self.method} folder: no tensor is called NAME.{self.packed[0]}, and there are no "
+            "settings; convert it without a kind"
+        )
 
-    def _number(self, storage: Storage, entry: Any, *names: str) -> int:
-        value = next((entry[name] for name in names if name in entry), None)
+    def _number(self, storage: Storage, entry: Any, name: str) -> int:
+        value = entry.get(name)
         if not is_integer(value):
             raise ConversionError(
-                f"{storage.path}: {self.method} with {names[0]} = {value!r} is not supported; it must be an integer"
+                f"{storage.path}: {self.method} with {name} = {value!r} is not supported; it must be an integer"
             )
         return value

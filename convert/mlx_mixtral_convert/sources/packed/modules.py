@@ -1,8 +1,9 @@
-"""What AWQ, GPTQ and FP8 folders have in common: the hub's names, some modules packed and others plain."""
+"""What folders of packed modules have in common: the hub's names, some modules packed and others plain."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,42 @@ from mlx_mixtral.files import read_json
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import NativePacking, Values
-from mlx_mixtral_convert.sources.hf import HuggingFaceSource, check_float
+from mlx_mixtral_convert.sources.hf import SETTINGS, HuggingFaceSource, check_float
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["PackedModules", "packing_entry"]
+__all__ = ["MODELOPT", "THREADS", "Floats", "PackedModules", "packing_entry"]
 
 Floats = npt.NDArray[np.float32]
+MODELOPT = "hf_quant_config.json"
+# Small tensors that opening reads of every module: one at a time from a hub would take minutes.
+THREADS = 8
+
+
+# What AutoAWQ and GPTQModel call settings that others call by the second name.
+_SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size", "method": "quant_method"}
 
 
 def packing_entry(storage: Storage) -> Mapping[str, Any]:
-    """``quantization_config`` of config.json (or its older spelling), empty where there is none."""
-    config = storage.folder / "config.json"
-    if not config.is_file():
-        return {}
-    entries = read_json(config)
-    entry = entries.get("quantization_config") or entries.get("compression_config")
-    return entry if isinstance(entry, Mapping) else {}
+    """How a folder's weights are packed: ``quantization_config`` of config.json (or its older spelling), and what the tool's
+    own file beside it adds. Empty where there is neither.
+    """
+    config, found = storage.folder / "config.json", dict[str, Any]()
+    for name, method in SETTINGS.items():
+        if (storage.folder / name).is_file():
+            settings = _spelled(read_json(storage.folder / name))
+            found |= {"quant_method": "awq" if "zero_point" in settings else method} | settings
+    if config.is_file():
+        entries = read_json(config)
+        entry = entries.get("quantization_config") or entries.get("compression_config")
+        found |= _spelled(entry) if isinstance(entry, Mapping) else {}
+    apart = storage.folder / MODELOPT
+    if not found and apart.is_file():
+        return {"quant_method": "modelopt", **read_json(apart)}
+    return found
+
+
+def _spelled(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {_SPELLINGS.get(key, key): value for key, value in entry.items() if value is not None}
 
 
 class PackedModules(HuggingFaceSource):
@@ -39,10 +60,8 @@ class PackedModules(HuggingFaceSource):
     A subclass says which tensors a packed module has, checks them, and decodes one module at a time.
     """
 
-    packed: str
-    """The tensor that only a packed module has, as in ``NAME.qweight``."""
-    fields: tuple[str, ...]
-    """All tensors a packed module may have."""
+    packed: tuple[str, ...]
+    """Fields that only packed modules have, as in ``NAME.qweight``; one of them is enough."""
 
     def __init__(self, storage: Storage) -> None:
         entries = read_json(storage.folder / "config.json")
@@ -54,12 +73,14 @@ class PackedModules(HuggingFaceSource):
         return "F32" if any(self._is_packed(rows) for rows in self._matrices[matrix.path]) else super().dtype(matrix)
 
     def name(self, item: Matrix | Norm, expert: int = 0) -> str:
-        module = self._packed_module(item, expert)
-        return super().name(item, expert) if module is None else f"{module}.weight"
+        rows = self._packed_rows(item, expert)
+        if rows is None or rows.experts is not None:
+            return super().name(item, expert)
+        return f"{self._module(rows)}.weight"
 
     def file(self, item: Matrix | Norm, expert: int = 0) -> Path:
-        module = self._packed_module(item, expert)
-        return super().file(item, expert) if module is None else self.checkpoint[f"{module}.{self.packed}"].file
+        rows = self._packed_rows(item, expert)
+        return super().file(item, expert) if rows is None else self.checkpoint[self._main(rows)].file
 
     def read(self, matrix: Matrix, expert: int, scratch: npt.NDArray[np.uint8]) -> Values:
         rows = self._matrices[matrix.path][expert]
@@ -67,7 +88,7 @@ class PackedModules(HuggingFaceSource):
             return super().read(matrix, expert, scratch)
         out = scratch[: 4 * matrix.out_features * matrix.in_features].view(np.float32)
         out = out.reshape(matrix.out_features, matrix.in_features)
-        self._decode(_module(rows), out)
+        self._decode(rows, out)
         return Values(out, "F32")
 
     def native(self, matrix: Matrix) -> NativePacking | None:
@@ -75,48 +96,62 @@ class PackedModules(HuggingFaceSource):
         found = self._matrices[matrix.path]
         if not all(self._is_packed(rows) for rows in found):
             return None
-        kinds = {self._packing(_module(rows), matrix) for rows in found}
+        kinds = {self._packing(rows, matrix) for rows in found}
         return kinds.pop() if len(kinds) == 1 else next(kind for kind in kinds if not kind.exact)
 
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         """One expert's integers in MLX's order."""
         raise NotImplementedError
 
-    def _check(self, module: str, matrix: Matrix) -> None:
+    def _check(self, rows: Rows, matrix: Matrix) -> None:
         """Raise CheckpointError or ConversionError unless the module's tensors have the shapes ``matrix`` calls for."""
         raise NotImplementedError
 
-    def _decode(self, module: str, out: Floats) -> None:
+    def _decode(self, rows: Rows, out: Floats) -> None:
         """Fill ``out`` ``[out_features, in_features]``."""
         raise NotImplementedError
 
-    def _packing(self, module: str, matrix: Matrix) -> NativePacking:
+    def _packing(self, rows: Rows, matrix: Matrix) -> NativePacking:
         raise NotImplementedError
 
-    def _packed_module(self, item: Matrix | Norm, expert: int) -> str | None:
-        """The module one expert of a matrix lies in, None for a plain tensor."""
+    def _main(self, rows: Rows) -> str:
+        """The tensor that holds a module's codes."""
+        raise NotImplementedError
+
+    def _packed_rows(self, item: Matrix | Norm, expert: int) -> Rows | None:
+        """Where one expert of a matrix lies in a packed module, None for a plain tensor."""
         if isinstance(item, Norm) or not self._is_packed(rows := self._matrices[item.path][expert]):
             return None
-        return _module(rows)
+        return rows
 
     def _is_packed(self, rows: Rows) -> bool:
-        return _module(rows) in self._modules
+        return self._module(rows) in self._modules
+
+    def _module(self, rows: Rows) -> str:
+        return rows.name.removesuffix(".weight")
+
+    @cached_property
+    def _packed_names(self) -> set[str]:
+        """Every module with a field that only packed ones have, stacked ones under the name of their codes."""
+        endings = [f".{field}" for field in self.packed]
+        stacked = [f"_{field.removeprefix('weight_')}" for field in self.packed]
+        apart = {name.removesuffix(end) for end in endings for name in self.checkpoint if name.endswith(end)}
+        together = {name.removesuffix(end) for end in stacked for name in self.checkpoint if name.endswith(end)}
+        return apart | {name for name in together if name in self.checkpoint and not name.endswith(".weight")}
+
+    @cached_property
+    def _weights(self) -> set[str]:
+        """All tensors, and ``NAME.weight`` of packed modules."""
+        return {*self.checkpoint, *(f"{module}.weight" for module in self._packed_names)}
 
     def _find(self, matrix: Matrix) -> list[Rows]:
-        packed = {name.removesuffix(self.packed) for name in self.checkpoint if name.endswith(f".{self.packed}")}
-        names = set(self.checkpoint) | {f"{module}weight" for module in packed}
-        found = locate(matrix, "weight", names)
-        if found is None or not any(f"{_module(rows)}." in packed for rows in found):
+        found = locate(matrix, "weight", self._weights)
+        if found is None or not any(self._module(rows) in self._packed_names for rows in found):
             return super()._find(matrix)
         for rows in found:
-            module = _module(rows)
-            if f"{module}." in packed:
-                if rows.of != matrix.out_features:
-                    raise CheckpointError(
-                        f"{self.path}: module {module!r} has all experts in one, which is not supported"
-                    )
-                self._modules[module] = None
-                self._check(module, matrix)
+            if self._module(rows) in self._packed_names:
+                self._modules[self._module(rows)] = None
+                self._check(rows, matrix)
             else:
                 info = self.checkpoint.rows_of(rows)
                 if info.shape[-1] != matrix.in_features:
@@ -125,8 +160,8 @@ class PackedModules(HuggingFaceSource):
         return found
 
     def _used(self) -> set[str]:
-        virtual = {f"{module}.weight" for module in self._modules}
-        return super()._used() - virtual | {f"{module}.{field}" for module in self._modules for field in self.fields}
+        """The tensors of plain matrices and norms; a subclass adds those of packed modules."""
+        return super()._used() - {f"{module}.weight" for module in self._modules}
 
     def _expect(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> TensorInfo:
         info = self.checkpoint[name]
@@ -145,7 +180,3 @@ class PackedModules(HuggingFaceSource):
         info = self.checkpoint[name]
         raw = self._reader.rows(info, start, info.rows if stop is None else stop)
         return as_numpy(raw, {"I32": "U32", "F8_E4M3": "U8"}.get(info.dtype, info.dtype))
-
-
-def _module(rows: Rows) -> str:
-    return rows.name.removesuffix(".weight")

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.files import POINTER_FIX, is_pointer
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.safetensors import TensorInfo, header_bytes, parse_header
 from mlx_mixtral_convert.sources.storage.local import Storage
 
-__all__ = ["StoredCheckpoint", "StoredReader", "read_header"]
+__all__ = ["StoredCheckpoint", "StoredReader", "StoredTensor", "head_of", "read_header", "refuse_pointer"]
 
+HEAD_BYTES = 64
 # Tensors read in turn: the fields of a packed module.
 WINDOWS = 4
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """A tensor whose bytes hold each matrix of ``shape`` as it is or, when ``transposed``, column by column."""
+
+    transposed: bool = False
 
 
 def read_header(storage: Storage, file: Path) -> dict[str, TensorInfo]:
@@ -35,6 +45,22 @@ def read_header(storage: Storage, file: Path) -> dict[str, TensorInfo]:
     return parse_header(file, raw, size)
 
 
+def head_of(storage: Storage, file: Path) -> bytes:
+    """The first bytes of a file, at most ``HEAD_BYTES``; what cannot be read is empty."""
+    try:
+        head = bytearray(min(storage.look(file)[0], HEAD_BYTES))
+        storage.read_into(file, memoryview(head), 0)
+    except (OSError, CheckpointError):
+        return b""
+    return bytes(head)
+
+
+def refuse_pointer(storage: Storage, file: Path) -> None:
+    """Raise CheckpointError for a file that git-lfs put in the place of another."""
+    if is_pointer(head_of(storage, file)):
+        raise CheckpointError(f"{file} {POINTER_FIX}")
+
+
 class StoredCheckpoint(Checkpoint):
     """The safetensors of a storage."""
 
@@ -45,8 +71,8 @@ class StoredCheckpoint(Checkpoint):
     def _has(self, file: str) -> bool:
         return self._storage.has(file)
 
-    def _names(self) -> list[str]:
-        return [file.name for file in self._storage.glob("*.safetensors")]
+    def _all_names(self) -> list[str]:
+        return [file.name for file in self._storage.glob("*")]
 
     def _header(self, file: str) -> Mapping[str, TensorInfo]:
         return read_header(self._storage, self._storage.at(file))

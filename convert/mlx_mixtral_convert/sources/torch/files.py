@@ -1,38 +1,29 @@
 """PyTorch's ``.bin``, ``.pt`` and ``.pth`` files without PyTorch: names and shapes first, storages by byte range.
 
 Such a file is a zip of stored entries: ``NAME/data.pkl``, a pickle that describes the tensors, and ``NAME/data/K``, the raw
-storages they lie in (https://docs.pytorch.org/docs/stable/notes/serialization.html). Nothing of the
-pickle is run; see ``pickle``.
+storages they lie in (https://docs.pytorch.org/docs/stable/notes/serialization.html). Before torch 1.6 it is pickles in a row
+and the storages after them: see ``legacy``. Nothing of a pickle is run: see ``pickle``.
 """
 
 from __future__ import annotations
 
-import struct
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.weights.safetensors import ITEM_BYTES, TensorInfo
+from mlx_mixtral.files import POINTER_FIX, is_pointer
+from mlx_mixtral.weights.safetensors import ITEM_BYTES
+from mlx_mixtral_convert.sources.storage.archive import ZIP_ERRORS, data_starts, plain_entry
+from mlx_mixtral_convert.sources.storage.file import StoredTensor, head_of
 from mlx_mixtral_convert.sources.storage.local import Storage
+from mlx_mixtral_convert.sources.torch.legacy import is_legacy, read_legacy
 from mlx_mixtral_convert.sources.torch.pickle import PickleError, TensorDescription, describe
 
-__all__ = ["StoredTensor", "read_torch"]
+__all__ = ["read_torch"]
 
 # The largest real one, of a thousand tensors, has under a megabyte.
 MAX_PICKLE_BYTES = 4 * 2**20
-_LOCAL_HEADER_BYTES = 30
-# Where a storage begins stands before each: a thousand requests to a hub, one after another, would take minutes.
-THREADS = 8
-
-
-@dataclass(frozen=True)
-class StoredTensor(TensorInfo):
-    """A tensor whose bytes hold each matrix of ``shape`` as it is or, when ``transposed``, column by column."""
-
-    transposed: bool = False
 
 
 def read_torch(path: Path, storage: Storage) -> dict[str, StoredTensor]:
@@ -41,38 +32,46 @@ def read_torch(path: Path, storage: Storage) -> dict[str, StoredTensor]:
     No tensor is read.
 
     Raises:
-        CheckpointError: not a zip, truncated, compressed, a pickle that names anything but tensors, a tensor beyond its
-            storage, or one with strides that are neither plain nor transposed.
+        CheckpointError: neither a zip nor pickles, truncated, compressed, a pickle that names anything but tensors, a tensor
+            beyond its storage, or one with strides that are neither plain nor transposed.
     """
+    head = head_of(storage, path)
+    if is_pointer(head):
+        raise CheckpointError(f"{path} {POINTER_FIX}")
+    try:
+        described, starts, sizes = read_legacy(path, storage) if is_legacy(head) else _read_zip(path, storage)
+    except PickleError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    return {
+        name: _place(path, name, tensor, starts[tensor.storage.key], sizes[tensor.storage.key])
+        for name, tensor in described.items()
+    }
+
+
+def _read_zip(path: Path, storage: Storage) -> tuple[dict[str, TensorDescription], dict[str, int], dict[str, int]]:
+    """The tensors, and where each storage begins and how many bytes it has."""
     try:
         with storage.open(path) as file, zipfile.ZipFile(file) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             root = _root(path, entries)
             _check_order(path, archive, entries.get(f"{root}/byteorder"))
-            description = _stored(path, entries[f"{root}/data.pkl"], MAX_PICKLE_BYTES)
+            description = plain_entry(path, entries[f"{root}/data.pkl"], MAX_PICKLE_BYTES)
             data = archive.read(description)
-    except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError, RuntimeError, ValueError) as error:
+    except ZIP_ERRORS as error:
         raise CheckpointError(
-            f"{path} is not a torch file that can be read: {error}; it is truncated, or from before torch 1.6"
+            f"{path} is not a torch file that can be read: {error}; it is truncated, or no torch file"
         ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        described = describe(data)
-    except PickleError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    described = describe(data)
     used: dict[str, zipfile.ZipInfo] = {}
     for name, tensor in described.items():
         key = f"{root}/data/{tensor.storage.key}"
         if key not in entries:
             raise CheckpointError(f"{path}: tensor {name!r} lies in storage {key!r}, which is not in the file")
-        used[tensor.storage.key] = _stored(path, entries[key])
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="mlx-mixtral-open") as pool:
-        starts = dict(zip(used, pool.map(lambda entry: _data_start(path, storage, entry), used.values()), strict=True))
-    return {
-        name: _place(path, name, tensor, starts[tensor.storage.key], used[tensor.storage.key].file_size)
-        for name, tensor in described.items()
-    }
+        used[tensor.storage.key] = plain_entry(path, entries[key])
+    starts = dict(zip(used, data_starts(path, storage, used.values()), strict=True))
+    return described, starts, {key: entry.file_size for key, entry in used.items()}
 
 
 def _root(path: Path, entries: dict[str, zipfile.ZipInfo]) -> str:
@@ -85,32 +84,8 @@ def _root(path: Path, entries: dict[str, zipfile.ZipInfo]) -> str:
 
 
 def _check_order(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo | None) -> None:
-    if entry is not None and archive.read(_stored(path, entry, 64)).strip() != b"little":
+    if entry is not None and archive.read(plain_entry(path, entry, 64)).strip() != b"little":
         raise CheckpointError(f"{path} was written on a big-endian machine; save it again on another")
-
-
-def _stored(path: Path, entry: zipfile.ZipInfo, limit: int | None = None) -> zipfile.ZipInfo:
-    """The entry, if its bytes lie in the file as they are and number ``limit`` at most."""
-    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-        raise CheckpointError(
-            f"{path}: entry {entry.filename!r} is compressed or encrypted; torch stores entries plain"
-        )
-    if limit is not None and entry.file_size > limit:
-        raise CheckpointError(f"{path}: entry {entry.filename!r} has {entry.file_size} bytes; at most {limit} are read")
-    return entry
-
-
-def _data_start(path: Path, storage: Storage, entry: zipfile.ZipInfo) -> int:
-    head, size = bytearray(_LOCAL_HEADER_BYTES), storage.look(path)[0]
-    if 0 <= entry.header_offset <= size - len(head):
-        storage.read_into(path, memoryview(head), entry.header_offset)
-    if head[:4] != b"PK\3\4":
-        raise CheckpointError(f"{path}: entry {entry.filename!r} is not where the directory says; the file is damaged")
-    name_bytes, extra_bytes = struct.unpack_from("<HH", head, 26)
-    start: int = entry.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-    if start + entry.file_size > size:
-        raise CheckpointError(f"{path}: entry {entry.filename!r} ends beyond the file's {size} bytes; it is truncated")
-    return start
 
 
 def _place(path: Path, name: str, tensor: TensorDescription, start: int, nbytes: int) -> StoredTensor:

@@ -11,9 +11,9 @@ from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.hf import HuggingFaceSource
 from mlx_mixtral_convert.sources.row_order import read_transposed
-from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint
+from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint, StoredTensor
 from mlx_mixtral_convert.sources.storage.local import Storage
-from mlx_mixtral_convert.sources.torch.files import StoredTensor, read_torch
+from mlx_mixtral_convert.sources.torch.files import read_torch
 
 __all__ = ["INDEX", "SINGLE", "TorchCheckpoint", "TorchSource", "detect"]
 
@@ -25,16 +25,13 @@ def detect(storage: Storage) -> bool:
     """Whether there is a Hugging Face configuration and no weights but PyTorch's."""
     if not (storage.folder / "config.json").is_file() or storage.glob("*.safetensors"):
         return False
-    return (storage.folder / INDEX).is_file() or storage.has(SINGLE)
+    return (storage.folder / INDEX).is_file() or bool(storage.glob("pytorch_model*.bin"))
 
 
 class TorchCheckpoint(StoredCheckpoint):
     """The tensors of all ``pytorch_model*.bin`` files by name; the index decides, where there is one."""
 
     index_name, single_name = INDEX, SINGLE
-
-    def _names(self) -> list[str]:
-        return []
 
     def _header(self, file: str) -> Mapping[str, TensorInfo]:
         return read_torch(self._storage.at(file), self._storage)

@@ -7,23 +7,26 @@ in it that could import or call what the file names.
 
 from __future__ import annotations
 
+import io
 import pickletools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from mlx_mixtral.weights.safetensors import MAX_AXES, is_count
 
-__all__ = ["PickleError", "TensorDescription", "TorchStorage", "describe"]
+__all__ = ["PickleError", "TensorDescription", "TorchStorage", "describe", "read_pickle", "tensors_of"]
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
     "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
 }  # fmt: skip
 _TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+# Of torch before 0.4, with the first four arguments.
+_OLD_TENSOR = "torch._utils._rebuild_tensor"
 _DICT = "collections.OrderedDict"
-_ALLOWED = {_TENSOR, _PARAMETER, _DICT, *(f"torch.{name}" for name in _STORAGES)}
+_ALLOWED = {_TENSOR, _OLD_TENSOR, _PARAMETER, _DICT, *(f"torch.{name}" for name in _STORAGES)}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -66,11 +69,25 @@ def describe(data: bytes) -> dict[str, TensorDescription]:
     Raises:
         PickleError: it asks for anything but tensors, or is damaged.
     """
+    return tensors_of(read_pickle(io.BytesIO(data)))
+
+
+def tensors_of(value: Any) -> dict[str, TensorDescription]:
+    """What ``read_pickle`` gave, if it is a dictionary of tensors. Raises PickleError."""
+    return dict(_tensors(value))
+
+
+def read_pickle(stream: BinaryIO, storages: dict[str, TorchStorage] | None = None) -> Any:
+    """The next pickle of a stream, which then stands behind it; ``storages`` gathers those it refers to, by key.
+
+    Raises:
+        PickleError: it asks for anything but tensors, or is damaged.
+    """
     try:
         # Python warns of odd escapes in the text of a pickle; that is no news to a user.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return dict(_tensors(_interpret(data)))
+            return _interpret(stream, {} if storages is None else storages)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PickleError("the pickle that describes the tensors is damaged") from error
 
@@ -84,12 +101,12 @@ def _tensors(value: Any) -> Iterator[tuple[str, TensorDescription]]:
         yield name, tensor
 
 
-def _interpret(data: bytes) -> Any:
+def _interpret(stream: BinaryIO, storages: dict[str, TorchStorage]) -> Any:
     """The value the pickle builds, of dictionaries, lists, tuples, numbers, text and descriptions of tensors."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     argument: Any
-    for operation, argument, _ in pickletools.genops(data):
+    for operation, argument, _ in pickletools.genops(stream):
         kind = operation.name
         if kind in ("PROTO", "FRAME"):
             continue
@@ -115,7 +132,10 @@ def _interpret(data: bytes) -> Any:
             parts = argument.split(" ") if kind == "GLOBAL" else _pop(stack, 2)
             stack.append(_global(".".join(parts)))
         elif kind == "BINPERSID":
-            stack.append(_storage(stack.pop()))
+            held = _storage(stack.pop())
+            if storages.setdefault(held.key, held) != held:
+                raise PickleError(f"the pickle describes storage {held.key[:200]!r} in two ways")
+            stack.append(held)
         elif kind == "REDUCE":
             called, arguments = _pop(stack, 2)
             stack.append(_build(called, arguments))
@@ -161,9 +181,16 @@ def _global(name: str) -> _Global:
 
 
 def _storage(value: Any) -> TorchStorage:
-    word, kind, key, _, numel = value
+    # Files before torch 1.6 say with a sixth whether it is a part of another storage, which it never is.
+    word, kind, key, _, numel, *view = value
     dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if isinstance(kind, _Global) else None
-    if word != "storage" or dtype is None or not isinstance(key, str) or not is_count(numel):
+    if (
+        word != "storage"
+        or dtype is None
+        or not isinstance(key, str)
+        or not is_count(numel)
+        or view not in ([], [None])
+    ):
         raise PickleError("the pickle describes a malformed storage")
     return TorchStorage(dtype, key, numel)
 
@@ -175,7 +202,7 @@ def _build(called: Any, arguments: Any) -> Any:
         return {}
     if called.name == _PARAMETER and isinstance(arguments[0], TensorDescription):
         return arguments[0]
-    if called.name == _TENSOR:
+    if called.name in (_TENSOR, _OLD_TENSOR):
         storage, offset, shape, strides, *_ = arguments
         counts = (offset, *shape, *strides)
         if isinstance(storage, TorchStorage) and len(shape) == len(strides) <= MAX_AXES and all(map(is_count, counts)):

@@ -1,0 +1,1 @@
+"""How the tensors of one packed module mean a matrix: one file for each way to pack."""
