@@ -48,8 +48,21 @@ __all__ = [
 ]
 
 
+MAX_CHARACTERS = 500
+
+
 class MixtralError(Exception):
-    """Base class of every error this project raises on purpose."""
+    """Base class of every error this project raises on purpose.
+
+    As text it is one printable line of some 500 characters at most, whatever a file had it repeat: the beginning, and the end
+    with the fix.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+        return text if len(text) <= MAX_CHARACTERS else f"{text[:300]} … {text[-190:]}"
 
 
 class UnsupportedPlatformError(MixtralError, ImportError):

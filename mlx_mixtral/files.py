@@ -2,55 +2,107 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.errors import CheckpointError, DestinationError, DiskSpaceError, InvalidRequestError
+from mlx_mixtral.leftovers import lock, remove_leftovers
+from mlx_mixtral.reading import is_there, open_file, parse_json, special_file
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = [
-    "POINTER_FIX", "Journal", "atomic_write", "check_destination", "check_folder", "disk_error", "disk_errors", "is_pointer",
-    "parse_json", "partial_path", "put_in_place", "read_json", "replace_file", "swap_folder", "sync_folder", "write_folder",
+    "Journal", "atomic_write", "check_destination", "check_folder", "check_kind", "disk_error", "disk_errors",
+    "is_special", "open_partial", "partial_path", "put_in_place", "replace_file",
+    "swap_folder", "sync_folder", "write_folder",
 ]  # fmt: skip
 
-MAX_JSON_BYTES = 256 * 2**20
-# What editors of Windows put in front of a text.
-_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
-_POINTER = b"version https://git-lfs.github.com/spec/"
-POINTER_FIX = (
-    "is a git-lfs pointer, a few lines that stand for a file which is not here; run git lfs pull in its folder"
-)
-"""What to say about a file that ``is_pointer`` finds, after its name."""
 JOURNAL_VERSION = 1
+MAX_LINE_BYTES = 2**28
 
 
-def check_destination(name: str, path: str | Path) -> Path:
-    """The path of a file to write, refused before the work that makes it.
+def check_destination(name: str, path: str | Path, *, regular: bool = False) -> Path:
+    """The path of a file to write, links followed, refused before the work that makes it.
+
+    Args:
+        regular: whether a device or a pipe, which ``atomic_write`` writes through to, is refused too.
 
     Raises:
-        InvalidRequestError, DestinationError: an empty name, a folder, a folder that is not there or not writable.
+        InvalidRequestError, DestinationError: an empty name, a folder, something that cannot be written to, a folder that is
+            not there or not writable.
     """
     if not str(path):
         raise InvalidRequestError(f"{name} is an empty name; give a file")
-    place = as_path(name, path)
-    with disk_errors(place):
-        if place.is_dir():
-            raise DestinationError(f"{place} is a folder; give a file")
+    with disk_errors(given := as_path(name, path)):
+        place = _place(given)
+        if is_special(place):
+            if regular:
+                raise DestinationError(f"{given} is {_kind(place)}, and a file is needed here; give a file")
+            if not os.access(place, os.W_OK):
+                raise DestinationError(f"{given} cannot be written: permission denied")
+            return place
         _check_parent(place, f"{place} cannot be written")
         # Permissions do not tell everything: some file systems take no new files.
         tempfile.TemporaryFile(dir=place.parent).close()
     return place
+
+
+def check_kind(place: Path, name: str, is_one: Callable[[Path], bool]) -> None:
+    """Raise DestinationError for a file that is there and is something else than what is to be written."""
+    if place.exists() and not is_special(place) and not is_one(place):
+        raise DestinationError(f"{place} exists and is not {name}; give another name")
+
+
+def is_special(place: Path) -> bool:
+    """Whether a place is a device or a pipe, or stands for an open file as /dev/stdout does: written to, never replaced."""
+    return _open_descriptor(place) is not None or (place.exists() and not place.is_file())
+
+
+def _place(path: Path) -> Path:
+    """Where a file for ``path`` is to be written: what links lead to, a regular file or nothing yet, or the path of a device.
+
+    Raises:
+        OSError, DestinationError: links that lead back to themselves; a folder, a disk or a socket.
+    """
+    if _open_descriptor(path) is not None:
+        return path
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return Path(os.path.realpath(path))
+    if stat.S_ISDIR(mode):
+        raise DestinationError(f"{path} is a folder; give a file")
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        raise DestinationError(f"{path} is {special_file(mode)}, which is not written to; give a file")
+    return Path(os.path.realpath(path))
+
+
+def _kind(place: Path) -> str:
+    return special_file(place.stat().st_mode) or "the name of an open file"
+
+
+def _open_descriptor(path: Path) -> int | None:
+    """The descriptor that a path such as /dev/stdout or /proc/self/fd/1 stands for, links followed by their names alone."""
+    name = os.path.abspath(path)  # noqa: PTH100
+    for _ in range(40):
+        if (
+            found := re.fullmatch(rf"/(?:dev|proc/(?:self|thread-self|{os.getpid()}))/fd/(\d{{1,9}})", name)
+        ) is not None:
+            return int(found[1])
+        if not os.path.islink(name):  # noqa: PTH114
+            return None
+        name = os.path.normpath(Path(name).parent / Path(name).readlink())
+    return None
 
 
 def partial_path(place: Path) -> Path:
@@ -62,23 +114,48 @@ def partial_path(place: Path) -> Path:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file to fill, which becomes ``path`` when the block ends well: whole, and on the disk. Else nothing is left.
 
-    What a link leads to is replaced, and the link stays.
+    What a link leads to is replaced, and the link stays. A device or a pipe gets the bytes when the block has ended, and stays.
+    What an earlier process that was killed left of the same file is removed.
 
     Raises:
         DiskSpaceError, DestinationError: it cannot be written. Any OSError of the block counts as that.
     """
     with disk_errors(path):
-        place = Path(os.path.realpath(path))
+        place = _place(path)
+        if is_special(place):
+            with tempfile.TemporaryFile() as held:
+                yield held
+                held.seek(0)
+                with _written_through(place) as out:
+                    shutil.copyfileobj(held, out)
+            return
         # Short and of a fixed form: the file's own name may be as long as names can be.
-        partial = place.with_name(f".{hashlib.sha256(os.fsencode(place.name)).hexdigest()[:16]}.{os.getpid()}.partial")
+        start = f".{hashlib.sha256(os.fsencode(place.name)).hexdigest()[:16]}."
+        remove_leftovers(place.parent, start, ".partial")
+        partial = place.with_name(f"{start}{os.getpid()}.partial")
         try:
-            with partial.open("wb") as file:
+            with open_partial(partial) as file:
                 yield file
-            put_in_place(partial, place)
+                file.flush()
+                put_in_place(partial, place)
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
+
+
+def open_partial(path: Path) -> BinaryIO:
+    """A new file in place of one that was there, locked so that no other process takes it for left behind. Raises OSError."""
+    path.unlink(missing_ok=True)
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "wb")
+    lock(file.fileno())
+    return file
+
+
+def _written_through(place: Path) -> BinaryIO:
+    """A device, a pipe or an open file to write to. Opening a pipe waits for its reader, as the shell does."""
+    descriptor = _open_descriptor(place)
+    return os.fdopen(os.open(place, os.O_WRONLY) if descriptor is None else os.dup(descriptor), "wb")
 
 
 def put_in_place(partial: Path, place: Path) -> None:
@@ -151,12 +228,20 @@ def write_folder(place: Path, files: Mapping[str, bytes]) -> None:
     old = place.with_name(f".{place.name}.{os.getpid()}.old")
     try:
         with disk_errors(place):
+            remove_leftovers(place.parent, f".{place.name}.", ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            for name, data in files.items():
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                replace_file(partial / name, data)
-            swap_folder(partial, place, old)
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                lock(descriptor)
+                for name, data in files.items():
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                    replace_file(partial / name, data)
+                swap_folder(partial, place, old)
+            finally:
+                os.close(descriptor)
             shutil.rmtree(old, ignore_errors=True)
+            remove_leftovers(place.parent, f".{place.name}.", ".old")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -187,20 +272,24 @@ class Journal:
         self.path = path
 
     def read(self) -> tuple[Any, list[dict[str, Any]]] | None:
-        """The identity and the lines of an earlier run, None for a file that is absent or no journal. Raises OSError."""
+        """The identity and the lines of an earlier run, None for a file that is absent or no journal.
+
+        Raises:
+            CheckpointError: something else than a file, or it cannot be read.
+            OSError: reading fails.
+        """
         entries: list[dict[str, Any]] = []
-        try:
-            raw = self.path.read_bytes()
-        except FileNotFoundError:
+        if not is_there(self.path):
             return None
-        for line in raw.splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not line.endswith(b"\n") or not isinstance(entry, dict):
-                break
-            entries.append(entry)
+        with open_file(self.path) as file:
+            while line := file.readline(MAX_LINE_BYTES):
+                try:
+                    entry = parse_json(self.path, line)
+                except CheckpointError:
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                entries.append(entry)
         if not entries or entries[0].get("journal") != JOURNAL_VERSION:
             return None
         return entries[0].get("identity"), entries[1:]
@@ -252,44 +341,3 @@ def disk_error(
         what = got if total_bytes else f"{place} cannot be written"
         return DiskSpaceError(f"the disk is full: {what}; free some room or give another destination")
     return DestinationError(f"{place} cannot be written: {error.strerror or error}; give another destination")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a small JSON object of a checkpoint folder.
-
-    Raises:
-        CheckpointError: unreadable, not text, not JSON, or not an object.
-    """
-    try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes; no configuration is that large")
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return parse_json(path, data)
-
-
-def parse_json(where: Path | str, data: bytes) -> dict[str, Any]:
-    """A JSON object; ``where`` names it in errors.
-
-    Text is UTF-8, or what a byte-order mark says.
-
-    Raises:
-        CheckpointError: not text, not JSON, not an object, or a git-lfs pointer.
-    """
-    if is_pointer(data):
-        raise CheckpointError(f"{where} {POINTER_FIX}")
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
-    try:
-        parsed = json.loads(data.decode(encoding))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(parsed).__name__}, not an object")
-    return parsed
-
-
-def is_pointer(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` (8 bytes at least) is git-lfs's stand-in for another one."""
-    start = head[: len(_POINTER)]
-    return len(start) >= 8 and _POINTER.startswith(start)

@@ -65,6 +65,18 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         return dict(archive)
 
 
+@pytest.fixture
+def guarded_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were a device replaced after all, by a root who runs the tests, this machine would be the worse for it."""
+    replace = Path.replace
+
+    def guarded(self: Path, target: Path) -> Path:
+        assert not str(target).startswith("/dev/") or str(target).startswith("/dev/shm/"), f"{target} would be replaced"
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", guarded)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The bundled trained checkpoint (bf16, Hugging Face layout, with a tokenizer)."""

@@ -56,3 +56,15 @@ def test_errors_fit_the_builtin_families_callers_expect() -> None:
     assert issubclass(errors.UnsupportedPlatformError, ImportError)
     assert issubclass(errors.MissingDependencyError, ImportError)
     assert issubclass(errors.InvalidRequestError, ValueError)
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_whatever_a_file_has_an_error_repeat_its_line_stays_short(kind: type[Exception]) -> None:
+    """Cut in the middle: what is wrong stands in front, the fix at the end."""
+    text = str(kind(f"config.json: {'x' * 60_000} is not a name; give another"))
+    assert text.startswith("config.json: xxx")
+    assert text.endswith("is not a name; give another")
+    assert " … " in text
+    assert len(text) < 500
+    assert str(kind("x" * 500)) == "x" * 500
+    assert str(kind("two\nlines\x1b[2J \ud800 é")) == "two lines\ufffd[2J \ufffd é"

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
 from mlx_mixtral import files
 from mlx_mixtral.errors import DestinationError, DiskSpaceError, InvalidRequestError
-from mlx_mixtral.files import Journal, atomic_write, check_folder, write_folder
+from mlx_mixtral.files import (
+    Journal,
+    atomic_write,
+    check_destination,
+    check_folder,
+    open_partial,
+    replace_file,
+    write_folder,
+)
+from mlx_mixtral.leftovers import scratch_folder
 
 FILES = {"page.md": b"page", "plots/one.png": b"1", "plots/two.png": b"2"}
 
@@ -179,3 +194,146 @@ def test_a_journal_is_read_back_up_to_a_line_that_was_cut_off(tmp_path: Path) ->
 def test_another_file_is_no_journal(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "file").write_bytes(data)
     assert Journal(tmp_path / "file").read() is None
+
+
+def _node(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_ino, status.st_rdev
+
+
+@pytest.mark.parametrize("device", [name for name in ("/dev/null", "/dev/full") if Path(name).exists()])
+@pytest.mark.usefixtures("guarded_devices")
+def test_a_device_is_written_to_and_stays(tmp_path: Path, device: str) -> None:
+    """The link is what a container's root would lose; a full device says so."""
+    before = _node(Path(device))
+    (tmp_path / "link").symlink_to(device)
+    for path in (Path(device), tmp_path / "link"):
+        assert check_destination("--output", path) == Path(device)
+        if device == "/dev/full":
+            with pytest.raises(DiskSpaceError, match="the disk is full"):
+                replace_file(path, b"data")
+        else:
+            replace_file(path, b"data")
+        with pytest.raises(DestinationError, match="is a device, and a file is needed here"):
+            check_destination("--resume", path, regular=True)
+    assert _node(Path(device)) == before
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_pipe_is_written_through(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_bytes()), daemon=True)
+    reader.start()
+    replace_file(tmp_path / "pipe", b"data" * 100_000)
+    reader.join(30)
+    assert got == [b"data" * 100_000]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_the_name_of_an_open_file_is_that_file(tmp_path: Path) -> None:
+    """As with ``--output /dev/stdout > file``: what comes before and after goes into the same file."""
+    program = (
+        "import sys; from pathlib import Path; from mlx_mixtral.files import check_destination, replace_file\n"
+        "print('before', flush=True)\n"
+        "replace_file(check_destination('--output', sys.argv[1]), b'data\\n')\n"
+        "print('after')"
+    )
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    for name in ("/dev/stdout", "/dev/fd/1", str(tmp_path / "link")):
+        with (tmp_path / "file").open("wb") as file:
+            subprocess.run([sys.executable, "-c", program, name], stdout=file, check=True)
+        assert (tmp_path / "file").read_bytes() == b"before\ndata\nafter\n"
+        piped = subprocess.run([sys.executable, "-c", program, name], stdout=subprocess.PIPE, check=True)
+        assert piped.stdout == b"before\ndata\nafter\n"
+
+
+def test_what_is_no_file_is_refused_before_and_when_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "to-folder").symlink_to(tmp_path / "folder")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    made = socket.socket(socket.AF_UNIX)
+    with contextlib.chdir(tmp_path):  # names of sockets are short
+        made.bind("socket")
+    made.close()
+    listed = sorted(path.name for path in tmp_path.iterdir())
+    for name, said in (
+        ("folder", "is a folder"), ("to-folder", "is a folder"), ("socket", "is a socket"), ("loop", "symbolic links"),
+    ):  # fmt: skip
+        for write in (lambda path: check_destination("--output", path), lambda path: replace_file(path, b"data")):
+            with pytest.raises(DestinationError, match=said):
+                write(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == listed
+
+
+def test_a_link_to_nothing_leads_to_the_new_file(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/file")
+    assert check_destination("--output", tmp_path / "link") == tmp_path / "far" / "file"
+    replace_file(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "far") == {"file": b"new"}
+    (tmp_path / "astray").symlink_to("no/file")
+    with pytest.raises(DestinationError, match=r"there is no folder .*/no; make it first"):
+        check_destination("--output", tmp_path / "astray")
+
+
+def test_a_partial_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"years of work")
+    (tmp_path / "partial").symlink_to("precious")
+    with open_partial(tmp_path / "partial") as file:
+        file.write(b"data")
+    assert (tmp_path / "precious").read_bytes() == b"years of work"
+    assert (tmp_path / "partial").read_bytes() == b"data"
+
+
+def test_what_a_killed_process_left_goes_with_the_next_run(tmp_path: Path) -> None:
+    """Of the same file or folder only, and not while the other process lives or holds its lock."""
+    program = (
+        "import os, sys; from pathlib import Path; from mlx_mixtral.files import atomic_write, write_folder\n"
+        "place = Path(sys.argv[1])\n"
+        "def stop(*_):\n  print('at work', flush=True); sys.stdin.read()\n"
+        "if place.suffix:\n  with atomic_write(place) as file:\n    file.write(b'half'); stop()\n"
+        "else:\n  import mlx_mixtral.files as files; files.swap_folder = stop; write_folder(place, {'a': b'half'})\n"
+    )
+    for name in ("file.json", "folder"):
+        place = tmp_path / name
+        held = subprocess.Popen(
+            [sys.executable, "-c", program, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert held.stdout is not None
+        assert held.stdout.readline() == b"at work\n"
+        left = list(tmp_path.glob(".*.partial"))
+        assert len(left) == 1
+
+        def write(place: Path = place) -> None:
+            replace_file(place, b"data") if place.suffix else write_folder(place, {"a": b"data"})
+
+        write()
+        assert left[0].exists()
+        held.kill()
+        held.communicate()
+        replace_file(tmp_path / "other.json", b"data")
+        assert left[0].exists()
+        write()
+        assert not list(tmp_path.glob(".*"))
+    assert contents(tmp_path) == {"file.json": b"data", "folder/a": b"data", "other.json": b"data"}
+
+
+def test_scratch_of_a_killed_run_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (
+        f"mlx-mixtral-report-{gone.pid}-abc",
+        f"mlx-mixtral-report-{os.getpid()}-abc",
+        "mlx-mixtral-report-abc",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "reference").write_bytes(b"half")
+    with scratch_folder("report") as folder:
+        assert folder.parent == tmp_path
+        left = {path.name for path in tmp_path.iterdir()} - {folder.name}
+        assert left == {f"mlx-mixtral-report-{os.getpid()}-abc", "mlx-mixtral-report-abc"}
+    assert not folder.exists()

@@ -15,7 +15,7 @@ from mlx_mixtral.errors import CheckpointError, MixtralError
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, is_finite
-from mlx_mixtral.weights.manifest import EDITED, MANIFEST, file_problem, read_manifest
+from mlx_mixtral.weights.manifest import EDITED, MANIFEST, file_problem, read_manifest, unlisted
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.report import json_object
 
@@ -24,8 +24,6 @@ __all__ = ["Problem", "VerifyReport", "verify"]
 CHUNK_BYTES = 8 * 2**20
 # Codes that mean NaN: e8m0 has one, e4m3 one of each sign.
 _NAN_SCALES = {"mxfp4": (0xFF,), "mxfp8": (0xFF,), "nvfp4": (0x7F, 0xFF)}
-# Written by people and by the hub, not by conversions.
-_UNLISTED = ("README.md", MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -126,9 +124,7 @@ def _check_files(folder: Path, problems: list[Problem], progress: Callable[[int,
     for name, entry in entries.items():
         if (problem := file_problem(folder, name, entry, read)) is not None:
             problems.append(Problem(name, problem))
-    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    unlisted = sorted(present - set(entries) - {*_UNLISTED})
-    problems += [Problem(name, f"{MANIFEST} does not list it") for name in unlisted]
+    problems += [Problem(name, f"{MANIFEST} does not list it") for name in unlisted(folder, entries)]
     return len(entries), hashed
 
 

@@ -86,6 +86,13 @@ class _App(click.Group):
         except BrokenPipeError:
             _drop_output()
             raise click.exceptions.Exit(PIPE_CLOSED) from None
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+                raise
+            note(
+                f"error: there is not enough memory ({one_line(error)[:200] or 'allocation failed'}); close other programs"
+            )
+            raise click.exceptions.Exit(1) from None
         except OSError as error:
             # What the library meets in files is a MixtralError: this is the output itself, a full disk for instance.
             _drop_output(keep_errors=True)

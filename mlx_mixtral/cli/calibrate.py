@@ -12,7 +12,7 @@ import click
 
 from mlx_mixtral.cli.console import emit_json, err_console, note, one_line, out_console, print_table, seconds
 from mlx_mixtral.cli.fields import argument, flag, option, takes
-from mlx_mixtral.cli.options import device_option, json_flag, revision_option
+from mlx_mixtral.cli.options import device_option, json_flag, overwrite_flag, revision_option
 from mlx_mixtral.cli.progress import share_bars
 from mlx_mixtral.errors import InvalidRequestError
 
@@ -41,6 +41,7 @@ class CalibrateOptions:
         "What `mlx-mixtral routing --save-trace` recorded: experts rarely chosen there count less in sensitivities.",
     )
     restart: bool = flag("--restart", "Start over instead of going on where an interrupted run ended.")
+    overwrite: bool = overwrite_flag("the calibration")
     revision: str | None = revision_option()
     device: str | None = device_option()
     as_json: bool = json_flag()
@@ -96,6 +97,7 @@ def calibrate(given: CalibrateOptions) -> None:
     """
     import time
 
+    from mlx_mixtral.cli.destinations import ask_to_replace
     from mlx_mixtral_convert import calibrate as run
     from mlx_mixtral_convert.calibration import check_place
 
@@ -103,7 +105,7 @@ def calibrate(given: CalibrateOptions) -> None:
         raise click.UsageError("--trace weighs sensitivities; give --sensitivities too, or leave out --trace")
     if not given.file:
         raise InvalidRequestError("the file to write is an empty name; give one")
-    check_place(given.file, given.source or None)
+    ask_to_replace(check_place(given.file, given.source or None), overwrite=given.overwrite)
     started = time.perf_counter()
     with _progress(sensitivities=given.sensitivities) as progress:
         found = run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from mlx_mixtral.cli.console import emit_json, out_console, rate, seconds, termi
 from mlx_mixtral.cli.fields import option, takes
 from mlx_mixtral.cli.options import device_option, json_flag
 from mlx_mixtral.errors import DestinationError
+from mlx_mixtral.leftovers import scratch_folder
 from mlx_mixtral.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -162,8 +162,8 @@ def _folder(keep: Path | None) -> Iterator[Path]:
     if keep is not None:
         yield keep
         return
-    with tempfile.TemporaryDirectory(prefix="mlx-mixtral-demo-") as folder:
-        yield Path(folder) / "tiny-mixtral-4bit"
+    with scratch_folder("demo") as folder:
+        yield folder / "tiny-mixtral-4bit"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from mlx_mixtral.cli.options import (
     chat_template_option,
     json_flag,
     number_list,
+    overwrite_flag,
 )
 from mlx_mixtral.errors import InvalidRequestError, TokenizerError
 
@@ -50,8 +51,10 @@ class GenerateOptions:
     )
     chat_template: str | None = chat_template_option()
     logprobs: int | None = option("--logprobs N", "With --json: log-probabilities, and the N likeliest tokens.")
-    save_prompt: str | None = option("--save-prompt FILE", "Save what computing the prompt gave, for --saved-prompt.")
-    saved_prompt: str | None = option("--saved-prompt FILE", "Continue a saved prompt; --prompt comes after it.")
+    save_prompt: str | None = option("--save-prompt FILE", "Save what computing the prompt gave, for --from-prompt.")
+    from_prompt: str | None = option("--from-prompt FILE", "Continue a saved prompt; --prompt comes after it.")
+    saved_prompt: str | None = option("--saved-prompt FILE", "The older name of --from-prompt.", hidden=True)
+    overwrite: bool = overwrite_flag("the --save-prompt")
     loading: LoadOptions = group(LoadOptions)
     speculation: SpeculationOptions = group(SpeculationOptions)
     stats: bool = option("--stats/--no-stats", "A line of speeds on stderr at the end.", default=True)
@@ -71,9 +74,9 @@ def generate(given: GenerateOptions) -> None:
     if given.logprobs is not None and not given.as_json:
         raise click.UsageError("--logprobs are part of the JSON result; add --json")
 
+    from mlx_mixtral.cli.destinations import PROMPT, check_place
     from mlx_mixtral.cli.load import load_with_speculation
     from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
-    from mlx_mixtral.files import check_destination
     from mlx_mixtral.runtime.prompt_cache import check_saved
 
     # Everything that can be refused without the model is refused before it is loaded.
@@ -84,17 +87,19 @@ def generate(given: GenerateOptions) -> None:
     if not prompt:
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
     if given.save_prompt is not None:
-        check_destination("--save-prompt", given.save_prompt)
-    if given.saved_prompt is not None:
-        check_saved(given.saved_prompt)
+        check_place("--save-prompt", given.save_prompt, PROMPT, overwrite=given.overwrite)
+    if given.from_prompt is not None and given.saved_prompt is not None:
+        raise click.UsageError("--saved-prompt is the older name of --from-prompt; give one of them")
+    if (saved := given.from_prompt or given.saved_prompt) is not None:
+        check_saved(saved)
 
     loaded, speculation = load_with_speculation(
         given.model, given.loading, given.speculation, chat_template=given.chat_template
     )
     model = loaded.model
     special_tokens = None
-    if given.saved_prompt is not None:
-        before = model.load_prompt(given.saved_prompt)
+    if saved is not None:
+        before = model.load_prompt(saved)
         if isinstance(prompt, str):
             special_tokens = len(model.tokenizer.markers.sequence(prompt)) if given.special else 0
             prompt = model.tokenizer.encode(prompt, bos=False, special=given.special)

@@ -26,6 +26,7 @@ __all__ = [
     "device_option",
     "json_flag",
     "number_list",
+    "overwrite_flag",
     "revision_option",
 ]
 
@@ -111,6 +112,10 @@ def chat_template_option() -> Any:
         "Chat format in place of the model's own: a file of jinja, or chatml, llama-3, mistral-v1, …",
         callback=check_chat_template,
     )
+
+
+def overwrite_flag(files: str) -> Any:
+    return flag("--overwrite", f"Replace {files} of an earlier run.")
 
 
 def revision_option() -> Any:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import read_json
 
 __all__ = ["is_adapter", "must_convert", "refuse_adapter", "refuse_foreign"]
 

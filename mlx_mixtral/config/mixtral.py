@@ -19,7 +19,7 @@ from mlx_mixtral.config.quantization import QuantizationConfig, mlx_entry
 from mlx_mixtral.config.rope import EXTENDING_KINDS, MAX_CONTEXT_TOKENS, MAX_FACTOR, RopeConfig
 from mlx_mixtral.config.supported import refuse_contradiction, refuse_unsupported, shown
 from mlx_mixtral.errors import CheckpointError, ConfigError, ContextLengthError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import is_there, read_json
 
 __all__ = ["MixtralConfig", "stop_ids"]
 
@@ -36,9 +36,16 @@ _FAMILY: dict[str, dict[str, Any]] = {
     },
     "llama": {"rope_theta": 1e4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
 }
-# Counts from a stranger's file are bounded before anything is enumerated by them; real models are far below.
-_MAX = {"num_hidden_layers": 1024, "num_local_experts": 1024, "num_experts_per_tok": 1024}
-_MAX_OTHER = MAX_CONTEXT_TOKENS
+# Counts from a stranger's file are bounded before anything is enumerated or allocated by them; real models are below, those
+# of this family far below.
+_MAX = {
+    "hidden_size": 2**15, "intermediate_size": 2**18, "num_hidden_layers": 1024, "num_attention_heads": 1024,
+    "num_key_value_heads": 1024, "head_dim": 1024, "vocab_size": 2**20, "num_local_experts": 1024,
+    "num_experts_per_tok": 1024, "max_position_embeddings": MAX_CONTEXT_TOKENS,
+    "sliding_window": MAX_CONTEXT_TOKENS,
+}  # fmt: skip
+_MAX_PARAMETERS = 2**43
+_MAX_EPS = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,16 +78,21 @@ class MixtralConfig:
     """The file this was read from, as it was: what a conversion passes on."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "head_dim", "vocab_size", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
-        ):  # fmt: skip
+        for name, limit in _MAX.items():
             value = getattr(self, name)
+            if name == "sliding_window" and value is None:
+                continue
             if not is_integer(value) or value < 1:
-                raise ConfigError(f"config: {name} is {value!r}; it must be a positive integer")
-            if value > _MAX.get(name, _MAX_OTHER):
-                limit = _MAX.get(name, _MAX_OTHER)
+                wanted = "null or at least 1" if name == "sliding_window" else "a positive integer"
+                raise ConfigError(f"config: {name} is {value!r}; it must be {wanted}")
+            if value > limit:
                 raise ConfigError(f"config: {name} is {value}; no model has more than {limit}")
+        if (count := self._parameters()) > _MAX_PARAMETERS:
+            raise ConfigError(f"config: a model of {count} parameters; no model has more than {_MAX_PARAMETERS}")
+        if not 0 < self.rms_norm_eps <= _MAX_EPS:
+            raise ConfigError(
+                f"config: rms_norm_eps is {self.rms_norm_eps!r}; it must be above 0 and at most {_MAX_EPS}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config: {self.num_attention_heads} attention heads do not divide over "
@@ -95,10 +107,15 @@ class MixtralConfig:
             raise ConfigError("config: head_dim is 2; dynamic rope scaling is not defined for heads that small")
         if self.head_dim % 2:
             raise ConfigError(f"config: head_dim is {self.head_dim}; rotary embeddings need an even number")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(f"config: sliding_window is {self.sliding_window}; it must be null or at least 1")
+        self.rope.check(self.head_dim)
         _check_ids("config: bos_token_id", () if self.bos_token_id is None else (self.bos_token_id,), self.vocab_size)
         _check_ids("config: eos_token_id", self.eos_token_ids, self.vocab_size)
+
+    def _parameters(self) -> int:
+        """Weights of all large matrices."""
+        attention = 2 * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        layer = self.hidden_size * (attention + 3 * self.num_local_experts * self.intermediate_size)
+        return self.num_hidden_layers * layer + 2 * self.vocab_size * self.hidden_size
 
     @property
     def is_dense(self) -> bool:
@@ -131,19 +148,19 @@ class MixtralConfig:
         """Read ``config.json`` (and ``generation_config.json``'s stop ids), else ``params.json``, of a checkpoint folder.
 
         Raises:
-            CheckpointError: the folder holds neither.
+            CheckpointError: the folder holds neither, or one that cannot be read.
             ConfigError: what is there cannot be run.
         """
-        if (folder / "config.json").is_file():
+        if is_there(folder / "config.json"):
             entries = read_json(folder / "config.json")
             if "dim" in entries and "hidden_size" not in entries:
                 raise must_convert(folder, "the settings of MLX's first examples", "config.json")
             config, generation = cls.from_hf(entries), folder / "generation_config.json"
-            if not generation.is_file():
+            if not is_there(generation):
                 return config
             extra = stop_ids(read_json(generation), generation.name, config.vocab_size)
             return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *extra))))
-        if (folder / "params.json").is_file():
+        if is_there(folder / "params.json"):
             return cls.from_params(read_json(folder / "params.json"))
         refuse_adapter(folder)
         refuse_foreign((path.name for path in folder.glob("*") if path.is_file()), folder)

@@ -45,6 +45,11 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
 _ALWAYS = {"rope_theta", "rope_type", "type", "original_max_position_embeddings", "partial_rotary_factor", "finetuned"}
 
 
+# What checkpoints say lies far within; beyond, frequencies overflow float32 or no position differs from the next.
+MAX_THETA = 1e12
+MIN_NUMBER, MAX_NUMBER = 1e-3, 1e6
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Base ``theta``, the scaling ``kind``, and the parameters that kind reads.
@@ -92,13 +97,13 @@ class RopeConfig:
         if original is None:
             original = scaling.get("original_max_position_embeddings")
         if original is not None:
-            original = int(_number("original_max_position_embeddings", original))
+            original = int(_number("original_max_position_embeddings", original, 1, 2**24))
         parameters = {key: scaling[key] for key in known if scaling.get(key) is not None}
         for key, value in parameters.items():
             for number in value if key in ("long_factor", "short_factor") and isinstance(value, list) else [value]:
                 if key != "truncate" and not (key.startswith("mscale") and number == 0):
-                    _number(key, number)
-        theta = _number("rope_theta", theta)
+                    _number(key, number, MIN_NUMBER, MAX_NUMBER)
+        theta = _number("rope_theta", theta, 1, MAX_THETA)
         # Values at which a formula divides by zero.
         if kind == "yarn" and theta == 1:
             raise ConfigError("config.json: rope scaling 'yarn' needs a rope_theta other than 1")
@@ -107,6 +112,21 @@ class RopeConfig:
         if kind == "llama3" and parameters["low_freq_factor"] == parameters["high_freq_factor"]:
             raise ConfigError("config.json: rope scaling 'llama3' needs low_freq_factor and high_freq_factor to differ")
         return cls(theta, max_position_embeddings, kind, original, parameters)
+
+    def check(self, dims: int) -> None:
+        """Raise ConfigError unless the frequencies of heads of ``dims`` are numbers that a model can have."""
+        try:
+            with np.errstate(over="raise", divide="raise", invalid="raise"):
+                found = [self.inverse_frequencies(dims, length) for length in (1, self.max_position_embeddings)]
+            sound = all(np.isfinite(each).all() and (each > 0).all() for each in found)
+            sound = sound and 0 < self.attention_factor() < math.inf
+        except ArithmeticError:
+            sound = False
+        if not sound:
+            raise ConfigError(
+                f"config: rope_theta {self.theta:g} and rope scaling {self.kind!r} give no frequencies for heads of {dims}; "
+                "check rope_scaling"
+            )
 
     @property
     def original(self) -> int:
@@ -214,7 +234,9 @@ def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _number(key: str, value: Any) -> float:
+def _number(key: str, value: Any, low: float, high: float) -> float:
     if not is_number(value) or not 0 < value <= sys.float_info.max:
-        raise ConfigError(f"config.json: {key} is {value!r}, not a positive number")
+        raise ConfigError(f"config.json: {key} is {repr(value)[:100]}, not a positive number")
+    if not low <= value <= high:
+        raise ConfigError(f"config.json: {key} is {value!r}; it must be from {low:g} to {high:g}")
     return float(value)

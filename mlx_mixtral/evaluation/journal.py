@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError, DestinationError
-from mlx_mixtral.files import Journal
+from mlx_mixtral.files import Journal, check_destination
 
 __all__ = ["EvaluationJournal", "pack", "unpack"]
 
@@ -46,7 +46,9 @@ class EvaluationJournal:
         self._entries: dict[tuple[str, int], Entry] = {}
         if path is None:
             return
-        self._file = Journal(path)
+        # The links' target: that is what is removed when all is done.
+        self.path = check_destination("the journal", path, regular=True)
+        self._file = Journal(self.path)
         identity = json.loads(json.dumps(identity or {}))
         known, lines = ({}, []) if restart else _read(self._file)
         if lines and known != identity:
@@ -116,6 +118,8 @@ def _read(file: Journal) -> tuple[Any, list[dict[str, Any]]]:
     try:
         if (found := file.read()) is None and file.path.exists() and file.path.stat().st_size:
             raise DestinationError(f"{file.path} exists and is not the journal of an evaluation; give another name")
+    except CheckpointError as error:
+        raise DestinationError(f"journal {error}") from error
     except OSError as error:
         raise DestinationError(f"journal {file.path} cannot be read: {error.strerror or error}") from error
     return found or ({}, [])

@@ -7,6 +7,7 @@ token that came. Its header says which text (by its token ids), which vocabulary
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from mlx_mixtral.arguments import check_integer
+from mlx_mixtral.arguments import check_integer, is_integer
 from mlx_mixtral.errors import CheckpointError, DestinationError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus
 from mlx_mixtral.evaluation.forward import TopTokens
-from mlx_mixtral.files import disk_errors, partial_path, put_in_place
+from mlx_mixtral.files import check_destination, disk_errors, open_partial, partial_path, put_in_place
+from mlx_mixtral.reading import check_size, is_there, open_file, parse_json
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["DEFAULT_TOP_K", "MAX_FILE_BYTES", "Reference", "ReferenceHeader", "ReferenceWriter", "check_replaceable"]
@@ -100,11 +102,13 @@ class Reference:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # Beside the arrays a header.
+        check_size(path, MAX_FILE_BYTES + 2**20)
         try:
             file: Any = safe_open(str(path), "numpy")
             self._file = file
-            header = json.loads((file.metadata() or {})[FORMAT])
-            self.header = ReferenceHeader(**header)
+            self.header = ReferenceHeader(**parse_json(path, (file.metadata() or {})[FORMAT]))
+            _check_header(self.header)
             for name, (kind, shape) in self.header.arrays.items():
                 found = file.get_slice(name)
                 if (tuple(found.get_shape()), found.get_dtype()) != (shape, _DTYPES[kind]):
@@ -155,6 +159,8 @@ class ReferenceWriter:
 
     def __init__(self, path: Path, header: ReferenceHeader) -> None:
         header.check_size()
+        # Filled in any order: a pipe or a device cannot be.
+        path = check_destination("the reference file", path, regular=True)
         self.path, self.header, self.partial = path, header, partial_path(path)
         start = _file_header(header)
         total = len(start) + header.nbytes
@@ -162,11 +168,15 @@ class ReferenceWriter:
         with disk_errors(path):
             self.is_new = not _begins_with(self.partial, start, total)
             if self.is_new:
-                with self.partial.open("wb") as file:
-                    file.write(start)
-                    # All of it now: a full disk is known before the work, not by a signal in the middle of it.
-                    for done in range(len(start), total, 2**20):
-                        file.write(bytes(min(2**20, total - done)))
+                try:
+                    with open_partial(self.partial) as file:
+                        file.write(start)
+                        # All of it now: a full disk is known before the work, not by a signal in the middle of it.
+                        for done in range(len(start), total, 2**20):
+                            file.write(bytes(min(2**20, total - done)))
+                except BaseException:
+                    self.discard()
+                    raise
             offset = len(start)
             for name, (kind, shape) in header.arrays.items():
                 self._arrays[name] = np.memmap(self.partial, kind, "r+", offset, shape)
@@ -202,17 +212,26 @@ class ReferenceWriter:
     def discard(self) -> None:
         """Leave nothing behind."""
         self._arrays.clear()
-        self.partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.partial.unlink()
 
 
 def check_replaceable(place: Path) -> None:
     """Raise DestinationError for a file at ``place`` that is not a reference: it might be weights."""
-    if not place.exists():
+    if not is_there(place):
         return
     try:
         Reference(place)
     except CheckpointError:
         raise DestinationError(f"{place} exists and is not a reference file; give another name") from None
+
+
+def _check_header(header: ReferenceHeader) -> None:
+    """Raise ValueError for a header that ``ReferenceWriter`` cannot have written."""
+    counts = (header.vocab_size, header.window, header.stride, header.tokens, header.top_k)
+    texts = (header.model, header.identity, header.text_sha256, header.vocabulary_sha256)
+    if not all(is_integer(n) and 0 < n < 2**31 for n in counts) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a header of other values")
 
 
 _DTYPES = {"<u2": "U16", "<u4": "U32", "<f4": "F32"}
@@ -237,7 +256,7 @@ def _file_header(header: ReferenceHeader) -> bytes:
 
 def _begins_with(path: Path, start: bytes, total: int) -> bool:
     try:
-        with path.open("rb") as file:
-            return path.stat().st_size == total and file.read(len(start)) == start
-    except OSError:
+        with open_file(path) as file:
+            return not path.is_symlink() and path.stat().st_size == total and file.read(len(start)) == start
+    except (CheckpointError, OSError):
         return False

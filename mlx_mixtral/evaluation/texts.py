@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlx_mixtral.arguments import as_path, check_type
 from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.reading import read_given
 
 __all__ = ["SUFFIXES", "Text", "read_texts"]
 
@@ -107,9 +108,7 @@ def _exists(path: Path) -> bool:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InvalidRequestError(f"text {file} cannot be read: {error.strerror or error}") from error
+        return read_given(file, InvalidRequestError).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidRequestError(
             f"text {file} is not UTF-8: byte {error.start} is no text; convert it to UTF-8"

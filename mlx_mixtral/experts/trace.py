@@ -18,9 +18,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import CheckpointError, DestinationError, DiskSpaceError, InvalidRequestError
 from mlx_mixtral.experts.policy import Optimal, make_policy
-from mlx_mixtral.files import replace_file
+from mlx_mixtral.files import check_kind, replace_file
+from mlx_mixtral.reading import check_size, parse_json
 
 __all__ = [
     "PUBLISHED_REPEATS",
@@ -28,6 +30,7 @@ __all__ = [
     "RoutingTrace",
     "chance_of_repeat",
     "hit_rates",
+    "is_trace",
     "published_trace",
     "simulate",
 ]
@@ -103,13 +106,14 @@ class RoutingTrace:
         """Write a safetensors file; the same trace gives the same bytes.
 
         Raises:
-            InvalidRequestError: it cannot be written.
+            InvalidRequestError: it cannot be written, or something that is no trace lies there.
         """
         arrays: dict[str, npt.NDArray[Any]] = {
             "experts": np.ascontiguousarray(self.experts),
             "starts": np.array(self.starts, np.int64),
         }
         try:
+            check_kind(Path(path), "a routing trace", is_trace)
             # One key: safetensors writes several in an order of its own, another one each time.
             replace_file(Path(path), save(arrays, {FORMAT: json.dumps({"num_experts": self.num_experts})}))
         except (DestinationError, DiskSpaceError) as error:
@@ -122,21 +126,29 @@ class RoutingTrace:
         Raises:
             CheckpointError: it cannot be read, or is something else.
         """
+        check_size(Path(path), MAX_FILE_BYTES)
         try:
-            if (size := Path(path).stat().st_size) > MAX_FILE_BYTES:
-                raise CheckpointError(f"routing trace {path} has {size} bytes; at most {MAX_FILE_BYTES} are read")
             with safe_open(str(path), "numpy") as file:
                 header = (file.metadata() or {}).get(FORMAT)
                 if header is None or set(file.keys()) - ANNOTATIONS != {"experts", "starts"}:
                     raise CheckpointError(f"{path} is not a routing trace")
                 experts, starts = file.get_tensor("experts"), file.get_tensor("starts")
-            num_experts = json.loads(header)["num_experts"]
-            if not isinstance(num_experts, int) or starts.dtype != np.int64 or starts.ndim != 1:
+            num_experts = parse_json(f"the header of {path}", header)["num_experts"]
+            if not is_integer(num_experts) or starts.dtype != np.int64 or starts.ndim != 1:
                 raise CheckpointError(f"{path} is not a routing trace")
             return cls(experts, num_experts, tuple(starts.tolist()))
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"routing trace {path} cannot be read: {reason}") from error
+
+
+def is_trace(place: Path) -> bool:
+    """Whether a file is a routing trace, annotated or not."""
+    try:
+        RoutingTrace.load(place)
+    except (CheckpointError, InvalidRequestError):
+        return False
+    return True
 
 
 class Counts(NamedTuple):

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.errors import HubError
-from mlx_mixtral.files import put_in_place, read_json, replace_file
+from mlx_mixtral.files import put_in_place, replace_file
 from mlx_mixtral.hub.answers import logger
 from mlx_mixtral.hub.failures import HubUnreachableError, hub_errors
 from mlx_mixtral.hub.listing import COMMIT, Listing, list_files
 from mlx_mixtral.hub.ranges import NoRangesError, RangeReader
+from mlx_mixtral.reading import read_json
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["INDEX", "WEIGHTS", "BytesDone", "download", "gguf_part", "store_files"]

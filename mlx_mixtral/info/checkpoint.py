@@ -11,14 +11,15 @@ from mlx_mixtral.config.layout import FIELDS, locate, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.overrides import ConfigOverrides
 from mlx_mixtral.errors import CheckpointError, MissingDependencyError, MixtralError, TokenizerError
-from mlx_mixtral.files import read_json
 from mlx_mixtral.info.estimate import PARTS, bytes_per_token
 from mlx_mixtral.info.macs import Chip
 from mlx_mixtral.info.shape import facts_of, kv_cache, limits
 from mlx_mixtral.machine.device import DTYPE_NAMES
 from mlx_mixtral.model.build import Builder
+from mlx_mixtral.reading import is_there, read_json
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral.weights.checkpoint import Checkpoint
+from mlx_mixtral.weights.manifest import MANIFEST, MAX_MANIFEST_BYTES
 
 __all__ = ["checkpoint_report"]
 
@@ -43,7 +44,7 @@ def checkpoint_report(
         "kv_cache": kv_cache(config),
         "problem": None,
         "tokenizer": _tokenizer(folder, config),
-        "conversion": read_json(folder / "conversion.json") if (folder / "conversion.json").is_file() else None,
+        "conversion": _conversion(folder),
     }
     if downloaded and not any(folder.glob("*.safetensors")):
         return report | _promised(config, chips)
@@ -51,6 +52,11 @@ def checkpoint_report(
         return report | _weights(config, Checkpoint(folder), chips)
     except MixtralError as error:
         return report | {"problem": str(error)}
+
+
+def _conversion(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST
+    return read_json(path, MAX_MANIFEST_BYTES) if is_there(path) else None
 
 
 def _weights(config: MixtralConfig, checkpoint: Checkpoint, chips: Sequence[Chip]) -> dict[str, Any]:

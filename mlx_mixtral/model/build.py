@@ -23,13 +23,13 @@ from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.model.moe import SparseMoe
 from mlx_mixtral.model.transformer import DecoderLayer, MixtralModel
-from mlx_mixtral.weights.biases import refuse_biases
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.direct import identities
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral.weights.fill import ReadRange, allocate
 from mlx_mixtral.weights.packing import packing_of
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
+from mlx_mixtral.weights.unused import refuse_unused, unused_tensors
 
 __all__ = ["Builder"]
 
@@ -47,7 +47,7 @@ class Builder:
         products: who multiplies.
 
     Raises:
-        CheckpointError: a tensor is missing or has the wrong shape. Everything is checked before anything is allocated.
+        CheckpointError: a tensor is missing, left over, or has the wrong shape. All is checked before anything is allocated.
         ConfigError: the quantisation entry contradicts the tensors.
     """
 
@@ -74,10 +74,13 @@ class Builder:
         }
         for norm in self.norms.values():
             self._norm_info(norm)
-        self._refuse_biases()
+        used = {f"{path}.weight" for path in self.norms}
         for matrix in self.matrices.values():
             for field in self._fields(matrix):
-                self._locations(matrix, field)
+                used.update(rows.name for rows in self._locations(matrix, field))
+        if unused := unused_tensors(checkpoint, used, config):
+            with CheckpointReader(checkpoint) as reader:
+                refuse_unused(unused, reader)
 
     @property
     def item_bytes(self) -> int:
@@ -286,12 +289,6 @@ class Builder:
                 kind = wanted if integer else "F32, F16 or BF16"
                 raise CheckpointError(f"{info.file}: tensor {rows.name!r} has dtype {info.dtype}; {kind} was expected")
         return found
-
-    def _refuse_biases(self) -> None:
-        """Tensors that nothing reads are passed over, but a bias changes the answer unless it is zero."""
-        if found := [name for name in self.checkpoint if name.endswith(".bias")]:
-            with CheckpointReader(self.checkpoint) as reader:
-                refuse_biases(self.checkpoint, reader, found)
 
     def _norm_info(self, norm: Norm) -> None:
         info = self.checkpoint[f"{norm.path}.weight"]

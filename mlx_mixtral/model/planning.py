@@ -14,6 +14,7 @@ from mlx_mixtral.experts.trace import RoutingTrace, hit_rates, published_trace
 from mlx_mixtral.machine.device import Device
 from mlx_mixtral.machine.memory import read_system_memory, usable_bytes
 from mlx_mixtral.model.build import Builder
+from mlx_mixtral.reading import is_there
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 
 __all__ = ["TRACE_FILE", "make_planner"]
@@ -61,7 +62,7 @@ def _measured(builder: Builder) -> Speeds:
 def _hit_rates(builder: Builder) -> npt.NDArray[np.float64]:
     """Of the model's own routing trace where it has one beside its weights, else of the published repeat rates."""
     config, own = builder.config, builder.checkpoint.folder / TRACE_FILE
-    trace = RoutingTrace.load(own) if own.is_file() else None
+    trace = RoutingTrace.load(own) if is_there(own) else None
     shape = (config.num_hidden_layers, config.num_experts_per_tok)
     if (
         trace is not None and trace.experts.shape[2] > shape[1]

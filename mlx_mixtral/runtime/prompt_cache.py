@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import os
+import shutil
 import struct
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,17 +19,20 @@ from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.prefixes import PrefixStore
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, PromptCacheError
-from mlx_mixtral.files import atomic_write, check_destination
+from mlx_mixtral.files import atomic_write, check_destination, check_kind, is_special
 from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.prefill import last_hidden
 from mlx_mixtral.model.transformer import MixtralModel
-from mlx_mixtral.weights.safetensors import read_header
+from mlx_mixtral.reading import open_descriptor, open_file, parse_json
+from mlx_mixtral.weights.dtypes import MLX_DTYPES
+from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
-__all__ = ["DEFAULT_KEPT_BYTES", "PromptCache", "check_saved"]
+__all__ = ["DEFAULT_KEPT_BYTES", "PromptCache", "check_saved", "is_saved_prompt"]
 
 DEFAULT_KEPT_BYTES = 10**9
 FORMAT, VERSION = "mlx-mixtral-prompt", "1"
 OWN_SETTINGS = "the checkpoint's own settings"
+_TYPES = {kind: name for name, kind in MLX_DTYPES.items()} | {mx.uint32: "U32"}
 
 
 class PromptCache:
@@ -93,7 +99,7 @@ class PromptCache:
 
         Raises:
             InvalidRequestError: more tokens than a cache of bounded size holds.
-            DestinationError, DiskSpaceError: it cannot be written.
+            DestinationError, DiskSpaceError: it cannot be written, or something that is no saved prompt lies there.
         """
         place, module = check_destination("path", path), context.model
         if not self._serves(tokens):
@@ -101,6 +107,7 @@ class PromptCache:
                 f"a prompt of {len(tokens)} tokens cannot be saved: past {self._max_tokens} tokens this model's rope scaling "
                 "depends on the length of the whole text; save at most so many"
             )
+        check_kind(place, "a saved prompt", is_saved_prompt)
         window = module.kv.window(module.config)
         if window is not None and len(tokens) > window.columns:
             raise InvalidRequestError(
@@ -115,8 +122,14 @@ class PromptCache:
             for index, array in enumerate(held)
         }
         arrays["tokens"] = mx.array(list(tokens), mx.int32)
+        nbytes = sum(array.nbytes for array in arrays.values())
         with atomic_write(place) as file:
-            mx.save_safetensors(file, arrays, self._about(cache))
+            try:
+                mx.save_safetensors(file, arrays, self._about(cache))
+            except (RuntimeError, ValueError) as error:
+                # What MLX makes of a write that failed.
+                full = shutil.disk_usage(tempfile.gettempdir() if is_special(place) else place.parent).free < nbytes
+                raise OSError(errno.ENOSPC if full else errno.EIO, "a write failed") from error
         self.kept.put(tokens, cache)
 
     def load(self, path: str | Path, module: MixtralModel) -> list[int]:
@@ -126,41 +139,40 @@ class PromptCache:
             PromptCacheError: not such a file, a damaged one, one of another version, model or kind of cache.
         """
         place = as_path("path", path)
-        about, shapes = _read_about(place)
+        about, infos = _read_about(place)
         cache = module.make_cache()
         for key, expected in self._about(cache).items():
             _compare(place, key, about.get(key, "" if key == "settings" else None), expected)
-        try:
-            arrays = mx.load(str(place), format="safetensors")
-        except (RuntimeError, ValueError, OSError) as error:
-            raise PromptCacheError(f"{place} cannot be read: {error}; save the prompt again") from None
-        assert isinstance(arrays, dict)
-        mx.eval(arrays)
-        tokens = [int(token) for token in np.asarray(arrays["tokens"])] if "tokens" in shapes else []
-        if not tokens or not self._serves(tokens) or len(tokens) >= module.config.max_context_tokens:
+        tokens = _read_tokens(place, infos, module)
+        if not self._serves(tokens):
             raise PromptCacheError(
                 f"{place} holds {len(tokens)} tokens, which no prompt of this model has; save it again"
             )
-        if not all(0 <= token < module.config.vocab_size for token in tokens):
-            raise PromptCacheError(f"{place} holds tokens that this model does not have; save the prompt again")
-        layers = []
-        for layer in range(module.config.num_hidden_layers):
-            wanted = cache.storage.empty(1, len(tokens))
-            held = tuple(arrays.get(f"layers.{layer}.{index}", mx.zeros(0)) for index in range(len(wanted)))
-            if [(a.shape, a.dtype) for a in held] != [(a.shape, a.dtype) for a in wanted]:
-                raise PromptCacheError(
-                    f"{place}: layer {layer} is not what {len(tokens)} tokens leave; save the prompt again"
-                )
-            layers.append(held)
         if cache.window is not None and len(tokens) > cache.window.columns:
             raise PromptCacheError(
                 f"{place} holds {len(tokens)} tokens, more than this model's KV cache; give a larger kv_size"
             )
-        cache.adopt(layers, len(tokens))
-        self.kept.put(tokens, cache)
+        # Before anything of that size is allocated.
+        wanted = cache.storage.empty(1, len(tokens))
+        names = [
+            [f"layers.{layer}.{index}" for index in range(len(wanted))]
+            for layer in range(module.config.num_hidden_layers)
+        ]
+        described = [(array.shape, _TYPES.get(array.dtype)) for array in wanted]
+        for layer, own in enumerate(names):
+            if [(infos[name].shape, infos[name].dtype) for name in own if name in infos] != described:
+                raise PromptCacheError(
+                    f"{place}: layer {layer} is not what {len(tokens)} tokens leave; save the prompt again"
+                )
+        if len(infos) != 1 + sum(map(len, names)):
+            raise PromptCacheError(f"{place} holds more than this model's layers; save the prompt again")
+        nbytes = sum(info.nbytes for info in infos.values())
+        if nbytes <= self.kept.limit_bytes:
+            cache.adopt(_read_layers(place, names), len(tokens))
+            self.kept.put(tokens, cache)
         if not len(self.kept):
             raise PromptCacheError(
-                f"{place} takes {cache.nbytes} bytes, and {self.kept.limit_bytes} may be kept; load the model with a larger "
+                f"{place} takes {nbytes} bytes, and {self.kept.limit_bytes} may be kept; load the model with a larger "
                 "prefix_cache"
             )
         return tokens
@@ -198,20 +210,62 @@ def check_saved(path: str | Path) -> None:
         _compare(place, key, about.get(key), expected)
 
 
+def is_saved_prompt(place: Path) -> bool:
+    """Whether a file is a saved prompt, of whatever version and model."""
+    try:
+        return _read_about(place)[0].get("format") == FORMAT
+    except PromptCacheError:
+        return False
+
+
 def _compare(place: Path, key: str, found: str | None, expected: str) -> None:
     if found != expected:
         said = {"found": found or OWN_SETTINGS, "expected": expected or OWN_SETTINGS}
         raise PromptCacheError(f"{place} {_DIFFERENCES[key].format_map(said)}")
 
 
-def _read_about(place: Path) -> tuple[dict[str, str], list[str]]:
-    """The metadata of a safetensors file, and the names of its tensors; sizes are checked before anything is used."""
+def _read_about(place: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """The metadata of a safetensors file, and its tensors; sizes are checked before anything is used."""
     try:
-        names = list(read_header(place))
-        with place.open("rb") as file:
+        infos = read_header(place)
+        with open_file(place) as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            metadata = json.loads(file.read(length)).get("__metadata__", {})
-    except (CheckpointError, OSError, ValueError, struct.error) as error:
+            metadata = parse_json(place, file.read(length)).get("__metadata__", {})
+    except (CheckpointError, OSError, struct.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise PromptCacheError(f"{place} is not a saved prompt: {reason.removeprefix(f'{place} ')}") from None
-    return metadata if isinstance(metadata, dict) else {}, names
+    return metadata if isinstance(metadata, dict) else {}, infos
+
+
+def _read_tokens(place: Path, infos: Mapping[str, TensorInfo], module: MixtralModel) -> list[int]:
+    """Raises PromptCacheError for tokens that no prompt of ``module`` has."""
+    info, limit = infos.get("tokens"), module.config.max_position_embeddings
+    count = info.shape[0] if info is not None and len(info.shape) == 1 and info.dtype == "I32" else 0
+    if info is None or not 0 < count < limit:
+        raise PromptCacheError(f"{place} holds {count} tokens, which no prompt of this model has; save it again")
+    raw = np.empty(count, "<i4")
+    descriptor = open_descriptor(place, PromptCacheError)
+    try:
+        read_into(descriptor, memoryview(raw.view(np.uint8)), info.offset, str(place))  # type: ignore[arg-type]
+    except CheckpointError as error:
+        raise PromptCacheError(f"{error}; save the prompt again") from None
+    finally:
+        os.close(descriptor)
+    if not ((raw >= 0) & (raw < module.config.vocab_size)).all():
+        raise PromptCacheError(f"{place} holds tokens that this model does not have; save the prompt again")
+    return [int(token) for token in raw]
+
+
+def _read_layers(place: Path, names: Sequence[Sequence[str]]) -> list[tuple[mx.array, ...]]:
+    """Keys and values as they were held. Raises PromptCacheError for what cannot be read, or is not finite."""
+    try:
+        arrays = mx.load(str(place), format="safetensors")
+        mx.eval(arrays)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise PromptCacheError(f"{place} cannot be read: {error}; save the prompt again") from None
+    assert isinstance(arrays, dict)
+    layers = [tuple(arrays[name] for name in own) for own in names]
+    numbers = [array for held in layers for array in held if mx.issubdtype(array.dtype, mx.floating)]
+    if not all(bool(mx.isfinite(array).all()) for array in numbers):
+        raise PromptCacheError(f"{place} is damaged: it holds NaN or infinity; save the prompt again")
+    return layers

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_mixtral.arguments import shown
 from mlx_mixtral.errors import InvalidRequestError, TokenizerError
-from mlx_mixtral.files import POINTER_FIX, is_pointer
+from mlx_mixtral.reading import MAX_TOKENIZER_BYTES, POINTER_FIX, is_pointer, is_there, names_like, read_file
 from mlx_mixtral.tokenizer.agreement import disagreement, json_pieces
 from mlx_mixtral.tokenizer.base import Tokenizer
 from mlx_mixtral.tokenizer.chat.choice import ChatChoice, GivenTemplate, choose_chat_format
@@ -80,10 +80,10 @@ def check_kind(kind: str | None) -> None:
 
 
 def _find(folder: Path, kind: str | None) -> Path:
-    others = sorted(path.name for path in folder.glob("tokenizer.model*")) if folder.is_dir() else []
+    others = [path.name for path in names_like(folder, "tokenizer.model*")]
     models, fast = (*_KNOWN_NAMES, *others), ("tokenizer.json",)
     for name in {None: (*models, *fast), "model": models, "json": fast}[kind]:
-        if (folder / name).is_file():
+        if is_there(folder / name):
             return folder / name
     if kind is not None:
         raise TokenizerError(f"{folder} has no tokenizer.{kind}; leave out --tokenizer to use what there is")
@@ -100,10 +100,7 @@ def _load_spm(path: Path, settings: Settings, given: GivenTemplate | None, *, al
     """The model; `alone`: where tokenizer.json contradicts it, the model is right."""
     from mlx_mixtral.tokenizer.sentencepiece import SentencePieceModel, SentencePieceTokenizer
 
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read ({error})") from error
+    data = read_file(path, MAX_TOKENIZER_BYTES, TokenizerError)
     if is_pointer(data):
         raise TokenizerError(f"{path} {POINTER_FIX}")
     model = SentencePieceModel(data, settings, source=str(path))

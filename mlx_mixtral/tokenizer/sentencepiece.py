@@ -45,6 +45,10 @@ class SentencePieceModel:
         self.size: int = self.processor.vocab_size()
         if self.size == 0:
             raise TokenizerError(f"{source} holds no pieces; download it again")
+        try:
+            self.processor.id_to_piece(list(range(self.size)))
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{source} holds a piece that is not UTF-8 ({error}); download it again") from error
 
     @staticmethod
     def _load(data: bytes, source: str) -> SentencePieceProcessor:

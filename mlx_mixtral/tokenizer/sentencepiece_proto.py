@@ -12,12 +12,15 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 
 __all__ = [
-    "BYTE", "CONTROL", "MARKER_FORM", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "retype_markers", "varint",
+    "BYTE", "CONTROL", "MARKER_FORM", "MAX_PIECES", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "retype_markers", "varint",
     "without_dummy_prefix",
 ]  # fmt: skip
 
 # SentencePiece.Type, which GGUF has too.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+MAX_PIECES = 2**19
+"""Twice the largest vocabulary known."""
 
 MARKER_FORM = re.compile(r"<[^\s<>]+>|\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]")
 """A USER_DEFINED piece of this form is a marker; Mistral's `[REFERENCE_DOC_3]`, say, is part of the text.
@@ -43,14 +46,16 @@ def retype_markers(
     Returns the changed model and the ids changed, with their spelling.
 
     Raises:
-        ValueError: The bytes are not a protocol buffer.
+        ValueError: The bytes are not a protocol buffer, or hold more than `MAX_PIECES`.
     """
     spellings = {content.encode("utf-8") for content in special}
     contents = {token_id: content.encode("utf-8") for token_id, content in (declared or {}).items()}
     changed: dict[int, str] = {}
     chunks: list[bytes] = []
     copied = token_id = 0
-    for field, start, body, end in _fields(model):
+    for count, (field, start, body, end) in enumerate(_fields(model)):
+        if count > MAX_PIECES:
+            raise ValueError(f"more than {MAX_PIECES} pieces")
         if field != 1:
             continue
         # Cheap tests first: nearly none of 32000 pieces is read any closer.

@@ -9,10 +9,15 @@ from typing import Any
 
 from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import CheckpointError, TokenizerError
-from mlx_mixtral.files import parse_json, read_json
+from mlx_mixtral.reading import MAX_TEXT_BYTES, companion_bytes, is_there, parse_json, read_file, read_json
 from mlx_mixtral.tokenizer.markers import AddedToken
 
 __all__ = ["Settings", "read_settings", "read_settings_file", "read_template"]
+
+
+# The largest known files have 7 thousand, most of them reserved.
+MAX_ADDED_TOKENS = 2**15
+MAX_SPELLING = 1024
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class _Files:
             raise TokenizerError(f"{error}; download it again") from error
 
     def has_template(self, name: str) -> bool:
-        return self.held is None and (self.folder / name).is_file()
+        return self.held is None and is_there(self.folder / name)
 
 
 def read_settings(
@@ -107,10 +112,10 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     Raises:
         TokenizerError: The file cannot be read or holds something else.
     """
-    if not path.is_file():
+    if not is_there(path):
         return {}
     try:
-        return read_json(path)
+        return read_json(path, companion_bytes(path.name))
     except CheckpointError as error:
         raise TokenizerError(f"{error}; download it again") from error
 
@@ -149,7 +154,7 @@ def _added_tokens(
     for content, token_id in files.entries("added_tokens.json").items():
         _declare(added, token_id, {"content": content, "special": content in named}, folder / "added_tokens.json")
     for token in _list(fast.get("added_tokens")):
-        _declare(added, token.get("id"), token, folder / "tokenizer.json")
+        _declare(added, token.get("id") if isinstance(token, dict) else None, token, folder / "tokenizer.json")
     decoder = config.get("added_tokens_decoder")
     for key, token in decoder.items() if isinstance(decoder, dict) else ():
         token_id = int(key) if str(key).isdecimal() else None
@@ -161,7 +166,13 @@ def _declare(added: dict[int, AddedToken], token_id: Any, token: Any, source: Pa
     content = token.get("content") if isinstance(token, dict) else None
     if not isinstance(content, str) or not is_integer(token_id) or token_id < 0:
         raise TokenizerError(
-            f"{source}: added token {token_id!r}: {token!r} needs an id from 0 up and a string `content`"
+            f"{source}: added token {token_id!r}: {repr(token)[:100]} needs an id from 0 up and a string `content`"
+        )
+    if len(added) >= MAX_ADDED_TOKENS:
+        raise TokenizerError(f"{source}: there are more than {MAX_ADDED_TOKENS} added tokens; no model has as many")
+    if len(content) > MAX_SPELLING:
+        raise TokenizerError(
+            f"{source}: added token {token_id} has {len(content)} characters; no token has more than {MAX_SPELLING}"
         )
     special, left, right = (token.get(key) is True for key in ("special", "lstrip", "rstrip"))
     added[token_id] = AddedToken(content, token_id, special, left, right)
@@ -213,8 +224,8 @@ def read_template(path: Path) -> dict[str, str]:
     if path.suffix == ".json":
         return _named_templates(read_settings_file(path).get("chat_template"), path)
     try:
-        return {"default": path.read_text("utf-8")}
-    except (OSError, ValueError) as error:
+        return {"default": read_file(path, MAX_TEXT_BYTES, TokenizerError).decode("utf-8")}
+    except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} cannot be read as UTF-8 text ({error})") from error
 
 

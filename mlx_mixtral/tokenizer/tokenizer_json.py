@@ -6,15 +6,17 @@ them in trusted text is `Markers`' work, as everywhere.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_mixtral.errors import MissingDependencyError, TokenizerError
 from mlx_mixtral.tokenizer.base import ChatFormat, Tokenizer
 from mlx_mixtral.tokenizer.markers import Markers
+from mlx_mixtral.tokenizer.sentencepiece_proto import MAX_PIECES
 from mlx_mixtral.tokenizer.settings import Settings
 from mlx_mixtral.tokenizer.streaming import ByteLevelDecoder, PieceDecoder, StreamingDecoder, Surface
 
@@ -31,7 +33,7 @@ class JsonTokenizer(Tokenizer):
     package itself gives up the whole run.
 
     Raises:
-        TokenizerError: The file is broken or of another kind.
+        TokenizerError: The file is broken or of another kind; by `encode`, a text its regular expression fails on.
         MissingDependencyError: The `tokenizers` package is not installed.
     """
 
@@ -44,7 +46,9 @@ class JsonTokenizer(Tokenizer):
         self._after_marker: tokenizers.Tokenizer | None = None
         self._prefix_after_marker = settings.prefix_after_marker
         self._byte_level, self._strip_first = self._decoding(spec.get("decoder"))
-        self._pieces: dict[int, str] = {i: piece for piece, i in self._plain.get_vocab(with_added_tokens=False).items()}
+        with _package_errors(path):
+            vocabulary = self._plain.get_vocab(with_added_tokens=False)
+        self._pieces: dict[int, str] = {i: piece for piece, i in vocabulary.items()}
         self.vocab_size = max([0, *(i + 1 for i in self._pieces), *(i + 1 for i in self._added_ids)])
         self.bos_token_id = self._named(settings.bos)
         self.eos_token_id = self._named(settings.eos)
@@ -57,7 +61,8 @@ class JsonTokenizer(Tokenizer):
             if self._after_marker is None:
                 self._after_marker = self._build(_without_prefix(self._spec))
             encoder = self._after_marker
-        encoding = encoder.encode(text, add_special_tokens=False)
+        with _package_errors(self._path):
+            encoding = encoder.encode(text, add_special_tokens=False)
         ids: list[int] = list(encoding.ids)
         if self._added_ids.isdisjoint(ids):
             return ids
@@ -100,13 +105,20 @@ class JsonTokenizer(Tokenizer):
             raise MissingDependencyError(
                 f"{self._path} needs the tokenizers package: `pip install 'mlx-mixtral[tokenizers]'`"
             ) from error
-        bare = {**spec, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        try:
-            return tokenizers.Tokenizer.from_str(json.dumps(bare))
-        except Exception as error:  # the package raises bare Exception
+        model = spec.get("model")
+        pieces = model.get("vocab") if isinstance(model, Mapping) else None
+        if isinstance(pieces, dict | list) and len(pieces) > MAX_PIECES:
             raise TokenizerError(
-                f"{self._path} is not a tokenizer the tokenizers package can read ({error})"
-            ) from error
+                f"{self._path} has {len(pieces)} pieces; no model has more than {MAX_PIECES}: use its own tokenizer"
+            )
+        bare = {**spec, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        with _package_errors(self._path):
+            try:
+                return tokenizers.Tokenizer.from_str(json.dumps(bare))
+            except Exception as error:  # the package raises bare Exception
+                raise TokenizerError(
+                    f"{self._path} is not a tokenizer the tokenizers package can read ({error})"
+                ) from error
 
     def _decoding(self, decoder: Any) -> tuple[bool, bool]:
         """Whether the pieces are byte-level, and whether a leading space is the encoder's."""
@@ -122,6 +134,25 @@ class JsonTokenizer(Tokenizer):
             f"{self._path} decodes with {', '.join(map(str, kinds)) or 'nothing'}; only byte-level BPE and Llama-like "
             "files are understood: put the model's tokenizer.model beside it"
         )
+
+
+@contextlib.contextmanager
+def _package_errors(path: Path) -> Iterator[None]:
+    """What the package raises on a text becomes a line of ours: bare Exceptions, and panics of its Rust code, which are none.
+
+    A regular expression of the file that backtracks without end panics, on the text that makes it do so.
+    """
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(
+            f"{path} cannot be used on this text: the tokenizers package gave up ({error}); "
+            "put the model's own tokenizer there"
+        ) from None
 
 
 def _adds_bos(spec: Mapping[str, Any], settings: Settings) -> bool:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mlx_mixtral.config.folder import must_convert, refuse_foreign
 from mlx_mixtral.config.layout import Rows
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import MAX_INDEX_BYTES, is_there, names_like, open_descriptor, read_json
 from mlx_mixtral.weights.files import choose_files
 from mlx_mixtral.weights.names import unwrapped
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
@@ -38,6 +38,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
     """
 
     index_name, single_name = INDEX, SINGLE
+    unnamed: Mapping[str, TensorInfo] = {}
+    """Tensors of the files that the index names, which it does not name themselves."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,18 +87,18 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return info
 
     def _has(self, file: str) -> bool:
-        return _is_file(self.folder / file)
+        return is_there(self.folder / file)
 
     def _header(self, file: str) -> Mapping[str, TensorInfo]:
         return read_header(self.folder / file)
 
     def _all_names(self) -> list[str]:
-        """All files of the folder."""
-        return sorted(file.name for file in self.folder.iterdir() if file.is_file()) if self.folder.is_dir() else []
+        """Everything in the folder."""
+        return [file.name for file in names_like(self.folder, "*")]
 
     def _open(self, folder: Path) -> dict[str, TensorInfo]:
         index = folder / self.index_name
-        tensors = unwrapped(self._read_index(index) if index.is_file() else self._read_files())
+        tensors = unwrapped(self._read_index(index) if is_there(index) else self._read_files())
         if "tok_embeddings.weight" in tensors:
             raise must_convert(
                 self.folder, "tensors under Mistral's own names", tensors["tok_embeddings.weight"].file.name
@@ -125,7 +127,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return tensors
 
     def _read_index(self, index: Path) -> dict[str, TensorInfo]:
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: there is no weight_map")
         headers: dict[str, Mapping[str, TensorInfo]] = {}
@@ -142,14 +144,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
             if name not in headers[file]:
                 raise CheckpointError(f"{index} places tensor {name!r} in {file!r}, which does not have it")
             tensors[name] = headers[file][name]
+        self.unnamed = {
+            name: info for header in headers.values() for name, info in header.items() if name not in tensors
+        }
         return tensors
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long for the file system
-        return False
 
 
 def close_files(descriptors: dict[Path, int]) -> None:
@@ -167,10 +165,10 @@ class CheckpointReader:
         weakref.finalize(self, close_files, self._descriptors)
         try:
             for file in checkpoint.files:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
-        except OSError as error:
+                self._descriptors[file] = open_descriptor(file)
+        except CheckpointError:
             self.close()
-            raise CheckpointError(f"{file} cannot be opened: {error.strerror or error}") from error
+            raise
 
     def __enter__(self) -> CheckpointReader:
         return self

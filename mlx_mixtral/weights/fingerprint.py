@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.reading import is_there, open_file
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.manifest import MANIFEST, file_sha256
 
@@ -35,7 +36,7 @@ def checkpoint_identity(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        names = [name for name in ("config.json", MANIFEST) if (folder / name).is_file()]
+        names = [name for name in ("config.json", MANIFEST) if is_there(folder / name)]
         for name in names:
             digest.update(f"{name} {file_sha256(folder / name)}\n".encode())
         if MANIFEST not in names:
@@ -54,7 +55,7 @@ def file_identity(path: Path) -> str:
 
 def describe_file(path: Path) -> dict[str, Any]:
     """``{"bytes": …, "sha256": …}``, or ``fingerprint`` in place of ``sha256``. Raises OSError."""
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
 
         def read(offset: int, count: int) -> bytes:
             file.seek(offset)

@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 from mlx_mixtral.arguments import is_integer
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import POINTER_FIX, is_pointer, parse_json
+from mlx_mixtral.reading import POINTER_FIX, is_pointer, open_file, parse_json
 
 __all__ = ["ITEM_BYTES", "TensorInfo", "header_bytes", "is_count", "parse_header", "read_header", "read_into"]
 
@@ -27,8 +27,10 @@ ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-# The reference implementation refuses larger headers; the largest real one is under 1 MB.
-MAX_HEADER_BYTES = 100_000_000
+# The largest real one is under 1 MB. The reference implementation refuses those above 100 MB.
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_TENSORS = 2**17
+MAX_NAME_CHARACTERS = 512
 MAX_AXES = 32  # a product of millions of them would take hours
 
 
@@ -61,8 +63,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             the file has.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             raw = file.read(header_bytes(path, file.read(8), size))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -80,7 +82,9 @@ def header_bytes(path: Path, head: bytes, size: int) -> int:
     if is_pointer(head):
         raise CheckpointError(f"{path} {POINTER_FIX}")
     (length,) = struct.unpack("<Q", head)
-    if length > min(size - 8, MAX_HEADER_BYTES):
+    if length > MAX_HEADER_BYTES and length <= size - 8:
+        raise CheckpointError(f"{path}: the header has {length} bytes; at most {MAX_HEADER_BYTES} are read")
+    if length > size - 8:
         raise CheckpointError(
             f"{path}: the header claims {length} bytes, but the file has {size}; it is truncated or not safetensors"
         )
@@ -94,6 +98,8 @@ def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:
         CheckpointError: as for ``read_header``.
     """
     header = parse_json(f"{path}: the safetensors header", raw)
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{path}: the header lists {len(header)} tensors; no model has more than {MAX_TENSORS}")
     data_start, data_bytes = 8 + len(raw), size - 8 - len(raw)
     tensors = {
         name: _tensor(path, name, entry, data_start, data_bytes)
@@ -125,15 +131,19 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int)
     def bad(reason: str) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {name!r} {reason}")
 
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise CheckpointError(
+            f"{path}: a tensor's name has {len(name)} characters; at most {MAX_NAME_CHARACTERS} are read"
+        )
     if not isinstance(entry, dict):
         raise bad("has no description in the header")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise bad(f"has dtype {dtype!r}, which is not known")
+        raise bad(f"has dtype {repr(dtype)[:60]}, which is not known")
     if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(is_count(n) for n in shape):
         raise bad(f"has shape {repr(shape)[:200]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(n) for n in offsets):
-        raise bad(f"has data offsets {offsets!r}")
+        raise bad(f"has data offsets {repr(offsets)[:200]}")
     begin, end = offsets
     nbytes = prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:

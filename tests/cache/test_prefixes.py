@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -336,3 +338,50 @@ def test_prompts_that_cannot_be_saved(own: Mixtral, tiny: Path, tmp_path: Path) 
     with load(tiny, kv_size=16) as model, pytest.raises(InvalidRequestError, match="larger kv_size"):
         model.save_prompt(tmp_path / "prompt.cache", _ids(model, 200))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 8}], ids=str)
+def test_a_saved_prompt_that_is_not_finite_is_refused(
+    tiny: Path, tmp_path: Path, value: float, options: dict[str, int]
+) -> None:
+    file = tmp_path / "prompt.cache"
+    with load(tiny, **options) as model:  # type: ignore[arg-type]
+        model.save_prompt(file, _ids(model, 8))
+        arrays, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
+        name = next(name for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating))
+        arrays[name] = arrays[name].at[0, 0, 0, 0].add(value)
+        mx.save_safetensors(str(tmp_path / "bent.safetensors"), arrays, metadata)
+        with pytest.raises(PromptCacheError, match="is damaged: it holds NaN or infinity"):
+            model.load_prompt(tmp_path / "bent.safetensors")
+
+
+def test_a_saved_prompt_is_measured_before_it_is_read(own: Mixtral, tmp_path: Path) -> None:
+    """Its header may promise 20 GB, in a sparse file: nothing of it is allocated."""
+    file = tmp_path / "prompt.cache"
+    own.save_prompt(file, _ids(own, 8))
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    for bend, said in (
+        (lambda entries: entries.update(more=header["tokens"]), "holds more than this model's layers"),
+        (lambda entries: entries.pop("layers.0.0"), "layer 0 is not what 8 tokens leave"),
+        (lambda entries: entries["tokens"].update(dtype="U32"), "holds 0 tokens"),
+        (
+            lambda entries: entries["layers.0.0"].update(dtype="F32", shape=[5, 2**30]),
+            "layer 0 is not what 8 tokens leave",
+        ),
+    ):
+        entries = json.loads(json.dumps(header))
+        bend(entries)
+        end = 0
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                nbytes = math.prod(entry["shape"]) * {"F32": 4, "BF16": 2}.get(entry["dtype"], 4)
+                entry["data_offsets"] = [end, end + nbytes]
+                end += nbytes
+        raw = json.dumps(entries).encode()
+        file.write_bytes(struct.pack("<Q", len(raw)) + raw)
+        os.truncate(file, 8 + len(raw) + end)
+        with pytest.raises(PromptCacheError, match=said):
+            own.load_prompt(file)

@@ -56,7 +56,9 @@ def test_saved_conversations_are_loaded_again(invoke: Invoke, quantised: Path, t
     assert [m["role"] for m in json.loads(again.read_text())["messages"]] == ["system"]
 
     # In a new session: the same file comes out again, and the next turn continues it.
-    result = invoke("chat", quantised, *SEED, input=f"/load {saved}\n/save {again}\nGo on\n/undo\n/save {saved}\n")
+    result = invoke(
+        "chat", quantised, *SEED, input=f"/load {saved}\n/save --overwrite {again}\nGo on\n/undo\n/save {saved}\n"
+    )
     assert "loaded 3 messages" in result.stderr
     assert json.loads(again.read_text())["messages"] == messages
     assert json.loads(saved.read_text())["messages"] == messages

@@ -73,6 +73,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         tmp_path / "a.json", "--json",
     )  # fmt: skip
     whole = json.loads(invoke(*command).stdout)
+    (tmp_path / "a.json").unlink()
     original, answered = Responder.generate_until, 0
 
     def interrupted(self: Responder, requests: Any, done: Any, known: Any) -> Any:

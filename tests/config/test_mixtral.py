@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ConfigError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import read_json
 
 transformers.logging.set_verbosity_error()
 
@@ -103,6 +103,10 @@ def hub_configs(draw: st.DrawFn) -> dict[str, Any]:
     for key, values in optional.items():
         if draw(st.booleans()):
             entries[key] = draw(st.sampled_from(values))
+    for scaling in (entries.get("rope_scaling"), entries.get("rope_parameters")):
+        if scaling and "short_factor" in scaling:
+            pairs = (entries.get("head_dim") or 64) // 2
+            scaling |= {"short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
     return entries
 
 
@@ -579,8 +583,29 @@ def test_any_json_in_any_key_gives_a_config_or_a_config_error(changes: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("key", "limit"), [("num_hidden_layers", 1024), ("num_local_experts", 1024), ("vocab_size", 2**24)]
-)
+    ("key", "limit"),
+    [
+        ("num_hidden_layers", 1024), ("num_local_experts", 1024), ("vocab_size", 2**20), ("hidden_size", 2**15),
+        ("intermediate_size", 2**18), ("head_dim", 1024), ("max_position_embeddings", 2**24), ("sliding_window", 2**24),
+    ],
+)  # fmt: skip
 def test_impossible_counts_are_refused_before_anything_is_enumerated(key: str, limit: int) -> None:
-    with pytest.raises(ConfigError, match=rf"{key} is 1000000000; no model has more than {limit}"):
-        MixtralConfig.from_hf({**MIXTRAL, key: 10**9})
+    """A window of 2^40 overflows the int32 of a mask; a width of 2^24 asks for a tebibyte of hidden states."""
+    assert MixtralConfig.from_hf({**MIXTRAL, "head_dim": 64, key: limit}).source[key] == limit
+    for value in (limit + 1, 2**40, 10**400):
+        with pytest.raises(
+            ConfigError, match=rf"{key} is {str(value)[:100]}\d*; no model has more than {limit}|{key} is"
+        ):
+            MixtralConfig.from_hf({**MIXTRAL, "head_dim": 64, key: value})
+
+
+def test_counts_that_are_possible_one_by_one_may_not_be_together() -> None:
+    large = {"hidden_size": 2**15, "intermediate_size": 2**18, "num_local_experts": 1024, "head_dim": 128}
+    with pytest.raises(ConfigError, match=r"a model of \d+ parameters; no model has more than"):
+        MixtralConfig.from_hf(MIXTRAL | large)
+
+
+@pytest.mark.parametrize("eps", [1.001, 1e30, 1e308])
+def test_an_epsilon_that_drowns_everything_is_refused(eps: float) -> None:
+    with pytest.raises(ConfigError, match=r"rms_norm_eps is .* at most 1"):
+        MixtralConfig.from_hf(MIXTRAL | {"rms_norm_eps": eps})

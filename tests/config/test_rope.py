@@ -8,6 +8,7 @@ published code.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.rope import RopeConfig
 from mlx_mixtral.errors import ConfigError
 
@@ -339,7 +341,7 @@ def test_values_at_which_a_formula_divides_by_zero_are_refused(entries: dict[str
         (131072, {"type": "longrope", "original_max_position_embeddings": 4096}, 131072),
         (131072, {"type": "su", "original_max_position_embeddings": 4096}, 131072),
         (4096, {"type": "longrope", "factor": 32.0}, 131072),
-        (4096, {"type": "dynamic", "factor": 1e300}, 2**24),
+        (4096, {"type": "dynamic", "factor": 1e6}, 2**24),
     ],
 )
 def test_the_context_reached_is_scaled_once(declared: int, scaling: dict[str, Any] | None, reached: int) -> None:
@@ -354,3 +356,66 @@ def test_su_is_longrope_by_its_first_name() -> None:
     entries = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0], "original_max_position_embeddings": 16}
     old, new = (RopeConfig.from_hf({"rope_scaling": entries | {"type": kind}}, 1e4, 64) for kind in ("su", "longrope"))
     assert old == new
+
+
+EXTREMES = [0.5, 0.999, 1e-300, 1e-12, 1e7, 1e13, 1e38, 1e308]
+NUMBERS = st.one_of(st.sampled_from([*EXTREMES, 1.0, 1.0001, 2.0, 1e3, 1e6, 1e12]), st.floats(1e-3, 1e12))
+SCALINGS = st.one_of(
+    st.fixed_dictionaries({"rope_type": st.sampled_from(["linear", "dynamic"]), "factor": NUMBERS}),
+    st.fixed_dictionaries(
+        {"rope_type": st.just("yarn"), "factor": NUMBERS},
+        optional=dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"), NUMBERS),
+    ),
+    st.fixed_dictionaries(
+        {"rope_type": st.just("llama3")}
+        | dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), NUMBERS)
+        | {"original_max_position_embeddings": st.sampled_from([1, 2, 64, 8192, 2**24])}
+    ),
+    st.fixed_dictionaries(
+        {"rope_type": st.just("longrope")}
+        | {key: st.lists(NUMBERS, min_size=16, max_size=16) for key in ("long_factor", "short_factor")}
+        | {"original_max_position_embeddings": st.sampled_from([2, 64, 8192])}
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(theta=NUMBERS, scaling=SCALINGS, length=st.sampled_from([1, 2, 1000, 2**24]))
+def test_a_configuration_has_frequencies_that_are_numbers_or_is_refused(
+    theta: float, scaling: dict[str, Any], length: int
+) -> None:
+    """Where it is made, for every command: nothing overflows later, and numpy warns of nothing."""
+    entries = {
+        "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": length,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            config = MixtralConfig.from_hf(entries | {"rope_theta": theta, "rope_scaling": scaling})
+        except ConfigError:
+            return
+        for seen in (1, length // 2, length):
+            found = config.rope.inverse_frequencies(32, seen) * np.float32(config.rope.attention_factor())
+            assert np.isfinite(found).all()
+            assert (found > 0).all()
+
+
+@pytest.mark.parametrize("value", EXTREMES)
+def test_an_absurd_base_or_factor_is_refused_with_its_range(value: float) -> None:
+    if not 1 <= value <= 1e12:
+        with pytest.raises(ConfigError, match=r"rope_theta is .* from 1 to 1e\+12"):
+            RopeConfig.from_hf({"rope_theta": value}, 1e4, 64)
+    if not 1e-3 <= value <= 1e6:
+        with pytest.raises(ConfigError, match=r"factor is .* from 0\.001 to 1e\+06"):
+            RopeConfig.from_hf({"rope_scaling": {"type": "yarn", "factor": value}}, 1e4, 64)
+
+
+def test_factors_for_heads_of_another_size_are_refused_where_the_configuration_is_made() -> None:
+    entries = {
+        "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64,
+    }  # fmt: skip
+    scaling = {"rope_type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8}
+    with pytest.raises(ConfigError, match="longrope needs 16 factors for heads of 32, not 8"):
+        MixtralConfig.from_hf(entries | {"rope_scaling": scaling})

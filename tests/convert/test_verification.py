@@ -212,3 +212,49 @@ def test_an_edited_configuration_is_no_damage(folder: Path) -> None:
     shard = folder / SHARD
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     assert not verify(folder).weights_ok
+
+
+@pytest.mark.parametrize("files", [{}, [], None, {"config.json": {"bytes": True, "sha256": ""}}])
+def test_a_manifest_that_lists_nothing_proves_nothing(folder: Path, files: Any) -> None:
+    manifest = json.loads((folder / "conversion.json").read_text())
+    (folder / "conversion.json").write_text(json.dumps(manifest | {"files": files}))
+    for options in ({}, {"verify": True}):
+        with pytest.raises(CheckpointError, match=r"conversion\.json: (there is no list of files|the entry of)"):
+            load(folder, **options)
+    assert found(folder)[0][0] == "conversion.json"
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json", "model.safetensors.index.json", "tokenizer_config.json"])
+def test_a_file_that_is_read_must_be_listed(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / "conversion.json").read_text())
+    del manifest["files"][name]
+    (folder / "conversion.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=rf"{name}: conversion\.json does not list it"):
+        load(folder, verify=True)
+    assert (name, "conversion.json does not list it") in found(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "tokenizer.model", "chat_template.jinja", "added_tokens.json"])
+def test_files_too_many_do_not_pass(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"{}")
+    (folder / "notes.txt").write_text("by hand")
+    with pytest.raises(CheckpointError, match=rf"{name}: conversion\.json does not list it"):
+        load(folder, verify=True)
+    (folder / name).unlink()
+    load(folder, verify=True).close()
+
+
+def test_weights_with_a_hidden_name_do_not_pass(folder: Path) -> None:
+    """The index may name any file of the folder."""
+    (folder / SHARD).rename(folder / f".{SHARD}")
+    index, manifest = (
+        json.loads((folder / n).read_text()) for n in ("model.safetensors.index.json", "conversion.json")
+    )
+    index["weight_map"] = {k: f".{v}" if v == SHARD else v for k, v in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    del manifest["files"][SHARD]
+    (folder / "conversion.json").write_text(json.dumps(manifest))
+    rehash(folder, "model.safetensors.index.json")
+    with pytest.raises(CheckpointError, match=rf"\.{SHARD}: conversion\.json does not list it"):
+        load(folder, verify=True)
+    assert found(folder) == [(f".{SHARD}", "conversion.json does not list it")]

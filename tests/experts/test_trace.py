@@ -218,5 +218,5 @@ def test_missing_damaged_and_huge_files_are_refused(tmp_path: Path, monkeypatch:
             RoutingTrace.load(path)
     path.write_bytes(whole)
     monkeypatch.setattr(trace_module, "MAX_FILE_BYTES", len(whole) - 1)
-    with pytest.raises(CheckpointError, match="at most"):
+    with pytest.raises(CheckpointError, match="no file of its kind has more"):
         RoutingTrace.load(path)

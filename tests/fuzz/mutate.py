@@ -10,9 +10,11 @@ import random
 import struct
 from collections.abc import Callable
 
+from tests.fuzz.mutate_config import bend_config
 from tests.fuzz.mutate_gguf import bend_gguf
 from tests.fuzz.mutate_json import bend_json
 from tests.fuzz.mutate_torch import bend_torch
+from tests.fuzz.places import KINDS, Special
 from tests.fuzz.seeds import Files, Seed
 
 __all__ = ["mutate"]
@@ -20,6 +22,8 @@ __all__ = ["mutate"]
 NUMBERS = (0, 1, 2, 7, 31, 32, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1, 2**63,
            2**64 - 1, 2**64 - 32)  # fmt: skip
 HEAD_BYTES = 1024
+# Files of ours by names that do not say so.
+SAFETENSORS = ("saved.prompt", "calibration", "routing.trace", "reference")
 
 
 def mutate(seeds: list[Seed], fmt: str, number: int) -> tuple[Seed, Files, bool]:
@@ -28,6 +32,12 @@ def mutate(seeds: list[Seed], fmt: str, number: int) -> tuple[Seed, Files, bool]
     seed = rng.choice(seeds)
     files = dict(seed.files)
     target = rng.choice(seed.targets)
+    if fmt in ("companion", "own") and rng.random() < 0.3:
+        files[target] = Special(rng.choice(sorted(KINDS)).encode())
+        return seed, files, False
+    if fmt == "config":
+        files[target] = bend_config(rng, files[target])
+        return seed, files, False
     if rng.random() < 0.02:
         del files[rng.choice(sorted(files))]
     elif rng.random() < 0.05:
@@ -45,7 +55,7 @@ def _bent(rng: random.Random, seed: Seed, target: str, data: bytes, other: Seed)
             return bend_torch(rng, data)
         if target.endswith(".json"):
             return bend_json(rng, data)
-        if target.endswith(".safetensors"):
+        if target.endswith(".safetensors") or target in SAFETENSORS:
             return _bend_header(rng, data)
     for _ in range(_times(rng)):
         data = rng.choice(BENDS)(rng, data)

@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import IO
 
 from tests.fuzz.mutate import mutate
+from tests.fuzz.places import put
 from tests.fuzz.seeds import FORMATS, Seed, make_seeds
 
 ROOT = Path(__file__).parents[2]
+RENEW_CASES = 200
 Case = tuple[str, int]
 
 
@@ -53,8 +55,13 @@ class _Worker:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
+        self._asked = 0
 
     def ask(self, case: Case) -> tuple[str, float, str | None]:
+        self._asked += 1
+        # Threads of models that were loaded hold address space, which is limited.
+        if self._asked % RENEW_CASES == 0:
+            self.stop()
         process = self._process or self._start()
         talk, listen = _pipes(process)
         talk.write(f"{case[0]} {case[1]}\n")
@@ -147,8 +154,7 @@ def _keep(found: Campaign, keep: Path, seeds: dict[str, list[Seed]]) -> None:
         seed, files, exact = mutate(seeds[fmt], fmt, number)
         folder = keep / f"{fmt}-{number}"
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
+        put(folder, files)
         (folder / "REPORT.txt").write_text(f"{fmt}:{number}, of seed {seed.name}, exact={exact}\n\n{failure}\n")
 
 

@@ -9,9 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mlx_mixtral import load
+from mlx_mixtral.cli.chat.conversation import Conversation
+from mlx_mixtral.config.layout import matrices
+from mlx_mixtral.evaluation.forward import TopTokens
+from mlx_mixtral.evaluation.reference import ReferenceHeader, ReferenceWriter
+from mlx_mixtral.evaluation.routing.record import RoutingRecord
+from mlx_mixtral.experts.trace import published_trace
 from mlx_mixtral_convert import convert
+from mlx_mixtral_convert.calibration.file import Calibration, identity
+from mlx_mixtral_convert.calibration.statistics import input_name
 from mlx_mixtral_convert.packing.measure import E4M3
+from mlx_mixtral_convert.sources import open_source
 from tests.convert import packers
+from tests.convert.export_support import spm_model
 from tests.convert.module_packers import fp8_blocks, integers, lookup, nvfp4, row_pairs
 from tests.convert.native_writer import make_native, native
 from tests.convert.support import CONFIG, Floats, dense_config, fused, make_checkpoint, weights
@@ -21,7 +34,7 @@ from tests.fuzz.mutate_torch import entries_of, rewritten
 
 __all__ = ["FORMATS", "Files", "Seed", "make_seeds"]
 
-FORMATS = ("gguf", "safetensors", "torch", "index")
+FORMATS = ("gguf", "safetensors", "torch", "index", "companion", "config", "own")
 Files = dict[str, bytes]
 
 TINY: dict[str, Any] = {
@@ -52,6 +65,9 @@ def make_seeds(folder: Path) -> dict[str, list[Seed]]:
         "safetensors": list(_safetensors(folder)),
         "torch": list(_torch(folder)),
         "index": list(_index(folder)),
+        "companion": list(_companions(folder)),
+        "config": [Seed("hf", read_folder(folder / "hf"), ("config.json",))],
+        "own": list(_own(folder)),
     }
 
 
@@ -155,6 +171,58 @@ def _index(folder: Path) -> Iterator[Seed]:
     )
     for name in ("awq", "gptq", "fp8", "int4", "nf4"):
         yield Seed(name, read_folder(folder / name), ("config.json",), quantised=True)
+
+
+TOKENIZER_JSON: dict[str, Any] = {
+    "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+    "added_tokens": [{"id": 12, "content": "<s>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+                      "normalized": False}],
+    "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False},
+    "decoder": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False},
+    "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+              "vocab": {"<unk>": 0, "\u2581": 1, "a": 2, "b": 3, "ab": 4}, "merges": [["a", "b"]]},
+}  # fmt: skip
+
+
+def _companions(folder: Path) -> Iterator[Seed]:
+    """A checkpoint with every file that may lie beside the weights."""
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    beside: dict[str, Any] = {
+        "tokenizer.json": TOKENIZER_JSON, "added_tokens.json": {"<x>": 20}, "special_tokens_map.json": {"bos_token": "<s>"},
+        "tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>", "added_tokens_decoder": {"21": {"content": "<y>"}}},
+        "chat_template.json": {"chat_template": template}, "generation_config.json": {"eos_token_id": [2, 3]},
+    }  # fmt: skip
+    files = read_folder(folder / "hf") | {name: json.dumps(entries).encode() for name, entries in beside.items()}
+    files |= {"LICENSE": b"Do what you want.", "chat_template.jinja": template.encode(), "tokenizer.model": spm_model()}
+    own = tuple(sorted(files.keys() - {"config.json", "model.safetensors"}))
+    yield Seed("spm", files, own)
+    fast = {name: data for name, data in files.items() if name != "tokenizer.model"}
+    yield Seed("json", fast, ("tokenizer.json", "tokenizer_config.json"))
+
+
+def _own(folder: Path) -> Iterator[Seed]:
+    """Files that commands write, beside the checkpoint they belong to."""
+    place = folder / "hf"
+    made = folder / "own"
+    made.mkdir()
+    with load(place) as model:
+        model.save_prompt(made / "saved.prompt", [1, 2, 3])
+    with open_source(place) as source:
+        listed = {input_name(m): m for m in matrices(source.config) if m.part not in ("router", "embedding")}
+        squares = {name: np.ones((m.num_experts or 1, m.in_features), np.float32) for name, m in listed.items()}
+        counts = {name: np.full(len(held), 9, np.int64) for name, held in squares.items()}
+        losses = {"all": {"4-bit g64": 0.1}}
+        Calibration(identity(source), np.ones((2, 4), np.int32), squares, counts, losses).save(made / "calibration")
+    RoutingRecord.of_trace(published_trace(2, 4, 2, tokens=64)).save(made / "routing.trace")
+    header = ReferenceHeader("m", "i", "t", "v", vocab_size=32, window=4, stride=4, tokens=8, top_k=2)
+    with ReferenceWriter(made / "reference", header) as writer:
+        ids, lines = np.zeros((8, 2), np.int32), np.zeros((8, 2), np.float32)
+        writer.write(0, TopTokens(ids, lines, lines[:, 0]), lines[:, 0])
+        writer.finish()
+    Conversation("Be brief.").save(made / "talk.json")
+    for path in sorted(made.iterdir()):
+        files = read_folder(place) | {path.name: path.read_bytes()}
+        yield Seed(path.name, files, (path.name,))
 
 
 def _weights(folder: Path) -> tuple[str, ...]:

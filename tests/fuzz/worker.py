@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from mlx_mixtral.errors import MixtralError
 from mlx_mixtral_convert import convert, verify
 from tests.fuzz.guard import Canary, limit_memory
 from tests.fuzz.mutate import mutate
+from tests.fuzz.places import put
 from tests.fuzz.seeds import Files, Seed, make_seeds
+from tests.fuzz.use import OWN, check_line, use_checkpoint, use_own
 
 CASE_LIMIT_S = 10
 # Files of 350 KB at most are read: twice what a conversion of one of them reserves, threads' stacks and arenas included.
@@ -42,29 +44,31 @@ def main(root: Path) -> None:
     warnings.simplefilter("error")
     seeds = make_seeds(_empty(root / "seeds"))
     canary = Canary(root)
-    _put(root, {"outside.safetensors": seeds["safetensors"][0].files["model.safetensors"]})
-    _put(root, {"outside.bin": seeds["torch"][0].files["pytorch_model.bin"]})
+    put(root, {"outside.safetensors": seeds["safetensors"][0].files["model.safetensors"]})
+    put(root, {"outside.bin": seeds["torch"][0].files["pytorch_model.bin"]})
     for name in LATE:
         importlib.import_module(name)
-    for made in seeds.values():
+    for fmt, made in seeds.items():
         for seed in made:
             for exact in {False, seed.quantised}:
-                if (found := attempt(root, seed, seed.files, exact, canary))["outcome"] != "valid":
+                if (found := attempt(root, fmt, seed, seed.files, exact, canary))["outcome"] != "valid":
                     raise SystemExit(f"the seed {seed.name} is not valid: {found}")
     limit_memory(MORE_BYTES)
     print("ready", flush=True)
     for fmt, number in map(str.split, sys.stdin):
         seed, files, exact = mutate(seeds[fmt], fmt, int(number))
         faulthandler.dump_traceback_later(CASE_LIMIT_S, exit=True)
-        answer = attempt(root, seed, files, exact, canary)
+        answer = attempt(root, fmt, seed, files, exact, canary)
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps(answer), flush=True)
 
 
-def attempt(root: Path, seed: Seed, files: Files, exact: bool, canary: Canary) -> dict[str, Any]:
+def attempt(root: Path, fmt: str, seed: Seed, files: Files, exact: bool, canary: Canary) -> dict[str, Any]:
     """Convert ``files``: ``outcome`` is the error's name or ``valid``, ``failure`` what must not happen, if it did."""
     source, dest = _empty(root / "source"), _empty(root / "out") / "model"
-    _put(source, files)
+    put(source, files)
+    if seed.name in OWN:
+        return _used(seed, lambda: use_own(source, seed.name))
     before = _listing(root)
     started, failure = time.perf_counter(), None
     unexpected: BaseException | None = None
@@ -83,9 +87,11 @@ def attempt(root: Path, seed: Seed, files: Files, exact: bool, canary: Canary) -
     seconds = time.perf_counter() - started
     if unexpected is not None:
         failure = "".join(traceback.format_exception(unexpected))
+    if failure is None and unexpected is None and fmt in ("companion", "config"):
+        failure = _used(seed, lambda: use_checkpoint(source))["failure"]
     if canary.seen:
         failure = f"the canary saw {canary.seen[:5]}"
-    elif _listing(root) != before:
+    elif failure is None and _listing(root) != before:
         failure = f"files beside the destination: {sorted(set(_listing(root)) ^ set(before))}"
     elif outcome == "valid" and (problems := verify(dest).problems):
         failure = f"the result does not pass verify: {problems[:3]}"
@@ -96,15 +102,27 @@ def attempt(root: Path, seed: Seed, files: Files, exact: bool, canary: Canary) -
     return {"seed": seed.name, "exact": exact, "outcome": outcome, "seconds": round(seconds, 3), "failure": failure}
 
 
+def _used(seed: Seed, use: Callable[[], None]) -> dict[str, Any]:
+    """The same for what is read and loaded, with numpy's warnings as errors."""
+    started, outcome, failure = time.perf_counter(), "valid", None
+    try:
+        use()
+    except MixtralError as error:
+        outcome = type(error).__name__
+        try:
+            check_line(error)
+        except AssertionError as problem:
+            failure = str(problem)
+    except BaseException as error:
+        outcome, failure = type(error).__name__, "".join(traceback.format_exception(error))
+    seconds = round(time.perf_counter() - started, 3)
+    return {"seed": seed.name, "exact": False, "outcome": outcome, "seconds": seconds, "failure": failure}
+
+
 def _listing(root: Path) -> list[str]:
     """Everything below ``root`` that is not the destination's."""
     kept: Iterable[Path] = (path for path in root.iterdir() if path.name not in ("out", "seeds"))
     return sorted(str(path) for top in kept for path in (top, *(top.rglob("*") if top.is_dir() else ())))
-
-
-def _put(folder: Path, files: Files) -> None:
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
 
 
 def _empty(folder: Path) -> Path:

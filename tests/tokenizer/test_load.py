@@ -177,3 +177,20 @@ def test_importing_the_package_imports_no_dependency() -> None:
 
 def _root() -> Path:
     return Path(__file__).parents[2]
+
+
+def test_millions_of_pieces_are_refused_before_they_are_all_looked_at(make_folder: FolderMaker) -> None:
+    """Ten million of them fit 50 MB."""
+    folder = make_folder(None)
+    (folder / "tokenizer.model").write_bytes(b"\x0a\x03\x0a\x01a" * 10_000_000)
+    with pytest.raises(TokenizerError, match="more than 524288 pieces"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", [1, 3])
+def test_a_piece_that_is_not_utf_8_is_refused_at_load(make_folder: FolderMaker, kind: int) -> None:
+    folder = make_folder("tiny")
+    path = folder / "tokenizer.model"
+    path.write_bytes(path.read_bytes() + bytes([0x0A, 6, 0x0A, 2, 0x80, 0x80, 0x18, kind]))
+    with pytest.raises(TokenizerError, match=r"not UTF-8|is broken or cut off"):
+        load_tokenizer(folder)

@@ -186,3 +186,65 @@ def test_the_missing_package_is_named_with_its_extra(
 def test_other_kinds_are_refused(make_folder: FolderMaker, spec: dict[str, Any], said: str) -> None:
     with pytest.raises(TokenizerError, match=said):
         load_tokenizer(make_folder(None, tokenizer=spec))
+
+
+def _with_pattern(byte_level: Any, regex: str) -> dict[str, Any]:
+    spec: dict[str, Any] = json.loads(byte_level.to_str())
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, spec["pre_tokenizer"]]}
+    return spec
+
+
+def test_a_regular_expression_that_never_ends_is_one_line(byte_level: Any, make_folder: FolderMaker) -> None:
+    """The package panics, in an exception that is no Exception; other texts are still read as the package reads them."""
+    spec = _with_pattern(byte_level, "(x+x+)+y|z")
+    folder = make_folder(None, tokenizer=spec)
+    tokenizer, text = load_tokenizer(folder), "x" * 60 + "q"
+    with pytest.raises(BaseException, match="retry-limit-in-match") as panic:
+        tokenizers.Tokenizer.from_str(json.dumps(spec)).encode(text)
+    assert not isinstance(panic.value, Exception)
+    with pytest.raises(
+        TokenizerError, match=r"tokenizer\.json cannot be used on this text: .* put the model's own"
+    ) as caught:
+        tokenizer.encode(text)
+    assert "\n" not in str(caught.value)
+    plain = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+    assert tokenizer.encode_plain("an easy text") == plain.encode("an easy text").ids
+
+
+def test_an_interrupt_is_no_panic(byte_level: Any, make_folder: FolderMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(make_folder(None, tokenizer=json.loads(byte_level.to_str())))
+
+    class Interrupted:
+        def encode(self, text: str, **options: Any) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "_plain", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("text")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"added_tokens": [{"id": i, "content": f"<{i}>"} for i in range(2**15 + 1)]}, "more than 32768 added tokens"),
+        ({"added_tokens": [{"id": 1, "content": "x" * 1025}]}, "1 has 1025 characters; no token has more than 1024"),
+        ({"model": {"type": "BPE", "vocab": {str(i): i for i in range(2**19 + 1)}, "merges": []}}, "has 524289 pieces"),
+        ({"added_tokens": [0.5]}, "added token None: 0.5 needs an id"),
+    ],
+    ids=["added", "spelling", "pieces", "number"],
+)
+def test_more_tokens_than_any_model_has_are_refused(
+    byte_level: Any, make_folder: FolderMaker, change: dict[str, Any], said: str
+) -> None:
+    spec = json.loads(byte_level.to_str()) | change
+    with pytest.raises(TokenizerError, match=said):
+        load_tokenizer(make_folder(None, tokenizer=spec))
+
+
+def test_what_the_package_raises_on_a_text_is_a_line_of_ours(make_folder: FolderMaker) -> None:
+    spec = json.loads(llama_like("always").to_str())
+    spec["model"] |= {"unk_token": "<absent>", "byte_fallback": False}
+    tokenizer = load_tokenizer(make_folder(None, tokenizer=spec))
+    with pytest.raises(TokenizerError, match=r"cannot be used on this text: .*<absent>"):
+        tokenizer.encode("Ω")

@@ -155,7 +155,7 @@ def test_a_huge_header_in_a_huge_file_is_refused_unread(make: Callable[[bytes], 
     os.truncate(path, 2**33)
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match=f"claims {2**32} bytes"):
+        with pytest.raises(CheckpointError, match=f"the header has {2**32} bytes; at most"):
             read_header(path)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
@@ -285,3 +285,26 @@ def test_a_failing_disk_is_a_checkpoint_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(CheckpointError, match="tensor x cannot be read: Input/output error"):
         read_into(0, memoryview(bytearray(4)), 0, "tensor x")
+
+
+def test_more_tensors_than_any_model_has_are_refused(make: Callable[[bytes], Path]) -> None:
+    header = {f"t{number}": _tensor("U8", [0], 0, 0) for number in range(2**17 + 1)}
+    with pytest.raises(CheckpointError, match="lists 131073 tensors; no model has more than 131072"):
+        read_header(make(_file(header, b"")))
+
+
+@pytest.mark.parametrize("dtype", ["x" * 60_000, ["U8"] * 10_000])
+def test_what_a_header_says_is_repeated_in_part_only(make: Callable[[bytes], Path], dtype: object) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_header(make(_file(_one(dtype=dtype), b"1234")))
+    assert len(str(caught.value)) < 500
+    with pytest.raises(CheckpointError, match="a tensor's name has 60000 characters; at most 512"):
+        read_header(make(_file({"x" * 60_000: _tensor("U8", [4], 0, 4)}, b"1234")))
+
+
+def test_a_name_that_is_there_twice_is_refused(make: Callable[[bytes], Path]) -> None:
+    """Which of them wins differs from reader to reader."""
+    one = json.dumps(_one())[1:-1]
+    raw = f"{{{one}, {one}}}".encode()
+    with pytest.raises(CheckpointError, match="the key 'a' is there twice"):
+        read_header(make(struct.pack("<Q", len(raw)) + raw + b"1234"))

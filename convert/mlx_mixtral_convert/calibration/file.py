@@ -14,10 +14,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mlx_mixtral.arguments import as_path
-from mlx_mixtral.config.layout import matrices, norms
+from mlx_mixtral.arguments import as_path, is_number
+from mlx_mixtral.config.layout import Matrix, matrices, norms
 from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral.files import replace_file
+from mlx_mixtral.reading import check_size, parse_json
 from mlx_mixtral.weights.dtypes import convert
 from mlx_mixtral_convert.calibration.place import FORMAT, check_place
 from mlx_mixtral_convert.calibration.statistics import input_name
@@ -25,6 +26,9 @@ from mlx_mixtral_convert.calibration.uniform import Anchors
 from mlx_mixtral_convert.sources.base import TensorSource
 
 __all__ = ["Calibration", "Losses", "identity"]
+
+# Those of 8x22B have 50 MB.
+MAX_FILE_BYTES = 2**29
 
 # group of matrices -> packing ("4-bit g64") -> predicted mean KL in nats a token
 Losses = Mapping[str, Mapping[str, float]]
@@ -73,14 +77,15 @@ class Calibration:
             CheckpointError: it cannot be read, or is something else.
         """
         place = as_path("calibration", path)
+        check_size(place, MAX_FILE_BYTES)
         try:
             with safe_open(str(place), "numpy") as file:
                 header_text = (file.metadata() or {}).get(FORMAT)
                 if header_text is None:
                     raise CheckpointError(f"{path} is not a calibration file; make one with mlx-mixtral calibrate")
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = json.loads(header_text)
-            return cls(
+            header = parse_json(f"the header of {place}", header_text)
+            found = cls(
                 header["identity"],
                 arrays.pop("tokens"),
                 {name.removeprefix("squares."): array for name, array in arrays.items() if name.startswith("squares.")},
@@ -88,6 +93,8 @@ class Calibration:
                 header["losses"],
                 header.get("anchors", {}),
             )
+            found._check(path)
+            return found
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"calibration file {path} cannot be read: {reason}") from error
@@ -98,11 +105,35 @@ class Calibration:
             raise ConversionError(
                 "the calibration file was measured on another model; make one for this checkpoint with mlx-mixtral calibrate"
             )
+        if self.tokens.max() >= source.config.vocab_size:
+            raise ConversionError("the calibration file has tokens that this model does not have; make one for it")
         missing = [
-            m.path for m in matrices(source.config) if _needed(m.part) and input_name(m) not in self.mean_squares
+            m.path
+            for m in matrices(source.config)
+            if _needed(m.part) and getattr(self.mean_squares.get(input_name(m)), "shape", None) != _squares_shape(m)
         ]
         if missing and not source.config.tie_word_embeddings:
             raise ConversionError(f"the calibration file has nothing about {missing[0]}")
+
+    def _check(self, path: str | Path) -> None:
+        """Raise CheckpointError for what ``save`` cannot have written."""
+        tokens, losses = self.tokens, self.losses
+        if tokens.dtype != np.int32 or tokens.ndim != 2 or not tokens.size or tokens.min() < 0:
+            raise CheckpointError(f"calibration file {path} is damaged: its tokens are no token ids")
+        if self.mean_squares.keys() != self.routed.keys():
+            raise CheckpointError(f"calibration file {path} is damaged: counts and mean squares are of other matrices")
+        for name, squares in self.mean_squares.items():
+            routed = self.routed[name]
+            shapes = squares.dtype == np.float32 and squares.ndim == 2 and routed.dtype == np.int64
+            if not shapes or routed.shape != squares.shape[:1]:
+                raise CheckpointError(f"calibration file {path} is damaged: {name[:200]} has another shape or type")
+            if not (np.isfinite(squares) & (squares >= 0)).all() or (routed < 0).any():
+                raise CheckpointError(f"calibration file {path} is damaged: {name[:200]} has values that no input has")
+        if not isinstance(self.identity, str) or not isinstance(losses, dict):
+            raise CheckpointError(f"calibration file {path} is damaged: its header says nothing of a model")
+        for group in losses.values():
+            if not isinstance(group, dict) or not all(is_number(loss) and np.isfinite(loss) for loss in group.values()):
+                raise CheckpointError(f"calibration file {path} is damaged: its losses are no numbers")
 
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
         named: dict[str, npt.NDArray[Any]] = {"tokens": self.tokens}
@@ -113,6 +144,10 @@ class Calibration:
     def _header(self) -> str:
         header = {"identity": self.identity, "losses": self.losses}
         return json.dumps(header | ({"anchors": self.anchors} if self.anchors else {}), sort_keys=True)
+
+
+def _squares_shape(matrix: Matrix) -> tuple[int, int]:
+    return matrix.num_experts or 1, matrix.in_features
 
 
 def _needed(part: str) -> bool:

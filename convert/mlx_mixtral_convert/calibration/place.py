@@ -8,10 +8,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from mlx_mixtral.arguments import as_path
-from mlx_mixtral.errors import DestinationError
-from mlx_mixtral.files import check_destination, disk_errors
+from mlx_mixtral.errors import CheckpointError, DestinationError
+from mlx_mixtral.files import check_destination, disk_errors, is_special
+from mlx_mixtral.reading import open_file
 
-__all__ = ["FORMAT", "check_place"]
+__all__ = ["FORMAT", "check_place", "is_calibration"]
 
 FORMAT = "mlx-mixtral-calibration-1"
 
@@ -33,15 +34,17 @@ def check_place(path: str | Path, source: str | Path | None = None) -> Path:
                 if above.exists() and above.samefile(folder):
                     what = "is the source itself" if above == place else f"lies in the source {folder}"
                     raise DestinationError(f"{place} {what}; give a file outside it")
-        check_destination("the calibration file", place)
-        if os.path.lexists(place) and (not place.is_file() or not _is_calibration(place)):
+        place = check_destination("the calibration file", path)
+        if place.exists() and not is_special(place) and not is_calibration(place):
             raise DestinationError(f"{place} exists and is not a calibration file; give another name")
     return place
 
 
-def _is_calibration(place: Path) -> bool:
+def is_calibration(place: Path) -> bool:
+    """Whether a file is a calibration."""
     try:
+        open_file(place).close()
         with safe_open(str(place), "numpy") as file:
             return FORMAT in (file.metadata() or {})
-    except (OSError, SafetensorError):
+    except (CheckpointError, OSError, SafetensorError):
         return False

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.reading import read_given
 from mlx_mixtral.tokenizer.base import Tokenizer
 
 __all__ = ["MIN_SEQUENCES", "SEQUENCE_TOKENS", "default_text_files", "default_texts", "read_texts", "sequences"]
@@ -35,11 +36,7 @@ def read_texts(paths: list[Path]) -> list[str]:
     texts = []
     for path in paths:
         try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise InvalidRequestError(f"calibration text {path} cannot be read: {error.strerror or error}") from error
-        except UnicodeEncodeError:
-            raise InvalidRequestError(f"calibration text {str(path)!r} is not the name of a file") from None
+            text = read_given(path, InvalidRequestError).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             raise InvalidRequestError(
                 f"calibration text {path} is not UTF-8: byte {error.start} is not text"

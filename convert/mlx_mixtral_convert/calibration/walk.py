@@ -13,7 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, matrices, norms
+from mlx_mixtral.errors import MemoryBudgetError
 from mlx_mixtral.layers.rotary import Rotary
+from mlx_mixtral.machine.device import current_device
+from mlx_mixtral.machine.memory import read_system_memory, usable_bytes
+from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral_convert.calibration.layer import Layer, read_matrix, read_norm, times
 from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
 from mlx_mixtral_convert.sources.base import TensorSource
@@ -32,6 +36,20 @@ def embed(source: TensorSource, tokens: npt.NDArray[np.int32], table: mx.array |
     return embedded
 
 
+def _check_memory(source: TensorSource, tokens: int) -> None:
+    """Raise MemoryBudgetError where hidden states, embeddings and a layer's attention are more than there is."""
+    config = source.config
+    largest = max(matrix.out_features * matrix.in_features for matrix in matrices(config))
+    attention = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    needed = 4 * (3 * tokens * config.hidden_size + largest + attention)
+    usable = usable_bytes(current_device(), read_system_memory())
+    if usable is not None and needed > usable:
+        raise MemoryBudgetError(
+            f"calibrating on {tokens} tokens takes {format_bytes(needed)} of memory and {format_bytes(usable)} are free; "
+            "give fewer --tokens, or close other programs"
+        )
+
+
 class Walk:
     """Hidden states ``[B, L, D]`` of ``tokens [B, L]`` on their way through ``source``.
 
@@ -41,6 +59,7 @@ class Walk:
 
     def __init__(self, source: TensorSource, tokens: npt.NDArray[np.int32], *, full: bool = False) -> None:
         self.source, self.config, self.full = source, source.config, full
+        _check_memory(source, tokens.size)
         self.hidden = embed(source, tokens)
         self._rotary = Rotary(self.config.rope, self.config.head_dim)
         self.next_layer = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_mixtral.config.mixtral import MixtralConfig, stop_ids
 from mlx_mixtral.errors import MissingDependencyError, TokenizerError
+from mlx_mixtral.reading import MAX_TOKENIZER_BYTES, names_like, read_file
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral.tokenizer.markers import AddedToken
 from mlx_mixtral.tokenizer.sentencepiece import SentencePieceModel
@@ -46,16 +47,13 @@ def read_vocabulary(folder: Path, config: MixtralConfig) -> Vocabulary:
     Raises:
         TokenizerError: there is no SentencePiece model, it is broken, or it has more pieces than the model's vocabulary.
     """
-    found = sorted(path for path in folder.glob("tokenizer.model*") if path.is_file()) if folder.is_dir() else []
+    found = names_like(folder, "tokenizer.model*")
     if not found:
         raise TokenizerError(
             f"{folder} has no tokenizer.model, and a GGUF file needs one; put the SentencePiece model of this checkpoint there"
         )
     settings = read_settings(folder)
-    try:
-        data = found[0].read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{found[0]} cannot be read ({error.strerror or error})") from error
+    data = read_file(found[0], MAX_TOKENIZER_BYTES, TokenizerError)
     model = SentencePieceModel(data, settings, source=str(found[0]))
     pieces, size = model.processor, config.vocab_size
     if model.size > size:

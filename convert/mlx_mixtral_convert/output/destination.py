@@ -17,7 +17,8 @@ from typing import ClassVar
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.errors import DestinationError, DiskSpaceError, InvalidRequestError, MixtralError
-from mlx_mixtral.files import disk_errors, read_json, swap_folder, sync_folder
+from mlx_mixtral.files import disk_errors, swap_folder, sync_folder
+from mlx_mixtral.reading import read_json
 from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral.weights.manifest import MANIFEST
 from mlx_mixtral_convert.output.journal import JOURNAL
@@ -56,7 +57,8 @@ class Destination(ABC):
     """What makes the result smaller, likewise."""
 
     def __init__(self, path: Path, source: Path, *, overwrite: bool = False) -> None:
-        self.path = path.expanduser().resolve()
+        # Unlike Path.resolve this takes a loop of links.
+        self.path = Path(os.path.realpath(path.expanduser()))
         self.partial = self.path.with_name(f".{self.path.name}.partial")
         self._overwrite = overwrite
         self._made: list[Path] = []
@@ -64,7 +66,7 @@ class Destination(ABC):
         self._committed = False
         # The nearest that exists.
         self._disk = next((p for p in (self.path, *self.path.parents) if os.path.lexists(p)), Path(self.path.anchor))
-        source = source.resolve()
+        source = Path(os.path.realpath(source))
         if self.path == source:
             raise DestinationError(f"{self.path} is the source itself; give another destination")
         if source in self.path.parents:
@@ -199,7 +201,7 @@ class FolderDestination(Destination):
         self._recover()
         with contextlib.suppress(FileExistsError):
             self.partial.mkdir()
-        return os.open(self.partial, os.O_RDONLY)
+        return os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
     def _recover(self) -> None:
         """A run killed between the two renames of an overwrite left the old folder aside."""

@@ -35,7 +35,9 @@ class FileDestination(Destination):
             raise DestinationError(f"{self.path} exists and is not a GGUF file; give another destination")
 
     def _open(self) -> int:
-        return os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666)
+        if self.partial.exists() and not self.partial.is_file():
+            raise DestinationError(f"{self.partial} is in the way, and is not a file; move it")
+        return os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
     def _commit(self) -> None:
         self.partial.replace(self.path)

@@ -123,7 +123,7 @@ class ConversionJournal:
         self.finished[file] = done
 
     def _read(self) -> tuple[Any, list[dict[str, Any]]]:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, CheckpointError):
             if (found := self._file.read()) is not None:
                 return found
         return None, []

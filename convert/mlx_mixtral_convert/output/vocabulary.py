@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from mlx_mixtral.config.mixtral import MixtralConfig, stop_ids
 from mlx_mixtral.errors import CheckpointError, MissingDependencyError, TokenizerError
-from mlx_mixtral.files import parse_json
+from mlx_mixtral.reading import parse_json
 from mlx_mixtral.tokenizer.agreement import disagreement
 from mlx_mixtral.tokenizer.sentencepiece import SentencePieceModel
 from mlx_mixtral.tokenizer.settings import Settings, read_settings
@@ -85,8 +84,8 @@ def _sentencepieces(name: str, data: bytes) -> int:
 def _json_pieces(data: bytes) -> int:
     """Pieces of the model proper up to the highest id: the runtime leaves added tokens out that have no embedding."""
     try:
-        vocabulary = json.loads(data)["model"]["vocab"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        vocabulary = parse_json("tokenizer.json", data)["model"]["vocab"]
+    except (CheckpointError, KeyError, TypeError):
         return 0
     if isinstance(vocabulary, dict):
         return max((i + 1 for i in vocabulary.values() if isinstance(i, int)), default=0)

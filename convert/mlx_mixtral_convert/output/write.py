@@ -38,7 +38,7 @@ class ShardWriter:
         self._ahead: dict[int, int] = {}
         self._filled = dict.fromkeys(shard.tensors, 0)
         with disk_errors(self.path):
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
         try:
             self._put(0, memoryview(shard.header))
         except BaseException:

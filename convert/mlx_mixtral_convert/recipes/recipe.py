@@ -13,7 +13,7 @@ from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import ConfigError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import read_json
 
 __all__ = ["ROUNDINGS", "Override", "Recipe"]
 

@@ -16,14 +16,15 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, Norm, matrices
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.errors import CheckpointError, ConversionError
+from mlx_mixtral.errors import ConversionError
+from mlx_mixtral.reading import companion_bytes, names_like, read_file
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.packing.values import NativePacking, Values
 from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = [
-    "GeneratedFiles", "PackedSource", "SourceFiles", "TensorSource", "main_dtype", "matrix_bytes", "small_files",
-    "tensor_place",
+    "GeneratedFiles", "PackedSource", "SourceFiles", "TensorSource", "main_dtype", "matrix_bytes", "read_companions",
+    "small_files", "tensor_place",
 ]  # fmt: skip
 
 
@@ -142,11 +143,21 @@ def small_files(source: TensorSource) -> dict[str, bytes]:
     """
     if isinstance(source, GeneratedFiles):
         return source.small_files()
-    found = sorted({path for pattern in _COPIED for path in source.folder.glob(pattern) if path.is_file()})
-    try:
-        return {path.name: path.read_bytes() for path in found}
-    except OSError as error:
-        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+    return read_companions(source.folder, *_COPIED)
+
+
+def read_companions(folder: Path, *patterns: str) -> dict[str, bytes]:
+    """Files of a folder that match, by name.
+
+    Raises:
+        CheckpointError: one cannot be read, or has more bytes than any of its kind.
+    """
+    # A folder of licences is none.
+    return {
+        path.name: read_file(path, companion_bytes(path.name))
+        for path in names_like(folder, *patterns)
+        if path.name != "LICENSES"
+    }
 
 
 def matrix_bytes(source: TensorSource, matrix: Matrix) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import mlx_entry
 from mlx_mixtral.config.supported import CONVERTIBLE_METHODS
 from mlx_mixtral.errors import CheckpointError, ConversionError
-from mlx_mixtral.files import read_json
-from mlx_mixtral.weights.biases import bias_notes, refuse_biases
+from mlx_mixtral.reading import is_there, read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert
 from mlx_mixtral.weights.safetensors import TensorInfo
+from mlx_mixtral.weights.unused import refuse_unused, unused_tensors
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.base import SourceFiles
 from mlx_mixtral_convert.sources.storage.file import StoredCheckpoint, StoredReader
@@ -30,20 +29,11 @@ __all__ = ["SETTINGS", "HuggingFaceSource", "check_float", "detect", "missing_se
 
 SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """The file a packing tool writes its settings to, by itself, and the method it means where it names none."""
-# Old checkpoints store the rotary frequencies, which follow from the configuration.
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-# Scales for keys and values (and queries, and probabilities) in 8 or 4 bits, under all names in use: the attention's own,
-# those of a module in it (attn, k_proj, a fused qkv_proj), AMD's output scales, ModelOpt's quantisers.
-_CACHE_SCALE = re.compile(
-    r"model\.layers\.\d+\.self_attn\.(?:\w+\.)*"
-    r"(?:(?:[qkv]|kv|qkv|p|prob|softmax|attn)(?:_proj|_cache|_output)*_(?:scale|scale_inv|zero_point|global_scale|amax)"
-    r"|(?:[qkv]|kv|softmax)_bmm_quantizer\.\w+|output_scale|output_zero_point)"
-)
 
 
 def detect(storage: Storage) -> bool:
     """Whether there is a Hugging Face configuration."""
-    return (storage.folder / "config.json").is_file()
+    return is_there(storage.folder / "config.json")
 
 
 class HuggingFaceSource:
@@ -74,8 +64,8 @@ class HuggingFaceSource:
         self._reader = StoredReader(storage)
         self._matrices = {matrix.path: self._find(matrix) for matrix in matrices(self.config)}
         self._norms = {norm.path: self._find_norm(norm) for norm in norms(self.config)}
-        self.notes: tuple[str, ...] = ()
-        self._refuse_leftovers()
+        unused = unused_tensors(self.checkpoint, self._used(), self.config)
+        self.notes = refuse_unused(unused, self._reader)
         self.files = SourceFiles(storage, self.checkpoint.files)
 
     def dtype(self, matrix: Matrix) -> str:
@@ -164,27 +154,6 @@ class HuggingFaceSource:
         """The names of all tensors that matrices and norms are read from."""
         used = {rows.name for found in self._matrices.values() for rows in found}
         return used | {f"{path}.weight" for path in self._norms}
-
-    def _refuse_leftovers(self) -> None:
-        used = self._used()
-        if self.config.tie_word_embeddings:
-            used.add("lm_head.weight")
-        left = set(self.checkpoint) - used
-        zeros = refuse_biases(self.checkpoint, self._reader, left)
-        scales = sorted(name for name in left if _CACHE_SCALE.fullmatch(name))
-        self.notes = bias_notes(zeros)
-        if scales:
-            self.notes += (
-                f"{len(scales)} scales for a quantised KV cache ({scales[0]!r} is the first) are left out: here the cache "
-                "chooses its own, with --kv-bits",
-            )
-        for name in sorted(left - set(zeros) - set(scales)):
-            if not _DERIVED.fullmatch(name):
-                info = self.checkpoint[name]
-                raise CheckpointError(
-                    f"{info.file}: tensor {info.name!r} has no place in the model config.json describes; "
-                    "check num_hidden_layers, num_local_experts and model_type"
-                )
 
 
 def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:

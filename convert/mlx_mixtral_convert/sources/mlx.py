@@ -15,7 +15,7 @@ from mlx_mixtral.config.layout import Field, Matrix, Rows, fields_of, locate, ma
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec, mlx_entry
 from mlx_mixtral.errors import CheckpointError, ConversionError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import is_there, read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert, is_finite
 from mlx_mixtral.weights.packing import packing_of
@@ -32,7 +32,7 @@ __all__ = ["MlxSource", "detect"]
 def detect(storage: Storage) -> bool:
     """Whether the configuration says that MLX packed the weights."""
     config = storage.folder / "config.json"
-    return config.is_file() and mlx_entry(read_json(config)) is not None
+    return is_there(config) and mlx_entry(read_json(config)) is not None
 
 
 class MlxSource(HuggingFaceSource):

@@ -20,7 +20,7 @@ from mlx_mixtral.config.layout import EXPERT_NAMES, Matrix
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.supported import ARCHITECTURES
 from mlx_mixtral.errors import CheckpointError, ConfigError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import is_there, read_json
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.names import unwrapped
 from mlx_mixtral.weights.safetensors import TensorInfo
@@ -114,7 +114,14 @@ class NativeCheckpoint(Checkpoint):
 
     def __init__(self, storage: Storage, config: MixtralConfig, tensors: Mapping[str, TensorInfo]) -> None:
         self.folder = storage.path
-        self._tensors = {_renamed(name): _apart(info, config) for name, info in tensors.items() if name != _DERIVED}
+        self._tensors = {}
+        for name, info in tensors.items():
+            if (known := self._tensors.get(_renamed(name))) is not None:
+                raise CheckpointError(
+                    f"{info.file}: tensors {known.name!r} and {name!r} are two spellings of one; remove one of them"
+                )
+            if name != _DERIVED:
+                self._tensors[_renamed(name)] = _apart(info, config)
 
     def __getitem__(self, name: str) -> TensorInfo:
         if name not in self._tensors:
@@ -124,8 +131,8 @@ class NativeCheckpoint(Checkpoint):
 
 def _entries(storage: Storage) -> Mapping[str, Any]:
     folder = storage.folder
-    if not (folder / "params.json").is_file():
-        if not (folder / "config.json").is_file():
+    if not is_there(folder / "params.json"):
+        if not is_there(folder / "config.json"):
             raise CheckpointError(
                 f"{storage.path} has Mistral's own weights, but not params.json, which describes them; put the one they were "
                 "published with beside them"

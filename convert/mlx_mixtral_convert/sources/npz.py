@@ -17,7 +17,7 @@ from mlx_mixtral.config.layout import Field, Matrix
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import mlx_entry
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import is_there, read_json
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import Values
@@ -44,7 +44,7 @@ def detect(storage: Storage) -> bool:
     config = storage.folder / "config.json"
     found = storage.glob("weights*.safetensors")
     return (
-        bool(found) and config.is_file() and "dim" in read_json(config) and _EMBEDDING in read_header(storage, found[0])
+        bool(found) and is_there(config) and "dim" in read_json(config) and _EMBEDDING in read_header(storage, found[0])
     )
 
 
@@ -100,7 +100,7 @@ class NpzSource(MlxSource):
 
 def _entries(storage: Storage) -> tuple[Mapping[str, Any], bool]:
     """The configuration in Hugging Face's terms, and whether it rotates neighbouring rows together."""
-    named = next((name for name in ("config.json", "params.json") if (storage.folder / name).is_file()), None)
+    named = next((name for name in ("config.json", "params.json") if is_there(storage.folder / name)), None)
     if named is None:
         raise CheckpointError(
             f"{storage.path} has neither config.json nor params.json to say what model its weights are; put the one it was "

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_mixtral.arguments import is_number
 from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import read_json
 from mlx_mixtral.weights.dtypes import FLOATS
 from mlx_mixtral.weights.manifest import MANIFEST, read_manifest
 from mlx_mixtral_convert.packing.measure import digits

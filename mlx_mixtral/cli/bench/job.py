@@ -17,10 +17,11 @@ from mlx_mixtral.bench.run import Opener, run_bench
 from mlx_mixtral.cli.bench.options import BenchOptions
 from mlx_mixtral.cli.bench.tables import print_bench
 from mlx_mixtral.cli.console import err_console
+from mlx_mixtral.cli.destinations import PLOT, check_destinations
 from mlx_mixtral.cli.subject import Subject
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.evaluation.figures import check_plotting
-from mlx_mixtral.files import check_destination, replace_file
+from mlx_mixtral.files import replace_file
 from mlx_mixtral.info.macs import published_for
 from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import DTYPE_NAMES, compute_dtype, current_device
@@ -49,7 +50,9 @@ class BenchJob:
             name: getattr(given, name) for name in ("prompts", "depths", "batches", "tokens", "repeats")
         }
         plan_cases(2**62, **wanted)  # what no model can do, before one is downloaded
-        self._place = None if given.plot is None else check_destination("--plot", given.plot)
+        self._place = check_destinations({"--plot": given.plot}, {"--plot": PLOT}, overwrite=given.overwrite).get(
+            "--plot"
+        )
         if given.plot is not None:
             check_plotting()
         if given.compare is not None:

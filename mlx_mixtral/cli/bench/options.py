@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import click
 
 from mlx_mixtral.cli.fields import argument, group, option
-from mlx_mixtral.cli.options import LoadOptions, json_flag, number_list
+from mlx_mixtral.cli.options import LoadOptions, json_flag, number_list, overwrite_flag
 
 __all__ = ["BenchOptions"]
 
@@ -40,5 +40,6 @@ class BenchOptions:
         "--compare", "Run it on the same folder too, the sides in turn.", type=click.Choice(("mlx-lm",))
     )
     plot: str | None = option("--plot FILE", "PNG of all of it; needs matplotlib.")
+    overwrite: bool = overwrite_flag("the plot")
     loading: LoadOptions = group(LoadOptions)
     as_json: bool = json_flag()

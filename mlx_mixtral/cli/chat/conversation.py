@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.files import read_json, replace_file
+from mlx_mixtral.errors import CheckpointError, InvalidRequestError
+from mlx_mixtral.files import replace_file
+from mlx_mixtral.reading import read_json
 
-__all__ = ["Conversation"]
+__all__ = ["Conversation", "is_conversation"]
 
 
 class Conversation:
@@ -71,6 +72,15 @@ class Conversation:
         if len(turns) % 2:
             raise InvalidRequestError(f"{path}: the last message is the user's and has no answer")
         self.system, self.turns = system, turns
+
+
+def is_conversation(path: Path) -> bool:
+    """Whether a file is what ``save`` writes."""
+    try:
+        found = read_json(path)
+    except CheckpointError:
+        return False
+    return set(found) == {"messages"} and isinstance(found["messages"], list)
 
 
 def _turn(path: Path, index: int, message: Any) -> dict[str, str]:

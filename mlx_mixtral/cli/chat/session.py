@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from mlx_mixtral import GenerationStats, Mixtral, SamplingParams
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cli.chat.conversation import Conversation
 from mlx_mixtral.cli.console import note, one_line, terminal_safe
+from mlx_mixtral.cli.destinations import CONVERSATION, check_place
 from mlx_mixtral.cli.options import StopOptions
 from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
 from mlx_mixtral.errors import ContextLengthError, MixtralError
@@ -19,7 +21,7 @@ HELP = """\
 /reset         forget the conversation, keep the system prompt
 /undo          forget the last question and its answer
 /system TEXT   set the system prompt; without TEXT, remove it
-/save FILE     write the conversation to a file
+/save FILE     write the conversation to a file; /save --overwrite FILE replaces one
 /load FILE     go on with a saved conversation
 /stats         tokens, speed and memory so far
 /help          this list
@@ -44,6 +46,7 @@ class Session:
         self.stopping = stopping or StopOptions()
         self.conversation = Conversation(system)
         self._last: GenerationStats | None = None
+        self._files: set[Path] = set()
         self._commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset,
             "/undo": self._undo,
@@ -146,14 +149,22 @@ class Session:
         if not name:
             note("error: /save needs a file name")
             return
-        self.conversation.save(as_path("the file", name))
+        wanted, _, rest = name.partition(" ")
+        name = rest.strip() if wanted == "--overwrite" else name
+        # What this session wrote or read itself is its own to replace.
+        kept = as_path("the file", name).resolve() in self._files
+        place = check_place("the file", name, CONVERSATION, overwrite=kept or wanted == "--overwrite")
+        self.conversation.save(place)
+        self._files.add(place)
         note(f"(saved {len(self.conversation.messages)} messages to {one_line(name)})")
 
     def _load(self, name: str) -> None:
         if not name:
             note("error: /load needs a file name")
             return
-        self.conversation.load(as_path("the file", name))
+        place = as_path("the file", name)
+        self.conversation.load(place)
+        self._files.add(place.resolve())
         note(f"(loaded {len(self.conversation.messages)} messages)")
 
     def _stats(self, _: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 from mlx_mixtral import __version__
 from mlx_mixtral.cli.console import json_text
-from mlx_mixtral.cli.destinations import check_destinations, journal_path
+from mlx_mixtral.cli.destinations import EVALUATION, PLOT, ask_to_replace, check_destinations, journal_path
 from mlx_mixtral.cli.evaluate.options import EvaluateOptions
 from mlx_mixtral.cli.evaluate.tables import print_evaluation, print_lengths, print_passkeys
 from mlx_mixtral.cli.progress import count_progress
@@ -26,6 +25,7 @@ from mlx_mixtral.evaluation.plots import draw_long_context
 from mlx_mixtral.evaluation.reference import DEFAULT_TOP_K, Reference, check_replaceable
 from mlx_mixtral.evaluation.results import Evaluation
 from mlx_mixtral.files import replace_file
+from mlx_mixtral.leftovers import scratch_folder
 from mlx_mixtral.weights.fingerprint import file_identity
 
 __all__ = ["EvaluationJob"]
@@ -42,7 +42,9 @@ class EvaluationJob:
                 "--output": given.output,
                 "--save-reference": given.save_reference,
                 "--resume": given.resume,
-            }
+            },
+            {"--plot": PLOT, "--output": EVALUATION},
+            overwrite=given.overwrite,
         )
         self.plot, self.output, self.save = (places.get(name) for name in ("--plot", "--output", "--save-reference"))
         self.journal_path = journal_path(places)
@@ -71,7 +73,11 @@ class EvaluationJob:
             self.window, self.stride = self.baseline.windows(self.subject, self.corpus, window, given.stride)
             longest = self.window
             if (kept := self.baseline.other or (self.subject if self.save else None)) is not None:
-                kept.header(self.corpus, self.window, self.stride, self.top_k).check_size()
+                header = kept.header(self.corpus, self.window, self.stride, self.top_k)
+                header.check_size()
+                # What would be made now is no loss.
+                if self.save is not None and kept.find(self.save, header) is None:
+                    ask_to_replace(self.save, overwrite=given.overwrite)
         # A memory budget reserves KV cache for no more than the longest sequence there will be.
         context = max([longest, *self.lengths]) if given.loading.context is None else given.loading.context
         self.loading = replace(given.loading, context=context)
@@ -83,7 +89,7 @@ class EvaluationJob:
         """The result as JSON has it; files are written."""
         with ExitStack() as stack:
             # Left last: what is made for the run alone goes once the journal has.
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-mixtral-evaluate-")))
+            scratch = stack.enter_context(scratch_folder("evaluate"))
             journal = stack.enter_context(
                 EvaluationJournal(self.journal_path, self._identity(), restart=self.given.restart)
             )

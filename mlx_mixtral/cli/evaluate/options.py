@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_mixtral.cli.fields import argument, flag, group, option
-from mlx_mixtral.cli.options import LoadOptions, RecordOptions, json_flag, number_list
+from mlx_mixtral.cli.options import LoadOptions, RecordOptions, json_flag, number_list, overwrite_flag
 
 __all__ = ["DEPTHS", "LENGTHS", "EvaluateOptions"]
 
@@ -51,6 +51,7 @@ class EvaluateOptions:
     chat_template: bool = flag("--chat-template", "Ask in the model's chat format.")
     plot: str | None = option("--plot FILE", "PNG of --by-length and --passkey.")
     output: str | None = option("--output FILE", "Write the result as JSON; a journal beside it lets a run go on.")
+    overwrite: bool = overwrite_flag("the files")
     resume: str | None = option("--resume FILE", "Name of that journal.  [default: the output's and .journal]")
     restart: bool = flag("--restart", "Forget what the journal has.")
     loading: LoadOptions = group(LoadOptions)

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_mixtral import __version__
 from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.console import json_text
-from mlx_mixtral.cli.destinations import check_destinations, journal_path
+from mlx_mixtral.cli.destinations import EVALUATION, check_destinations, journal_path
 from mlx_mixtral.cli.evaluate.options import EvaluateOptions
 from mlx_mixtral.cli.evaluate.task_tables import print_tasks
 from mlx_mixtral.cli.progress import count_progress
@@ -35,7 +35,8 @@ class TaskJob:
         ):
             if value is not None:
                 check_integer(name, value, minimum, wanted=f"at least {minimum}")
-        places = check_destinations({"--output": given.output, "--resume": given.resume})
+        files = {"--output": given.output, "--resume": given.resume}
+        places = check_destinations(files, {"--output": EVALUATION}, overwrite=given.overwrite)
         self.output, self.journal_path = places.get("--output"), journal_path(places)
         check_harness()
         self.subject = Subject(given.model, given.loading)

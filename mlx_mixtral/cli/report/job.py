@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import Mixtral, __version__
@@ -31,6 +29,7 @@ from mlx_mixtral.files import check_folder, write_folder
 from mlx_mixtral.info.checkpoint import checkpoint_report
 from mlx_mixtral.info.estimate import PART_NAMES
 from mlx_mixtral.info.shape import FITS_NOTE
+from mlx_mixtral.leftovers import scratch_folder
 from mlx_mixtral.machine.device import DTYPE_NAMES, compute_dtype
 from mlx_mixtral.sizes import format_bytes
 
@@ -95,10 +94,10 @@ class ReportJob:
 
     def run(self) -> dict[str, Any]:
         """The result as JSON has it; the folder is written."""
-        with tempfile.TemporaryDirectory(prefix="mlx-mixtral-report-") as scratch:
+        with scratch_folder("report") as scratch:
             reference = self.baseline.file
             if (other := self.baseline.other) is not None:
-                place = Path(scratch) / "reference"
+                place = scratch / "reference"
                 reference = other.make_reference(place, self._header(other), self.corpus, self.loading)
             with self.subject.load(self.loading) as model:
                 evaluation, passkeys, routing = self._measure(model, reference)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_mixtral.arguments import check_integer
-from mlx_mixtral.cli.destinations import check_destinations
+from mlx_mixtral.cli.destinations import PAGE, PLOT, TRACE, check_destinations
 from mlx_mixtral.cli.progress import count_progress
 from mlx_mixtral.cli.routing.options import RoutingOptions
 from mlx_mixtral.cli.routing.tables import print_excerpts, print_routing
@@ -35,7 +35,11 @@ class RoutingJob:
         self.given, self.loading = given, given.loading
         if given.sample is not None:
             check_integer("sample", given.sample, 0, wanted="a number of tokens, 0 for none")
-        self.places = check_destinations({"--plot": given.plot, "--html": given.html, "--save-trace": given.save_trace})
+        self.places = check_destinations(
+            {"--plot": given.plot, "--html": given.html, "--save-trace": given.save_trace},
+            {"--plot": PLOT, "--html": PAGE, "--save-trace": TRACE},
+            overwrite=given.overwrite,
+        )
         if given.plot is not None or given.html is not None:
             check_plotting()
         self.record: RoutingRecord | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_mixtral.cli.fields import argument, flag, group, option
-from mlx_mixtral.cli.options import LoadOptions, RecordOptions, json_flag, number_list
+from mlx_mixtral.cli.options import LoadOptions, RecordOptions, json_flag, number_list, overwrite_flag
 
 __all__ = ["RoutingOptions"]
 
@@ -31,5 +31,6 @@ class RoutingOptions:
     )
     plot: str | None = option("--plot FILE", "PNG of all figures; needs matplotlib.")
     html: str | None = option("--html FILE", "One self-contained page with everything; needs matplotlib.")
+    overwrite: bool = overwrite_flag("the files")
     loading: LoadOptions = group(LoadOptions)
     as_json: bool = json_flag()

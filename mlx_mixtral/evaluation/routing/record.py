@@ -20,8 +20,9 @@ from safetensors.numpy import save
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
-from mlx_mixtral.experts.trace import FORMAT, MAX_FILE_BYTES, RoutingTrace
-from mlx_mixtral.files import check_destination, replace_file
+from mlx_mixtral.experts.trace import FORMAT, MAX_FILE_BYTES, RoutingTrace, is_trace
+from mlx_mixtral.files import check_destination, check_kind, replace_file
+from mlx_mixtral.reading import parse_json
 
 __all__ = ["MAX_DOMAINS", "RoutingRecord", "trace_file_bytes"]
 
@@ -97,9 +98,10 @@ class RoutingRecord:
 
         Raises:
             InvalidRequestError: it would be larger than what is read.
-            DestinationError, DiskSpaceError: it cannot be written.
+            DestinationError, DiskSpaceError: it cannot be written, or something that is no trace lies there.
         """
         place = check_destination("the trace file", path)
+        check_kind(place, "a routing trace", is_trace)
         arrays: dict[str, npt.NDArray[Any]] = {
             "experts": np.ascontiguousarray(self.trace.experts),
             "starts": np.array(self.starts, np.int64),
@@ -129,7 +131,7 @@ class RoutingRecord:
         trace = RoutingTrace.load(place)
         try:
             with safe_open(str(place), "numpy") as file:
-                header = json.loads((file.metadata() or {})[FORMAT])
+                header = parse_json(f"the header of {place}", (file.metadata() or {})[FORMAT])
                 arrays = {name: file.get_tensor(name) for name in file.keys() if name not in ("experts", "starts")}  # noqa: SIM118
             name = header.get("model", "")
             if "segments" not in arrays:
@@ -145,7 +147,7 @@ class RoutingRecord:
             return cls(trace, tuple(domains), arrays["segments"], arrays.get("entropy"), pieces, name)
         except InvalidRequestError as error:
             raise CheckpointError(f"routing trace {place} is damaged: {error}") from error
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"routing trace {place} cannot be read: {error}") from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import read_json
 from mlx_mixtral_convert import Recipe, convert
 from mlx_mixtral_convert.sources import detect, open_source
 from mlx_mixtral_convert.sources.gguf.types import TYPES

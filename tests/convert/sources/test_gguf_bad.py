@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from mlx_mixtral_convert.sources.gguf.header import read_header
 from mlx_mixtral_convert.sources.storage.local import LocalStorage
 from tests.convert.gguf_writer import renamed, write_gguf
 from tests.convert.support import CONFIG, dense_config, weights
+from tests.fuzz.gguf_file import ARRAY, STRING, Key, tiny
 
 
 def made(path: Path, edit: Callable[[dict[str, Any]], None] | None = None, **options: Any) -> Path:
@@ -245,3 +247,73 @@ def test_a_scale_that_is_not_finite_is_named(tmp_path: Path, kind: str) -> None:
     tensor = read_header(path, LocalStorage(path)).tensors["blk.1.attn_v.weight"]
     put(path, tensor.offset, struct.pack("<e", np.nan))
     refused(path, CheckpointError, r"tensor 'blk\.1\.attn_v\.weight' holds NaN or infinity")
+
+
+def _moved(path: Path, moves: dict[int, int]) -> Path:
+    """A file whose tensors begin elsewhere: number of the tensor -> bytes it is moved by."""
+    file = tiny("F16")
+    at = 0
+    for number, tensor in enumerate(file.tensors):
+        tensor.offset = at + moves.get(number, 0)
+        at += len(tensor.data) + -len(tensor.data) % 32
+    path.write_bytes(file.write() + bytes(max(0, *moves.values())))
+    return path
+
+
+def _read_by_gguf(path: Path) -> bool:
+    """Whether the ``gguf`` package's reader finds each tensor where llama.cpp's ``gguf_init_from_file`` expects it."""
+    expected = 0
+    reader = gguf.GGUFReader(path)
+    for tensor in reader.tensors:
+        if tensor.data_offset - reader.data_offset != expected:
+            return False
+        expected += int(tensor.n_bytes) + -int(tensor.n_bytes) % int(reader.alignment)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("moves", "match"),
+    [
+        ({1: -32}, "share bytes"),
+        ({3: -1}, "share bytes"),
+        ({2: 32}, "32 bytes before tensor .* belong to no tensor|share bytes"),
+        (dict.fromkeys(range(1, 99), 32), "32 bytes before tensor"),
+        (dict.fromkeys(range(1, 99), 4096), "4096 bytes before tensor"),
+        (dict.fromkeys(range(99), 64), "64 bytes before tensor"),
+        (dict.fromkeys(range(1, 99), 1), "1 bytes before tensor"),
+        ({5: 2**40}, "is truncated"),
+        ({5: 2**63 - 2**20}, "is truncated"),
+    ],
+)
+def test_tensors_that_share_bytes_or_leave_gaps_are_refused(tmp_path: Path, moves: dict[int, int], match: str) -> None:
+    """They would convert to wrong weights: the head is not that of this data."""
+    path = _moved(tmp_path / "m.gguf", {number: by for number, by in moves.items() if by < 2**20} or {0: 0})
+    if max(moves.values()) >= 2**20:
+        path = _far(path, moves)
+    else:
+        assert not _read_by_gguf(path)
+    refused(path, CheckpointError, match)
+
+
+def _far(path: Path, moves: dict[int, int]) -> Path:
+    file = tiny("F16")
+    for number, by in moves.items():
+        file.tensors[number].offset = by
+    path.write_bytes(file.write())
+    return path
+
+
+def test_tensors_where_they_belong_are_read(tmp_path: Path) -> None:
+    path = _moved(tmp_path / "m.gguf", {0: 0})
+    assert _read_by_gguf(path)
+    convert(path, tmp_path / "out")
+
+
+def test_lists_of_millions_of_strings_are_refused_unread(tmp_path: Path) -> None:
+    """20 million strings fit 160 MB; the file here is sparse, and the count is believed only up to a bound."""
+    file = tiny("F16")
+    file.keys.insert(0, Key("tokenizer.ggml.tokens", ARRAY, [], STRING, 20_000_000))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(file.write())
+    os.truncate(path, 2**28)
+    refused(path, CheckpointError, "more than 2097152 values in the lists of its head")

@@ -15,16 +15,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import POINTER_FIX, is_pointer
+from mlx_mixtral.reading import POINTER_FIX, is_pointer
 from mlx_mixtral_convert.sources.gguf.types import TYPES, GgufTensor, GgufType
 from mlx_mixtral_convert.sources.storage.local import Storage
 
 __all__ = ["MAGIC", "GgufHeader", "LocatedTensor", "is_gguf", "read_header"]
 
 MAGIC = b"GGUF"
-# The largest known, with 256 thousand tokens and their merges, has 20 MB.
-MAX_HEAD_BYTES = 256 * 2**20
-MAX_KEYS, MAX_TENSORS, MAX_AXES = 2**16, 2**18, 4
+# The largest known, with 256 thousand tokens and their merges, has 20 MB and 1.3 million values in lists.
+MAX_HEAD_BYTES = 64 * 2**20
+MAX_KEYS, MAX_TENSORS, MAX_AXES, MAX_VALUES = 2**16, 2**17, 4, 2**21
 MAX_NAME_BYTES = 2**16 - 1
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
@@ -61,10 +61,11 @@ def is_gguf(storage: Storage, path: Path) -> bool:
 
 
 def read_header(path: Path, storage: Storage) -> GgufHeader:
-    """Read the head of a file of ``storage``, and check that its tensors lie within it.
+    """Read the head of a file of ``storage``, and check that its tensors fill the rest of it, each at its place.
 
     Raises:
-        CheckpointError: not GGUF, another version or byte order, truncated, absurd counts, or a type not known here.
+        CheckpointError: not GGUF, another version or byte order, truncated, absurd counts, a type not known here, tensors
+            that share bytes or leave gaps.
     """
     try:
         with storage.open(path) as file:
@@ -75,7 +76,7 @@ def read_header(path: Path, storage: Storage) -> GgufHeader:
 
 class _Head:
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
-        self.path, self.size, self.at = path, size, 0
+        self.path, self.size, self.at, self.values = path, size, 0, 0
         self._file = file
 
     def read(self) -> GgufHeader:
@@ -113,7 +114,21 @@ class _Head:
                     "download it again"
                 )
             tensors[name] = tensor
+        self.check_places(list(tensors.values()), start, alignment)
         return GgufHeader(self.path, keys, tensors)
+
+    def check_places(self, tensors: list[LocatedTensor], start: int, alignment: int) -> None:
+        """Refuse tensors that share bytes, or have more between them than aligns them: the head is not that of this data."""
+        end, last = start, ""
+        for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+            if tensor.offset < end:
+                raise self.error(f"is damaged: tensors {last!r} and {tensor.name!r} share bytes; download it again")
+            if tensor.offset != -(-end // alignment) * alignment:
+                raise self.error(
+                    f"is damaged: {tensor.offset - end} bytes before tensor {tensor.name!r} belong to no tensor, and it is to "
+                    f"begin at a multiple of {alignment}; download it again"
+                )
+            end, last = tensor.offset + tensor.nbytes, tensor.name
 
     def tensor(self) -> tuple[str, GgufType, tuple[int, ...], int]:
         name = self.string("a tensor's name", MAX_NAME_BYTES)
@@ -136,12 +151,12 @@ class _Head:
         if kind == _ARRAY:
             item, count = self.number("<I"), self.number("<Q")
             if item == _STRING:
-                self.check_count(count, 8, MAX_HEAD_BYTES, f"values of {name!r}")
+                self.check_values(count, 8, name)
                 return [self.string(f"the value of {name!r}", MAX_HEAD_BYTES) for _ in range(count)]
             if item not in _SCALARS:
                 raise self.error(f"has an array of type {item} at key {name!r}, which GGUF does not define")
             code = _SCALARS[item]
-            self.check_count(count, struct.calcsize(code), MAX_HEAD_BYTES, f"values of {name!r}")
+            self.check_values(count, struct.calcsize(code), name)
             raw = self.bytes(count * struct.calcsize(code), f"the values of {name!r}")
             return np.frombuffer(raw, np.dtype(code)).tolist()
         if kind not in _SCALARS:
@@ -160,6 +175,13 @@ class _Head:
             return self.bytes(length, what).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.error(f"holds {what} that is not UTF-8 ({error.reason})") from error
+
+    def check_values(self, count: int, item_bytes: int, name: str) -> None:
+        """``check_count`` of a list at a key, and of all lists there are."""
+        self.check_count(count, item_bytes, MAX_HEAD_BYTES, f"values of {name!r}")
+        self.values += count
+        if self.values > MAX_VALUES:
+            raise self.error(f"has more than {MAX_VALUES} values in the lists of its head; no model has as many")
 
     def check_count(self, count: int, item_bytes: int, max_count: int, what: str) -> None:
         if count > max_count or count * item_bytes > self.size - self.at:

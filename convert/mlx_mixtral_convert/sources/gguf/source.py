@@ -18,11 +18,11 @@ from mlx_mixtral.config.layout import Field, Matrix, Norm, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import CheckpointError, ConfigError
-from mlx_mixtral.weights.biases import bias_notes, is_zero
 from mlx_mixtral.weights.dtypes import FLOATS, as_numpy, convert
+from mlx_mixtral.weights.unused import bias_notes, is_zero
 from mlx_mixtral_convert.packing.transcode import AFFINE, MICROFLOATS, transcode, transcode_floats
 from mlx_mixtral_convert.packing.values import NativePacking, Values
-from mlx_mixtral_convert.sources.base import SourceFiles, tensor_place
+from mlx_mixtral_convert.sources.base import SourceFiles, read_companions, tensor_place
 from mlx_mixtral_convert.sources.gguf.config import hf_entries
 from mlx_mixtral_convert.sources.gguf.files import check_split, gguf_files, model_files
 from mlx_mixtral_convert.sources.gguf.header import LocatedTensor, is_gguf, read_header
@@ -155,8 +155,8 @@ class GgufSource:
 
     def small_files(self) -> dict[str, bytes]:
         """Tokenizer, its settings and the chat template out of the keys; a licence that lies in the model's own folder."""
-        licences = sorted(self.folder.glob("LICENSE*")) if self._own_folder else []
-        return tokenizer_files(self._head) | {path.name: path.read_bytes() for path in licences if path.is_file()}
+        licences = read_companions(self.folder, "LICENSE*") if self._own_folder else {}
+        return tokenizer_files(self._head) | licences
 
     def close(self) -> None:
         self._storage.close()

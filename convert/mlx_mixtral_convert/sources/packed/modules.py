@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, Norm, Rows, locate
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import read_json
+from mlx_mixtral.reading import is_there, read_json
 from mlx_mixtral.weights.dtypes import as_numpy
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import NativePacking, Values
@@ -37,15 +37,15 @@ def packing_entry(storage: Storage) -> Mapping[str, Any]:
     """
     config, found = storage.folder / "config.json", dict[str, Any]()
     for name, method in SETTINGS.items():
-        if (storage.folder / name).is_file():
+        if is_there(storage.folder / name):
             settings = _spelled(read_json(storage.folder / name))
             found |= {"quant_method": "awq" if "zero_point" in settings else method} | settings
-    if config.is_file():
+    if is_there(config):
         entries = read_json(config)
         entry = entries.get("quantization_config") or entries.get("compression_config")
         found |= _spelled(entry) if isinstance(entry, Mapping) else {}
     apart = storage.folder / MODELOPT
-    if not found and apart.is_file():
+    if not found and is_there(apart):
         return {"quant_method": "modelopt", **read_json(apart)}
     return found
 

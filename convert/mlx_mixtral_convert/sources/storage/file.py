@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import POINTER_FIX, is_pointer
+from mlx_mixtral.reading import POINTER_FIX, is_pointer
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.safetensors import TensorInfo, header_bytes, parse_header
 from mlx_mixtral_convert.sources.storage.local import Storage
@@ -37,8 +37,8 @@ def read_header(storage: Storage, file: Path) -> dict[str, TensorInfo]:
         CheckpointError: as the runtime's ``read_header``.
     """
     try:
-        size = storage.look(file)[0]
         with storage.open(file) as opened:
+            size = storage.look(file)[0]
             raw = opened.read(header_bytes(file, opened.read(8), size))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error

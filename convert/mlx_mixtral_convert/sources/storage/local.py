@@ -6,6 +6,7 @@ tokenizer are small and lie in a folder either way.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import threading
@@ -13,7 +14,7 @@ import weakref
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.reading import is_there, names_like, open_descriptor, open_file, special_file
 from mlx_mixtral.weights.checkpoint import close_files
 from mlx_mixtral.weights.safetensors import read_into
 from mlx_mixtral_convert.sources.storage.fingerprint import describe_file
@@ -88,32 +89,28 @@ class LocalStorage:
         self._lock = threading.Lock()
 
     def glob(self, pattern: str) -> list[Path]:
-        return sorted(path for path in self.folder.glob(pattern) if path.is_file())
+        return names_like(self.folder, pattern)
 
     def at(self, name: str) -> Path:
         return self.folder / name
 
     def has(self, name: str) -> bool:
-        try:
-            return (self.folder / name).is_file()
-        except OSError:  # a name too long for the file system
-            return False
+        return is_there(self.folder / name)
 
     def look(self, file: Path) -> tuple[int, int]:
         status = file.stat()
+        if (kind := special_file(status.st_mode)) is not None:
+            raise OSError(errno.EINVAL, f"it is {kind}, not a file")
         return status.st_size, status.st_mtime_ns
 
     def open(self, file: Path) -> BinaryIO:
-        return file.open("rb")
+        return open_file(file)
 
     def read_into(self, file: Path, buffer: memoryview, offset: int) -> None:
         # Kept open: what is read is what was checked, even if another file takes its place.
         with self._lock:
             if file not in self._descriptors:
-                try:
-                    self._descriptors[file] = os.open(file, os.O_RDONLY)
-                except OSError as error:
-                    raise CheckpointError(f"{file} cannot be opened: {error.strerror or error}") from error
+                self._descriptors[file] = open_descriptor(file)
             descriptor = self._descriptors[file]
         read_into(descriptor, buffer, offset, str(file))
 

@@ -15,7 +15,14 @@ from pathlib import Path
 
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.safetensors import ITEM_BYTES, MAX_AXES, is_count
-from mlx_mixtral_convert.sources.storage.archive import THREADS, ZIP_ERRORS, data_starts, plain_entry
+from mlx_mixtral_convert.sources.storage.archive import (
+    THREADS,
+    ZIP_ERRORS,
+    data_starts,
+    entries_of,
+    open_archive,
+    plain_entry,
+)
 from mlx_mixtral_convert.sources.storage.file import StoredTensor, refuse_pointer
 from mlx_mixtral_convert.sources.storage.local import Storage
 
@@ -38,8 +45,8 @@ def read_npz(path: Path, storage: Storage) -> dict[str, StoredTensor]:
         CheckpointError: not a zip, truncated, compressed, an entry that is no array, or one of Python objects.
     """
     try:
-        with storage.open(path) as file, zipfile.ZipFile(file) as archive:
-            entries = {entry.filename: plain_entry(path, entry) for entry in archive.infolist()}
+        with storage.open(path) as file, open_archive(file) as archive:
+            entries = {name: plain_entry(path, entry) for name, entry in entries_of(path, archive).items()}
     except ZIP_ERRORS as error:
         refuse_pointer(storage, path)
         raise CheckpointError(f"{path} is not an npz file that can be read: {error}; it is truncated") from error

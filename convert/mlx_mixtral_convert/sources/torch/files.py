@@ -12,9 +12,9 @@ from math import prod
 from pathlib import Path
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import POINTER_FIX, is_pointer
+from mlx_mixtral.reading import POINTER_FIX, is_pointer
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral_convert.sources.storage.archive import ZIP_ERRORS, data_starts, plain_entry
+from mlx_mixtral_convert.sources.storage.archive import ZIP_ERRORS, data_starts, entries_of, open_archive, plain_entry
 from mlx_mixtral_convert.sources.storage.file import StoredTensor, head_of
 from mlx_mixtral_convert.sources.storage.local import Storage
 from mlx_mixtral_convert.sources.torch.legacy import is_legacy, read_legacy
@@ -53,8 +53,8 @@ def read_torch(path: Path, storage: Storage) -> dict[str, StoredTensor]:
 def _read_zip(path: Path, storage: Storage) -> tuple[dict[str, TensorDescription], dict[str, int], dict[str, int]]:
     """The tensors, and where each storage begins and how many bytes it has."""
     try:
-        with storage.open(path) as file, zipfile.ZipFile(file) as archive:
-            entries = {entry.filename: entry for entry in archive.infolist()}
+        with storage.open(path) as file, open_archive(file) as archive:
+            entries = entries_of(path, archive)
             root = _root(path, entries)
             _check_order(path, archive, entries.get(f"{root}/byteorder"))
             description = plain_entry(path, entries[f"{root}/data.pkl"], MAX_PICKLE_BYTES)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_mixtral.config.layout import Matrix
+from mlx_mixtral.reading import is_there
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.safetensors import TensorInfo
 from mlx_mixtral_convert.packing.values import Values
@@ -23,9 +24,9 @@ SINGLE = "pytorch_model.bin"
 
 def detect(storage: Storage) -> bool:
     """Whether there is a Hugging Face configuration and no weights but PyTorch's."""
-    if not (storage.folder / "config.json").is_file() or storage.glob("*.safetensors"):
+    if not is_there(storage.folder / "config.json") or storage.glob("*.safetensors"):
         return False
-    return (storage.folder / INDEX).is_file() or bool(storage.glob("pytorch_model*.bin"))
+    return is_there(storage.folder / INDEX) or bool(storage.glob("pytorch_model*.bin"))
 
 
 class TorchCheckpoint(StoredCheckpoint):

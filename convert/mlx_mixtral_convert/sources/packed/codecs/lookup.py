@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.files import parse_json
+from mlx_mixtral.reading import parse_json
 from mlx_mixtral.weights.dtypes import FLOATS
 from mlx_mixtral.weights.safetensors import is_count
 from mlx_mixtral_convert.packing.measure import row_blocks
