@@ -19,6 +19,7 @@ from typing import Any
 
 from mlx_mixtral.arguments import as_path, check_type
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError, MissingDependencyError, MixtralError
+from mlx_mixtral.model_names import hub_name, not_there
 from mlx_mixtral.reading import read_json
 
 __all__ = ["Source", "download", "hub_errors", "is_unreachable", "resolve", "wanted_files"]
@@ -60,12 +61,14 @@ class Source:
 
     @classmethod
     def parse(cls, source: str | Path, revision: str | None = None) -> Source:
-        """Read a folder, a file, ``owner/name``, ``owner/name@revision`` or either with ``:file.gguf`` after it.
+        """Read a folder, a file, ``owner/name``, ``owner/name@revision`` or either with ``:file.gguf`` after it, or the address
+        of a page of the hub (``hub_name``).
 
         What exists on this machine wins over a repository of the same name, and a ``Path`` is never a repository.
 
         Raises:
-            InvalidRequestError: an empty name, a wrong type, a revision for what is here, or two different revisions.
+            InvalidRequestError: an empty name, a wrong type, a revision for what is here, two different revisions, or the
+                address of something else than a model.
         """
         if source == "":
             raise InvalidRequestError("the source is an empty name; write . for the current folder")
@@ -78,7 +81,7 @@ class Source:
                     f"{source} is a {kind}; revision {revision!r} applies to hub repositories only"
                 )
             return cls(str(source), path)
-        match = _REPOSITORY.fullmatch(source) if isinstance(source, str) else None
+        match = _REPOSITORY.fullmatch(hub_name(source)) if isinstance(source, str) else None
         if match is None:
             return cls(str(source), path)
         if revision is not None and match[2] is not None and match[2] != revision:
@@ -110,7 +113,7 @@ class Source:
         if is_file:
             raise CheckpointError(f"{self.name} is a file, not a checkpoint folder; give the folder it lies in")
         if self.repository is None:
-            raise CheckpointError(f"{self.name}: no such folder")
+            raise CheckpointError(not_there(self.name))
         wanted = functools.partial(wanted_files, weights=weights, convertible=convertible, file=self.file)
         downloaded = download(self.repository, self.revision, wanted, progress)
         return downloaded if self.file is None else downloaded / self.file

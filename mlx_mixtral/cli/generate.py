@@ -90,7 +90,8 @@ def generate(given: GenerateOptions) -> None:
         check_place("--save-prompt", given.save_prompt, PROMPT, overwrite=given.overwrite)
     if given.from_prompt is not None and given.saved_prompt is not None:
         raise click.UsageError("--saved-prompt is the older name of --from-prompt; give one of them")
-    if (saved := given.from_prompt or given.saved_prompt) is not None:
+    saved = given.saved_prompt if given.from_prompt is None else given.from_prompt
+    if saved is not None:
         check_saved(saved)
 
     loaded, speculation = load_with_speculation(

@@ -204,7 +204,7 @@ class LoadOptions:
 class SamplingOptions:
     """The fields of ``SamplingParams``."""
 
-    temperature: float = option("--temperature, -t", "0 is greedy.", default=0.0)
+    temperature: float = option("--temperature, --temp, -t", "0 is greedy.", default=0.0)
     top_p: float = option("--top-p", "Keep this much probability.", default=1.0)
     top_k: int = option("--top-k", "Keep the K likeliest tokens; 0 keeps all.", default=0, show_default=False)
     min_p: float = option(

@@ -96,7 +96,7 @@ def calibrate(
     place = None if save is None else check_place(save, source)
     recorded = RoutingTrace.load(as_path("trace", trace)) if isinstance(trace, (str, Path)) else trace
     folder = named.resolve()
-    written = read_texts([Path(path) for path in texts]) if texts else default_texts()
+    written = read_texts([as_path("a text", path) for path in texts]) if texts else default_texts()
     with open_source(folder) as tensors:
         config = tensors.config
         if recorded is not None:
