@@ -61,7 +61,7 @@ def as_path(name: str, value: str | Path) -> Path:
     """
     check_type(name, value, (str, os.PathLike), "a path, as text or a Path")
     if value == "":
-        raise InvalidRequestError(f"{name} is an empty path; write . for the current folder")
+        raise InvalidRequestError(f"{name} is an empty path; give one (. is the current folder)")
     if isinstance(value, str) and not value.startswith("~") and str(Path(value)).startswith("~"):
         return Path(os.path.abspath(value))  # noqa: PTH100 - ./~x, which a Path forgets
     try:

@@ -10,6 +10,7 @@ import click
 
 from mlx_mixtral.cli.fields import argument, flag, flag_name, is_given, option
 from mlx_mixtral.cli.options import device_option, json_flag, revision_option
+from mlx_mixtral.cli.values import ModelName, Place
 from mlx_mixtral.config.quantization import AFFINE_BITS, MODES
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[st
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    source: str = argument()
-    dest: str = argument()
+    source: str = argument(type=ModelName(files=True))
+    dest: str = argument(type=Place("dir", expands=False))
     bits: str | None = option(
         "--bits",
         "Bits a weight; none converts without quantising.  [default: 4, or what --mode means]",
@@ -90,9 +91,7 @@ class ConvertOptions:
     rounding: str | None = option(
         "--rounding", "How codes are chosen at the same format.  [default: plain]", type=click.Choice(ROUNDINGS)
     )
-    calibration: str | None = option(
-        "--calibration FILE", "What `mlx-mixtral calibrate` measured on SOURCE.", type=click.Path()
-    )
+    calibration: str | None = option("--calibration FILE", "What `mlx-mixtral calibrate` measured on SOURCE.")
     fit: str | None = option("--fit SIZE|mac", "Choose bits so that the weights fit a size, or this Mac.")
     context: int | None = option("--context N", "Tokens of KV cache that --fit mac leaves room for.  [default: 4096]")
     override: Overrides = option(

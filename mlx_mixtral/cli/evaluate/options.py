@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mlx_mixtral.cli.fields import argument, flag, group, option
 from mlx_mixtral.cli.options import LoadOptions, RecordOptions, json_flag, number_list, overwrite_flag
+from mlx_mixtral.cli.values import ModelName
 
 __all__ = ["DEPTHS", "LENGTHS", "EvaluateOptions"]
 
@@ -15,10 +16,10 @@ DEPTHS = number_list(float, "numbers", "0,0.5,1")
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    model: str = argument()
+    model: str = argument(type=ModelName())
     texts: tuple[str, ...] = option("--text PATH", "File, folder or .jsonl, or DOMAIN=PATH; repeatable.", multiple=True)
     records: RecordOptions = group(RecordOptions)
-    max_bytes: int | None = option("--max-bytes N", "Only this much of the start of each text.")
+    max_bytes: int | None = option("--max-bytes SIZE", "Only this much of the start of each text.")
     window: int | None = option("--window N", "Tokens read at once.  [default: the context, at most 2048]")
     stride: int | None = option("--stride N", "Tokens from window to window; less overlaps.  [default: window]")
     reference: str | None = option(

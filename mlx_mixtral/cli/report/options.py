@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from mlx_mixtral.cli.evaluate.options import DEPTHS, LENGTHS
 from mlx_mixtral.cli.fields import argument, flag, group, option
 from mlx_mixtral.cli.options import LoadOptions, RecordOptions, json_flag
+from mlx_mixtral.cli.values import ModelName
 
 __all__ = ["ReportOptions"]
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    model: str = argument()
+    model: str = argument(type=ModelName())
     reference: str | None = option("--reference OTHER", "Compare with this model, or a file `evaluate` saved.")
     texts: tuple[str, ...] = option(
         "--text PATH",
@@ -23,7 +24,7 @@ class ReportOptions:
     records: RecordOptions = group(RecordOptions)
     quick: bool = flag("--quick", "Less text, fewer and shorter passkey prompts.")
     max_bytes: int | None = option(
-        "--max-bytes N", "Only this much of the start of each text.  [default: 32768; --quick: 4096]"
+        "--max-bytes SIZE", "Only this much of the start of each text.  [default: 32768; --quick: 4096]"
     )
     window: int | None = option("--window N", "Tokens read at once.  [default: the context, at most 2048]")
     lengths: tuple[int, ...] | None = option(
