@@ -19,6 +19,7 @@ from typing import Any
 
 from mlx_mixtral.arguments import as_path, check_type
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError, MissingDependencyError, MixtralError
+from mlx_mixtral.installing import how_to_install
 from mlx_mixtral.model_names import hub_name, not_there
 from mlx_mixtral.reading import read_json
 
@@ -247,7 +248,8 @@ def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         from huggingface_hub import errors as kinds
     except ImportError as error:
         raise MissingDependencyError(
-            f"{repository} is a hub repository and huggingface-hub is not installed: pip install huggingface-hub"
+            f"{repository} is a hub repository and huggingface-hub is not installed: "
+            f"{how_to_install('huggingface-hub')}"
         ) from error
     try:
         yield

@@ -124,9 +124,10 @@ def revision_option() -> Any:
 
 def parse_rope_scaling(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Option callback: refused before anything is downloaded."""
-    from mlx_mixtral.config.overrides import ConfigOverrides
+    if value is not None:
+        from mlx_mixtral.config.overrides import ConfigOverrides
 
-    ConfigOverrides(rope_scaling=value)
+        ConfigOverrides(rope_scaling=value)
     return value
 
 

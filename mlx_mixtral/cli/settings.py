@@ -24,7 +24,7 @@ from mlx_mixtral.cli.fields import SETTINGS
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.reading import MAX_CONFIG_BYTES, is_there, read_file
 
-__all__ = ["EXCLUSIVE", "NEEDS", "VARIABLE", "Settings", "apply", "as_toml", "read_settings", "settings_path"]
+__all__ = ["EXCLUSIVE", "NEEDS", "VARIABLE", "UserSettings", "apply", "as_toml", "read_settings", "settings_path"]
 
 VARIABLE = "MLX_MIXTRAL_CONFIG"
 # Of these a command takes one: what the file says of the others counts as little as if it was not there, once one is typed.
@@ -69,7 +69,7 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class UserSettings:
     """A file of defaults: ``tables`` by command, as they are written."""
 
     path: Path
@@ -89,7 +89,7 @@ def settings_path() -> Path:
     return as_path("XDG_CONFIG_HOME", base) / "mlx-mixtral" / "config.toml"
 
 
-def read_settings(commands: Collection[str]) -> Settings:
+def read_settings(commands: Collection[str]) -> UserSettings:
     """The file, its tables looked at, not what is in them; without one there are no settings.
 
     Raises:
@@ -98,7 +98,7 @@ def read_settings(commands: Collection[str]) -> Settings:
     """
     path = settings_path()
     if str(path) == os.devnull or (not os.environ.get(VARIABLE) and not is_there(path)):
-        return Settings(path)
+        return UserSettings(path)
     data = read_file(path, MAX_CONFIG_BYTES, InvalidRequestError)
     try:
         tables = tomllib.loads(data.decode("utf-8-sig"))
@@ -110,10 +110,12 @@ def read_settings(commands: Collection[str]) -> Settings:
         if isinstance(table, dict):
             raise InvalidRequestError(f"{path}: there is no command [{name}]; {_near(name, commands)}")
         raise InvalidRequestError(f"{path}: {name} is in no table; write it below the command's name, such as [chat]")
-    return Settings(path, True, tables)
+    return UserSettings(path, True, tables)
 
 
-def apply(ctx: click.Context, settings: Settings, name: str, command: click.Command, args: Iterable[str] = ()) -> None:
+def apply(
+    ctx: click.Context, settings: UserSettings, name: str, command: click.Command, args: Iterable[str] = ()
+) -> None:
     """Make what the file says of a command the defaults of its options.
 
     Args:
@@ -127,7 +129,7 @@ def apply(ctx: click.Context, settings: Settings, name: str, command: click.Comm
     typed = _typed(ctx, name, command, args)
     for ones, others in EXCLUSIVE.get(name, ()):
         if typed.intersection(ones):
-            values = {key: value for key, value in values.items() if key in ones or key not in others}
+            values = {key: value for key, value in values.items() if key not in others}
     for key, needed in NEEDS.get(name, {}).items():
         if key in values and not any(other in typed or values.get(other) for other in needed):
             del values[key]
@@ -146,7 +148,7 @@ def _typed(ctx: click.Context, name: str, command: click.Command, args: Iterable
     return {key for key, value in found.items() if isinstance(value, (str, bool, list, tuple))}
 
 
-def _checked(settings: Settings, name: str, command: click.Command) -> dict[str, Any]:
+def _checked(settings: UserSettings, name: str, command: click.Command) -> dict[str, Any]:
     """What a table says by the names of fields, every key an option and every value of its type."""
     known = {
         flag.removeprefix("--"): option

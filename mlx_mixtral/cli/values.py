@@ -36,7 +36,9 @@ class Place(Kind):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         given = str(value)
         name = "the path" if param is None else _shown(param)
-        path = as_path(name, given) if self._expands or not given else Path(given)
+        if not given:
+            raise InvalidRequestError(f"{name} is an empty name; give a {'folder' if self.name == 'dir' else 'file'}")
+        path = as_path(name, given) if self._expands else Path(given)
         if not self._as_text:
             return path
         return str(path) if self._expands and given.startswith("~") else given

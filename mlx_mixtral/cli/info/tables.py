@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_mixtral.cli.console import figures, one_line, out_console, plural, print_table
-from mlx_mixtral.cli.settings import VARIABLE, Settings, as_toml
+from mlx_mixtral.cli.settings import VARIABLE, UserSettings, as_toml
 from mlx_mixtral.info.estimate import PART_NAMES, PARTS
 from mlx_mixtral.info.shape import FITS_NOTE
 from mlx_mixtral.sizes import format_bytes
@@ -188,7 +188,7 @@ def _slots(plan: Mapping[str, Any]) -> tuple[str, str]:
     return whole, span
 
 
-def print_settings(settings: Settings) -> None:
+def print_settings(settings: UserSettings) -> None:
     """Where the user's defaults are from, and each of them."""
     if not settings.is_there:
         what = f"no settings: {one_line(settings.path)} is not there ({VARIABLE} names another file)"

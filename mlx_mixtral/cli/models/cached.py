@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_mixtral.cli.models.names import hub_cache
 from mlx_mixtral.errors import ConfigError, HubError, MissingDependencyError, MixtralError
 from mlx_mixtral.hub import hub_errors
 from mlx_mixtral.info.checkpoint import checkpoint_report
+from mlx_mixtral.installing import how_to_install
 from mlx_mixtral.reading import is_there, read_json
 from mlx_mixtral_convert.sources import open_source
 
@@ -65,10 +67,12 @@ def cached() -> tuple[list[CachedModel], Any]:
     try:
         import huggingface_hub as hub
     except ImportError as error:
-        raise MissingDependencyError("the hub's cache needs huggingface-hub: `pip install huggingface-hub`") from error
+        raise MissingDependencyError(
+            f"the hub's cache needs huggingface-hub: {how_to_install('huggingface-hub')}"
+        ) from error
     with hub_errors("the hub's cache", None):
         try:
-            info = hub.scan_cache_dir()
+            info = hub.scan_cache_dir(hub_cache())
         except hub.CacheNotFound:
             return [], None
         except (OSError, ValueError) as error:
