@@ -79,7 +79,7 @@ class Size(Kind):
         try:
             return parse_size(value)
         except InvalidRequestError as error:
-            self.fail(str(error), param, ctx)
+            raise InvalidRequestError(str(error) if param is None else f"{_shown(param)}: {error}") from None
 
 
 # What stands for a value in --help, and what it then is.

@@ -115,13 +115,16 @@ def test_a_damaged_entry_of_the_cache_hides_no_other(invoke: Invoke, cache: Cach
 
 def test_rm_frees_what_it_says_and_leaves_the_others(invoke: Invoke, cache: Cache, files: dict[str, Any]) -> None:
     cache.add("owner/one", files["runs"])
-    cache.add("owner/two", files["not a Mixtral"])
+    # A commit that two repositories have, as copies do, is removed from one.
+    for name in ("owner/two", "another/one", "zebra/one"):
+        cache.add(name, files["not a Mixtral"])
     before = sum(path.stat().st_size for path in cache.root.rglob("blobs/*"))
     found = json.loads(invoke("rm", "owner/one", "--yes", "--json").stdout)
     after = sum(path.stat().st_size for path in cache.root.rglob("blobs/*"))
     assert before - after == found["freed_bytes"] > 0
     assert found["removed"] == [{"model": "owner/one", "commit": COMMITS[0]}]
-    assert [repo.repo_id for repo in huggingface_hub.scan_cache_dir(cache.root).repos] == ["owner/two"]
+    left = {repo.repo_id for repo in huggingface_hub.scan_cache_dir(cache.root).repos}
+    assert left == {"owner/two", "another/one", "zebra/one"}
 
 
 def test_of_two_revisions_one_is_removed_and_what_both_have_stays(invoke: Invoke, cache: Cache) -> None:

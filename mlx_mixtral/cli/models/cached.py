@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mlx_mixtral.installing import how_to_install
 from mlx_mixtral.reading import is_there, read_json
 from mlx_mixtral_convert.sources import open_source
 
-__all__ = ["RUNS", "CachedModel", "CachedRevision", "cached", "state_of"]
+__all__ = ["RUNS", "CachedModel", "CachedRevision", "cached", "removal", "state_of"]
 
 RUNS, CONVERT, PARTIAL, BROKEN, OTHER = "runs", "convert first", "no weights", "cannot be read", "not a Mixtral"
 _FAMILY = ("mixtral", "mistral", "llama")
@@ -83,6 +83,19 @@ def cached() -> tuple[list[CachedModel], Any]:
         if repo.repo_type == "model" and repo.revisions
     ]
     return sorted(models, key=lambda model: model.name.lower()), info
+
+
+def removal(info: Any, chosen: Iterable[tuple[CachedModel, CachedRevision]]) -> list[Any]:
+    """What the client would do to remove these revisions, one strategy for each repository."""
+    by_name: dict[str, list[str]] = {}
+    for model, revision in chosen:
+        by_name.setdefault(model.name, []).append(revision.commit)
+    # The client goes by commits alone, and two repositories may have one in common.
+    alone = {
+        name: replace(info, repos=frozenset(r for r in info.repos if (r.repo_type, r.repo_id) == ("model", name)))
+        for name in by_name
+    }
+    return [alone[name].delete_revisions(*commits) for name, commits in by_name.items()]
 
 
 def _revisions(found: Iterable[Any]) -> Iterator[CachedRevision]:

@@ -118,20 +118,21 @@ def rm(given: RmOptions) -> None:
 
     Asks first on a terminal; elsewhere --yes is needed. Folders of your own are never removed.
     """
-    from mlx_mixtral.cli.models.cached import cached
+    from mlx_mixtral.cli.models.cached import cached, removal
 
     models, cache = cached()
     chosen = list(dict.fromkeys(pair for name in given.models for pair in _chosen(name, models)))
-    strategy = cache.delete_revisions(*(revision.commit for _, revision in chosen))
-    freed = strategy.expected_freed_size
+    strategies = removal(cache, chosen)
+    freed = sum(strategy.expected_freed_size for strategy in strategies)
     if not given.as_json or not (given.yes or given.dry_run):
         for model, revision in chosen:
             refs = f" ({', '.join(revision.refs)})" if revision.refs else ""
             note(f"{one_line(model.name)} at {one_line(revision.commit[:12])}{one_line(refs)}")
     if not given.dry_run:
         _ask(freed, yes=given.yes)
-        strategy.execute()
-        _check_gone([*strategy.repos, *strategy.snapshots, *strategy.blobs])
+        for strategy in strategies:
+            strategy.execute()
+            _check_gone([*strategy.repos, *strategy.snapshots, *strategy.blobs])
     result = {
         "removed": [{"model": model.name, "commit": revision.commit} for model, revision in chosen],
         "freed_bytes": freed,
