@@ -75,7 +75,8 @@ def repository_name(text: str) -> str:
     Raises:
         InvalidRequestError: an address of something else.
     """
-    return hub_name(text).removesuffix("@main")
+    named = hub_name(text)
+    return named if named == text else named.removesuffix("@main")
 
 
 def not_there(name: str) -> str:

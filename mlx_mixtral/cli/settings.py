@@ -78,14 +78,17 @@ class UserSettings:
 
 
 def settings_path() -> Path:
-    """Where the file is or would be: ``MLX_MIXTRAL_CONFIG``, else below ``XDG_CONFIG_HOME``, else ``~/.config``.
+    """Where the file is or would be: ``MLX_MIXTRAL_CONFIG``, else below ``XDG_CONFIG_HOME``, else ``~/.config``. Users without
+    a home folder have none.
 
     Raises:
         InvalidRequestError: no path.
     """
     if named := os.environ.get(VARIABLE):
         return as_path(VARIABLE, named)
-    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111 - never raises
+    if base.startswith("~/.config"):
+        return Path(os.devnull)
     return as_path("XDG_CONFIG_HOME", base) / "mlx-mixtral" / "config.toml"
 
 

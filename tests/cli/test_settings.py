@@ -37,6 +37,10 @@ def test_it_lies_where_settings_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.delenv("MLX_MIXTRAL_CONFIG", raising=False)
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     assert settings_path() == tmp_path / ".config" / "mlx-mixtral" / "config.toml"
+    with monkeypatch.context() as nobody:
+        nobody.delenv("HOME")
+        nobody.setattr("os.path.expanduser", lambda path: path)
+        assert settings_path() == Path("/dev/null")
     monkeypatch.setenv("XDG_CONFIG_HOME", "~/settings")
     assert settings_path() == tmp_path / "settings" / "mlx-mixtral" / "config.toml"
     monkeypatch.setenv("MLX_MIXTRAL_CONFIG", "~/mine.toml")

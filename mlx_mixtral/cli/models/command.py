@@ -13,7 +13,7 @@ from mlx_mixtral.cli.console import emit_json, note, one_line, out_console, plur
 from mlx_mixtral.cli.fields import argument, flag, takes
 from mlx_mixtral.cli.options import json_flag, revision_option
 from mlx_mixtral.cli.values import ModelName
-from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError
+from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError, MixtralError
 from mlx_mixtral.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _ask(freed: int, *, yes: bool) -> None:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise InvalidRequestError("rm asks before it removes, and there is no terminal to ask on; give --yes")
     if not click.confirm(f"Remove, and free {format_bytes(freed)}?", err=True):
-        raise InvalidRequestError("nothing was removed")
+        raise MixtralError("nothing was removed")
 
 
 def _check_gone(places: list[Path]) -> None:
