@@ -112,8 +112,8 @@ class _App(click.Group):
 @click.group(
     cls=_App,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="MODEL is a folder, a Hugging Face repository (owner/name), or the address of its page. Try `mlx-mixtral demo` first. "
-    "`completion SHELL` and `man` print what a shell and man need.",
+    epilog="MODEL is a folder, a Hugging Face repository (owner/name) or the address of its page. "
+    "Try `mlx-mixtral demo` first. `completion SHELL` and `man` print what a shell and man need.",
 )
 @click.version_option(__version__, "-V", "--version", message="mlx-mixtral %(version)s")
 def app() -> None:

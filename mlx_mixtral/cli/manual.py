@@ -79,7 +79,7 @@ def _command(command: click.Command, ctx: click.Context) -> Iterator[str]:
     yield from _paragraphs(inspect.cleandoc(command.help or ""))
     for parameter in command.get_params(ctx):
         record = parameter.get_help_record(ctx)
-        if record is not None and record[1] and parameter.name != "help":
+        if record is not None and record[1] and "--help" not in parameter.opts:
             yield ".TP"
             yield f".B {_escaped(record[0])}"
             yield from _text(" ".join(record[1].split()))
