@@ -48,7 +48,7 @@ soak: $(VENV)/.tests
 	PYTHONPATH=.:convert $(BIN)/python -m tests.soak.run $(SOAK_ARGS)
 
 man: $(VENV)/.installed
-	MLX_MIXTRAL_CONFIG=/dev/null $(BIN)/mlx-mixtral man > docs/mlx-mixtral.1
+	MLX_MIXTRAL_CONFIG=/dev/null $(BIN)/mlx-mixtral man > $(VENV)/man && mv $(VENV)/man docs/mlx-mixtral.1
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/it"; exit 1; }

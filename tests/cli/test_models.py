@@ -94,6 +94,18 @@ def test_the_list_says_what_can_be_done_with_each(
     assert shown.startswith(f"{len(files)} models, ")
 
 
+def test_of_several_revisions_the_main_one_is_what_is_told(invoke: Invoke, cache: Cache, files: dict[str, Any]) -> None:
+    """It is the one that a name without a revision means."""
+    for name, commit in (("owner/first", COMMITS[0]), ("owner/second", COMMITS[1])):
+        other = COMMITS[0] if commit == COMMITS[1] else COMMITS[1]
+        cache.add(name, files["runs"], commit)
+        cache.add(name, files["no weights"], other, ())
+    found = json.loads(invoke("list", "--json").stdout)["models"]
+    assert [item["state"] for item in found] == ["runs", "runs"]
+    assert [item["revisions"][0]["refs"] for item in found] == [["main"], ["main"]]
+    assert [len(item["revisions"]) for item in found] == [2, 2]
+
+
 def test_without_a_cache_there_is_nothing(invoke: Invoke, cache: Cache) -> None:
     assert invoke("list").stdout.startswith("no models in")
     cache.root.rmdir()
