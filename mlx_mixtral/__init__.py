@@ -104,6 +104,8 @@ def __dir__() -> list[str]:
 
 if (_problem := backend_problem()) is not None:
     # As a program (`mlx-mixtral`, `python -m mlx_mixtral`, whose argv[0] is "-m" this early): one line, no traceback.
-    if PurePath(sys.argv[0] if sys.argv else "").name in ("mlx-mixtral", "-m"):
+    if PurePath(sys.argv[0] if sys.argv else "").name not in ("mlx-mixtral", "-m"):
+        raise errors.UnsupportedPlatformError(_problem)
+    # What is asked before anything is installed right needs no MLX.
+    if not {"-V", "--version"} & set(sys.argv[1:]) and sys.argv[1:2] != ["version"]:
         sys.exit(f"error: {_problem}")
-    raise errors.UnsupportedPlatformError(_problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from mlx_mixtral.arguments import is_integer
+from mlx_mixtral.arguments import is_integer, plain, shown
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["format_bytes", "format_bytes_up", "parse_size"]
@@ -16,21 +16,24 @@ _UNITS |= {f"{prefix}i{end}": 1024**power for power, prefix in enumerate("kmgt",
 _SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
-def parse_size(size: str | int) -> int:
-    """Bytes of ``"12GB"``, ``"12g"``, ``"12 GiB"``, ``"500m"`` or a plain number; case does not matter.
+def parse_size(size: str | float) -> int:
+    """Bytes of ``"12GB"``, ``"12g"``, ``"12 GiB"``, ``"500m"`` or a plain number, such as 12e9; case does not matter.
 
     Raises:
         InvalidRequestError: not a size, or not positive.
     """
+    size = plain(size)
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if is_integer(size):
         count = size
+    elif isinstance(size, float) and size.is_integer():
+        count = int(size)
     elif match is not None and match[2].lower() in _UNITS:
         count = int(Fraction(match[1]) * _UNITS[match[2].lower()])
     else:
-        raise InvalidRequestError(f"{size!r} is not a size; write 12GB, 12GiB, 500MB or a number of bytes")
+        raise InvalidRequestError(f"{shown(size)} is not a size; write 12GB, 12GiB, 500MB or a number of bytes")
     if count <= 0:
-        raise InvalidRequestError(f"size {size!r} must be more than zero")
+        raise InvalidRequestError(f"size {shown(size)} must be more than zero")
     return count
 
 

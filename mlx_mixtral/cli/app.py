@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import IO, Any
 
 import click
@@ -15,7 +18,7 @@ from mlx_mixtral import __version__
 from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.settings import apply, read_settings
 from mlx_mixtral.cli.shell import completion, man
-from mlx_mixtral.errors import MixtralError
+from mlx_mixtral.errors import InvalidRequestError, MixtralError
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -39,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("mlx_mixtral.cli.chat.command:chat", "Talk with an instruct model."),
 }
 
+WRONG_CALL = 2  # click's own for options that it does not know
 INTERRUPTED = 130
 PIPE_CLOSED = 141  # 128 + SIGPIPE: what a shell sees of any program whose reader went away
 
@@ -82,8 +86,12 @@ class _App(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            result = super().invoke(ctx)
+            with _said():
+                result = super().invoke(ctx)
             sys.stdout.flush()
+        except InvalidRequestError as error:
+            note(f"error: {one_line(_with_option_names(ctx, str(error)))}{_notes(error)}")
+            raise click.exceptions.Exit(WRONG_CALL) from None
         except MixtralError as error:
             note(f"error: {one_line(error)}{_notes(error)}")
             raise click.exceptions.Exit(1) from None
@@ -144,6 +152,39 @@ def _version() -> None:
 
 # Words people type where options are meant, and what is needed once, when the program is installed.
 _WORDS: dict[str, click.Command] = {"completion": completion, "help": _help, "man": man, "version": _version}
+
+
+class _Notes(logging.Handler):
+    """What the library says while it waits, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(one_line(record.getMessage()))
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    logger, handler = logging.getLogger("mlx_mixtral"), _Notes(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _with_option_names(ctx: click.Context, message: str) -> str:
+    """A message that begins with an argument of the library, with the option's name in its place."""
+    name = message.partition(" ")[0]
+    command = (
+        ctx.command.get_command(ctx, ctx.invoked_subcommand or "") if isinstance(ctx.command, click.Group) else None
+    )
+    for parameter in command.params if command is not None else ():
+        flags = [flag for flag in parameter.opts if flag.startswith("--")]
+        if flags and name in (parameter.name, flags[0].removeprefix("--").replace("-", "_")):
+            return f"{flags[0]}{message.removeprefix(name)}"
+    return message
 
 
 def _notes(error: BaseException) -> str:

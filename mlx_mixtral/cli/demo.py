@@ -57,7 +57,7 @@ class DemoOptions:
 @click.command()
 @takes(DemoOptions)
 def demo(given: DemoOptions) -> None:
-    """Convert the bundled checkpoint to 4 bits, load it and let it write: some seconds, nothing is downloaded.
+    """Convert the bundled checkpoint to 4 bits, load it and generate text. Takes seconds and downloads nothing.
 
     `tiny-mixtral` is a real Mixtral of 8.4 million parameters, trained on five languages, Python code and sums.
     """

@@ -66,9 +66,12 @@ def argument(**attributes: Any) -> Any:
 def option(spec: str, help: str, **attributes: Any) -> Any:
     """A field that an option fills, written as in ``--help``: its flags and what stands for its value.
 
-    Numbers get their type from the field's, and a default is shown; other ``attributes`` as ``click.option`` takes them.
+    Numbers get their type from the field's, and the default is shown: that of the field, or what the help says of None; other
+    ``attributes`` as ``click.option`` takes them.
     """
     names, _, metavar = spec.replace(", ", ",").partition(" ")
+    if "default" not in attributes and "[default:" not in help:
+        help += "  [default: none]"
     given = {
         "help": help,
         "metavar": metavar or None,

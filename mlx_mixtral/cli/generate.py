@@ -130,15 +130,23 @@ def generate(given: GenerateOptions) -> None:
         )
         if special_tokens is not None:
             stream.stats.prompt_special_tokens = special_tokens
+
+        def show(chunks: Sequence[Chunk]) -> None:
+            stats = {**stream.stats.to_dict(), "load_s": loaded.load_s}
+            emit_json(_result(chunks, stats, given.logprobs is not None))
+
         if given.as_json:
             with stream:
                 chunks = list(stream)
         else:
             _, chunks = print_stream(stream, show_ids=not _has_tokenizer(model))
         if interrupt.pressed:
+            if given.as_json and chunks:
+                # What there is of the text, with its reason, is the result all the same.
+                show(chunks)
             raise KeyboardInterrupt
     if given.as_json:
-        emit_json(_result(chunks, {**stream.stats.to_dict(), "load_s": loaded.load_s}, given.logprobs is not None))
+        show(chunks)
     elif given.stats:
         note(stats_line(stream.stats))
 

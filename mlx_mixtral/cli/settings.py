@@ -193,7 +193,9 @@ def _scalar(where: str, option: click.Option, value: Any) -> Any:
         return _of(where, value, is_number(value), "a number")
     if metavar in ("LIST", "IDS") and isinstance(value, list) and all(map(is_number, value)):
         return ",".join(map(str, value))
-    if is_integer(value) and ("SIZE" in metavar or metavar == "INTEGER" or isinstance(kind, click.Choice)):
+    if "SIZE" in metavar and is_number(value) and float(value).is_integer():
+        return str(int(value))
+    if is_integer(value) and (metavar == "INTEGER" or isinstance(kind, click.Choice)):
         return str(value)
     return _of(where, value, isinstance(value, str), "text in quotes")
 

@@ -91,7 +91,7 @@ def completion(chunks: Sequence[Chunk]) -> dict[str, Any]:
     return {
         "text": "".join(chunk.text for chunk in chunks),
         "token_ids": [chunk.token_id for chunk in chunks],
-        "finish_reason": chunks[-1].finish_reason,
+        "finish_reason": chunks[-1].finish_reason if chunks else "cancelled",
     }
 
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.arguments import as_path, check_callbacks, check_type
+from mlx_mixtral.arguments import as_path, check_callbacks, check_type, checked
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, TextWindow, TokenProgress, check_window, encode_texts
 from mlx_mixtral.evaluation.forward import Scored, TopTokens, context_limit, score
@@ -36,6 +36,7 @@ WORST_TOKENS = 10
 CONTEXT_SHOWN = 24
 
 
+@checked()
 def evaluate(
     model: Mixtral,
     texts: Sequence[Text] | Corpus,

@@ -117,7 +117,7 @@ def test_closed_streams_are_empty_input_and_lost_output(tiny: Path) -> None:
 
     assert run("<&-", "chat", tiny).returncode == 0
     empty = run("<&-", "generate", tiny, "-p", "-")
-    assert (empty.returncode, empty.stderr.count("\n")) == (1, 1)
+    assert (empty.returncode, empty.stderr.count("\n")) == (2, 1)
     assert "the prompt is empty" in empty.stderr
     assert run(">&-", "info", "8x7b").returncode == 0
 

@@ -179,7 +179,7 @@ def test_passkeys_are_a_heat_map(invoke: Invoke, short: Path, tmp_path: Path) ->
         (["--text", "{}/good.txt", "--max-bytes", "0"], ["--max-bytes: size '0' must be more than zero"]),
         (["--text", "{}/good.txt", "--reference", "{}/good.txt"], ["good.txt is not a reference"]),
         (["--text", "{}/good.txt", "--save-reference", "{}/good.txt"], ["not a reference file"]),
-        (["--text", "{}/good.txt", "--save-reference", "{}/r", "--top-k", "0"], ["top_k is 0"]),
+        (["--text", "{}/good.txt", "--save-reference", "{}/r", "--top-k", "0"], ["--top-k is 0"]),
         (["--text", "{}/good.txt", "--output", "{}"], ["is a folder"]),
         (["--text", "{}/good.txt", "--output", "{}/none/o"], ["there is no folder"]),
         (["--text", "{}/good.txt", "--output", "{}/o", "--save-reference", "{}/o"], ["name one file"]),

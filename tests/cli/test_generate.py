@@ -15,6 +15,16 @@ from mlx_mixtral.cli.console import terminal_safe
 from .conftest import SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
 
 PROMPT = "And it came to pass,"
+# With SLOW_TOKENS: a line on stderr with the third token.
+SAYS_IT_BEGAN = """
+import sys
+tokens, slow_token = iter(range(10**6)), loop.read_token
+def said(*arguments):
+    if next(tokens) == 2:
+        print("begun", file=sys.stderr, flush=True)
+    return slow_token(*arguments)
+loop.read_token = said
+"""
 
 
 def test_text_is_what_the_library_generates(invoke: Invoke, quantised: Path) -> None:
@@ -102,12 +112,12 @@ def test_token_ids_work_without_a_tokenizer_and_text_says_why_not(invoke: Invoke
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--temperature", "-0.1"], "temperature is -0.1"),
-        (["--top-p", "1.5"], "top_p is 1.5"),
-        (["--max-tokens", "0"], "max_tokens is 0"),
-        (["--top-k", "-1"], "top_k is -1"),
-        (["--min-p", "2"], "min_p is 2"),
-        (["--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (["--temperature", "-0.1"], "--temperature is -0.1"),
+        (["--top-p", "1.5"], "--top-p is 1.5"),
+        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--top-k", "-1"], "--top-k is -1"),
+        (["--min-p", "2"], "--min-p is 2"),
+        (["--repetition-penalty", "0"], "--repetition-penalty is 0"),
         (["--stop", ""], "stop string ''"),
         (["--logprobs", "101", "--json"], "logprobs is 101"),
         (["--prompt", ""], "prompt is empty"),
@@ -116,7 +126,9 @@ def test_token_ids_work_without_a_tokenizer_and_text_says_why_not(invoke: Invoke
 def test_values_out_of_range_are_refused_before_the_model_is_looked_for(
     invoke: Invoke, flags: list[str], named: str
 ) -> None:
-    assert_one_error(invoke("generate", "no-such-folder", "-p", PROMPT, *flags), named)
+    result = invoke("generate", "no-such-folder", "-p", PROMPT, *flags)
+    assert_one_error(result, named)
+    assert result.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -180,6 +192,33 @@ def test_ctrl_c_while_generating_keeps_the_text_so_far(spawn: Spawn, tiny: Path)
     assert len(shown) < 2500, "1000 tokens were generated: nothing was interrupted"
 
 
+def test_ctrl_c_keeps_the_text_of_the_json_result_too(spawn: Spawn, tiny: Path) -> None:
+    process = spawn(
+        "generate",
+        tiny,
+        "-p",
+        PROMPT,
+        "-n",
+        1000,
+        "--json",
+        "--logit-bias",
+        "2=-100",
+        before=SLOW_TOKENS + SAYS_IT_BEGAN,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, b"interrupted\n")
+    result = json.loads(out)
+    assert result["finish_reason"] == "cancelled"
+    assert 0 < len(result["token_ids"]) < 1000
+    with load(tiny) as model:
+        sampling = SamplingParams(logit_bias={2: -100})
+        alone = model.generate(PROMPT, max_tokens=len(result["token_ids"]), sampling=sampling)
+    assert result["text"] == alone.text
+
+
 def test_ctrl_c_while_loading_is_one_line(spawn: Spawn, tiny: Path) -> None:
     process = spawn("generate", tiny, "-p", PROMPT, before=SLOW_READS)
     assert process.stderr is not None
@@ -193,8 +232,8 @@ def test_ctrl_c_while_loading_is_one_line(spawn: Spawn, tiny: Path) -> None:
 
 def test_a_seed_that_is_no_integer_is_refused_before_the_model_is_loaded(invoke: Invoke) -> None:
     result = invoke("generate", "nowhere", "-p", "x", "--seed", "abc")
-    assert result.exit_code == 1
-    assert result.stderr == "error: seed is 'abc'; it must be an integer\n"
+    assert result.exit_code == 2
+    assert result.stderr == "error: --seed is 'abc'; it must be an integer\n"
 
 
 def test_control_tokens_of_the_prompt_are_counted_and_can_be_text(invoke: Invoke, quantised: Path) -> None:

@@ -48,7 +48,7 @@ def test_it_lies_where_settings_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_it_gives_defaults_and_what_is_typed_wins(invoke: Invoke, write: Write, tiny: Path) -> None:
-    write("[generate]\nmax-tokens = 3\njson = true\nstop-token-id = [4095]\nstats = false\nmemory = 2000000000\n")
+    write("[generate]\nmax-tokens = 3\njson = true\nstop-token-id = [4095]\nstats = false\nmemory = 2e9\n")
 
     def tokens(*options: object) -> int:
         return len(json.loads(invoke("generate", tiny, "-p", "And it came", *options).stdout)["token_ids"])

@@ -34,7 +34,8 @@ import json, os, signal, sys, threading, time
 from pathlib import Path
 from mlx_mixtral.errors import MixtralError
 from mlx_mixtral_convert import Recipe, convert
-from mlx_mixtral_convert.sources.storage import ranges, remote
+from mlx_mixtral.hub import ranges
+from mlx_mixtral_convert.sources.storage import remote
 ranges.PIECE_BYTES, ranges.WAIT_S, home = 12000, 0.001, Path(sys.argv[1])
 ranges.TIMEOUT_S = float(os.environ.get("MLX_MIXTRAL_TEST_TIMEOUT_S", "5"))
 remote.RemoteStorage.ahead_bytes = 30000
@@ -84,8 +85,9 @@ for options in json.loads(sys.argv[3]):
 class Hub:
     """``failures`` of all range requests fail, in one of four ways; ``served`` has (file, start, bytes) of each answer.
 
-    ``revisions`` are those files were asked for at; ``listed`` sizes the listing says in place of the true ones; ``large``
-    whether it knows the weights' sha256. The first pieces are answered when ``together`` of them are asked for at once.
+    ``revisions`` are those files were asked for at; ``listed`` sizes the listing says in place of the true ones; ``heads``
+    headers that files have besides; ``large`` whether it knows the weights' sha256. The first pieces are answered when
+    ``together`` of them are asked for at once.
     """
 
     folder: Path
@@ -101,6 +103,7 @@ class Hub:
     whole: list[str] = field(default_factory=list)
     revisions: set[str] = field(default_factory=set)
     listed: dict[str, int] = field(default_factory=dict)
+    heads: dict[str, dict[str, str]] = field(default_factory=dict)
     large: bool = True
     together: int = 1
     in_flight: int = 0
@@ -172,6 +175,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             data = (hub.folder / name).read_bytes()
             headers = {"X-Repo-Commit": hub.commit if name.endswith(WEIGHTS) else COMMIT}
             headers["ETag"] = f'"{_sha256(hub.folder / name)}"'
+            headers |= hub.heads.get(name, {})
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if asked is None or not hub.ranges or not name.endswith(WEIGHTS):
                 hub.whole += [name] * (self.command == "GET")

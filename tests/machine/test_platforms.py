@@ -141,6 +141,13 @@ def test_the_program_without_mlx_says_one_line_and_exits_with_1(
     assert done.stderr.splitlines() == [f"error: {backend_problem(has_backend=False)}"]
 
 
+@pytest.mark.parametrize("flag", ["-V", "--version", "version"])
+def test_the_version_is_told_without_mlx(tmp_path: Path, flag: str) -> None:
+    done = _python(tmp_path, HIDE_ALL, "-m", "mlx_mixtral", flag)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"mlx-mixtral {mlx_mixtral.__version__}\n"
+
+
 def test_the_installed_script_without_mlx_says_the_same_line(tmp_path: Path) -> None:
     script = tmp_path / "mlx-mixtral"
     script.write_text("from mlx_mixtral.cli import main\nmain()\n", encoding="utf-8")

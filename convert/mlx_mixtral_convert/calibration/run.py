@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_mixtral import __version__
-from mlx_mixtral.arguments import as_path, check_callbacks, check_type
+from mlx_mixtral.arguments import as_path, check_callbacks, check_type, checked
 from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import InvalidRequestError
@@ -37,6 +37,7 @@ SENSITIVITY_TOKENS = 1024
 MIN_TOKENS = MIN_SEQUENCES * SEQUENCE_TOKENS
 
 
+@checked()
 def calibrate(
     source: str | Path,
     texts: Sequence[str | Path] = (),

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.arguments import as_path, is_integer
+from mlx_mixtral.arguments import as_path, checked, is_integer
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
@@ -23,6 +23,7 @@ ROUTER_MIN_BITS = 8
 ROUNDINGS = ("plain", "search", "gptq")
 
 
+@checked()
 @dataclass(frozen=True)
 class Recipe:
     """How a model is packed.

@@ -39,14 +39,14 @@ class InfoOptions:
 @click.pass_context
 @takes(InfoOptions)
 def info(ctx: click.Context, given: InfoOptions) -> None:
-    """Show what MODEL is, weighs and needs: a folder, a hub repository, or the published sizes 8x7b and 8x22b.
+    """Show the size of MODEL and the memory it needs: a folder, a hub repository, or the published models 8x7b and 8x22b.
 
-    Reads configuration and file headers, never weights. What fits a Mac assumes that its GPU may use 2/3 of the memory
-    below 36 GB and 3/4 from there on, which is what macOS recommends to Metal applications (newer versions allow more).
-    Speed bounds are the chip's published bandwidth over the bytes read for one token: no implementation can be faster.
+    It reads the configuration and file headers only, not the weights. The table of what fits assumes that the GPU may use
+    2/3 of a Mac's memory below 36 GB and 3/4 from 36 GB up, as macOS recommends to Metal applications (newer versions allow
+    more). The speed bound is the chip's published bandwidth divided by the bytes read per token: nothing can be faster.
 
-    With --memory the plan for a budget comes first: which layers keep all experts, how many slots the others have, and the
-    tokens a second predicted from the speeds of disk and memory, measured here or given by --disk and --chip.
+    --memory prints the plan for a budget first: which layers keep all their experts, how many expert slots the others have,
+    and the predicted tokens per second. Disk and memory speeds are measured here, or given by --disk and --chip.
     """
     if given.settings:
         if given.model is not None:

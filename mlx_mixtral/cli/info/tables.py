@@ -169,7 +169,7 @@ def print_plans(plans: Sequence[Mapping[str, Any]]) -> None:
             "Resident: layers with all experts in memory; slots: of the others. Other: KV cache and working memory.\n"
             f"Predicted for {format_bytes(speeds['disk_bytes_per_s'])}/s of disk, "
             f"{format_bytes(speeds['memory_bytes_per_s'])}/s through the weights and "
-            f"{speeds['readback_s'] * 1e6:.0f} µs for reading a router's choice back.\n",
+            f"{speeds['readback_s'] * 1e6:.0f} µs to read a router's choice back from the GPU.\n",
             style="dim",
             soft_wrap=True,
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_mixtral.cli.models.names import hub_cache
 from mlx_mixtral.errors import ConfigError, HubError, MissingDependencyError, MixtralError
-from mlx_mixtral.hub import hub_errors
+from mlx_mixtral.hub.failures import hub_errors
 from mlx_mixtral.info.checkpoint import checkpoint_report
 from mlx_mixtral.installing import how_to_install
 from mlx_mixtral.reading import is_there, read_json
@@ -70,7 +70,7 @@ def cached() -> tuple[list[CachedModel], Any]:
         raise MissingDependencyError(
             f"the hub's cache needs huggingface-hub: {how_to_install('huggingface-hub')}"
         ) from error
-    with hub_errors("the hub's cache", None):
+    with hub_errors("the hub's cache"):
         try:
             info = hub.scan_cache_dir(hub_cache())
         except hub.CacheNotFound:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,13 @@ def test_a_broken_connection_is_one_line_however_deep_the_client_wraps_it() -> N
 
     with pytest.raises(HubError, match=r"^me/model: the hub cannot be reached, .* goes on"), _upload_errors(REPOSITORY):
         send()
+
+
+def test_a_hub_in_trouble_is_waited_for_not_blamed_on_the_token() -> None:
+    error = RuntimeError("status 503")
+    error.response = SimpleNamespace(status_code=503)  # type: ignore[attr-defined]
+    with pytest.raises(HubError, match="or is in trouble; the same command goes on"), _upload_errors(REPOSITORY):
+        raise error
 
 
 def test_nothing_is_sent_of_a_damaged_conversion(converted: Path, hub: UploadHub, tmp_path: Path) -> None:

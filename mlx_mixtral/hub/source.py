@@ -1,4 +1,4 @@
-"""From what a user types to a folder on disk: a local folder as it is, ``owner/name[@revision]`` through the Hub's cache.
+"""What a user names as a model, and which files of a repository that takes.
 
 Only the files that are read are downloaded: Mixtral repositories carry the same weights two or three times over
 (``model-*.safetensors``, ``consolidated*``, ``*.pt``), 90 GB each.
@@ -6,36 +6,27 @@ Only the files that are read are downloaded: Mixtral repositories carry the same
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
-import importlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from mlx_mixtral.arguments import as_path, check_type
-from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError, MissingDependencyError, MixtralError
-from mlx_mixtral.installing import how_to_install
+from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError
+from mlx_mixtral.hub.download import INDEX, BytesDone, download, gguf_part
 from mlx_mixtral.model_names import hub_name, not_there
-from mlx_mixtral.reading import read_json
 
-__all__ = ["Source", "download", "hub_errors", "is_unreachable", "resolve", "wanted_files"]
-
-BytesDone = Callable[[int, int], None]
+__all__ = ["Source", "resolve", "wanted_files"]
 
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^\s@:]+))?(?::([^\s/:]+\.gguf))?")
-_GGUF_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 _SMALL = (
     "config.json", "generation_config.json", "params.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "tokenizer.model*", "chat_template.*", "conversion.json", "LICENSE*",
     "hf_quant_config.json",
     "quantize_config.json", "quant_config.json", "adapter_config.json",
 )  # fmt: skip
-_INDEX = "model.safetensors.index.json"
 # Weights that the converter reads besides: of the first kind that a repository has, all files.
 _CONVERTIBLE = (
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -71,7 +62,7 @@ class Source:
             InvalidRequestError: an empty name, a wrong type, a revision for what is here, two different revisions, or the
                 address of something else than a model.
         """
-        if source == "":
+        if isinstance(source, str) and not source:
             raise InvalidRequestError("the source is an empty name; write . for the current folder")
         path = as_path("source", source)
         check_type("revision", revision, (str, type(None)), "a branch, tag or commit, or None")
@@ -169,7 +160,7 @@ def wanted_files(
         if others and not convertible:
             fix = f"mlx-mixtral convert reads those, downloaded whole; or {fix}"
         raise HubError(f"the repository has no model*.safetensors weights ({there}); {fix}")
-    return small + [name for name in top if name == _INDEX] + chosen
+    return small + [name for name in top if name == INDEX] + chosen
 
 
 def _convertible(top: list[str]) -> list[str]:
@@ -185,7 +176,7 @@ def _convertible(top: list[str]) -> list[str]:
 
 
 def _is_later_part(name: str) -> bool:
-    return _GGUF_PART.fullmatch(name) is not None and "-00001-of-" not in name
+    return gguf_part(name) is not None and "-00001-of-" not in name
 
 
 def _gguf_parts(top: list[str], file: str) -> list[str]:
@@ -194,157 +185,7 @@ def _gguf_parts(top: list[str], file: str) -> list[str]:
         raise HubError(
             f"the repository has no file {file}; " + (f"it has {', '.join(there[:8])}" if there else "nor any GGUF")
         )
-    part = _GGUF_PART.fullmatch(file)
+    part = gguf_part(file)
     if part is None:
         return [file]
-    return [name for name in top if (other := _GGUF_PART.fullmatch(name)) and other.groups() == part.groups()]
-
-
-def download(
-    repository: str,
-    revision: str | None,
-    choose: Callable[[Iterable[str]], list[str]],
-    progress: BytesDone | None = None,
-) -> Path:
-    """The folder with those files of a repository that ``choose`` picks by name, out of the Hub's cache.
-
-    Raises:
-        HubError: as for ``resolve``.
-    """
-    with hub_errors(repository, revision):
-        import huggingface_hub as hub
-
-        try:
-            # Not list_repo_tree: without a connection that retries for half a minute.
-            info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
-            sizes = {item.rfilename: item.size or 0 for item in info.siblings or ()}
-        except Exception as error:
-            if not is_unreachable(error):
-                raise
-            folder = hub.snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[])
-            return _complete(Path(folder), choose)
-        wanted = choose(sizes)
-        total = sum(sizes[name] for name in wanted)
-        folder = hub.snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=[_literal(name) for name in wanted],
-            tqdm_class=_silent_bar(total, progress),
-        )
-        if progress is not None:
-            progress(total, total)
-        return Path(folder)
-
-
-@contextlib.contextmanager
-def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
-    """Failures of the Hub's client inside become one line that names the repository.
-
-    Raises:
-        HubError: what the client raised, explained.
-        MissingDependencyError: the client is not installed.
-    """
-    try:
-        from huggingface_hub import errors as kinds
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{repository} is a hub repository and huggingface-hub is not installed: "
-            f"{how_to_install('huggingface-hub')}"
-        ) from error
-    try:
-        yield
-    except HubError as error:
-        raise HubError(f"{repository}: {error}") from error
-    except MixtralError:
-        raise
-    except Exception as error:
-        message = _explain(error, kinds, repository, revision)
-        if message is None:
-            raise
-        raise HubError(message) from error
-
-
-def _complete(folder: Path, choose: Callable[[Iterable[str]], list[str]]) -> Path:
-    """The cached snapshot, if it has everything; the Hub cannot be asked."""
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    try:
-        chosen = choose(present)
-    except HubError as error:
-        raise HubError(f"the cached copy is not complete ({error}) and the hub cannot be reached; go online") from error
-    needed = [] if any(name.endswith(".gguf") or name == "params.json" for name in chosen) else ["config.json"]
-    for index in {_INDEX, "pytorch_model.bin.index.json"} & set(chosen):
-        weight_map = read_json(folder / index).get("weight_map")
-        needed += sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    for name in chosen:
-        if (part := _GGUF_PART.fullmatch(name)) is not None:
-            needed += [f"{part[1]}-{number:05}-of-{part[2]}.gguf" for number in range(1, int(part[2]) + 1)]
-    for name in needed:
-        if name not in present:
-            raise HubError(f"the cached copy lacks {name} and the hub cannot be reached; go online and try again")
-    return folder
-
-
-def _explain(error: Exception, errors: Any, repository: str, revision: str | None) -> str | None:
-    """One line for a failure of the Hub's client, None for what is not its failure."""
-    page = f"https://huggingface.co/{repository}"
-    if isinstance(error, errors.GatedRepoError):
-        return f"{repository} is gated: accept its licence on {page}, then run `hf auth login` or set HF_TOKEN"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repository} has no revision {revision!r}; {page}/commits/main lists them"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{repository}: no such folder here and no such public repository on the hub; check the name, and for a private "
-            "one run `hf auth login` or set HF_TOKEN"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{repository}: the disk of the hub's cache is full; free some room or set HF_HOME to another disk"
-    if isinstance(error, errors.LocalEntryNotFoundError) or is_unreachable(error):
-        return f"{repository}: the hub cannot be reached and there is no cached copy; check the connection or HF_HUB_OFFLINE"
-    if isinstance(error, errors.HFValidationError):
-        return f"{repository} is not a valid repository name: {_first_line(error)}"
-    if isinstance(error, errors.HfHubHTTPError):
-        status = getattr(error.response, "status_code", None)
-        hint = "; run `hf auth login` or set HF_TOKEN" if status in (401, 403) else "; try again later"
-        return f"{repository}: the hub answered with status {status}{hint}"
-    if isinstance(error, OSError):
-        return f"{repository}: download failed: {_first_line(error)}"
-    return None
-
-
-def is_unreachable(error: BaseException) -> bool:
-    """No connection, a time-out, offline mode, or a server in trouble. The client's HTTP library changed its name once."""
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return isinstance(status, int) and status >= 500
-    kinds = type(error).__mro__
-    return any(k.__module__.split(".")[0].startswith("httpx") and k.__name__ == "TransportError" for k in kinds)
-
-
-def _literal(name: str) -> str:
-    """A pattern that matches ``name`` alone."""
-    return re.sub(r"([*?[])", r"[\1]", name)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _silent_bar(total: int, progress: BytesDone | None) -> Any:
-    """A tqdm class that draws nothing and passes the bytes written on to ``progress``."""
-    base: Any = importlib.import_module("tqdm").tqdm
-    done = 0
-
-    def start(bar: Any, *args: Any, **kwargs: Any) -> None:
-        # The client may keep two bars in bytes: received ("Downloading bytes"), and written to disk.
-        bar.counts = kwargs.get("unit") == "B" and kwargs.get("desc") != "Downloading bytes"
-        base.__init__(bar, *args, **{**kwargs, "disable": True})
-
-    def update(bar: Any, n: float | None = 1) -> None:
-        nonlocal done
-        if bar.counts and progress is not None and n:
-            done = min(total, done + int(n))
-            progress(done, total)
-
-    return type("Silent", (base,), {"__init__": start, "update": update})
+    return [name for name in top if (other := gguf_part(name)) and other.groups() == part.groups()]

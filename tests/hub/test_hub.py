@@ -17,6 +17,8 @@ import pytest
 
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError
 from mlx_mixtral.hub import Source, resolve, wanted_files
+from mlx_mixtral.hub import download as downloads
+from mlx_mixtral.hub.listing import Listing, RemoteFile
 from tests.forks import run_python
 from tests.processes import PYTHONPATH
 
@@ -41,6 +43,7 @@ FILES = {
     ".gitattributes": b"",
     "original/model.safetensors": b"five times" * 100,
 }
+ONE = RemoteFile(1, None)
 SMALL = sorted(name for name in FILES if name.startswith(("config", "generation", "tokenizer", "chat", "LICENSE")))
 WEIGHTS = [
     "model-00001-of-00002.safetensors",
@@ -257,15 +260,13 @@ def test_a_repository_without_safetensors_is_refused_before_downloading(tmp_path
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def full(*args: Any, **options: Any) -> str:
+    def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    siblings = [{"rfilename": name, "size": 1} for name in ("config.json", "model.safetensors")]
-    info = huggingface_hub.ModelInfo(id="owner/model", siblings=siblings)  # type: ignore[no-untyped-call]
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    monkeypatch.setattr(
+        downloads, "list_files", lambda *args: Listing("owner/model", COMMIT, {"model.safetensors": ONE})
+    )
+    monkeypatch.setattr(downloads, "store_files", full)
     with pytest.raises(HubError, match=r"owner/model: the disk of the hub's cache is full.*HF_HOME"):
         resolve("owner/model")
 
