@@ -10,7 +10,7 @@ __all__ = ["completion", "man"]
 SHELLS = ("bash", "zsh", "fish")
 _VARIABLE = "_MLX_MIXTRAL_COMPLETE"
 # A fresh zsh has not loaded what registers completions.
-_BEFORE = {"zsh": "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }\n"}
+_BEFORE = {"zsh": "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }\n"}
 
 
 @click.command("completion")

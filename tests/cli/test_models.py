@@ -257,4 +257,7 @@ def test_names_for_completion_are_of_models_that_are_of_use(cache: Cache, files:
     (cache.root / "datasets--owner--data").mkdir()
     (cache.root / "models--owner--odd" / "snapshots").mkdir(parents=True)
     cache.add("owner/bad", {"config.json": b"[1]", "model.safetensors": b""})
+    (cache.root / "models--owner--runs" / "snapshots" / ".DS_Store").touch()
+    pipe = cache.add("owner/pipe", {"model.safetensors": b""})
+    os.mkfifo(pipe / "config.json")
     assert cached_models() == ["owner/cannot-be-read", "owner/convert-first", "owner/runs"]

@@ -5,15 +5,16 @@ The cache's layout: https://huggingface.co/docs/huggingface_hub/guides/manage-ca
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
+
+from mlx_mixtral.errors import MixtralError
+from mlx_mixtral.reading import MAX_CONFIG_BYTES, read_json
 
 __all__ = ["cached_models", "hub_cache"]
 
 _PREFIX = "models--"
 _KINDS = ("mixtral", "mistral", "llama")
-_MAX_CONFIG_BYTES = 2**20
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".npz", ".pt", ".pth")
 
 
@@ -41,20 +42,20 @@ def cached_models() -> list[str]:
 
 def _may_be_ours(folder: Path) -> bool:
     try:
-        return any(_has_model(snapshot) for snapshot in (folder / "snapshots").iterdir())
+        snapshots = list((folder / "snapshots").iterdir())
     except OSError:
         return False
+    return any(_has_model(snapshot) for snapshot in snapshots if snapshot.is_dir())
 
 
 def _has_model(snapshot: Path) -> bool:
-    names = os.listdir(snapshot)  # noqa: PTH208
-    if not any(name.endswith(_WEIGHTS) for name in names):
-        return False
-    if "config.json" not in names:
-        return any(name == "params.json" or name.endswith(".gguf") for name in names)
-    with (snapshot / "config.json").open("rb") as file:
-        try:
-            kind = json.loads(file.read(_MAX_CONFIG_BYTES)).get("model_type")
-        except (ValueError, AttributeError, RecursionError):
+    try:
+        names = os.listdir(snapshot)  # noqa: PTH208
+        if not any(name.endswith(_WEIGHTS) for name in names):
             return False
+        if "config.json" not in names:
+            return any(name == "params.json" or name.endswith(".gguf") for name in names)
+        kind = read_json(snapshot / "config.json", MAX_CONFIG_BYTES).get("model_type")
+    except (OSError, MixtralError):
+        return False
     return kind in _KINDS
