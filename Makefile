@@ -43,6 +43,7 @@ bench: $(VENV)/.tests
 
 fuzz: $(VENV)/.tests
 	PYTHONPATH=.:convert $(BIN)/python -m tests.fuzz.run $(FUZZ_ARGS)
+	PYTHONPATH=.:convert $(BIN)/python -m tests.fuzz.hub $(FUZZ_HUB_ARGS)
 
 soak: $(VENV)/.tests
 	PYTHONPATH=.:convert $(BIN)/python -m tests.soak.run $(SOAK_ARGS)

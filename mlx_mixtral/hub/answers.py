@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
 from mlx_mixtral import __version__
@@ -65,6 +66,8 @@ class HubClient:
         hub: Any = importlib.import_module("huggingface_hub.utils")
         self.constants: Any = importlib.import_module("huggingface_hub.constants")
         self._session: Any = hub.get_session()
+        # No cookie is kept or sent: the hub needs none, and one that is not ASCII would fail every request after it.
+        self._session.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         # The client's own headers name the program that runs it, and it asks the hub which there are, without these limits.
         self._headers = {"User-Agent": f"mlx-mixtral/{__version__}", "Accept-Encoding": "identity"}
         if (token := hub.get_token_to_send(None)) is not None:

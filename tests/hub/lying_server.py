@@ -198,7 +198,7 @@ class _Server(ThreadingHTTPServer):
         """The client gives up the connection: that is what it should do."""
 
 
-def _handler(hub: LyingHub) -> type[BaseHTTPRequestHandler]:
+def _handler(hub: LyingHub, bent: Callable[..., None] | None) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -208,6 +208,9 @@ def _handler(hub: LyingHub) -> type[BaseHTTPRequestHandler]:
             is_api = path.startswith("/api/models/")
             lie = parts[4] if is_api else parts[2]
             self.count(lie)
+            if bent is not None:
+                bent(self, lie, is_api=is_api, file=parts[-1])
+                return
             if is_api and lie in APIS:
                 APIS[lie][0](self)
             elif is_api:
@@ -246,9 +249,10 @@ def _handler(hub: LyingHub) -> type[BaseHTTPRequestHandler]:
 
 
 @contextlib.contextmanager
-def serve() -> Iterator[LyingHub]:
+def serve(bent: Callable[..., None] | None = None) -> Iterator[LyingHub]:
+    """The hub; ``bent`` answers all requests in place of the lies of this file."""
     hub = LyingHub()
-    server = _Server(("127.0.0.1", 0), _handler(hub))
+    server = _Server(("127.0.0.1", 0), _handler(hub, bent))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()

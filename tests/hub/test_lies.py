@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.forks import run_python
+from tests.fuzz.hub import wrong_results
 from tests.hub.lying_server import APIS, BODIES, CONFIG, HEADS, LISTINGS, serve
 from tests.processes import PYTHONPATH
 
@@ -101,6 +103,13 @@ def test_little_more_is_read_than_a_file_has(asked: tuple[Path, dict[str, Any], 
         name: sent for name, sent in asked[2].items() if sent > 40 * 2**20 and name not in ("api-endless", "large")
     } == {}
     assert asked[1]["peak"] < 600_000
+
+
+def test_a_short_part_of_the_campaign_of_bent_answers() -> None:
+    """Among them a cookie that is no ASCII, which every later request would have carried."""
+    outcomes = Counter[str]()
+    assert wrong_results(range(200, 236), outcomes) == {}
+    assert set(outcomes) == {"files", "HubError"}
 
 
 def test_nothing_else_is_asked_for(asked: tuple[Path, dict[str, Any], dict[str, int]]) -> None:
