@@ -106,6 +106,6 @@ if (_problem := backend_problem()) is not None:
     # As a program (`mlx-mixtral`, `python -m mlx_mixtral`, whose argv[0] is "-m" this early): one line, no traceback.
     if PurePath(sys.argv[0] if sys.argv else "").name not in ("mlx-mixtral", "-m"):
         raise errors.UnsupportedPlatformError(_problem)
-    # What version it is needs no MLX, and is the first thing that is asked about an installation.
-    if sys.argv[1:] not in (["--version"], ["-V"], ["version"]):
+    # What is asked before anything is installed right needs no MLX.
+    if sys.argv[1:2] not in (["--version"], ["-V"], ["version"]):
         sys.exit(f"error: {_problem}")

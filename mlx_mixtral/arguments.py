@@ -2,23 +2,95 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard, TypeVar, cast
 
 from mlx_mixtral.errors import InvalidRequestError
 
-__all__ = ["as_path", "check_callbacks", "check_integer", "check_type", "is_integer", "is_number"]
+__all__ = [
+    "as_path", "check_callbacks", "check_integer", "check_type", "checked", "is_integer", "is_number", "plain", "shown",
+]  # fmt: skip
 
 SHOWN_CHARACTERS = 60
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def checked(
+    *,
+    options: Callable[..., Any] | None = None,
+    without: tuple[str, ...] = (),
+    elsewhere: Mapping[str, str] | None = None,
+) -> Callable[[F], F]:
+    """Make a function or class of ours say InvalidRequestError where Python says TypeError for arguments it has no place for.
+
+    Scalars of numpy become Python's numbers on the way. ``help`` shows every option by its name.
+
+    Args:
+        options: has the parameters that the function takes as ``**options``; of them those that are not ``without``.
+        elsewhere: what to write instead, for arguments that belong to something else.
+    """
+
+    def decorate(function: F) -> F:
+        if inspect.isclass(function):
+            function.__init__ = decorate(function.__init__)  # type: ignore[method-assign]
+            return function
+        signature = inspect.signature(function)
+        parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        if options is not None:
+            taken = {*without, "self"}
+            others = [each for each in inspect.signature(options).parameters.values() if each.name not in taken]
+            parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in others]
+        signature = signature.replace(parameters=parameters)
+        name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                unknown = next((key for key in kwargs if key not in signature.parameters), None)
+                what = str(error) if unknown is None else _no_place(unknown, signature, elsewhere or {})
+                raise InvalidRequestError(f"{name}: {what}") from None
+            return function(*map(plain, args), **{key: plain(value) for key, value in kwargs.items()})
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return cast("F", call)
+
+    return decorate
+
+
+def _no_place(unknown: str, signature: inspect.Signature, elsewhere: Mapping[str, str]) -> str:
+    known = [name for name in signature.parameters if name != "self"]
+    text = f"there is no argument {unknown!r}; "
+    if unknown in elsewhere:
+        return text + elsewhere[unknown]
+    close = difflib.get_close_matches(unknown, known, 1)
+    return text + (f"write {close[0]}" if close else f"it takes {', '.join(known)}")
+
+
+def plain(value: Any) -> Any:
+    """A scalar of numpy as Python's number, or whatever it is; everything else as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
     """Raise InvalidRequestError unless ``value`` is one of ``kinds``, which ``wanted`` says in words."""
     if not isinstance(value, kinds):
-        shown = " ".join(repr(value).split())
-        shown = shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}…"
-        raise InvalidRequestError(f"{name} is {shown}, of type {type(value).__name__}; it must be {wanted}")
+        raise InvalidRequestError(f"{name} is {shown(value)}, of type {type(value).__name__}; it must be {wanted}")
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: on one line, and not too long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -42,7 +114,7 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
     """
     if not is_integer(value) or value < minimum or (maximum is not None and value > maximum):
         in_range = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise InvalidRequestError(f"{name} is {value!r}; it must be {wanted or f'an integer {in_range}'}")
+        raise InvalidRequestError(f"{name} is {shown(value)}; it must be {wanted or f'an integer {in_range}'}")
     return value
 
 
@@ -57,14 +129,21 @@ def as_path(name: str, value: str | Path) -> Path:
     """A path of this machine, ``~`` expanded.
 
     Raises:
-        InvalidRequestError: of another type, or in the home folder of nobody here.
+        InvalidRequestError: of another type, empty, or in the home folder of nobody here.
     """
     check_type(name, value, (str, os.PathLike), "a path, as text or a Path")
+    if value == "":
+        raise InvalidRequestError(f"{name} is an empty path; give one (. is the current folder)")
+    if isinstance(value, str) and not value.startswith("~") and str(Path(value)).startswith("~"):
+        return Path(os.path.abspath(value))  # noqa: PTH100 - ./~x, which a Path forgets
     try:
         os.fsencode(value)
     except UnicodeEncodeError:
         # A locale without these characters: files have names in UTF-8 there too.
-        value = os.fsdecode(os.fspath(value).encode("utf-8", "surrogateescape"))
+        try:
+            value = os.fsdecode(os.fspath(value).encode("utf-8", "surrogateescape"))
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"{name} is {shown(value)}, which is no text: {error.reason}") from None
     try:
         return Path(value).expanduser()
     except RuntimeError:

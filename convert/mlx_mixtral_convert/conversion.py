@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import __version__
-from mlx_mixtral.arguments import check_callbacks, check_type
+from mlx_mixtral.arguments import check_callbacks, check_type, checked
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.files import replace_file
 from mlx_mixtral.hub import Source
@@ -53,6 +53,7 @@ __all__ = ["convert"]
 WORST_LISTED = 10
 
 
+@checked()
 def convert(
     source: str | Path,
     dest: str | Path,
@@ -67,7 +68,7 @@ def convert(
     stream: bool = False,
     dry_run: bool = False,
     calibration: Calibration | str | Path | None = None,
-    fit: str | int | None = None,
+    fit: str | float | None = None,
     context: int | None = None,
     progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -209,7 +210,7 @@ def _choose(
     again: Callable[[], TensorSource],
     *,
     exact: bool,
-    fit: str | int | None,
+    fit: str | float | None,
     dtype: str,
     context: int | None,
 ) -> _Chosen:

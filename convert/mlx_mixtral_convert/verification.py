@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.arguments import as_path, check_callbacks
+from mlx_mixtral.arguments import as_path, check_callbacks, checked
 from mlx_mixtral.config.layout import Matrix, locate
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, MixtralError
@@ -62,6 +62,7 @@ class VerifyReport:
         return {"ok": self.ok, **json_object(self)}
 
 
+@checked()
 def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Check a converted folder: every file's size and sha256, files too many or too few, headers, index and shapes against
     the configuration, and that no scale, norm or other float is NaN or infinite.

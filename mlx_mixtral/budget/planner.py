@@ -75,7 +75,7 @@ class Planner:
             self._product_bytes,
         )
 
-    def plan(self, memory: str | int | None, context: int | None) -> MemoryPlan:
+    def plan(self, memory: str | float | None, context: int | None) -> MemoryPlan:
         """What stays in memory under a budget; None means what this machine can give.
 
         Raises:

@@ -1,7 +1,7 @@
 """The program ``mlx-mixtral``: the composition root, and the only part that prints.
 
 Results and generated text go to stdout, everything else to stderr. Exit status: 0 done, 1 a ``MixtralError`` in one line,
-2 usage, 130 interrupted, 141 the reader of a pipe went away.
+2 a wrong call, 130 interrupted, 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     )
     before = signal.signal(signal.SIGINT, _end) if ours else None
-    if not {"-h", "--help", "-V", "--version"} & set(sys.argv):
+    if not {"-h", "--help", "-V", "--version"} & set(sys.argv) and "_MLX_MIXTRAL_COMPLETE" not in os.environ:
         import numpy as _  # noqa: F401
     from mlx_mixtral.cli.app import main as run
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import logging
 import os
 import sys
-from typing import IO
+from collections.abc import Iterator
+from typing import IO, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mlx_mixtral import __version__
 from mlx_mixtral.cli.console import note, one_line
-from mlx_mixtral.errors import MixtralError
+from mlx_mixtral.cli.settings import apply, read_settings
+from mlx_mixtral.cli.shell import completion, man
+from mlx_mixtral.errors import InvalidRequestError, MixtralError
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -25,6 +31,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("mlx_mixtral.cli.convert.command:convert", "Convert a checkpoint to MLX, quantised."),
     "verify": ("mlx_mixtral.cli.verify:verify", "Check a converted folder: hashes, shapes, finiteness."),
     "upload": ("mlx_mixtral.cli.upload:upload", "Put a conversion on the hub, with a model card."),
+    "list": ("mlx_mixtral.cli.models.command:list_models", "Show the models in the hub's cache."),
+    "pull": ("mlx_mixtral.cli.models.command:pull", "Fetch a model into the hub's cache."),
+    "rm": ("mlx_mixtral.cli.models.command:rm", "Remove models from the hub's cache."),
     "bench": ("mlx_mixtral.cli.bench.command:bench", "Measure speed here, and beside mlx-lm."),
     "evaluate": ("mlx_mixtral.cli.evaluate.command:evaluate", "Perplexity, distance to a reference, long context."),
     "routing": ("mlx_mixtral.cli.routing.command:routing", "What a model's experts do, by domain."),
@@ -33,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("mlx_mixtral.cli.chat.command:chat", "Talk with an instruct model."),
 }
 
+WRONG_CALL = 2  # click's own for options that it does not know
 INTERRUPTED = 130
 PIPE_CLOSED = 141  # 128 + SIGPIPE: what a shell sees of any program whose reader went away
 
@@ -59,7 +69,16 @@ class _App(click.Group):
             near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
             advice = f"did you mean {near[0]}?" if near else "mlx-mixtral --help lists them"
             ctx.fail(f"there is no command {one_line(name)!r}; {advice}")
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        if found[1] is not None and name in COMMANDS and not ctx.resilient_parsing:
+            apply(ctx, read_settings(COMMANDS), name, found[1], args[1:])
+        return found
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[Any]]:
+        # From the list alone: click's own would import every command.
+        found = [CompletionItem(name, help=line) for name, (_, line) in COMMANDS.items() if name.startswith(incomplete)]
+        found += [CompletionItem(name) for name in _WORDS if incomplete and name.startswith(incomplete)]
+        return found or click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -67,8 +86,12 @@ class _App(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            result = super().invoke(ctx)
+            with _said():
+                result = super().invoke(ctx)
             sys.stdout.flush()
+        except InvalidRequestError as error:
+            note(f"error: {one_line(_with_option_names(ctx, str(error)))}{_notes(error)}")
+            raise click.exceptions.Exit(WRONG_CALL) from None
         except MixtralError as error:
             note(f"error: {one_line(error)}{_notes(error)}")
             raise click.exceptions.Exit(1) from None
@@ -97,7 +120,8 @@ class _App(click.Group):
 @click.group(
     cls=_App,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="MODEL is a folder or a Hugging Face repository. Try `mlx-mixtral demo` first.",
+    epilog="MODEL is a folder, a Hugging Face repository (owner/name) or the address of its page. "
+    "Try `mlx-mixtral demo` first. `completion SHELL` and `man` print what a shell and man need.",
 )
 @click.version_option(__version__, "-V", "--version", message="mlx-mixtral %(version)s")
 def app() -> None:
@@ -126,8 +150,41 @@ def _version() -> None:
     click.echo(f"mlx-mixtral {__version__}")
 
 
-# Words people type where options are meant.
-_WORDS: dict[str, click.Command] = {"help": _help, "version": _version}
+# Words people type where options are meant, and what is needed once, when the program is installed.
+_WORDS: dict[str, click.Command] = {"completion": completion, "help": _help, "man": man, "version": _version}
+
+
+class _Notes(logging.Handler):
+    """What the library says while it waits, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(one_line(record.getMessage()))
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    logger, handler = logging.getLogger("mlx_mixtral"), _Notes(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _with_option_names(ctx: click.Context, message: str) -> str:
+    """A message that begins with an argument of the library, with the option's name in its place."""
+    name = message.partition(" ")[0]
+    command = (
+        ctx.command.get_command(ctx, ctx.invoked_subcommand or "") if isinstance(ctx.command, click.Group) else None
+    )
+    for parameter in command.params if command is not None else ():
+        flags = [flag for flag in parameter.opts if flag.startswith("--")]
+        if flags and name in (parameter.name, flags[0].removeprefix("--").replace("-", "_")):
+            return f"{flags[0]}{message.removeprefix(name)}"
+    return message
 
 
 def _notes(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from mlx_mixtral.cli.console import emit_json, err_console, note, one_line, out_
 from mlx_mixtral.cli.fields import argument, flag, option, takes
 from mlx_mixtral.cli.options import device_option, json_flag, overwrite_flag, revision_option
 from mlx_mixtral.cli.progress import share_bars
+from mlx_mixtral.cli.values import ModelName
 from mlx_mixtral.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -26,21 +27,23 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    source: str = argument()
+    source: str = argument(type=ModelName(files=True))
     file: str = argument()
     text: tuple[Path, ...] = option(
-        "--text FILE", "Text to measure on; repeatable.", type=click.Path(path_type=Path), multiple=True
+        "--text FILE",
+        "Text to measure on; repeatable.  [default: a bundled text]",
+        multiple=True,
     )
     tokens: int = option("--tokens", "Tokens at most.", default=16384)
     sensitivities: bool = flag(
         "--sensitivities",
-        "Also measure what each packing of each layer loses, which takes many times as long: for --fit.",
+        "Also measure the loss of each packing of each layer, which `convert --fit` needs; takes many times as long.",
     )
     trace: str | None = option(
         "--trace FILE",
-        "What `mlx-mixtral routing --save-trace` recorded: experts rarely chosen there count less in sensitivities.",
+        "Recording of `mlx-mixtral routing --save-trace`: experts that it rarely chose weigh less in --sensitivities.",
     )
-    restart: bool = flag("--restart", "Start over instead of going on where an interrupted run ended.")
+    restart: bool = flag("--restart", "Start over and ignore what an interrupted run left.")
     overwrite: bool = overwrite_flag("the calibration")
     revision: str | None = revision_option()
     device: str | None = device_option()
@@ -83,17 +86,17 @@ def _progress(*, sensitivities: bool) -> Iterator[Callable[[CalibrationProgress]
 @click.command()
 @takes(CalibrateOptions)
 def calibrate(given: CalibrateOptions) -> None:
-    """Pass a text through SOURCE and save to FILE what `convert --calibration FILE` uses.
+    """Run a text through SOURCE and save measurements to FILE, for `convert --calibration FILE`.
 
-    One layer is in memory at a time. Without --text a bundled text in several languages and code is used.
+    Only one layer is in memory at a time. The bundled text has several languages and code.
 
-    `convert --rounding` needs no more than that. `convert --fit` needs --sensitivities as well: every matrix is packed in
-    twelve ways. How long that takes is said at the start.
+    This is all that `convert --rounding` needs. `convert --fit` also needs --sensitivities, for which every matrix is packed
+    in twelve ways; an estimate of the time is printed first.
 
-    After an interruption the same command goes on after the last layer that was kept in FILE.journal.
+    An interrupted run resumes after the last layer in FILE.journal: repeat the same command.
 
-    With --trace, a routing trace of SOURCE or of a conversion of it on text like yours, what packing the experts of a layer
-    costs is the mean over its experts weighted by how often that text chose them, and `convert --fit` spends its bits so.
+    --trace takes a routing trace of SOURCE, or of a conversion of it, on text like yours. The loss of a layer's experts is
+    then averaged by how often that text chose each of them, and `convert --fit` spends its bits accordingly.
     """
     import time
 

@@ -49,9 +49,7 @@ SAMPLES = (
 
 @dataclass(frozen=True)
 class DemoOptions:
-    keep: Path | None = option(
-        "--keep DIR", "Keep the converted model in this folder.", type=click.Path(path_type=Path)
-    )
+    keep: Path | None = option("--keep DIR", "Keep the converted model in this folder.")
     device: str | None = device_option()
     as_json: bool = json_flag()
 
@@ -59,7 +57,7 @@ class DemoOptions:
 @click.command()
 @takes(DemoOptions)
 def demo(given: DemoOptions) -> None:
-    """Convert the bundled checkpoint to 4 bits, load it and let it write: some seconds, nothing is downloaded.
+    """Convert the bundled checkpoint to 4 bits, load it and generate text. Takes seconds and downloads nothing.
 
     `tiny-mixtral` is a real Mixtral of 8.4 million parameters, trained on five languages, Python code and sums.
     """

@@ -21,6 +21,7 @@ from mlx_mixtral.cli.options import (
     number_list,
     overwrite_flag,
 )
+from mlx_mixtral.cli.values import ModelName
 from mlx_mixtral.errors import InvalidRequestError, TokenizerError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ __all__ = ["generate"]
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    model: str = argument()
+    model: str = argument(type=ModelName())
     prompt: str | None = option(
         "-p, --prompt", "Text to continue, without a chat format; - reads standard input (UTF-8)."
     )
@@ -74,7 +75,7 @@ def generate(given: GenerateOptions) -> None:
     """
     if given.from_prompt is not None and given.saved_prompt is not None:
         raise click.UsageError("--saved-prompt is the older name of --from-prompt; give one of them")
-    saved = given.from_prompt or given.saved_prompt
+    saved = given.saved_prompt if given.from_prompt is None else given.from_prompt
     texts = sum(text is not None for text in (given.prompt, given.prompt_file, given.token_ids))
     if texts > 1 or (texts == 0 and saved is None):
         raise click.UsageError("give one of --prompt, --prompt-file and --token-ids, or continue a --from-prompt")

@@ -109,7 +109,7 @@ def check_chat_template(ctx: click.Context, param: click.Parameter, value: str |
 def chat_template_option() -> Any:
     return option(
         "--chat-template FILE|NAME",
-        "Chat format in place of the model's own: a file of jinja, or chatml, llama-3, mistral-v1, …",
+        "Chat format: a Jinja file, or chatml, llama-3, mistral-v1, …  [default: the model's own]",
         callback=check_chat_template,
     )
 
@@ -119,14 +119,15 @@ def overwrite_flag(files: str) -> Any:
 
 
 def revision_option() -> Any:
-    return option("--revision REV", "Branch, tag or commit of a hub repository.")
+    return option("--revision REV", "Branch, tag or commit of a hub repository.  [default: main]")
 
 
 def parse_rope_scaling(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Option callback: refused before anything is downloaded."""
-    from mlx_mixtral.config.overrides import ConfigOverrides
+    if value is not None:
+        from mlx_mixtral.config.overrides import ConfigOverrides
 
-    ConfigOverrides(rope_scaling=value)
+        ConfigOverrides(rope_scaling=value)
     return value
 
 
@@ -135,11 +136,11 @@ class OverrideOptions:
     """What is computed otherwise than the checkpoint says, named as the fields of ``ConfigOverrides``."""
 
     experts_per_token: int | None = option(
-        "--experts-per-token N", "Experts each token goes through.  [default: the model's own]"
+        "--experts-per-token N", "Experts that process each token.  [default: the model's own]"
     )
     rope_scaling: str | None = option(
         "--rope-scaling KIND=FACTOR",
-        "Stretch the context: yarn, linear or dynamic, such as yarn=4.",
+        "Extend the context by yarn, linear or dynamic scaling, such as yarn=4.  [default: the model's own]",
         callback=parse_rope_scaling,
     )
     rope_theta: float | None = option("--rope-theta X", "Base of the rotary embedding.  [default: the model's own]")
@@ -160,29 +161,38 @@ class LoadOptions:
         "--memory SIZE",
         "Memory budget, such as 12GB; experts beyond it are read from disk.  [default: what this machine can give]",
     )
-    context: int | None = option("--context N", "Tokens that --memory reserves KV cache for.")
+    context: int | None = option(
+        "--context N",
+        "Context length, in tokens, for which --memory reserves KV cache.  [default: 4096, or the model's own if shorter]",
+    )
     dtype: str = option("--dtype", "Compute type.", type=click.Choice(DTYPES), default="auto")
     device: str | None = device_option()
     revision: str | None = revision_option()
-    verify: bool = flag("--verify", "Check the files' hashes first, for a model `convert` wrote.")
-    page_cache: bool = flag("--page-cache", "Let streamed experts fill the system's page cache too.")
+    verify: bool = flag("--verify", "First check the hashes of a folder that `convert` wrote.")
+    page_cache: bool = flag("--page-cache", "Read streamed experts through the system's page cache.")
     prefix_cache: str | None = option(
-        "--prefix-cache SIZE", "What is kept of earlier prompts and answers; 0 keeps none.  [default: 1GB]"
+        "--prefix-cache SIZE",
+        "Memory for keys and values of earlier prompts, to be reused; 0 keeps none.  [default: 1GB]",
     )
     tokenizer: str | None = option(
         "--tokenizer",
-        "Which file to read text with, where both are there.  [default: tokenizer.model]",
+        "Which tokenizer file to use if there are both.  [default: model]",
         type=click.Choice(("model", "json")),
     )
-    kv_bits: int | None = option("--kv-bits 4|8|16", "Bits of the KV cache.  [default: those of the compute type]")
-    kv_size: int | None = option("--kv-size N", "Most tokens a token sees; bounds the KV cache.  [default: all]")
-    kv_sinks: int = option("--kv-sinks", "Of --kv-size, tokens kept from the start.", default=4)
+    kv_bits: int | None = option("--kv-bits 4|8|16", "Bits per value in the KV cache.  [default: those of --dtype]")
+    kv_size: int | None = option(
+        "--kv-size N", "Attend to the last N tokens only, which bounds the KV cache.  [default: all]"
+    )
+    kv_sinks: int = option("--kv-sinks", "How many of the --kv-size tokens are the first ones of the text.", default=4)
     policy: str = option(
-        "--policy", "Which expert makes room for one that is read.", type=click.Choice(("lru", "lfu")), default="lru"
+        "--policy",
+        "Which expert is evicted when another is read: the least recently or least frequently used.",
+        type=click.Choice(("lru", "lfu")),
+        default="lru",
     )
     prefetch: str = option(
         "--prefetch, --lookahead",
-        "Read the next layer's experts early; auto measures whether it pays.",
+        "Read the next layer's likely experts early; auto measures whether that helps.",
         type=click.Choice(("off", "on", "auto")),
         default="off",
     )
@@ -204,35 +214,49 @@ class LoadOptions:
 class SamplingOptions:
     """The fields of ``SamplingParams``."""
 
-    temperature: float = option("--temperature, -t", "0 is greedy.", default=0.0)
-    top_p: float = option("--top-p", "Keep this much probability.", default=1.0)
-    top_k: int = option("--top-k", "Keep the K likeliest tokens; 0 keeps all.", default=0, show_default=False)
-    min_p: float = option(
-        "--min-p", "Keep tokens this fraction as likely as the best.", default=0.0, show_default=False
+    temperature: float = option("--temperature, --temp, -t", "0 is greedy.", default=0.0)
+    top_p: float = option("--top-p", "Sample from the likeliest tokens that add up to this probability.", default=1.0)
+    top_k: int = option("--top-k", "Sample from the K likeliest tokens; 0 is no limit.", default=0)
+    min_p: float = option("--min-p", "Drop tokens less likely than this fraction of the likeliest.", default=0.0)
+    repetition_penalty: float = option(
+        "--repetition-penalty", "Divide the logits of earlier tokens; 1 is off.", default=1.0
     )
-    repetition_penalty: float = option("--repetition-penalty", "Off at 1.", default=1.0, show_default=False)
-    presence_penalty: float = option("--presence-penalty", "Off at 0.", default=0.0, show_default=False)
-    frequency_penalty: float = option("--frequency-penalty", "Off at 0.", default=0.0, show_default=False)
+    presence_penalty: float = option("--presence-penalty", "Lower the logits of earlier tokens; 0 is off.", default=0.0)
+    frequency_penalty: float = option(
+        "--frequency-penalty", "The same for each time a token occurred; 0 is off.", default=0.0
+    )
     logit_bias: Mapping[int, float] = option(
-        "--logit-bias ID=VALUE", "Added to a token's logit; repeatable.", callback=parse_logit_bias, multiple=True
+        "--logit-bias ID=VALUE",
+        "Add VALUE to the logit of token ID; repeatable.",
+        callback=parse_logit_bias,
+        multiple=True,
     )
     xtc_probability: float = option(
-        "--xtc-probability", "How often the likeliest tokens are left out (XTC).", default=0.0, show_default=False
+        "--xtc-probability", "XTC: how often the likeliest tokens are left out; 0 is off.", default=0.0
     )
-    xtc_threshold: float = option("--xtc-threshold", "Of XTC: how likely those are, but for the last.", default=0.1)
-    dry_multiplier: float = option(
-        "--dry-multiplier", "Penalty on repeating a sequence (DRY); off at 0.", default=0.0, show_default=False
+    xtc_threshold: float = option(
+        "--xtc-threshold", "XTC: tokens likelier than this are left out, except the last of them.", default=0.1
     )
-    dry_base: float = option("--dry-base", "Of DRY: times as much for each token repeated.", default=1.75)
-    dry_allowed_length: int = option("--dry-allowed-length", "Of DRY: tokens that may be repeated.", default=2)
-    dry_penalty_last_n: int = option("--dry-penalty-last-n", "Of DRY: tokens looked at; -1 is all.", default=-1)
+    dry_multiplier: float = option("--dry-multiplier", "DRY: penalty on repeating a sequence; 0 is off.", default=0.0)
+    dry_base: float = option("--dry-base", "DRY: factor of the penalty for each further token repeated.", default=1.75)
+    dry_allowed_length: int = option(
+        "--dry-allowed-length", "DRY: tokens that may be repeated without a penalty.", default=2
+    )
+    dry_penalty_last_n: int = option(
+        "--dry-penalty-last-n", "DRY: how many of the last tokens are searched; -1 is all.", default=-1
+    )
     dry_sequence_breakers: tuple[str, ...] = option(
         "--dry-sequence-breaker TEXT",
-        'Of DRY: no repetition is followed past it; repeatable, none for none.  [default: line break, colon, ", *]',
+        'DRY: text at which a repetition ends; repeatable, `none` for no such text.  [default: line break, colon, ", *]',
         callback=parse_breakers,
         multiple=True,
     )
-    seed: int | None = option("--seed INTEGER", "Same seed, same prompt, same text.", type=str, callback=parse_seed)
+    seed: int | None = option(
+        "--seed INTEGER",
+        "Makes sampling repeatable: the same seed and prompt give the same text.  [default: random]",
+        type=str,
+        callback=parse_seed,
+    )
 
     def params(self, logprobs: int | None = None) -> SamplingParams:
         """Checked, before any model is loaded."""
@@ -252,11 +276,11 @@ class StopOptions:
 
     stop: tuple[str, ...] = option(
         "--stop TEXT",
-        "Text that ends the generation, or a control token as it is spelled; repeatable.",
+        "Text or control token that ends the generation; repeatable.  [default: the model's own end]",
         multiple=True,
     )
     stop_token_ids: tuple[int, ...] = option(
-        "--stop-token-id ID", "Token that ends it; repeatable.", type=int, multiple=True
+        "--stop-token-id ID", "The same by token id; repeatable.", type=int, multiple=True
     )
 
     def check(self) -> None:
@@ -272,12 +296,12 @@ class SpeculationOptions:
 
     speculate: str | None = option(
         "--speculate",
-        "Verify several tokens at once, where the text repeats what was said before; same text, sooner.",
+        "Guess tokens where the text repeats earlier text and verify several at once: the same text, faster.  [default: off]",
         type=click.Choice(("lookup",)),
     )
     draft: str | None = option(
         "--draft MODEL",
-        "Verify what this smaller model with the same vocabulary writes ahead; its memory is part of --memory.",
+        "Guess tokens with this smaller model of the same vocabulary and verify several at once. Counts towards --memory.",
     )
 
 
@@ -285,5 +309,5 @@ class SpeculationOptions:
 class RecordOptions:
     """Where a line of JSONL has its text and its domain."""
 
-    text_field: str = option("--text-field KEY", "Key of the text in JSONL.", default="text")
-    domain_field: str = option("--domain-field KEY", "Key of its domain.", default="domain")
+    text_field: str = option("--text-field KEY", "JSONL key that holds the text.", default="text")
+    domain_field: str = option("--domain-field KEY", "JSONL key that holds the domain.", default="domain")

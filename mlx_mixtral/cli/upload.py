@@ -12,6 +12,7 @@ import click
 from mlx_mixtral.cli.console import emit_json, note, one_line, out_console
 from mlx_mixtral.cli.fields import argument, flag, group, option, takes
 from mlx_mixtral.cli.options import json_flag
+from mlx_mixtral.cli.values import Place
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["UploadOptions", "print_upload", "upload"]
@@ -19,25 +20,23 @@ __all__ = ["UploadOptions", "print_upload", "upload"]
 
 @dataclass(frozen=True)
 class CardOptions:
-    public: bool = flag("--public", "Make the repository for everyone to see.  [default: private]")
+    public: bool = flag("--public", "Make the repository public.  [default: private]")
     base_model: str | None = option(
-        "--base-model OWNER/NAME", "The model it was made from.  [default: the repository it was converted from]"
+        "--base-model OWNER/NAME", "The model this was made from.  [default: the repository it was converted from]"
     )
     licence: str | None = option(
-        "--license NAME", "The hub's name of the licence.  [default: that of the files, or of the base model]"
+        "--license NAME", "The licence, by the hub's name for it.  [default: that of the files or of the base model]"
     )
 
 
 @dataclass(frozen=True)
 class UploadOptions:
-    path: Path = argument(type=click.Path(path_type=Path))
+    path: Path = argument(type=Place("file", as_text=False))
     repository: str = argument()
     card: CardOptions = group(CardOptions)
-    report: Path | None = option(
-        "--report FOLDER", "What `mlx-mixtral report` wrote, for the card.", type=click.Path(path_type=Path)
-    )
-    overwrite: bool = flag("--overwrite", "Replace the repository's card, and other weights in it.")
-    dry_run: bool = flag("--dry-run", "Verify, and print the card; upload nothing.")
+    report: Path | None = option("--report FOLDER", "Folder that `mlx-mixtral report` wrote, for the card.")
+    overwrite: bool = flag("--overwrite", "Replace the card and the weights that the repository has.")
+    dry_run: bool = flag("--dry-run", "Verify and print the card; upload nothing.")
     as_json: bool = json_flag()
 
 

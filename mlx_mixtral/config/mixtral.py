@@ -16,7 +16,7 @@ from typing import Any
 from mlx_mixtral.arguments import is_integer, is_number
 from mlx_mixtral.config.folder import must_convert, refuse_adapter, refuse_foreign
 from mlx_mixtral.config.quantization import QuantizationConfig, mlx_entry
-from mlx_mixtral.config.rope import EXTENDING_KINDS, MAX_CONTEXT_TOKENS, RopeConfig
+from mlx_mixtral.config.rope import EXTENDING_KINDS, MAX_CONTEXT_TOKENS, MAX_FACTOR, RopeConfig
 from mlx_mixtral.config.supported import refuse_contradiction, refuse_unsupported, shown
 from mlx_mixtral.errors import CheckpointError, ConfigError, ContextLengthError
 from mlx_mixtral.reading import is_there, read_json
@@ -134,10 +134,10 @@ class MixtralConfig:
             return
         kind = self.rope.kind if self.rope.kind in EXTENDING_KINDS else "yarn"
         factor = -(-context // self.rope.original)
-        raise ContextLengthError(
-            f"context is {context}; the model's own is {own} tokens: give no more, or stretch it with --rope-scaling "
-            f"{kind}={factor} (rope_scaling= in Python) if you know that it bears it"
-        )
+        fix = "give no more"
+        if factor <= MAX_FACTOR:
+            fix += f", or stretch it with --rope-scaling {kind}={factor} (rope_scaling= in Python) if you know that it bears it"
+        raise ContextLengthError(f"context is {shown(context)}; the model's own is {own} tokens: {fix}")
 
     def kv_bytes_per_token(self, item_bytes: int = 2) -> int:
         """Bytes of keys and values one token leaves in all layers, at ``item_bytes`` a number."""

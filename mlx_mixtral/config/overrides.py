@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_mixtral.arguments import check_integer, check_type, is_integer, is_number
+from mlx_mixtral.arguments import check_integer, check_type, is_integer, is_number, shown
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.config.rope import EXTENDING_KINDS, RopeConfig
+from mlx_mixtral.config.rope import EXTENDING_KINDS, MAX_FACTOR, RopeConfig
 from mlx_mixtral.errors import ConfigError, InvalidRequestError
 
 __all__ = ["ConfigOverrides", "settings_of"]
@@ -42,7 +42,7 @@ class ConfigOverrides:
             _kind_and_factor(self.rope_scaling)
         if self.rope_theta is not None and (not is_number(self.rope_theta) or not 1 < self.rope_theta < 1e30):
             raise InvalidRequestError(
-                f"rope_theta is {self.rope_theta!r}; it must be a number above 1, such as 1000000"
+                f"rope_theta is {shown(self.rope_theta)}; it must be a number above 1, such as 1000000"
             )
 
     def apply(self, config: MixtralConfig, context: int | None = None) -> MixtralConfig:
@@ -57,11 +57,11 @@ class ConfigOverrides:
         """
         if (chosen := self.experts_per_token) is not None:
             if config.is_dense and chosen != 1:
-                raise InvalidRequestError(f"experts_per_token is {chosen}; this model is dense: leave it out")
+                raise InvalidRequestError(f"experts_per_token is {shown(chosen)}; this model is dense: leave it out")
             if chosen > config.num_local_experts:
                 experts = config.num_local_experts
                 raise InvalidRequestError(
-                    f"experts_per_token is {chosen}; this model has {experts} experts: give 1 to {experts}"
+                    f"experts_per_token is {shown(chosen)}; this model has {experts} experts: give 1 to {experts}"
                 )
             config = replace(config, num_experts_per_tok=chosen)
         if self.rope_scaling is None and self.rope_theta is None:
@@ -104,9 +104,9 @@ def _kind_and_factor(text: str) -> tuple[str, float]:
         factor = float(written)
     except ValueError:
         factor = 0.0
-    if kind not in EXTENDING_KINDS or not 1 <= factor <= 1024:
+    if kind not in EXTENDING_KINDS or not 1 <= factor <= MAX_FACTOR:
         kinds = ", ".join(EXTENDING_KINDS)
         raise InvalidRequestError(
-            f"rope_scaling is {text!r}; write KIND=FACTOR, of {kinds} and a number from 1 to 1024, such as yarn=4"
+            f"rope_scaling is {shown(text)}; write KIND=FACTOR, of {kinds} and a number from 1 to {MAX_FACTOR}, such as yarn=4"
         )
     return kind, factor

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from mlx_mixtral.arguments import is_integer
+from mlx_mixtral.arguments import is_integer, shown
 from mlx_mixtral.errors import ConfigError
 
 __all__ = ["AFFINE_BITS", "AFFINE_GROUP_SIZES", "MODES", "QuantizationConfig", "QuantizationSpec", "mlx_entry"]
@@ -39,12 +39,12 @@ class QuantizationSpec:
     def __post_init__(self) -> None:
         for name in ("bits", "group_size"):
             if type(value := getattr(self, name)) is not int:
-                raise ConfigError(f"quantization {name} is {value!r}, not an integer")
+                raise ConfigError(f"quantization {name} is {shown(value)}, not an integer")
         if self.mode not in MODES:
             raise ConfigError(f"quantization mode {self.mode!r} is unknown; use one of {', '.join(MODES)}")
         if self.mode == "affine":
             if self.bits not in AFFINE_BITS:
-                raise ConfigError(f"{self.bits} bits are not supported in affine mode; use {_or(AFFINE_BITS)}")
+                raise ConfigError(f"{shown(self.bits)} bits are not supported in affine mode; use {_or(AFFINE_BITS)}")
             if self.group_size not in AFFINE_GROUP_SIZES:
                 raise ConfigError(
                     f"group size {self.group_size} is not supported in affine mode; use {_or(AFFINE_GROUP_SIZES)}"
@@ -76,7 +76,7 @@ class QuantizationSpec:
             raise ConfigError(f"{where}: mode is {mode!r}, not a name; use one of {', '.join(MODES)}")
         for key, value in (("bits", bits), ("group_size", group_size)):
             if value is not None and not is_integer(value):
-                raise ConfigError(f"{where}: {key} is {value!r}, not an integer")
+                raise ConfigError(f"{where}: {key} is {shown(value)}, not an integer")
         return cls.make(bits, group_size, mode)
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,12 +17,14 @@ import numpy.typing as npt
 from mlx_mixtral.arguments import is_number
 from mlx_mixtral.errors import ConfigError
 
-__all__ = ["EXTENDING_KINDS", "MAX_CONTEXT_TOKENS", "RopeConfig"]
+__all__ = ["EXTENDING_KINDS", "MAX_CONTEXT_TOKENS", "MAX_FACTOR", "RopeConfig"]
 
 MAX_CONTEXT_TOKENS = 2**24
 """More than any model has: a count from a stranger's file is bounded."""
 EXTENDING_KINDS = ("yarn", "linear", "dynamic")
 """Kinds that a factor alone describes."""
+MAX_FACTOR = 1024
+"""That is given on the command line."""
 
 Floats = npt.NDArray[np.float32]
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
 
-from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, is_number
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, checked, is_number, shown
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError
 from mlx_mixtral.evaluation.forward import context_limit
 from mlx_mixtral.evaluation.journal import EvaluationJournal
@@ -162,6 +162,7 @@ def run_passkey(
     return PasskeyResult(tuple(lengths), tuple(depths), tuple(rows), trials, seed)
 
 
+@checked()
 def passkey(
     model: Mixtral,
     lengths: Sequence[int] | None = None,
@@ -215,7 +216,7 @@ def check_passkey(
         check_integer("a length", length, 1, wanted="a number of tokens, at least 1")
         if length > limit:
             raise ContextLengthError(
-                f"a passkey prompt of {length} tokens was asked for; the model's context holds {limit}"
+                f"a passkey prompt of {shown(length)} tokens was asked for; the model's context holds {limit}"
             )
     for depth in depths:
         if not is_number(depth) or not 0 <= depth <= 1:

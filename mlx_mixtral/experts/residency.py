@@ -15,6 +15,7 @@ from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.pool import Key, SlotPool
 from mlx_mixtral.experts.store import Counters, ExpertStore
 from mlx_mixtral.layers.expert_bank import ExpertBank
+from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral.weights.dtypes import bytes_of
 from mlx_mixtral.weights.fill import fill
 
@@ -46,6 +47,19 @@ class Residency:
         self.store, self.sizes, self.layers, self.policy = store, sizes, layers, policy
         self.overflow = dict(overflow)
         self.plan = plan
+        self._is_released = False
+
+    def __repr__(self) -> str:
+        if self._is_released:
+            return "<Residency: released>"
+        streamed = sum(layer.pool is not None for layer in self.layers)
+        text = f"<Residency: {format_bytes(self.resident_bytes)} of weights in memory"
+        if streamed:
+            text += (
+                f"; {streamed} of {len(self.layers)} layers stream experts: {self.hits} hits, {self.misses} misses, "
+            )
+            text += f"{format_bytes(self.bytes_read)} read"
+        return text + ">"
 
     @property
     def budget_bytes(self) -> int | None:
@@ -74,6 +88,8 @@ class Residency:
     @property
     def resident_bytes(self) -> int:
         """Bytes of weights in memory, slots that hold nothing yet included."""
+        if self._is_released:
+            return 0
         own = sum(slots * nbytes for slots, nbytes in zip(self.slots, self.sizes.expert_bytes, strict=True))
         shared = sum(
             pool.size * self.sizes.expert_bytes[self.sizes.kinds.index(kind)] for kind, pool in self.overflow.items()
@@ -135,7 +151,7 @@ class Residency:
 
     def release(self) -> None:
         """Free all expert memory; the model is not used any more."""
-        self.layers, self.overflow = (), {}
+        self.layers, self.overflow, self._is_released = (), {}, True
 
     def change(self, plan: MemoryPlan, allocate: AllocateBank) -> None:
         """Go over to another plan: layers that shrink first, so that memory is given before it is taken.

@@ -6,7 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.generation.context import DecodeContext
@@ -56,6 +56,14 @@ class TargetEngine(Protocol):
         ...
 
 
+class OpenableEngine(Protocol):
+    """An engine that knows what generates on it."""
+
+    def remember(self, steps: Any) -> None:
+        """End ``steps`` when this engine is closed."""
+        ...
+
+
 class Speculation(ABC):
     """How tokens are proposed, to be verified several at once. The text stays what it is without."""
 
@@ -70,6 +78,11 @@ class Speculation(ABC):
             InvalidRequestError, ClosedError: it cannot.
         """
         return
+
+    @property
+    def engines(self) -> Sequence[OpenableEngine]:
+        """Engines that it proposes with; a generation ends when one of them is closed."""
+        return ()
 
     def busy(self) -> contextlib.AbstractContextManager[None]:
         """Held while it proposes: nobody else may use what it proposes with.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mlx_mixtral.arguments import is_integer, is_number
+from mlx_mixtral.arguments import check_type, checked, is_integer, is_number, plain, shown
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = ["SamplingParams"]
@@ -15,6 +15,7 @@ MAX_LOGPROBS = 100
 DRY_BREAKERS = ("\n", ":", '"', "*")
 
 
+@checked()
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen. The defaults are greedy: the most likely token.
@@ -91,13 +92,22 @@ class SamplingParams:
         self._integer("dry_penalty_last_n", -1, None, "at least -1 (-1 looks at all tokens)")
         breakers = self.dry_sequence_breakers
         if not isinstance(breakers, list | tuple) or not all(isinstance(text, str) and text for text in breakers):
-            raise InvalidRequestError(f"dry_sequence_breakers is {breakers!r}; it must be a list of texts, none empty")
+            raise InvalidRequestError(
+                f"dry_sequence_breakers is {shown(breakers)}; it must be a list of texts, none empty"
+            )
         self._integer("top_k", 0, None, "at least 0 (0 keeps all)")
         self._integer("seed", None, None, "an integer")
         self._integer("logprobs", 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
-        for token, bias in (self.logit_bias or {}).items():
-            if not is_integer(token) or token < 0 or not is_number(bias) or math.isnan(bias) or bias == math.inf:
-                raise InvalidRequestError(f"logit_bias holds {token!r}: {bias!r}; it maps token ids to numbers")
+        check_type("logit_bias", self.logit_bias, (Mapping, type(None)), "a mapping of token ids to numbers, or None")
+        pairs = [(plain(token), plain(bias)) for token, bias in (self.logit_bias or {}).items()]
+        for token, bias in pairs:
+            is_bias = is_number(bias) and (bias == -math.inf or _is_finite(bias))
+            if not is_integer(token) or token < 0 or not is_bias:
+                raise InvalidRequestError(
+                    f"logit_bias holds {shown(token)}: {shown(bias)}; it maps token ids to numbers below infinity"
+                )
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", dict(pairs))
 
     @property
     def is_greedy(self) -> bool:
@@ -116,12 +126,22 @@ class SamplingParams:
 
     def _number(self, name: str, low: float, high: float, allowed: str) -> None:
         value = getattr(self, name)
-        if not is_number(value) or not low <= value <= high or math.isinf(value) or math.isnan(value):
-            raise InvalidRequestError(f"{name} is {value!r}; it must be {allowed}")
+        if is_number(value) and _is_finite(value) and low <= value <= high:
+            return
+        finite = "a finite number, " if is_number(value) and not _is_finite(value) and "finite" not in allowed else ""
+        raise InvalidRequestError(f"{name} is {shown(value)}; it must be {finite}{allowed}")
 
     def _integer(self, name: str, low: int | None, high: int | None, allowed: str) -> None:
         value = getattr(self, name)
         if value is None and name in ("seed", "logprobs"):
             return
         if not is_integer(value) or (low is not None and value < low) or (high is not None and value > high):
-            raise InvalidRequestError(f"{name} is {value!r}; it must be {allowed}")
+            raise InvalidRequestError(f"{name} is {shown(value)}; it must be {allowed}")
+
+
+def _is_finite(value: float) -> bool:
+    """Whether it is a number that a float can be: neither infinite nor NaN, nor an integer beyond all floats."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

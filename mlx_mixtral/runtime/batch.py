@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_mixtral.generation.scheduler import Scheduler
 from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.requests import TextRequest
+from mlx_mixtral.runtime.steps import Steps
 from mlx_mixtral.runtime.stream import Chunk, Generation
 
 __all__ = ["DEFAULT_ROWS", "collect_batch", "stream_batch"]
@@ -16,10 +17,14 @@ __all__ = ["DEFAULT_ROWS", "collect_batch", "stream_batch"]
 DEFAULT_ROWS = 8
 
 
-def stream_batch(
+def stream_batch(engine: Engine, scheduler: Scheduler, requests: Sequence[TextRequest]) -> Steps[tuple[int, Chunk]]:
+    """Chunks with the number of the request they belong to, as they come; the last of each has its finish reason."""
+    return engine.opened(_chunks(engine, scheduler, requests))
+
+
+def _chunks(
     engine: Engine, scheduler: Scheduler, requests: Sequence[TextRequest]
 ) -> Generator[tuple[int, Chunk], None, None]:
-    """Chunks with the number of the request they belong to, as they come; the last of each has its finish reason."""
     with engine.running():
         engine.prompt_cache.free()
         # Prompts of about the same length are computed together.

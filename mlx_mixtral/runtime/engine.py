@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from mlx_mixtral.arguments import check_integer
+from mlx_mixtral.arguments import check_integer, is_integer, shown
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.cache.kv import KVCache
@@ -24,12 +26,16 @@ from mlx_mixtral.generation.scheduler import Scheduler
 from mlx_mixtral.generation.speculation.cost import ForwardCost
 from mlx_mixtral.generation.stats import Token
 from mlx_mixtral.machine.device import Device, wired
+from mlx_mixtral.machine.streams import StreamLease
 from mlx_mixtral.model.prefetch import PrefetchControl
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.prompt_cache import PromptCache
+from mlx_mixtral.runtime.steps import Steps
 
 __all__ = ["Engine"]
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -41,6 +47,7 @@ class Engine:
     Args:
         residency: what of it stays in memory, with the plan in force.
         planner: makes other plans of it.
+        lease: the stream on ``device`` that it computes on; the engine's from now on, and given back when it is closed.
         allocate: a bank of expert slots, for when the plan changes.
         identity: tells the checkpoint from others; asked when a prompt is saved or loaded.
         settings: what it computes otherwise than the checkpoint says; a saved prompt is of the same.
@@ -60,6 +67,7 @@ class Engine:
         device: Device,
         prefetch: PrefetchControl,
         *,
+        lease: StreamLease,
         allocate: AllocateBank,
         identity: Callable[[], str],
         prefix_cache: int | None = None,
@@ -70,11 +78,11 @@ class Engine:
         self.prompt_cache = PromptCache(
             residency.plan, prefix_cache, identity, settings=settings, max_tokens=self.config.rope.switches_at()
         )
-        # MLX streams belong to the thread that made them, except for this kind: it lets a model be loaded on one thread and
-        # used on another, and a generation be resumed from several. The lock below keeps it to one user at a time.
-        self.stream = mx.new_thread_unsafe_stream(device.mlx)
+        # The lock below keeps it to one user at a time.
+        self._lease, self.stream = lease, lease.stream
         self.planner, self.prefetch, self._allocate = planner, prefetch, allocate
         self._busy = threading.Lock()
+        self._open: weakref.WeakSet[Steps[Any]] = weakref.WeakSet()
         self._step: DecodeStep | None = None
         self._module: MixtralModel | None = module
         self._begin(module)
@@ -85,10 +93,17 @@ class Engine:
 
         Raises:
             ClosedError: the model was closed.
+            UnsupportedPlatformError: this process was forked after the model was loaded.
         """
         if self._module is None or self._step is None:
             raise ClosedError("this model was closed; load it again")
+        self._lease.check()
         return DecodeContext(self._module, self._step, self.stream, self.plan.chunk_tokens)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the weights were released."""
+        return self._module is None
 
     @property
     def module(self) -> MixtralModel:
@@ -137,11 +152,16 @@ class Engine:
         # Bytes are a sequence of small integers to Python, and undecoded text to the caller.
         if isinstance(ids, bytes | bytearray) or not isinstance(ids, Iterable):
             raise InvalidRequestError(f"{what} is {type(ids).__name__}, not text or a list of token ids")
+        if (ndim := getattr(ids, "ndim", 1)) != 1:
+            raise InvalidRequestError(f"{what} is an array of {ndim} dimensions; give one row of token ids")
         tokens = []
-        for given in ids:
-            token = int(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
-            if not 0 <= token < self.vocab_size:
-                raise InvalidRequestError(f"{what} holds token id {given!r}; ids go from 0 to {self.vocab_size - 1}")
+        # Arrays, and scalars of them in a list, have their numbers as Python's.
+        for given in ids.tolist() if hasattr(ids, "tolist") else ids:
+            token = given.tolist() if hasattr(given, "tolist") else given
+            if not is_integer(token) or not 0 <= token < self.vocab_size:
+                raise InvalidRequestError(
+                    f"{what} holds token id {shown(token)}; ids go from 0 to {self.vocab_size - 1}"
+                )
             tokens.append(token)
         return tokens
 
@@ -191,8 +211,8 @@ class Engine:
             self.prompt_cache.free()
             yield context
 
-    def generate(self, request: Request) -> Generator[Token, None, None]:
-        """Carry out a request: its tokens one by one, the model being busy from the first until the generator is closed.
+    def generate(self, request: Request) -> Steps[Token]:
+        """Carry out a request: its tokens one by one, the model being busy from the first until they end or are closed.
 
         Keys and values of an earlier prompt that begins alike are used again, and these are kept for the next one unless an
         error ends the generation.
@@ -207,7 +227,21 @@ class Engine:
         if rope.table_of(len(request.tokens)) != rope.table_of(longest):
             speculation = None  # every step has other rotary frequencies: several tokens cannot share a forward
         decoder = decode if speculation is None else speculation.decoder(self, request)
-        return self._generated(self.context, decoder, request)
+        steps = self.opened(self._generated(self.context, decoder, request))
+        if speculation is not None:
+            for other in speculation.engines:
+                other.remember(steps)
+        return steps
+
+    def opened(self, generator: Generator[T, None, None]) -> Steps[T]:
+        """What generates on this engine, ended when the engine is closed."""
+        steps = Steps(generator)
+        self.remember(steps)
+        return steps
+
+    def remember(self, steps: Steps[Any]) -> None:
+        """End ``steps`` when this engine is closed."""
+        self._open.add(steps)
 
     def scheduler(self, max_rows: int) -> Scheduler:
         """For several requests at once, within the memory budget. Use it in a block of ``running`` only.
@@ -254,7 +288,7 @@ class Engine:
         with self.exclusive(), mx.stream(self.stream):
             return self.prompt_cache.load(path, self.module)
 
-    def set_memory(self, memory: str | int | None, *, context: int | None = None) -> None:
+    def set_memory(self, memory: str | float | None, *, context: int | None = None) -> None:
         """Go over to another budget: banks of experts shrink or grow. Raises as ``Mixtral.set_memory``."""
         with self.exclusive(), mx.stream(self.stream):
             module = self.module
@@ -266,16 +300,19 @@ class Engine:
                 self._begin(module)
 
     def close(self) -> None:
-        """Release the weights; nothing can be generated afterwards.
+        """Release the weights; nothing can be generated afterwards. Open streams end, after the step under way.
 
         Raises:
-            BusyError: a generation is running; close it first.
+            BusyError: something else is computed on another thread.
         """
+        for steps in list(self._open):
+            steps.close()
         with self.exclusive():
             self._module = self._step = None
             self.prompt_cache.clear()
             self.residency.close()
             self.residency.release()
+            self._lease.close()
         mx.clear_cache()
 
     def _begin(self, module: MixtralModel) -> None:

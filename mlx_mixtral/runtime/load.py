@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mixtral.arguments import as_path, check_callbacks
+from mlx_mixtral.arguments import as_path, check_callbacks, checked
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.options import DEFAULT_SINKS, KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
@@ -20,6 +20,7 @@ from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.hub import resolve
 from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import DTYPE_NAMES, Device, compute_dtype, current_device
+from mlx_mixtral.machine.streams import StreamLease
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.planning import make_planner
 from mlx_mixtral.model.prefetch import PrefetchControl
@@ -50,10 +51,11 @@ class LoadProgress:
     total_bytes: int
 
 
+@checked()
 def load(
     path: str | Path,
     *,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     context: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
@@ -65,7 +67,7 @@ def load(
     kv_bits: int | None = None,
     kv_size: int | None = None,
     kv_sinks: int = DEFAULT_SINKS,
-    prefix_cache: str | int | None = None,
+    prefix_cache: str | float | None = None,
     tokenizer: str | None = None,
     chat_template: str | Path | None = None,
     experts_per_token: int | None = None,
@@ -116,6 +118,7 @@ def load(
         CheckpointError, ConfigError, HubError: the model cannot be found, read or run.
         MemoryBudgetError: ``memory`` is below the least the model can do with.
         InvalidRequestError: an argument out of range.
+        UnsupportedPlatformError: this process was forked from one that had loaded a model.
 
     Example:
         >>> model = load("mixtral-4bit", memory="20GB")
@@ -128,7 +131,7 @@ def load(
     overrides = ConfigOverrides(experts_per_token, rope_scaling, rope_theta)
     control, _ = PrefetchControl(prefetch), make_policy(policy)
     kv = KVOptions(kv_bits, kv_size, kv_sinks)
-    kept = prefix_cache if prefix_cache is None else 0 if prefix_cache in (0, "0") else parse_size(prefix_cache)
+    kept = None if prefix_cache is None else _kept_bytes(prefix_cache)
     given = None if chat_template is None else given_template(chat_template)
     check_kind(tokenizer)
     folder = resolve(path, revision=revision)
@@ -150,13 +153,13 @@ def load(
     except (MissingDependencyError, TokenizerError) as error:
         # A fresh error: a raised one keeps this frame alive by its traceback, and the weights with it.
         words = TokenizerError(str(error))
-    products = products_for(place)
+    products, lease = products_for(place), StreamLease(place)
     for name in (kind, "BF16"):
         builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy, products=products)
         refuse_cpu_gather(builder, place)
         planner = make_planner(builder, place, kv=kv)
         try:
-            with mx.stream(place.mlx):
+            with mx.stream(lease.stream):
                 module, residency = load_module(builder, planner.plan(memory, context), progress)
         except DtypeRangeError:
             if name != "F16" or dtype != "auto":
@@ -169,6 +172,7 @@ def load(
             planner,
             place,
             control,
+            lease=lease,
             allocate=builder.bank,
             identity=lambda: checkpoint_identity(folder),
             prefix_cache=kept,
@@ -176,6 +180,11 @@ def load(
         )
         return Mixtral(engine, words)
     raise AssertionError("bfloat16 has the range of float32")
+
+
+def _kept_bytes(prefix_cache: str | float) -> int:
+    is_none = isinstance(prefix_cache, str | int | float) and prefix_cache in (0, "0")
+    return 0 if is_none else parse_size(prefix_cache)
 
 
 def load_module(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import mlx.core as mx
 
-from mlx_mixtral.arguments import check_type
+from mlx_mixtral.arguments import check_type, checked
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.errors import ChatTemplateError, TokenizerError
+from mlx_mixtral.errors import BusyError, ChatTemplateError, TokenizerError
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.generation.request import PieceOf
@@ -23,12 +24,19 @@ from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.batch import DEFAULT_ROWS, collect_batch, stream_batch
 from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.requests import GenerationOptions, Prompt, Requests, TextRequest
+from mlx_mixtral.runtime.steps import Steps
 from mlx_mixtral.runtime.stream import Chunk, Generation, TextStream
 from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.base import Message
 
 __all__ = ["CHAT_SAMPLING", "Mixtral"]
+
+# What people know from other libraries by its name alone.
+_SAMPLING = {
+    field.name: f"give it as sampling=SamplingParams({field.name}=…)" for field in dataclasses.fields(SamplingParams)
+}
+_with_options = checked(options=Requests.request, without=("prompt", "is_answer"), elsewhere=_SAMPLING)
 
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
@@ -50,6 +58,8 @@ class Mixtral:
 
     def __repr__(self) -> str:
         c, plan = self.config, self.engine.plan
+        if self.engine.is_closed:
+            return "<Mixtral: closed>"
         experts = "dense" if c.is_dense else f"{c.num_local_experts} experts, {c.num_experts_per_tok} a token"
         memory = f"{format_bytes(self.residency.resident_bytes)} of weights in memory"
         if plan.residency is not None:
@@ -62,7 +72,13 @@ class Mixtral:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except BusyError as busy:
+            if error is None:
+                raise
+            # The caller's own error is the one to see.
+            error.add_note(f"the model was not closed: {busy}")
 
     @property
     def config(self) -> MixtralConfig:
@@ -112,14 +128,15 @@ class Mixtral:
         return self.module.make_cache(left_padding)
 
     def close(self) -> None:
-        """Release the weights. The object cannot be used afterwards.
+        """Release the weights. The object cannot be used afterwards, and open streams end.
 
         Raises:
-            BusyError: a generation is running; close it first.
+            BusyError: another thread computes something that is not a stream, such as ``logits``.
         """
         self.engine.close()
 
-    def set_memory(self, memory: str | int | None, *, context: int | None = None) -> None:
+    @checked()
+    def set_memory(self, memory: str | float | None, *, context: int | None = None) -> None:
         """Give the model another budget, without loading it again: banks of experts shrink or grow.
 
         Args:
@@ -134,6 +151,7 @@ class Mixtral:
         """
         self.engine.set_memory(memory, context=context)
 
+    @_with_options
     def generate(
         self, prompt: str | Sequence[int], *, special: bool = True, **options: Unpack[GenerationOptions]
     ) -> Generation:
@@ -153,6 +171,7 @@ class Mixtral:
         """
         return self.stream(prompt, special=special, **options).collect()
 
+    @_with_options
     def stream(
         self, prompt: str | Sequence[int], *, special: bool = True, **options: Unpack[GenerationOptions]
     ) -> TextStream:
@@ -160,6 +179,7 @@ class Mixtral:
         _ = self.module  # a closed model says so before anything else
         return self._stream(self._requests.request(self._requests.prompt(prompt, special=special), **options))
 
+    @_with_options
     def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -185,6 +205,7 @@ class Mixtral:
         requests, chunks = self._batch(prompts, max_rows, special, options)
         return collect_batch(chunks, requests)
 
+    @_with_options
     def stream_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -192,10 +213,11 @@ class Mixtral:
         max_rows: int = DEFAULT_ROWS,
         special: bool = True,
         **options: Unpack[GenerationOptions],
-    ) -> Generator[tuple[int, Chunk], None, None]:
+    ) -> Steps[tuple[int, Chunk]]:
         """As ``generate_batch``, by pairs of a prompt's number and its next chunk; busy until the last, or until closed."""
         return self._batch(prompts, max_rows, special, options)[1]
 
+    @_with_options
     def chat(
         self,
         messages: Sequence[Message],
@@ -215,6 +237,7 @@ class Mixtral:
         """
         return self.stream_chat(messages, tools=tools, **options).collect()
 
+    @_with_options
     def stream_chat(
         self,
         messages: Sequence[Message],
@@ -232,9 +255,11 @@ class Mixtral:
         options.setdefault("sampling", CHAT_SAMPLING)
         if (end := self.tokenizer.end_of_turn_text) is not None:
             given = options.get("stop", ())
+            check_type("stop", given, (str, list, tuple), "text, or a list of texts")
             options["stop"] = [end, *([given] if isinstance(given, str) else given)]
         return self._stream(self._requests.request(Prompt(tokens), is_answer=True, **options))
 
+    @checked()
     def save_prompt(self, path: str | Path, prompt: str | Sequence[int], *, special: bool = True) -> None:
         """Compute ``prompt`` and save its keys and values to a file, for ``load_prompt`` of another day.
 
@@ -244,6 +269,7 @@ class Mixtral:
         """
         self.engine.save_prompt(path, self._requests.prompt(prompt, special=special).tokens)
 
+    @checked()
     def load_prompt(self, path: str | Path) -> list[int]:
         """Load a saved prompt and return its token ids: a prompt that begins with them is computed from there on.
 
@@ -252,6 +278,7 @@ class Mixtral:
         """
         return self.engine.load_prompt(path)
 
+    @checked()
     def logits(self, token_ids: Sequence[int]) -> mx.array:
         """Logits ``[L, V]`` (in the compute type, evaluated) for every position of ``token_ids``.
 
@@ -259,6 +286,7 @@ class Mixtral:
         """
         return self.engine.logits(self.engine.checked_ids(token_ids, "token_ids"))
 
+    @checked()
     def routing_trace(self, texts: Sequence[Sequence[int]]) -> RoutingTrace:
         """Experts the routers choose for ``texts`` of token ids: what plans and replacement policies are judged by.
 
@@ -280,7 +308,7 @@ class Mixtral:
 
     def _batch(
         self, prompts: Sequence[str | Sequence[int]], max_rows: int, special: bool, options: GenerationOptions
-    ) -> tuple[list[TextRequest], Generator[tuple[int, Chunk], None, None]]:
+    ) -> tuple[list[TextRequest], Steps[tuple[int, Chunk]]]:
         scheduler = self.engine.scheduler(max_rows)
         requests = self._requests.batch(prompts, options, special=special)
         return requests, stream_batch(self.engine, scheduler, requests)

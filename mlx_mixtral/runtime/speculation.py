@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from mlx_mixtral.arguments import check_integer, check_type
+from mlx_mixtral.arguments import check_integer, check_type, checked
 from mlx_mixtral.errors import BusyError, ClosedError, InvalidRequestError
 from mlx_mixtral.generation.request import Decoder, PieceOf, Request, Speculation, TargetEngine
 from mlx_mixtral.generation.speculation.cost import ForwardCost
@@ -35,6 +35,7 @@ MAX_NGRAM = 16
 LOOKUP_ACCEPTANCE, DRAFT_ACCEPTANCE = 0.5, 0.7
 
 
+@checked()
 @dataclass(frozen=True)
 class PromptLookup(Speculation):
     """Propose what followed the same words earlier in the prompt or the text: for edits, summaries, code, quotations.
@@ -75,6 +76,7 @@ class PromptLookup(Speculation):
         return partial(speculate, proposer=proposer, economics=economics)
 
 
+@checked()
 @dataclass(frozen=True, eq=False)
 class DraftModel(Speculation):
     """Propose what a smaller model with the same vocabulary writes, such as a dense Mistral beside a Mixtral.
@@ -149,6 +151,10 @@ class DraftModel(Speculation):
             max_proposed=self.max_tokens,
         )
         return partial(speculate, proposer=proposer, economics=economics)
+
+    @property
+    def engines(self) -> Sequence[Engine]:
+        return (self.engine,)
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -11,9 +11,12 @@ from typing import Literal, Self
 from mlx_mixtral.errors import BusyError
 from mlx_mixtral.generation.stats import GenerationStats, Token
 from mlx_mixtral.runtime.marked_stops import MarkedStops
+from mlx_mixtral.runtime.steps import Steps
 from mlx_mixtral.tokenizer import StreamingDecoder
 
 __all__ = ["Chunk", "FinishReason", "Generation", "TextAssembler", "TextStream"]
+
+SHOWN_CHARACTERS = 60
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -36,7 +39,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generation:
     """A finished generation. ``token_ids`` holds every token produced, a stop token included; ``text`` leaves it out.
 
@@ -51,6 +54,10 @@ class Generation:
     stats: GenerationStats
     logprobs: tuple[float, ...] | None = None
 
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= SHOWN_CHARACTERS else f"{self.text[:SHOWN_CHARACTERS]}…"
+        return f"<Generation: {text!r}; {len(self.token_ids)} tokens, {self.finish_reason}>"
+
     @classmethod
     def of(cls, chunks: Sequence[Chunk], stats: GenerationStats) -> Self:
         """All chunks of a stream put together."""
@@ -58,7 +65,8 @@ class Generation:
         return cls(
             text="".join(chunk.text for chunk in chunks),
             token_ids=tuple(chunk.token_id for chunk in chunks),
-            finish_reason=chunks[-1].finish_reason or "length",
+            # A stream that was closed by another thread has no last chunk.
+            finish_reason=(chunks[-1].finish_reason if chunks else None) or "cancelled",
             stats=stats,
             logprobs=logprobs if len(logprobs) == len(chunks) else None,
         )
@@ -76,7 +84,7 @@ class TextStream(Iterator[Chunk]):
         ...         print(chunk.text, end="")
     """
 
-    def __init__(self, tokens: Generator[Token, None, None], text: TextAssembler, stats: GenerationStats) -> None:
+    def __init__(self, tokens: Steps[Token], text: TextAssembler, stats: GenerationStats) -> None:
         self.stats = stats
         # Neither of them knows this object: no cycle, so dropping the stream closes the generator at once.
         self._tokens, self._text = tokens, text
@@ -111,7 +119,10 @@ class TextStream(Iterator[Chunk]):
         self.close()
 
     def close(self) -> None:
-        """Stop generating and free the model for others. Does nothing the second time."""
+        """Stop generating and free the model for others; on another thread than the one that reads, after the step under way.
+
+        Does nothing the second time.
+        """
         self._tokens.close()
 
     def collect(self) -> Generation:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_mixtral.arguments import shown
 from mlx_mixtral.errors import InvalidRequestError, TokenizerError
 from mlx_mixtral.reading import MAX_TOKENIZER_BYTES, POINTER_FIX, is_pointer, is_there, names_like, read_file
 from mlx_mixtral.tokenizer.agreement import disagreement, json_pieces
@@ -72,9 +73,9 @@ def load_tokenizer(
 
 def check_kind(kind: str | None) -> None:
     """Raise InvalidRequestError unless ``kind`` is one of `TOKENIZER_KINDS` or None."""
-    if kind is not None and kind not in TOKENIZER_KINDS:
+    if kind is not None and (not isinstance(kind, str) or kind not in TOKENIZER_KINDS):
         raise InvalidRequestError(
-            f"tokenizer is {kind!r}; it must be {' or '.join(map(repr, TOKENIZER_KINDS))}, or None"
+            f"tokenizer is {shown(kind)}; it must be {' or '.join(map(repr, TOKENIZER_KINDS))}, or None"
         )
 
 

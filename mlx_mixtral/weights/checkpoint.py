@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mlx_mixtral.weights.files import choose_files
 from mlx_mixtral.weights.names import unwrapped
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
-__all__ = ["Checkpoint", "CheckpointReader"]
+__all__ = ["Checkpoint", "CheckpointReader", "close_files"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -149,12 +150,19 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return tensors
 
 
+def close_files(descriptors: dict[Path, int]) -> None:
+    """Close them all; none is left in ``descriptors``."""
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
 class CheckpointReader:
     """Open files of a checkpoint; reads are positioned, so any number of threads may share one reader."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._descriptors: dict[Path, int] = {}
+        weakref.finalize(self, close_files, self._descriptors)
         try:
             for file in checkpoint.files:
                 self._descriptors[file] = open_descriptor(file)
@@ -169,8 +177,7 @@ class CheckpointReader:
         self.close()
 
     def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        close_files(self._descriptors)
 
     def read(self, info: TensorInfo, buffer: memoryview, skip_bytes: int = 0) -> None:
         """Fill ``buffer`` with the tensor's bytes from ``skip_bytes`` on."""

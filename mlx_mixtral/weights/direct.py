@@ -13,6 +13,7 @@ import mmap
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.errors import CheckpointError
-from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
+from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader, close_files
 from mlx_mixtral.weights.safetensors import TensorInfo, read_into
 
 __all__ = ["ExpertFileReader", "Identity", "identities"]
@@ -78,14 +79,13 @@ class ExpertFileReader(CheckpointReader):
                 self.close()
                 self.check_unchanged(file)
         self._direct: dict[Path, int] = {}
+        weakref.finalize(self, close_files, self._direct)
         self._local = threading.local()
         if not page_cache:
             self._avoid_cache()
 
     def close(self) -> None:
-        direct: dict[Path, int] = getattr(self, "_direct", {})
-        while direct:
-            os.close(direct.popitem()[1])
+        close_files(getattr(self, "_direct", {}))
         super().close()
 
     def check_unchanged(self, file: Path) -> None:

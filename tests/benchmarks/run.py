@@ -99,7 +99,7 @@ def generating(table: Table, folder: Path, repeats: int, *, float32_only: bool) 
     """Prefill and decode of one folder as ``mlx-mixtral bench`` measures them, the backends in turn."""
     openers: dict[str, Opener] = {OURS: lambda: Ours(load(folder)), "float32": lambda: MlxLm(folder, in_float32=True)}
     if not float32_only:
-        openers["as it comes"] = lambda: MlxLm(folder)
+        openers["in its own type"] = lambda: MlxLm(folder)
     config, report = MixtralConfig.from_folder(folder), BenchReport()
     sizes = {"prompts": [PROMPT_TOKENS], "depths": [PROMPT_TOKENS], "batches": []}
     cases = plan_cases(config.max_position_embeddings, **sizes, tokens=DECODE_TOKENS, repeats=repeats)
@@ -107,7 +107,7 @@ def generating(table: Table, folder: Path, repeats: int, *, float32_only: bool) 
     for theirs in list(openers)[1:]:
         for what, row in (("prefill", report.of("prefill")[0]), ("decode", report.of("decode")[0])):
             rates = row.tok_s(OURS).median, row.tok_s(theirs).median
-            label = "mlx-lm in float32" if theirs == "float32" else "mlx-lm as it comes"
+            label = "mlx-lm in float32" if theirs == "float32" else "mlx-lm in its own type"
             table.add(f"{what}, against {label}", *rates, "tok/s", higher_is_better=True)
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--wide", action="store_true", help="also full 8x7B width, 2 and 4 layers")
     parser.add_argument(
-        "--float32-only", action="store_true", help="without mlx-lm as it comes, nearly all of the time"
+        "--float32-only", action="store_true", help="without mlx-lm in its own type, nearly all of the time"
     )
     parser.add_argument("--json", action="store_true", help="print all rows as JSON at the end")
     args = parser.parse_args()

@@ -130,7 +130,7 @@ def test_a_conversation_past_the_context_says_so_and_goes_on(invoke: Invoke, qua
 
 def test_models_that_cannot_chat_are_refused_before_anything_is_typed(invoke: Invoke, without_tokenizer: Path) -> None:
     assert_one_error(invoke("chat", without_tokenizer, input="Hello\n"), "tokenizer")
-    assert_one_error(invoke("chat", "no-such-folder", "--top-p", "1.5", input="Hello\n"), "top_p is 1.5")
+    assert_one_error(invoke("chat", "no-such-folder", "--top-p", "1.5", input="Hello\n"), "--top-p is 1.5")
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(spawn: Spawn, tiny: Path, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_an_answer_stops_at_what_is_given(invoke: Invoke, quantised: Path) -> No
         third = model.tokenizer.decode(ids[: ids.index(ids[2])])
     stopped = invoke(*greedy, "--stop-token-id", ids[2], input="Hello\n").stdout
     assert stopped.strip() == third.strip()
-    assert invoke("chat", "no-such-folder", "--stop", "").stderr.startswith("error: stop string ''")
+    assert invoke("chat", "no-such-folder", "--stop", "").stderr.startswith("error: --stop string ''")
 
 
 def shown(invoke: Invoke, model: Path, *lines: str) -> list[str]:

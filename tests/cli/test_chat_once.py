@@ -46,7 +46,7 @@ def test_one_question_is_answered_as_the_library_does(invoke: Invoke, quantised:
         (("-f", "no-such-file"), None, "no-such-file cannot be read"),
         (("-p", "x", "--system-file", "no-such-file"), None, "no-such-file cannot be read"),
         (("-p", "-"), None, "the prompt on standard input is not UTF-8: byte 0xe9 at offset 2"),
-        (("-p", "x", "-n", "0"), None, "max_tokens is 0"),
+        (("-p", "x", "-n", "0"), None, "--max-tokens is 0"),
         (("-p", "No\udce9"), None, "--prompt is not UTF-8: byte 0xe9 at offset 2"),
     ],
 )

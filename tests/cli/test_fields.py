@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import click
 from click.testing import CliRunner
 
+from mlx_mixtral.cli.app import app
+from mlx_mixtral.cli.convert.options import RECIPES
 from mlx_mixtral.cli.fields import argument, flag, flag_name, group, is_given, option, takes
+from mlx_mixtral_convert import NAMED
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,27 @@ def test_help_is_in_the_order_of_the_fields() -> None:
     assert lines[0] == "Usage: command [OPTIONS] NAME [REST]"
     shown = [" ".join(line.split()) for line in lines[3:7]]
     assert shown == [
-        "-w, --word TEXT Repeatable.",
+        "-w, --word TEXT Repeatable. [default: none]",
         "--size N How much. [default: 5]",
-        "--share FLOAT Of it.",
+        "--share FLOAT Of it. [default: none]",
         "--loud Or not.",
     ]
+
+
+def _options() -> Iterator[tuple[str, click.Option]]:
+    context = click.Context(app)
+    for name in app.list_commands(context):
+        command = app.get_command(context, name)
+        assert command is not None
+        yield from ((name, parameter) for parameter in command.params if isinstance(parameter, click.Option))
+
+
+def test_help_shows_the_default_of_every_option_that_takes_a_value() -> None:
+    for name, shown in _options():
+        record = shown.get_help_record(click.Context(click.Command(name)))
+        if record is not None and not shown.is_flag:
+            assert record[1].count("[default: ") == 1, (name, record)
+
+
+def test_help_lists_the_recipes_there_are() -> None:
+    assert set(RECIPES) == set(NAMED)

@@ -37,8 +37,9 @@ def test_generate_and_chat_sample_as_the_library_does(invoke: Invoke, short: Pat
 
 def test_values_out_of_range_and_missing_tokenizers_are_one_line(invoke: Invoke, small: Path) -> None:
     for option, value in (("xtc-threshold", 0.6), ("dry-base", 0.5), ("dry-allowed-length", 0)):
-        name = option.replace("-", "_")
-        assert_one_error(invoke("generate", "nowhere/at-all", "-p", "x", f"--{option}", value), name, str(value))
+        result = invoke("generate", "nowhere/at-all", "-p", "x", f"--{option}", value)
+        assert_one_error(result, f"--{option} is {value}")
+        assert result.exit_code == 2
     ids = ("generate", small, "--token-ids", "5,6", "-n", 2, "--dry-multiplier", 1)
     assert_one_error(invoke(*ids), "dry_sequence_breakers are texts: give none")
     assert invoke(*ids, "--dry-sequence-breaker", "none").exit_code == 0

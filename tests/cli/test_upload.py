@@ -43,7 +43,7 @@ def test_a_conversion_stays_when_its_upload_fails(short: Path, tmp_path: Path, i
     [
         (["--public"], "give --upload owner/name", 2),
         (["--upload", "me/model", "--dry-run"], "leave one of them out", 2),
-        (["--upload", "model"], "write owner/name", 1),
+        (["--upload", "model"], "write owner/name", 2),
     ],
 )
 def test_options_are_refused_before_anything_is_converted(

@@ -34,7 +34,8 @@ import json, os, signal, sys, threading, time
 from pathlib import Path
 from mlx_mixtral.errors import MixtralError
 from mlx_mixtral_convert import Recipe, convert
-from mlx_mixtral_convert.sources.storage import ranges, remote
+from mlx_mixtral.hub import ranges
+from mlx_mixtral_convert.sources.storage import remote
 ranges.PIECE_BYTES, ranges.WAIT_S, home = 12000, 0.001, Path(sys.argv[1])
 ranges.TIMEOUT_S = float(os.environ.get("MLX_MIXTRAL_TEST_TIMEOUT_S", "5"))
 remote.RemoteStorage.ahead_bytes = 30000
@@ -116,6 +117,12 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@functools.cache
+def _git_hash(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away is what some tests are about."""
@@ -126,15 +133,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
 
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             if path.startswith("/api/models/owner/model/revision/no-such"):
                 self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-            elif path.startswith("/api/models/owner/model/tree/"):
-                self._send(200, json.dumps([self._entry(name) for name in hub.names()]).encode())
             elif path.startswith("/api/models/owner/model"):
                 self._send(200, json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": self._siblings()}).encode())
             elif path.startswith("/owner/model/resolve/"):
@@ -158,15 +160,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             made = []
             for name in hub.names():
                 file = hub.folder / name
-                entry: dict[str, object] = {"rfilename": name, "size": file.stat().st_size, "blobId": "0" * 40}
+                entry: dict[str, object] = {"rfilename": name, "size": file.stat().st_size, "blobId": _git_hash(file)}
                 entry["size"] = hub.listed.get(name, entry["size"])
                 if hub.large and name.endswith(WEIGHTS):
                     entry["lfs"] = {"sha256": _sha256(file), "size": file.stat().st_size, "pointerSize": 134}
                 made.append(entry)
             return made
-
-        def _entry(self, name: str) -> dict[str, object]:
-            return {"type": "file", "oid": "0" * 40, "size": (hub.folder / name).stat().st_size, "path": name}
 
         def _file(self, name: str) -> None:
             data = (hub.folder / name).read_bytes()
@@ -174,7 +173,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             headers["ETag"] = f'"{_sha256(hub.folder / name)}"'
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if asked is None or not hub.ranges or not name.endswith(WEIGHTS):
-                hub.whole += [name] * (self.command == "GET")
+                hub.whole.append(name)
                 self._send(200, data, headers)
                 return
             if hub.status is not None:
@@ -204,8 +203,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
             self._head(status, {"Content-Length": str(len(data)), **(headers or {})})
-            if self.command == "GET":
-                self.wfile.write(data)
+            self.wfile.write(data)
 
         def _head(self, status: int, headers: dict[str, str]) -> None:
             self.send_response(status)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_mixtral import __version__
-from mlx_mixtral.arguments import as_path, check_callbacks, check_type
+from mlx_mixtral.arguments import as_path, check_callbacks, check_type, checked
 from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import InvalidRequestError
@@ -37,6 +37,7 @@ SENSITIVITY_TOKENS = 1024
 MIN_TOKENS = MIN_SEQUENCES * SEQUENCE_TOKENS
 
 
+@checked()
 def calibrate(
     source: str | Path,
     texts: Sequence[str | Path] = (),
@@ -96,7 +97,7 @@ def calibrate(
     place = None if save is None else check_place(save, source)
     recorded = RoutingTrace.load(as_path("trace", trace)) if isinstance(trace, (str, Path)) else trace
     folder = named.resolve()
-    written = read_texts([Path(path) for path in texts]) if texts else default_texts()
+    written = read_texts([as_path("a text", path) for path in texts]) if texts else default_texts()
     with open_source(folder) as tensors:
         config = tensors.config
         if recorded is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from mlx_mixtral.arguments import check_callbacks, check_type
+from mlx_mixtral.arguments import check_callbacks, check_type, checked, shown
 from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.hub import Source
@@ -59,6 +59,7 @@ class ExportReport:
         return json_object(self)
 
 
+@checked()
 def export(
     source: str | Path,
     dest: str | Path,
@@ -110,10 +111,11 @@ def export(
     named, place = Source.parse(source, revision), as_destination(dest)
     check_callbacks(progress=progress, cancelled=cancelled)
     check_type("calibration", calibration, (Calibration, str, Path, NoneType), "a Calibration, its file, or None")
-    if to not in FORMATS:
-        raise InvalidRequestError(f"export to {to!r} is unknown; use {' or '.join(FORMATS)}")
-    if type not in (None, *TYPES[to]):
-        raise InvalidRequestError(f"type {type!r} is unknown for {to}; use {', '.join(TYPES[to])}")
+    # Arrays have an == of their own.
+    if not isinstance(to, str) or to not in FORMATS:
+        raise InvalidRequestError(f"export to {shown(to)} is unknown; use {' or '.join(FORMATS)}")
+    if not isinstance(type, str | NoneType) or type not in (None, *TYPES[to]):
+        raise InvalidRequestError(f"type {shown(type)} is unknown for {to}; use {', '.join(TYPES[to])}")
     if calibration is not None and to != "gguf":
         raise InvalidRequestError(f"a calibration chooses no scales for {to}, which is not quantised; leave it out")
     calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration

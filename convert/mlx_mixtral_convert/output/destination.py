@@ -32,7 +32,7 @@ _IGNORED = (".DS_Store",)
 
 def as_destination(dest: str | Path) -> Path:
     """The path of a destination. Raises InvalidRequestError for an empty name, which would be the current folder."""
-    if dest == "":
+    if isinstance(dest, str) and not dest:
         raise InvalidRequestError("the destination is an empty name; write . for the current folder")
     return as_path("dest", dest)
 

@@ -60,7 +60,7 @@ def _weights(found: Uploadable) -> Iterator[str]:
     yield "## Weights"
     yield table(["stored as", "share of the weights"], [[name, f"{count / total:.2%}"] for name, count in rows])
     if found.worst:
-        yield "Matrices that lost most, as ‖w − ŵ‖ / ‖w‖ (`conversion.json` has all):"
+        yield "Largest relative errors ‖w − ŵ‖ / ‖w‖ (all are in `conversion.json`):"
         yield table(
             ["matrix", "packed as", "relative error"],
             [[path.removeprefix("model."), spec, f"{error:.2%}"] for path, spec, error in found.worst],

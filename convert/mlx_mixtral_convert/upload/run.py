@@ -12,10 +12,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from mlx_mixtral.arguments import as_path, check_callbacks, check_type
+from mlx_mixtral.arguments import as_path, check_callbacks, check_type, checked, shown
 from mlx_mixtral.errors import HubError, InvalidRequestError
 from mlx_mixtral.evaluation.report import SECTION_FILE
-from mlx_mixtral.hub import hub_errors, is_unreachable
+from mlx_mixtral.hub.failures import hub_errors, is_unreachable
+from mlx_mixtral.model_names import repository_name
 from mlx_mixtral_convert.report import json_object
 from mlx_mixtral_convert.upload.card import model_card
 from mlx_mixtral_convert.upload.described import Uploadable, describe, stated_licence
@@ -48,6 +49,7 @@ class UploadReport:
         return json_object(self)
 
 
+@checked()
 def upload(
     path: str | Path,
     repository: str,
@@ -91,11 +93,12 @@ def upload(
     """
     started = time.perf_counter()
     place = as_path("path", path)
-    check_repository("repository", repository)
+    repository = check_repository("repository", repository)
     if base_model is not None:
-        check_repository("base_model", base_model)
+        base_model = check_repository("base_model", base_model)
     check_type("licence", licence, (str, NoneType), "the hub's name of a licence, or None")
     check_callbacks(verified=verified)
+    read = None if source is None else as_path("source", source)
     measured = _report_files(None if report is None else as_path("report", report))
     found = describe(place)
     if verified is not None:
@@ -104,7 +107,7 @@ def upload(
     base = base_model or found.repository
     if base is None:
         notes.append("the card names no base model, for it was not converted from the hub; name one with --base-model")
-    licence = licence or _licence(found, place, source, base)
+    licence = licence or _licence(found, place, read, base)
     if licence is None:
         notes.append("the card names no licence, for none was found; name it with --license")
     section = measured.pop(SECTION_FILE).read_text(encoding="utf-8") if measured else None
@@ -135,10 +138,11 @@ def upload(
     )
 
 
-def check_repository(argument: str, name: object) -> None:
-    """Raise InvalidRequestError unless ``name`` is written ``owner/name``."""
-    if not isinstance(name, str) or _REPOSITORY.fullmatch(name) is None:
-        raise InvalidRequestError(f"{argument} {name!r} is not a hub repository; write owner/name, with no revision")
+def check_repository(argument: str, name: object) -> str:
+    """``owner/name`` of what is written so, or as the address of a repository's page; raises InvalidRequestError otherwise."""
+    if isinstance(name, str) and _REPOSITORY.fullmatch(found := repository_name(name)) is not None:
+        return found
+    raise InvalidRequestError(f"{argument} {shown(name)} is not a hub repository; write owner/name, with no revision")
 
 
 def _report_files(folder: Path | None) -> dict[str, Path]:
@@ -151,8 +155,8 @@ def _report_files(folder: Path | None) -> dict[str, Path]:
     return {SECTION_FILE: folder / SECTION_FILE} | {f"plots/{path.name}": path for path in plots}
 
 
-def _licence(found: Uploadable, place: Path, source: str | Path | None, base: str | None) -> str | None:
-    folders = [Path(source)] if source is not None and Path(source).is_dir() else []
+def _licence(found: Uploadable, place: Path, source: Path | None, base: str | None) -> str | None:
+    folders = [source] if source is not None and source.is_dir() else []
     folders += [place] if place.is_dir() else []
     for folder in folders:
         if (stated := stated_licence(folder)) is not None:
@@ -162,7 +166,7 @@ def _licence(found: Uploadable, place: Path, source: str | Path | None, base: st
     from huggingface_hub import HfApi
 
     # One that cannot be asked for leaves a gap in the card, and a note; what is wrong with the hub is said when uploading.
-    with contextlib.suppress(Exception), hub_errors(base, None):
+    with contextlib.suppress(Exception), hub_errors(base):
         data = HfApi().model_info(base).card_data
         value = None if data is None else data.get("license")
         return value if isinstance(value, str) else None
@@ -207,7 +211,7 @@ def _send(
 @contextlib.contextmanager
 def _upload_errors(repository: str) -> Iterator[None]:
     """As ``hub_errors``, in the words of one who writes."""
-    with hub_errors(repository, None):
+    with hub_errors(repository):
         try:
             yield
         except HubError:
@@ -226,7 +230,7 @@ def _upload_errors(repository: str) -> Iterator[None]:
                     "https://huggingface.co/settings/tokens"
                 ) from error
             again = "the same command goes on where this one stopped"
-            if any(is_unreachable(cause) for cause in causes):
+            if any(map(is_unreachable, causes)) or (status is not None and status >= 500):
                 raise HubError(f"the hub cannot be reached, or is in trouble; {again}") from error
             if status is not None:
                 raise HubError(f"the hub answered with status {status}; {again}") from error

@@ -18,11 +18,11 @@ __all__ = ["bench"]
 def bench(given: BenchOptions) -> None:
     """Measure how fast MODEL, a folder or a hub repository, is on this machine.
 
-    Prompts are random tokens and generation is greedy. Shown are medians and, behind them, the least and the most. The share
-    of memory bandwidth is what decoding reads (attention, the experts of a token, keys and values) over what copying in
-    memory reaches in the same run. `none` leaves a list out. Default lists are cut to the model's context.
+    Prompts are random tokens and generation is greedy. Each figure is a median, followed by the minimum and maximum. The
+    share of memory bandwidth is the rate at which decoding reads data (attention, a token's experts, keys and values)
+    divided by the rate of copying memory in the same run. `none` skips a list. Default lists are cut to the model's context.
 
-    On MLX's CPU backend --compare runs mlx-lm twice: as it comes, and in float32, in which we compute there.
+    On MLX's CPU backend, --compare runs mlx-lm twice: with its default type, and in float32, the type used here.
     """
     from mlx_mixtral.cli.bench.job import BenchJob
 

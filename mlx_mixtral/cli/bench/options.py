@@ -8,6 +8,7 @@ import click
 
 from mlx_mixtral.cli.fields import argument, group, option
 from mlx_mixtral.cli.options import LoadOptions, json_flag, number_list, overwrite_flag
+from mlx_mixtral.cli.values import ModelName
 
 __all__ = ["BenchOptions"]
 
@@ -24,22 +25,24 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 
 @dataclass(frozen=True)
 class BenchOptions:
-    model: str = argument()
+    model: str = argument(type=ModelName())
     prompts: tuple[int, ...] | None = option(
         "--prompt LIST",
-        "Lengths of prompts for prefill and time to first token.  [default: 128,512,2048]",
+        "Prompt lengths for prefill and time to first token.  [default: 128,512,2048]",
         callback=_sizes,
     )
     depths: tuple[int, ...] | None = option(
-        "--depth LIST", "Tokens of context to decode after.  [default: 128,2048]", callback=_sizes
+        "--depth LIST", "Context lengths at which decoding is measured.  [default: 128,2048]", callback=_sizes
     )
-    batches: tuple[int, ...] | None = option("--batch LIST", "Rows decoded at once.  [default: 1,4,8]", callback=_sizes)
-    tokens: int = option("--tokens", "Tokens each measurement decodes.", default=32)
-    repeats: int = option("--repeats", "Measurements of each, after one to warm up.", default=5)
+    batches: tuple[int, ...] | None = option(
+        "--batch LIST", "Batch sizes to decode.  [default: 1,4,8]", callback=_sizes
+    )
+    tokens: int = option("--tokens", "Tokens decoded in each measurement.", default=32)
+    repeats: int = option("--repeats", "Measurements of each kind, after one to warm up.", default=5)
     compare: str | None = option(
-        "--compare", "Run it on the same folder too, the sides in turn.", type=click.Choice(("mlx-lm",))
+        "--compare", "Also run this on the same folder, alternating between the two.", type=click.Choice(("mlx-lm",))
     )
-    plot: str | None = option("--plot FILE", "PNG of all of it; needs matplotlib.")
+    plot: str | None = option("--plot FILE", "Write a PNG of the results; needs matplotlib.")
     overwrite: bool = overwrite_flag("the plot")
     loading: LoadOptions = group(LoadOptions)
     as_json: bool = json_flag()

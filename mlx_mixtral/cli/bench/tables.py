@@ -62,7 +62,7 @@ def _table(
         "tok/s",
         "least..most",
         *own,
-        *(["ours is"] if others else []),
+        *(["speedup"] if others else []),
     ]
     cells = []
     for row in rows:

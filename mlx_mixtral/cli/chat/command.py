@@ -12,6 +12,7 @@ from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.fields import argument, group, option, takes
 from mlx_mixtral.cli.given_text import given_text, prompt_file_option
 from mlx_mixtral.cli.options import LoadOptions, SpeculationOptions, chat_template_option, json_flag
+from mlx_mixtral.cli.values import ModelName
 from mlx_mixtral.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ __all__ = ["chat"]
 
 @dataclass(frozen=True)
 class ChatOptions:
-    model: str = argument()
+    model: str = argument(type=ModelName())
     prompt: str | None = option(
         "-p, --prompt TEXT", "Ask this alone, print the answer and end; - reads standard input."
     )

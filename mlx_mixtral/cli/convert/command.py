@@ -22,11 +22,11 @@ _HF_TYPES = {"auto": None, "float16": "F16", "bfloat16": "BF16", "float32": "F32
 def convert(ctx: click.Context, given: ConvertOptions) -> None:
     """Convert SOURCE, a folder, a GGUF file or a hub repository, to MLX weights in the new folder DEST.
 
-    DEST appears complete or not at all. Memory stays small whatever the size of the model. After an interruption the same
-    command goes on where it was.
+    DEST appears complete or not at all. Memory use is small and does not depend on the size of the model. To resume an
+    interrupted conversion, repeat the command.
 
-    With --to the way is back: SOURCE, an MLX folder for instance, becomes what other programs read. Options about MLX's
-    packing do not apply then.
+    --to hf and --to gguf convert in the other direction: from MLX, or any other SOURCE, to the formats of other programs.
+    Options that concern MLX's packing do not apply to them.
     """
     check_options(ctx, given)
     if given.upload is not None:

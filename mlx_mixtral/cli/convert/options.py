@@ -10,16 +10,19 @@ import click
 
 from mlx_mixtral.cli.fields import argument, flag, flag_name, is_given, option
 from mlx_mixtral.cli.options import device_option, json_flag, revision_option
+from mlx_mixtral.cli.values import ModelName, Place
 from mlx_mixtral.config.quantization import AFFINE_BITS, MODES
 
 if TYPE_CHECKING:
     from mlx_mixtral_convert import Recipe
 
-__all__ = ["ConvertOptions", "check_options"]
+__all__ = ["RECIPES", "ConvertOptions", "check_options"]
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 ROUNDINGS = ("plain", "search", "gptq")
 FORMATS = ("mlx", "hf", "gguf")
+# Repeated from the converter, which is not imported for help.
+RECIPES = ("experts-2bit", "experts-3bit", "experts-3bit-down-4bit", "experts-4bit", "experts-5bit")
 GGUF_TYPES = (
     "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K",
     "Q3_K", "Q4_K", "Q5_K",
@@ -64,19 +67,21 @@ def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[st
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    source: str = argument()
-    dest: str = argument()
+    source: str = argument(type=ModelName(files=True))
+    dest: str = argument(type=Place("dir", expands=False))
     bits: str | None = option(
         "--bits",
-        "Bits a weight; none converts without quantising.  [default: 4, or what --mode means]",
+        "Bits per weight; none converts without quantising.  [default: 4, or what --mode implies]",
         type=click.Choice([*map(str, AFFINE_BITS), "none"]),
     )
-    group_size: int | None = option("--group-size N", "Weights that share a scale.  [default: 64, or the mode's]")
+    group_size: int | None = option(
+        "--group-size N", "Number of weights that share a scale.  [default: 64, or what --mode implies]"
+    )
     # No choice of click's: the library names an unknown mode, as for one in a recipe.
     mode: str = option("--mode", "How weights are packed.", metavar="|".join(MODES), default="affine")
     to: str = option(
         "--to",
-        "What DEST is: hf is a Hugging Face folder for transformers, gguf a file for llama.cpp.",
+        "Format of DEST: hf is a Hugging Face folder for transformers, gguf a file for llama.cpp.",
         type=click.Choice(FORMATS),
         default="mlx",
     )
@@ -86,33 +91,40 @@ class ConvertOptions:
     dtype: str = option(
         "--dtype", "Type of scales and norms; with --to hf, of all weights.", type=click.Choice(DTYPES), default="auto"
     )
-    recipe: str | None = option("--recipe NAME|FILE", "A named recipe, or one as JSON.")
+    recipe: str | None = option("--recipe NAME|FILE", f"A JSON file, or one of {', '.join(RECIPES)}.")
     rounding: str | None = option(
-        "--rounding", "How codes are chosen at the same format.  [default: plain]", type=click.Choice(ROUNDINGS)
+        "--rounding",
+        "How weights are rounded; the format stays the same.  [default: plain]",
+        type=click.Choice(ROUNDINGS),
     )
     calibration: str | None = option(
-        "--calibration FILE", "What `mlx-mixtral calibrate` measured on SOURCE.", type=click.Path()
+        "--calibration FILE",
+        "Measurements of SOURCE by `mlx-mixtral calibrate`, for --rounding and --fit.",
     )
-    fit: str | None = option("--fit SIZE|mac", "Choose bits so that the weights fit a size, or this Mac.")
-    context: int | None = option("--context N", "Tokens of KV cache that --fit mac leaves room for.  [default: 4096]")
+    fit: str | None = option(
+        "--fit SIZE|mac", "Choose the bits of each matrix so that the weights fit a size, or this Mac."
+    )
+    context: int | None = option(
+        "--context N", "Context length, in tokens, that --fit mac leaves room for.  [default: 4096]"
+    )
     override: Overrides = option(
         "--override PATTERN=BITS[:GROUP]|none",
-        "Other bits for some modules; repeatable, the last that matches wins.",
+        "Bits of the modules whose names match; repeatable, and the last match counts.",
         callback=parse_overrides,
         multiple=True,
     )
     exact: bool = flag(
-        "--exact", "Keep the packing of a quantised source: integers move as they are wherever they fit."
+        "--exact", "Keep the integers of a quantised source unchanged wherever MLX has a format for them."
     )
-    kind: str = option("--kind KIND", "Layout of SOURCE: gguf, hf, native, ...", default="auto")
-    overwrite: bool = flag("--overwrite", "Replace DEST if it is a finished conversion of ours.")
-    restart: bool = flag("--restart", "Forget what an interrupted conversion to DEST left.")
-    stream: bool = flag("--stream", "Fetch a hub repository's weights as they are needed; store none of them.")
-    dry_run: bool = flag("--dry-run", "Check everything and say what would be written; write nothing.")
+    kind: str = option("--kind KIND", "Layout of SOURCE, such as gguf, hf or native.", default="auto")
+    overwrite: bool = flag("--overwrite", "Replace DEST if it is a conversion made by this program.")
+    restart: bool = flag("--restart", "Start over and ignore what an interrupted conversion to DEST left.")
+    stream: bool = flag("--stream", "Fetch a hub repository's weights as they are needed, without storing them.")
+    dry_run: bool = flag("--dry-run", "Check everything and print the plan; write nothing.")
     upload: str | None = option(
-        "--upload OWNER/NAME", "Put DEST on the hub when it is done, with a model card; `upload` has more options."
+        "--upload OWNER/NAME", "Then upload DEST to the hub, with a model card; `upload` has more options."
     )
-    public: bool = flag("--public", "Let everyone see what --upload makes.  [default: private]")
+    public: bool = flag("--public", "Make the --upload repository public.  [default: private]")
     revision: str | None = revision_option()
     device: str | None = device_option()
     as_json: bool = json_flag()

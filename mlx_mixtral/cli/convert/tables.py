@@ -67,7 +67,7 @@ def _print_packings(packings: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None:
-    """Sizes, bits by part, the matrices that lost most, time and memory, and what to type next."""
+    """Sizes, bits by part, the largest errors, time and memory, and what to type next."""
     console = out_console()
     _print_title(dest, report)
     line = _sizes(report)
@@ -94,12 +94,12 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
         _print_packings(report["packings"])
         if report["output_bytes"] > 1.02 * report["source_bytes"]:
             console.print(
-                "Larger than the source: MLX has a scale and a bias for every 32 weights. --bits without --exact packs anew.\n",
+                "Larger than the source: MLX has a scale and bias for every 32 weights. --bits without --exact requantises.\n",
                 soft_wrap=True,
             )
     elif report["worst"]:
         print_table(
-            "Matrices that lost most",
+            "Largest quantisation errors",
             ["matrix", "packed as", "relative error"],
             [
                 [one_line(entry["path"]).removeprefix("model."), entry["spec"], f"{entry['relative_rms']:.2%}"]

@@ -24,14 +24,14 @@ NEEDS = {
 @click.pass_context
 @takes(EvaluateOptions)
 def evaluate(ctx: click.Context, given: EvaluateOptions) -> None:
-    """Measure MODEL, a folder or a hub repository, on texts of yours: perplexity and bits per byte by domain.
+    """Measure MODEL, a folder or a hub repository, on your texts: perplexity and bits per byte by domain.
 
-    A text's domain is its file's name without the ending, or what DOMAIN=PATH says, or a JSONL line's own. Every token but
-    BOS is predicted exactly once. With --reference also KL divergence, top-1 agreement and the ratio of perplexities; a
-    reference model is run first and dropped, so that the two are never in memory together.
+    The domain of a text is its file name without the extension, the DOMAIN in DOMAIN=PATH, or a field of its JSONL line.
+    Every token except BOS is predicted exactly once. --reference adds KL divergence, top-1 agreement and the ratio of
+    perplexities; the reference model runs first and is then unloaded, so that memory never holds both.
 
-    With --tasks, benchmarks instead of texts, beside the figures that were published of Mixtral 8x7B. Their data are fetched
-    from the hub at the first run, unless --task-path names tasks of local files.
+    --tasks runs benchmarks instead of texts and prints the published figures of Mixtral 8x7B beside them. Their data are
+    downloaded from the hub on first use, unless --task-path names tasks in local files.
     """
     _check(ctx, given)
     if given.tasks is not None:

@@ -27,13 +27,13 @@ class _Remembered(click.Command):
 @click.pass_context
 @takes(ReportOptions)
 def report(ctx: click.Context, given: ReportOptions) -> None:
-    """Measure MODEL and write a folder with README-section.md and plots, to be published in its model card.
+    """Measure MODEL and write a folder with README-section.md and plots, for publication in its model card.
 
-    It says what the checkpoint is and weighs, its perplexity by domain and by length of context, with --reference its
-    distance to another model, which passkeys it finds, what its experts do beside the paper's figures, the memory it
-    needs, and the command that measures all this again. What does not apply to MODEL is left out with the reason.
+    The report describes the checkpoint and its size, its perplexity by domain and by length of context, the passkeys it
+    finds, its routing next to the paper's figures, the memory it needs, and the command that repeats the measurements.
+    --reference adds its distance to another model. What does not apply to MODEL is left out, with the reason.
 
-    Nothing of the texts is written but the names of their domains, and paths as they are typed in the command. The folder
+    Of the texts, the report contains only the names of their domains and the paths given on the command line. The folder
     appears complete or not at all.
     """
     from mlx_mixtral.cli.report.job import ReportJob

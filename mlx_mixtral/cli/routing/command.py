@@ -15,11 +15,12 @@ __all__ = ["routing"]
 @click.pass_context
 @takes(RoutingOptions)
 def routing(ctx: click.Context, given: RoutingOptions) -> None:
-    """Record which experts MODEL chooses for texts of yours, and show what it does with them by domain.
+    """Record which experts MODEL chooses for your texts, and show its choices by domain.
 
-    A text's domain is its file's name without the ending, or what DOMAIN=PATH says, or a JSONL line's own. Shown are the
-    figures of "Mixtral of Experts", section 5, beside the paper's: shares of experts, repeats from token to token and over
-    layers, and text coloured by expert; and pairs of experts, and the entropy of the gate.
+    The domain of a text is its file name without the extension, the DOMAIN in DOMAIN=PATH, or a field of its JSONL line.
+    The output repeats the analysis of "Mixtral of Experts", section 5, next to the paper's figures: the share of each
+    expert, how often consecutive tokens choose the same one, and text coloured by expert. It adds pairs of experts and the
+    entropy of the gate.
     """
     if given.trace is None:
         if given.model is None or not given.texts:

@@ -17,7 +17,7 @@ OVERRIDES_SHOWN = 6
 
 
 def checkpoint_part(contents: Contents) -> Iterator[str]:
-    """Shape, source and recipe; bits and bytes by part; the tensors that lost most."""
+    """Shape, source and recipe; bits and bytes by part; the largest quantisation errors."""
     facts = contents.facts
     conversion = facts["conversion"] if isinstance(facts["conversion"], Mapping) else None
     lines = [_shape(facts), f"{format_bytes(facts['bytes'])}, {facts['bits_per_weight']:.2f} bits a weight"]
@@ -129,7 +129,7 @@ def _errors(conversion: Mapping[str, Any]) -> Iterator[str]:
     if not entries:
         return
     entries.sort(key=lambda entry: (-entry[0], entry[1]))
-    yield f"Tensors that lost most of {len(entries)} packed, as ‖w − ŵ‖ / ‖w‖:"
+    yield f"Largest relative errors ‖w − ŵ‖ / ‖w‖ of {len(entries)} quantised tensors:"
     rows = [[path.removeprefix("model."), spec, f"{error:.2%}"] for error, path, spec in entries[:WORST_SHOWN]]
     yield table(["tensor", "packed as", "relative error"], rows, left=2)
 

@@ -103,7 +103,7 @@ def _repeats(found: RoutingAnalysis, layers: Sequence[int]) -> str:
         "repeats",
         "Repeats from token to token",
         "How often a token gets the expert of the token before it, by layer (the paper's figure 10 and table 5). "
-        "Random routing would give the dashed line.",
+        "The dashed line is what random routing would give.",
         _legend(found) + _charts(charts) + "".join(tables),
     )
 

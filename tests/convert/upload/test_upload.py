@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,13 @@ def test_a_broken_connection_is_one_line_however_deep_the_client_wraps_it() -> N
 
     with pytest.raises(HubError, match=r"^me/model: the hub cannot be reached, .* goes on"), _upload_errors(REPOSITORY):
         send()
+
+
+def test_a_hub_in_trouble_is_waited_for_not_blamed_on_the_token() -> None:
+    error = RuntimeError("status 503")
+    error.response = SimpleNamespace(status_code=503)  # type: ignore[attr-defined]
+    with pytest.raises(HubError, match="or is in trouble; the same command goes on"), _upload_errors(REPOSITORY):
+        raise error
 
 
 def test_nothing_is_sent_of_a_damaged_conversion(converted: Path, hub: UploadHub, tmp_path: Path) -> None:
@@ -204,7 +212,7 @@ def test_a_hub_source_is_the_base_model_and_odd_names_stay_text(converted: Path)
 
 
 def test_requests_that_cannot_be(converted: Path, source: Path, tmp_path: Path) -> None:
-    for name in ("model", "me/model@main", "https://huggingface.co/me/model"):
+    for name in ("model", "me/model@main", "https://huggingface.co/me/model/tree/v1"):
         with pytest.raises(InvalidRequestError, match="write owner/name"):
             upload(converted, name, dry_run=True)
     with pytest.raises(InvalidRequestError, match=r"has no README-section\.md"):

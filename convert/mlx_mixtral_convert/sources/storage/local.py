@@ -10,10 +10,12 @@ import errno
 import io
 import os
 import threading
+import weakref
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from mlx_mixtral.reading import is_there, names_like, open_descriptor, open_file, special_file
+from mlx_mixtral.weights.checkpoint import close_files
 from mlx_mixtral.weights.safetensors import read_into
 from mlx_mixtral_convert.sources.storage.fingerprint import describe_file
 
@@ -83,6 +85,7 @@ class LocalStorage:
         self.named = path if path.is_file() else None
         self.folder = path.parent if self.named else path
         self._descriptors: dict[Path, int] = {}
+        weakref.finalize(self, close_files, self._descriptors)
         self._lock = threading.Lock()
 
     def glob(self, pattern: str) -> list[Path]:
@@ -119,8 +122,7 @@ class LocalStorage:
 
     def close(self) -> None:
         with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+            close_files(self._descriptors)
 
 
 class StoredFile(io.RawIOBase):

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.hub import Source, download, hub_errors, wanted_files
+from mlx_mixtral.hub import Source, wanted_files
+from mlx_mixtral.hub.download import WEIGHTS, store_files
+from mlx_mixtral.hub.failures import hub_errors
+from mlx_mixtral.hub.listing import Listing, list_files
+from mlx_mixtral.hub.ranges import RangeReader
 from mlx_mixtral.weights.fingerprint import describe_bytes
 from mlx_mixtral_convert.sources.storage.local import StoredFile
-from mlx_mixtral_convert.sources.storage.ranges import Listing, RangeReader, list_files
 
 __all__ = ["RemoteStorage", "open_remote"]
 
-WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".npz")
 # Most heads are shorter: one request then brings all of one. GGUF's have the tokenizer inside.
 HEAD_BYTES, GGUF_HEAD_BYTES = 2**17, 2**20
 # A packed matrix of 8x22B, so that one that is read in small parts comes in one piece; several connections share it.
@@ -34,12 +36,13 @@ def open_remote(source: Source) -> RemoteStorage:
     """
     if (repository := source.repository) is None:
         raise InvalidRequestError(f"{source.name} is not a hub repository; stream applies to those only")
-    listing = list_files(repository, source.revision)
-    with hub_errors(repository, source.revision):
+    with hub_errors(repository):
+        listing = list_files(repository, source.revision)
         wanted = wanted_files(listing.files, convertible=True, file=source.file)
-    weights = [name for name in wanted if name.endswith(WEIGHTS)]
-    small = [name for name in wanted if name not in weights]
-    folder = download(repository, listing.commit, lambda names: small)
+        weights = [name for name in wanted if name.endswith(WEIGHTS)]
+        for name in weights:
+            listing.size(name)
+        folder = store_files(listing, [name for name in wanted if name not in weights], listing.commit)
     return RemoteStorage(listing, folder, weights, source.file)
 
 
@@ -76,26 +79,27 @@ class RemoteStorage:
         return name in self._weights
 
     def look(self, file: Path) -> tuple[int, int]:
-        return self._listing.files[file.name].nbytes, 0
+        return self._listing.size(file.name), 0
 
     def open(self, file: Path) -> BinaryIO:
         return io.BufferedReader(StoredFile(self, file), GGUF_HEAD_BYTES if file.suffix == ".gguf" else HEAD_BYTES)
 
     def read_into(self, file: Path, buffer: memoryview, offset: int) -> None:
-        self._ranges.read_into(file.name, buffer, offset)
+        with hub_errors(self._listing.repository):
+            self._ranges.read_into(file.name, buffer, offset)
 
     def describe(self, file: Path) -> dict[str, Any]:
         # As a file in the hub's cache is described, so that a conversion may go on from a downloaded copy and back.
-        known = self._listing.files[file.name]
-        if known.sha256 is not None:
-            return {"bytes": known.nbytes, "sha256": known.sha256}
+        nbytes, sha256 = self._listing.size(file.name), self._listing.files[file.name].sha256
+        if sha256 is not None:
+            return {"bytes": nbytes, "sha256": sha256}
 
         def read(offset: int, count: int) -> bytes:
             buffer = bytearray(count)
             self.read_into(file, memoryview(buffer), offset)
             return bytes(buffer)
 
-        return describe_bytes(known.nbytes, read)
+        return describe_bytes(nbytes, read)
 
     def stop(self) -> None:
         self._ranges.stop()

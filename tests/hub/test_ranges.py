@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from mlx_mixtral.errors import HubError
-from mlx_mixtral_convert.sources.storage import ranges
-from mlx_mixtral_convert.sources.storage.ranges import Listing, RangeReader, RemoteFile
+from mlx_mixtral.hub import ranges
+from mlx_mixtral.hub.answers import HubAnswer
+from mlx_mixtral.hub.listing import Listing, RemoteFile
+from mlx_mixtral.hub.ranges import RangeReader
 
 DATA = bytes(range(40))
 
 
-@dataclass
-class Answer:
-    status_code: int
-    headers: dict[str, str]
-    parts: list[bytes]
-    history: tuple[Any, ...] = ()
+class Body:
+    """What the session's answer is, as far as ``HubAnswer`` reads it."""
 
-    def iter_raw(self) -> Iterator[bytes]:
-        yield from self.parts
+    def __init__(self, parts: Iterable[bytes]) -> None:
+        self.iter_raw = parts.__iter__
+
+
+def answer(status: int, headers: dict[str, str], parts: Iterable[bytes]) -> HubAnswer:
+    return HubAnswer(status, headers, (), Body(parts))
 
 
 @dataclass
@@ -37,23 +40,23 @@ class Drip:
     wait: str = ""
 
     @contextlib.contextmanager
-    def stream(self, method: str, url: str, headers: dict[str, str], timeout: float) -> Iterator[Answer]:
+    def ask(self, url: str, what: str, *, headers: dict[str, str], **options: Any) -> Iterator[HubAnswer]:
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", headers["Range"])
         assert asked is not None
         start, end = int(asked[1]), int(asked[2])
         part = self.parts[min(len(self.starts), len(self.parts) - 1)]
         self.starts.append(start)
         if part is None:
-            yield Answer(503, {"Retry-After": self.wait}, [])
+            yield answer(503, {"Retry-After": self.wait}, [])
             return
         # A server that sends more than was asked for must not write past the piece.
-        yield Answer(206, {"Content-Range": f"bytes {start}-{end}/{len(DATA)}"}, [DATA[start : start + part], b""])
+        yield answer(206, {"Content-Range": f"bytes {start}-{end}/{len(DATA)}"}, [DATA[start : start + part], b""])
 
 
 def read(drip: Drip, monkeypatch: pytest.MonkeyPatch, start: int = 0, count: int = 40) -> tuple[bytes, list[float]]:
     """Bytes read, and the seconds waited in between."""
     reader = RangeReader(Listing("owner/model", "c" * 40, {"file": RemoteFile(len(DATA), None)}))
-    reader._client = drip
+    monkeypatch.setattr(reader, "_client", drip)
     waits: list[float] = []
     monkeypatch.setattr(reader._stopped, "wait", waits.append)
     buffer = bytearray(count)
@@ -83,13 +86,13 @@ def test_waits_double_while_nothing_arrives_and_start_over_after_progress(monkey
 
 def test_the_hub_may_ask_for_a_longer_wait_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(Drip([None, 40], wait="7"), monkeypatch)[1] == [7.0]
-    assert read(Drip([None, 40], wait="86400"), monkeypatch)[1] == [ranges.MAX_WAIT_S]
+    assert read(Drip([None, 40], wait="86400"), monkeypatch)[1] == [ranges.MAX_ASKED_S]
     assert read(Drip([None, 40], wait="Wed, 21 Oct 2026"), monkeypatch)[1] == [ranges.WAIT_S]
 
 
 def test_it_gives_up_after_so_many_attempts_that_bring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     drip = Drip([5, None])
-    with pytest.raises(HubError, match=r"owner/model: file cannot be fetched at 5 B, 8 attempts failed \(status 503\)"):
+    with pytest.raises(HubError, match=r"^file cannot be fetched at 5 B, 8 attempts failed \(status 503\)"):
         read(drip, monkeypatch)
     # The first attempt that brought nothing follows one that was cut short.
     assert drip.starts == [0] + [5] * (ranges.ATTEMPTS - 1)
@@ -98,3 +101,33 @@ def test_it_gives_up_after_so_many_attempts_that_bring_nothing(monkeypatch: pyte
 def test_several_pieces_end_up_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "PIECE_BYTES", 7)
     assert read(Drip([4]), monkeypatch, 1, 38)[0] == DATA[1:39]
+
+
+def test_more_than_was_asked_for_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(Drip):
+        @contextlib.contextmanager
+        def ask(self, *arguments: Any, headers: dict[str, str], **options: Any) -> Iterator[HubAnswer]:
+            with super().ask(*arguments, headers=headers, **options) as given:
+                yield answer(206, given.headers, itertools.chain([DATA[:7]], itertools.repeat(b"more")))
+
+    assert read(Endless([40]), monkeypatch)[0][:8] == DATA[:7] + b"m"
+
+
+def test_a_connection_that_breaks_all_the_time_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "MAX_BREAKS", 10)
+    drip = Drip([1])
+    with pytest.raises(HubError, match=r"file cannot be fetched at 10 B, 10 attempts failed \(30 bytes did not arrive"):
+        read(drip, monkeypatch)
+    assert len(drip.starts) == 10
+
+
+def test_pieces_come_in_order_and_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "PIECE_BYTES", 3)
+    reader = RangeReader(Listing("owner/model", "c" * 40, {"file": RemoteFile(len(DATA), None)}))
+    drip = Drip([40])
+    monkeypatch.setattr(reader, "_client", drip)
+    with contextlib.closing(reader):
+        pieces = reader.pieces("file", 5, 38)
+        assert bytes(next(pieces)) == DATA[5:8]
+        assert DATA[8:38] == b"".join(pieces)
+    assert sorted(drip.starts) == list(range(5, 38, 3))
