@@ -72,9 +72,9 @@ def demo(given: DemoOptions) -> None:
     show = _Narrator(quiet=given.as_json)
     source = checkpoint_path()
     show.line("mlx-mixtral demo", "bold")
-    show.line("A real Mixtral, only small: 8.4 million parameters, 6 layers, 8 experts, 2 per")
+    show.line("A real but small Mixtral: 8.4 million parameters, 6 layers, 8 experts, 2 per")
     show.line("token. It ships with the package and was trained on the Bible in five languages,")
-    show.line("Python code and sums. A real model takes the same three steps.\n")
+    show.line("Python code and sums. A full-size model takes the same three steps.\n")
     with _folder(given.keep) as folder:
         show.step(1, f"convert to 4 bits{f' in {folder}' if given.keep else ''}")
         with _explained(given.keep), conversion_progress() as progress:
@@ -105,7 +105,7 @@ def demo(given: DemoOptions) -> None:
         )
         return
     show.line(f"{rate(speed)}, peak memory {format_bytes(peak)}, on {_device(model)}.\n")
-    show.line("Now a real one (93 GB to download, 26.3 GB when converted):", "bold")
+    show.line("Next, a full-size one (93 GB to download, 26.3 GB after conversion):", "bold")
     show.line("  mlx-mixtral info 8x7b")
     show.line("  mlx-mixtral convert mistralai/Mixtral-8x7B-Instruct-v0.1 mixtral-4bit")
     show.line("  mlx-mixtral chat mixtral-4bit")
