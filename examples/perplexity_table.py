@@ -40,7 +40,7 @@ with tempfile.TemporaryDirectory() as scratch:
     reference = Path(scratch) / "reference"  # the source is run once, and dropped
     with load(options.source) as model:
         found = evaluate(model, texts, save_reference=reference)
-    heads = ["model", "bits a weight", *found.domains, "all", "KL to the source", "same top token"]
+    heads = ["model", "bits per weight", *found.domains, "all", "KL to the source", "same top token"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     print(row("source", 16, found), flush=True)
     for name in options.only or recipes:

@@ -276,7 +276,7 @@ def test_chance_is_what_the_page_on_routing_says() -> None:
 
 def test_quality_in_short_is_quality_in_full() -> None:
     """The figures in docs/benchmarks.md are rounded ones of the table with every row."""
-    (short,) = [table for table in tables_as_written(TEXTS["docs/benchmarks.md"]) if "bits a weight" in table[0]]
+    (short,) = [table for table in tables_as_written(TEXTS["docs/benchmarks.md"]) if "bits per weight" in table[0]]
     measured = {
         model: {row[0]: float(row[2]) for row in table[1:] if re.fullmatch(r"[\d.]+", row[2])}
         for model, table in zip(

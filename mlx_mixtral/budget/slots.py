@@ -3,7 +3,7 @@
 A layer can be resident (E slots), have a bank of K to E - 1 slots of its own, or none: then it takes turns in an overflow bank
 of K slots with the other layers of its kind, and finds nothing of its own there. What a token costs:
 
-    compute    weights it passes through: the trunk and K experts a layer, over the memory's rate
+    compute    weights it passes through: the trunk and K experts per layer, over the memory's rate
     read-back  a synchronisation with the device in each layer that is not resident: only the router says what to read
     disk       experts missed over the disk's rate, but for the time in which those that were found are computed
 

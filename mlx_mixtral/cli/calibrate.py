@@ -140,4 +140,4 @@ def calibrate(given: CalibrateOptions) -> None:
     out_console().print(f"{one_line(given.file)}: {found.tokens.size} tokens, {seconds(took)}", soft_wrap=True)
     if costs:
         rows = [[name, f"{loss:.4f}"] for loss, name in costs[:SHOWN]]
-        print_table("Most sensitive", ["matrices", "loss at 4 bits, nats a token"], rows)
+        print_table("Most sensitive", ["matrices", "loss at 4 bits, nats per token"], rows)

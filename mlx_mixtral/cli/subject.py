@@ -125,7 +125,7 @@ class Subject:
 class Baseline:
     """What a model is compared with: a file of distributions, another model that is run first, or nothing.
 
-    The other model is run with the same rope, which long windows may need, and with its own number of experts a token.
+    The other model is run with the same rope, which long windows may need, and with its own number of experts per token.
 
     Raises:
         CheckpointError: a file that is something else.

@@ -177,7 +177,7 @@ def test_ctrl_c_says_where_the_same_command_goes_on(
 ) -> None:
     process = spawn("convert", tiny, tmp_path / "out", before=SLOW_READS.replace("0.1", "0.01"))
     assert process.stderr is not None
-    # 29 matrices and two norms a layer, and one read ahead.
+    # 29 matrices and two norms per layer, and one read ahead.
     for _ in range(2 * 31 + 10):
         assert process.stderr.readline() == b"reading\n"
     process.send_signal(signal.SIGINT)

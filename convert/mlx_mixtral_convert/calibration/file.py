@@ -30,7 +30,7 @@ __all__ = ["Calibration", "Losses", "identity"]
 # Those of 8x22B have 50 MB.
 MAX_FILE_BYTES = 2**29
 
-# group of matrices -> packing ("4-bit g64") -> predicted mean KL in nats a token
+# group of matrices -> packing ("4-bit g64") -> predicted mean KL in nats per token
 Losses = Mapping[str, Mapping[str, float]]
 
 

@@ -136,7 +136,7 @@ def _check_trace(trace: RoutingTrace, config: MixtralConfig) -> None:
     own = (config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok)
     if (layers, trace.num_experts, per_token) != own:
         raise InvalidRequestError(
-            f"the trace is of {layers} layers with {per_token} of {trace.num_experts} experts a token, the model has {own[0]} "
+            f"the trace is of {layers} layers with {per_token} of {trace.num_experts} experts per token, the model has {own[0]} "
             f"with {own[2]} of {own[1]}; record one of this model with mlx-mixtral routing --save-trace"
         )
 

@@ -32,7 +32,7 @@ class Recipe:
         Recipe(bits=3, overrides={"*.self_attn.*": {"bits": 6}, "lm_head": None})
 
     Args:
-        bits: bits a weight; None leaves everything unquantised that no override names.
+        bits: bits per weight; None leaves everything unquantised that no override names.
         group_size: weights that share a scale, along the input; the mode's default (affine: 64) when None.
         mode: ``affine`` (1, 2, 3, 4, 5, 6 or 8 bits, groups of 32, 64 or 128), ``mxfp4``, ``nvfp4`` or ``mxfp8``.
         overrides: module path globs (``*.self_attn.*``, ``lm_head``, ``model.layers.0.*``) to a ``QuantizationSpec``, to a

@@ -97,7 +97,7 @@ def _print_traffic(rows: Sequence[Mapping[str, Any]], copy: Mapping[str, float])
             if (read := ours.get("read_bytes_per_token")) is not None:
                 cell.append(format_bytes(read))
             cells.append(cell)
-    columns = ["context", "bytes a token", "decode", "of copying", "from disk"][: len(cells[0]) if cells else 4]
+    columns = ["context", "bytes per token", "decode", "of copying", "from disk"][: len(cells[0]) if cells else 4]
     spread = f"{format_bytes(copy['min'])}..{format_bytes(copy['max'])}"
     title = f"Decode against memory, which copies {format_bytes(copy['median'])}/s ({spread}, read and written)"
     print_table(title, columns, cells)

@@ -25,7 +25,7 @@ WORST_SHOWN = 5
 
 @contextlib.contextmanager
 def conversion_progress() -> Iterator[Callable[[Progress], None]]:
-    """A callback for ``convert``: a bar with bytes a second and remaining time, or now and then a plain line."""
+    """A callback for ``convert``: a bar with bytes per second and remaining time, or now and then a plain line."""
     if not err_console().is_terminal:
         yield _plain_lines()
         return
@@ -121,9 +121,9 @@ def _expected_loss(report: Mapping[str, Any]) -> str:
     expected, error = report["predicted_kl"], report["predicted_kl_error"]
     if error is None:
         return (
-            f"expected loss: about {expected:.2g} nats a token, a guess; calibrate --sensitivities measures this model"
+            f"expected loss: about {expected:.2g} nats per token, a guess; calibrate --sensitivities measures this model"
         )
-    return f"expected loss: {expected:.2g} ± {error:.1g} nats a token, on text like the calibration's"
+    return f"expected loss: {expected:.2g} ± {error:.1g} nats per token, on text like the calibration's"
 
 
 def print_export(dest: Path, report: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 def print_routing(found: RoutingAnalysis, layers: Sequence[int]) -> None:
     """Everything but text; ``layers`` are shown one by one, the others as curves."""
     console = out_console()
-    of = f"{found.layers} layers, {found.per_token} of {found.num_experts} experts a token"
+    of = f"{found.layers} layers, {found.per_token} of {found.num_experts} experts per token"
     console.print(f"{terminal_safe(found.name or 'routing')}: {found.overall.tokens:,} tokens, {of}\n", soft_wrap=True)
     _repeats(found, layers)
     _shares(found, layers)

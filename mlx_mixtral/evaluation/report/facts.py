@@ -20,7 +20,7 @@ def checkpoint_part(contents: Contents) -> Iterator[str]:
     """Shape, source and recipe; bits and bytes by part; the largest quantisation errors."""
     facts = contents.facts
     conversion = facts["conversion"] if isinstance(facts["conversion"], Mapping) else None
-    lines = [_shape(facts), f"{format_bytes(facts['bytes'])}, {facts['bits_per_weight']:.2f} bits a weight"]
+    lines = [_shape(facts), f"{format_bytes(facts['bytes'])}, {facts['bits_per_weight']:.2f} bits per weight"]
     if conversion is None:
         lines.append("No conversion.json: it does not say what it was made from")
     else:
@@ -38,7 +38,7 @@ def checkpoint_part(contents: Contents) -> Iterator[str]:
         for part in facts["parts"]
     ]
     total = f"{facts['parameters']:,}", f"{facts['bits_per_weight']:.2f}", format_bytes(facts["bytes"])
-    yield table(["part", "format", "parameters", "bits a weight", "bytes"], [*rows, ["all", "", *total]], left=2)
+    yield table(["part", "format", "parameters", "bits per weight", "bytes"], [*rows, ["all", "", *total]], left=2)
     if conversion is not None:
         yield from _errors(conversion)
 
@@ -73,7 +73,7 @@ def _context(tokens: int) -> str:
 def _shape(facts: Mapping[str, Any]) -> str:
     text = f"{facts['parameters']:,} parameters, {facts['layers']} layers, hidden size {facts['hidden_size']:,}, "
     if facts["architecture"] == "mixtral":
-        text += f"{facts['experts_per_token']} of {facts['experts']} experts a token "
+        text += f"{facts['experts_per_token']} of {facts['experts']} experts per token "
         text += f"({facts['active_parameters']:,} parameters active), "
     return f"{text}vocabulary {facts['vocab_size']:,}, context {facts['context']:,} tokens"
 

@@ -68,7 +68,7 @@ def _summary(found: RoutingAnalysis) -> str:
     first, either = overall.repeats_first.value, overall.repeats_either.value
     cards = [
         (f"{overall.tokens:,}", f"tokens of {len(found.domains)} domain{'s' * (len(found.domains) != 1)}"),
-        (f"{found.per_token} of {found.num_experts}", f"experts a token, {found.layers} layers"),
+        (f"{found.per_token} of {found.num_experts}", f"experts per token, {found.layers} layers"),
         (
             percent(float(np.mean(first))),
             f"repeat the first choice of the token before; random {found.chance_first:.1%}",
