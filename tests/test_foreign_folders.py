@@ -25,7 +25,7 @@ def test_mistrals_own_folder_is_sent_to_the_converter(tmp_path: Path, file: str)
     source = make_native(tmp_path / "source", native(weights(CONFIG), CONFIG), CONFIG, file)
     (source / "tokenizer.model.v3").unlink()
     with pytest.raises(
-        CheckpointError, match=r"Mistral's own .*, to be converted first: mlx-mixtral convert .*source DEST"
+        CheckpointError, match=r"Mistral's own .*, which must be converted first: mlx-mixtral convert .*source DEST"
     ):
         load(source)
     convert(source, tmp_path / "out")
@@ -42,7 +42,7 @@ def test_mistrals_own_folder_needs_its_parameters(tmp_path: Path) -> None:
         CheckpointError, match=r"Mistral's own weights, but not params\.json.*put the one they were published"
     ):
         convert(source, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="to be converted first"):
+    with pytest.raises(CheckpointError, match="must be converted first"):
         load(source)
     (source / "params.json").write_bytes(kept)
     convert(source, tmp_path / "out")

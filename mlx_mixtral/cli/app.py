@@ -30,7 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("mlx_mixtral.cli.verify:verify", "Check a converted folder: hashes, shapes, no NaN."),
     "calibrate": ("mlx_mixtral.cli.calibrate:calibrate", "Measure a checkpoint on a text, for better conversions."),
     "bench": ("mlx_mixtral.cli.bench.command:bench", "Measure speed, alone or next to mlx-lm."),
-    "evaluate": ("mlx_mixtral.cli.evaluate.command:evaluate", "Measure perplexity, distance to a reference, long context."),
+    "evaluate": (
+        "mlx_mixtral.cli.evaluate.command:evaluate",
+        "Measure perplexity, distance to a reference, long context.",
+    ),
     "routing": ("mlx_mixtral.cli.routing.command:routing", "Show which experts a model chooses, by domain."),
     "report": ("mlx_mixtral.cli.report.command:report", "Measure a model for its model card: Markdown and plots."),
     "upload": ("mlx_mixtral.cli.upload:upload", "Upload a conversion to the hub, with a model card."),

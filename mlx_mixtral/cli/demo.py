@@ -175,7 +175,7 @@ def _explained(keep: Path | None) -> Iterator[None]:
         what, _, fix = str(error).rpartition("; ")
         if "--" not in fix:
             raise
-        raise DestinationError(f"{what}; remove the folder or choose another one to --keep") from error
+        raise DestinationError(f"{what}; remove the folder or choose another one for --keep") from error
     except BaseException as error:
         if keep is None and hasattr(error, "__notes__"):
             del error.__notes__  # the folder is gone

@@ -58,7 +58,7 @@ def draw_domains(title: str, reference: str | None, found: Evaluation) -> bytes:
     axes[0].invert_yaxis()
     axes[0].set_title("perplexity", fontsize=10)
     axes[0].grid(alpha=0.3, axis="x")
-    return png(figure, f"{title} against {reference}" if reference else title)
+    return png(figure, f"{title} compared with {reference}" if reference else title)
 
 
 def _heat_map(axes: Any, result: PasskeyResult) -> None:

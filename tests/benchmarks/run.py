@@ -37,7 +37,7 @@ FURTHER = {
     "steps.py": "GPU kernels per layer, Python's time per token",
     "load.py FOLDER --mlx-lm": "loading with cold caches, against a plain parallel read",
     "kv.py": "memory of keys and values, a saved prompt",
-    "speculation.py": "tokens a forward with prompt lookup",
+    "speculation.py": "tokens per forward pass with prompt lookup",
     "streaming.py FOLDER": "experts read from disk under a memory budget",
     "quality.py": "quality against size",
 }

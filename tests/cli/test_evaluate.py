@@ -127,7 +127,7 @@ def test_output_is_the_json_and_the_journal_goes_when_it_is_written(
     journal = tmp_path / "found.json.journal"
     assert journal.exists()
     assert not place.exists()
-    assert_one_error(invoke(*command, "--window", 32), "window 1024, this one has 32", "--restart")
+    assert_one_error(invoke(*command, "--window", 32), "window 1024, but this one has 32", "--restart")
     with monkeypatch.context() as patched:
         patched.setattr("mlx_mixtral.evaluation.perplexity.score", interrupted)  # nothing is left to score
         done = invoke(*command, "--json")
@@ -173,7 +173,7 @@ def test_passkeys_are_a_heat_map(invoke: Invoke, short: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--text", "{}/none.txt"], ["none.txt is not there"]),
+        (["--text", "{}/none.txt"], ["none.txt does not exist"]),
         (["--text", "x={}/short.txt"], ["short.txt of domain 'x' has 1 token"]),
         (["--text", "{}/good.txt", "--window", "2000"], ["window is 2000", "holds 1024"]),
         (["--text", "{}/good.txt", "--max-bytes", "0"], ["max-bytes is 0"]),
@@ -218,17 +218,17 @@ def test_a_reference_with_another_vocabulary_is_refused_before_it_is_run(
     assert data.count(piece) > 1
     (checkpoint_copy / "tokenizer.model").write_bytes(data.replace(piece, "▁tje".encode(), 1))
     result = invoke("evaluate", tiny, "--text", texts, "--reference", checkpoint_copy)
-    assert_one_error(result, "another vocabulary", "4096 tokens too, but other pieces")
+    assert_one_error(result, "another vocabulary", "4096 tokens too, but different pieces")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give --text, --passkey or both"),
-        (["--passkey", "--window", "8"], "--window applies with --text only"),
-        (["--text", "x", "--lengths", "8"], "--lengths applies with --passkey only"),
+        (["--passkey", "--window", "8"], "--window applies only with --text"),
+        (["--text", "x", "--lengths", "8"], "--lengths applies only with --passkey"),
         (["--text", "x", "--plot", "p.png"], "--plot shows"),
-        (["--text", "x", "--restart"], "--restart applies with"),
+        (["--text", "x", "--restart"], "--restart applies only with"),
         (["--passkey", "--lengths", "a"], "not a list of numbers"),
     ],
 )

@@ -288,7 +288,7 @@ BROKEN: list[tuple[str, str, str, Callable[[Patch], None]]] = [
     (
         "long products",
         "rows that depend on their number",
-        "rows of a product differ with those beside them",
+        "rows of a product depend on the rows next to them",
         _blas_by_rows,
     ),
     ("gathered products", "1% off", "gather_qmm 2-bit g64: relative error 1", lambda p: _scaled(p, "gather_qmm")),
@@ -318,8 +318,8 @@ BROKEN: list[tuple[str, str, str, Callable[[Patch], None]]] = [
         "128 pairs over 8 experts are not sorted",
         lambda p: p.setattr(checks_module, "gathers_sorted", lambda pairs, experts: False),
     ),
-    ("slots from disk", "the next slot", "experts in other slots give other products", _wrong_slot),
-    ("slots from disk", "a row not read", "experts in other slots give other products", _rows_one_off),
+    ("slots from disk", "the next slot", "experts in other slots give different products", _wrong_slot),
+    ("slots from disk", "a row not read", "experts in other slots give different products", _rows_one_off),
     ("resident against streamed", "another slot", "logits differ by up to", _wrong_slot_of_a_pool),
     ("resident against streamed", "wrong expert read", "logits differ by up to", _neighbour_read),
     (
@@ -396,7 +396,7 @@ def test_a_check_fails_when_its_property_is_broken(
     ("change", "said"),
     [
         (_altered_logits, "nats from the recorded logits; at most 1e-07"),
-        (_altered_greedy, "greedy tokens part from the recorded ones after 23 of 24"),
+        (_altered_greedy, "greedy tokens diverge from the recorded ones after 23 of 24"),
     ],
 )
 def test_the_whole_model_is_held_to_the_recording(

@@ -85,7 +85,7 @@ def test_lfu_curves_are_simulated() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="known are lru, lfu"):
+    with pytest.raises(InvalidRequestError, match="use one of lru, lfu"):
         hit_rates(published_trace(1, 8, 2, tokens=4), "random")
 
 

@@ -223,7 +223,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("model.gguf", r"holds a GGUF file \(model\.gguf\), to be converted first: mlx-mixtral convert "),
+        ("model.gguf", r"holds a GGUF file \(model\.gguf\), which must be converted first: mlx-mixtral convert "),
         ("consolidated.00.pth", "holds Mistral's own files"),
         ("weights.0.npz", "holds files of MLX's first examples"),
         ("pytorch_model-00001-of-00002.bin", "holds PyTorch files"),
@@ -239,7 +239,9 @@ def test_weights_that_only_the_converter_reads_are_named(tmp_path: Path, name: s
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "model.safetensors", "weights.00.safetensors"])
 def test_mistrals_own_names_are_sent_to_the_converter(tmp_path: Path, name: str) -> None:
     _save(tmp_path / name, **{"tok_embeddings.weight": A})
-    with pytest.raises(CheckpointError, match=f"Mistral's own .*{name}.*, to be converted first: mlx-mixtral convert"):
+    with pytest.raises(
+        CheckpointError, match=f"Mistral's own .*{name}.*, which must be converted first: mlx-mixtral convert"
+    ):
         Checkpoint(tmp_path)
 
 

@@ -42,6 +42,6 @@ def named_recipe(name_or_file: str) -> Recipe:
         return NAMED[name_or_file]
     if not Path(name_or_file).is_file() and not name_or_file.endswith(".json"):
         raise InvalidRequestError(
-            f"{name_or_file!r} is neither a recipe file nor a named recipe; named are {', '.join(NAMED)}"
+            f"{name_or_file!r} is neither a recipe file nor a named recipe; the named recipes are {', '.join(NAMED)}"
         )
     return Recipe.from_file(name_or_file)

@@ -57,7 +57,7 @@ def test_rows_that_do_not_divide_into_blocks(tmp_path: Path) -> None:
 def test_a_destination_that_is_there(source: Path, tmp_path: Path) -> None:
     dest = tmp_path / "out.gguf"
     dest.write_bytes(b"a letter")
-    refused(source, dest, DestinationError, "exists already; replace it with --overwrite")
+    refused(source, dest, DestinationError, "already exists; replace it with --overwrite")
     refused(source, dest, DestinationError, "is not a GGUF file", overwrite=True)
     assert dest.read_bytes() == b"a letter"
     dest.write_bytes(b"GGUF of old")
@@ -215,7 +215,7 @@ def test_cli_exports_and_reports(source: Path, tmp_path: Path) -> None:
         (["--to", "gguf", "--dtype", "float16"], "--dtype does not apply with --to gguf; give --type"),
         (["--to", "hf", "--type", "F16"], "--type does not apply with --to hf; give --dtype"),
         (["--to", "hf", "--override", "lm_head=8"], "--override does not apply with --to hf"),
-        (["--type", "F16"], "--type applies with --to gguf only"),
+        (["--type", "F16"], "--type applies only with --to gguf"),
     ],
 )
 def test_cli_options_that_contradict(arguments: list[str], message: str, source: Path, tmp_path: Path) -> None:

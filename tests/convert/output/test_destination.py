@@ -108,7 +108,7 @@ def test_a_finished_conversion_is_replaced_only_on_request_and_only_when_complet
     out = tmp_path / "out"
     convert(source, out, recipe=Recipe(8))
     first = hashes(out)
-    with pytest.raises(DestinationError, match=r"is a finished conversion already; replace it with --overwrite"):
+    with pytest.raises(DestinationError, match=r"is already a finished conversion; replace it with --overwrite"):
         convert(source, out)
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, overwrite=True, progress=interrupt_at(30, KeyboardInterrupt()))
@@ -186,7 +186,7 @@ def test_a_run_killed_right_after_the_rename_is_finished(tmp_path: Path, source:
     convert(source, out)
     first = hashes(out)
     (out / "journal.jsonl").write_text("{}")
-    with pytest.raises(DestinationError, match="is a finished conversion already"):
+    with pytest.raises(DestinationError, match="is already a finished conversion"):
         convert(source, out)
     assert hashes(out) == first
 
@@ -318,9 +318,9 @@ def test_an_empty_name_is_not_the_current_folder(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(source if what == "source" else tmp_path / "here")
     names = ("", str(tmp_path / "out")) if what == "source" else (str(source), "")
-    with pytest.raises(InvalidRequestError, match=f"^the {what} is an empty name; write . for the current folder$"):
+    with pytest.raises(InvalidRequestError, match=f"^the {what} is empty; write . for the current folder$"):
         convert(*names)
-    with pytest.raises(InvalidRequestError, match=f"^the {what} is an empty name"):
+    with pytest.raises(InvalidRequestError, match=f"^the {what} is empty"):
         export(*names, to="hf")
     assert entries(tmp_path) == ["here", "source"]
     assert entries(tmp_path / "here") == []

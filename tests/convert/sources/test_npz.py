@@ -149,7 +149,8 @@ def test_safetensors_of_the_examples_are_read_too(tmp_path: Path) -> None:
     )
     assert detect(source) == "npz"
     with pytest.raises(
-        CheckpointError, match=r"holds the settings of MLX's first examples \(config\.json\), to be converted first"
+        CheckpointError,
+        match=r"holds the settings of MLX's first examples \(config\.json\), which must be converted first",
     ):
         load(source)
     convert(source, tmp_path / "out", recipe=Recipe(bits=None), dtype="float32")
@@ -214,6 +215,6 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 def test_the_runtime_sends_npz_files_to_the_converter(tmp_path: Path) -> None:
     source = make_npz(tmp_path / "source", weights(CONFIG), CONFIG, save=np.savez)
     with pytest.raises(
-        CheckpointError, match=r"holds files of MLX's first examples \(weights\.npz\), to be converted first"
+        CheckpointError, match=r"holds files of MLX's first examples \(weights\.npz\), which must be converted first"
     ):
         load(source)

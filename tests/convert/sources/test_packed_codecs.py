@@ -62,7 +62,7 @@ CASES: dict[str, tuple[str, bool, tuple[dict[str, Any], Pack]]] = {
         "nvfp4", True, (scheme(num_bits=4), lambda w: packers.nvfp4(w, E4M3, 1, "weight_global_scale", "weight_packed")),
     ),
     "pairs of rows": ("4-bit g32", True, (OPT | {"quant_algo": "W4A16_AWQ"}, partial(packers.row_pairs, group=32))),
-    "pairs of rows, inputs scaled": (
+    "pairs of rowswith scaled inputs": (
         "8-bit g32", False, (OPT | {"quant_algo": "W4A16_AWQ"}, partial(packers.row_pairs, group=32, scaled_inputs=True)),
     ),
     "nf4, nested": ("8-bit g32", False, (BNB, packers.lookup)),
@@ -203,7 +203,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "says blocksize = 0",
     ),
     ("blocks", {"weight_scale_inv": np.ones((3, 1), np.float32)}, "a group of inputs or a block of 48 by 64, was expected"),
-    ("pairs of rows", {"weight_scale": np.ones((64, 7), np.float16)}, "one a row and group of inputs was expected"),
+    ("pairs of rows", {"weight_scale": np.ones((64, 7), np.float16)}, "one per row and group of inputs was expected"),
 ]  # fmt: skip
 
 

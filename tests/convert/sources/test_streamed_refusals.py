@@ -93,7 +93,7 @@ def test_what_lies_on_this_machine_is_not_streamed(tmp_path: Path) -> None:
         str(tmp_path / "absent.gguf"),
         "m.gguf",
     ):
-        with pytest.raises(InvalidRequestError, match="is not a hub repository; stream applies to those only"):
+        with pytest.raises(InvalidRequestError, match="is not a hub repository; stream applies only to those"):
             convert(source, tmp_path / "out", stream=True)
 
 
