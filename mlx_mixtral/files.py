@@ -42,7 +42,7 @@ def check_destination(name: str, path: str | Path, *, regular: bool = False) -> 
             not there or not writable.
     """
     if not str(path):
-        raise InvalidRequestError(f"{name} is empty; give a file")
+        raise InvalidRequestError(f"{name} has an empty name; give a file")
     with disk_errors(given := as_path(name, path)):
         place = _place(given)
         if is_special(place):
@@ -194,7 +194,7 @@ def check_folder(name: str, path: str | Path, *, overwrite: bool, holds: Iterabl
         InvalidRequestError, DestinationError: an empty name, something that is there, a folder that cannot be made.
     """
     if not str(path):
-        raise InvalidRequestError(f"{name} is empty; give a folder")
+        raise InvalidRequestError(f"{name} has an empty name; give a folder")
     with disk_errors(given := as_path(name, path)):
         place = given.resolve()
         if os.path.lexists(place):

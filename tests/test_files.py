@@ -214,7 +214,7 @@ def test_a_device_is_written_to_and_stays(tmp_path: Path, device: str) -> None:
                 replace_file(path, b"data")
         else:
             replace_file(path, b"data")
-        with pytest.raises(DestinationError, match="is a device, and a file is needed here"):
+        with pytest.raises(DestinationError, match="is a device, not a file"):
             check_destination("--resume", path, regular=True)
     assert _node(Path(device)) == before
     assert (tmp_path / "link").is_symlink()

@@ -38,9 +38,7 @@ def test_mistrals_own_folder_needs_its_parameters(tmp_path: Path) -> None:
     (source / "tokenizer.model.v3").unlink()
     kept = (source / "params.json").read_bytes()
     (source / "params.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"Mistral's own weights, but not params\.json.*put the one they were published"
-    ):
+    with pytest.raises(CheckpointError, match=r"Mistral's own weights, but not params\.json.*put the original one"):
         convert(source, tmp_path / "out")
     with pytest.raises(CheckpointError, match="must be converted first"):
         load(source)
@@ -56,11 +54,11 @@ MLX_LM = {"fine_tune_type": "lora", "model": "mistralai/Mixtral-8x7B-v0.1", "lor
     ("config", "file", "match"),
     [
         (PEFT, "adapter_model.safetensors",
-         r"an adapter of PEFT, a change to mistralai/Mixtral-8x7B-v0\.1, and not a model; .*merge_and_unload\(\)"),
+         r"an adapter of PEFT, which modifies mistralai/Mixtral-8x7B-v0\.1 and is not a model itself; .*merge_and_unload\(\)"),
         (PEFT, "adapter_model.bin", "an adapter of PEFT"),
         (MLX_LM, "adapters.safetensors",
          r"an adapter of mlx-lm, .*mlx_lm\.fuse --model mistralai/Mixtral-8x7B-v0\.1 --adapter-path"),
-        (MLX_LM | {"model": 3}, "adapters.safetensors", "a change to another model"),
+        (MLX_LM | {"model": 3}, "adapters.safetensors", "which modifies another model"),
     ],
 )  # fmt: skip
 def test_an_adapter_is_called_one(tmp_path: Path, config: dict[str, Any], file: str, match: str) -> None:

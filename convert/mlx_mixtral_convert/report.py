@@ -162,7 +162,7 @@ def width_notes(plan: Plan) -> tuple[str, ...]:
         return ()
     widths = " and ".join(map(str, sorted({matrix.in_features for matrix in whole})))
     count = "1 matrix stays" if len(whole) == 1 else f"{len(whole)} matrices stay"
-    return (f"{count} unquantised, as {whole[0].path}: groups of weights do not divide rows of {widths}",)
+    return (f"{count} unquantised, as {whole[0].path}: no group size divides rows of {widths}",)
 
 
 def part_sizes(plan: Plan) -> dict[str, PartSize]:

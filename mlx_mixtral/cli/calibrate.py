@@ -107,7 +107,7 @@ def calibrate(given: CalibrateOptions) -> None:
     if given.trace is not None and not given.sensitivities:
         raise click.UsageError("--trace only affects sensitivities; add --sensitivities, or leave out --trace")
     if not given.file:
-        raise InvalidRequestError("the name of the file to write is empty; give one")
+        raise InvalidRequestError("the file to write has an empty name; give one")
     ask_to_replace(check_place(given.file, given.source or None), overwrite=given.overwrite)
     started = time.perf_counter()
     with _progress(sensitivities=given.sensitivities) as progress:

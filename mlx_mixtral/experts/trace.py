@@ -74,7 +74,7 @@ class RoutingTrace:
             )
         if not shape[2] <= self.num_experts <= MAX_EXPERTS:
             raise InvalidRequestError(
-                f"a routing trace of {shape[2]} experts per token does not fit {self.num_experts} experts; at "
+                f"a routing trace of {shape[2]} experts per token cannot have {self.num_experts} experts in all; at "
                 f"most {MAX_EXPERTS}"
             )
         if int(self.experts.max()) >= self.num_experts:

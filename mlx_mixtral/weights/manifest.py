@@ -134,7 +134,7 @@ def file_problem(folder: Path, name: str, entry: FileEntry, read: Callable[[int]
             return None
         if name.endswith(_WEIGHTS):
             return told
-        return f"{EDITED}: it {told}; copy it again unless you changed it on purpose"
+        return f"{EDITED}: it {told}; copy it again unless you changed it"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
 

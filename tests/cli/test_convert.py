@@ -217,7 +217,7 @@ def test_a_dry_run_says_that_the_disk_is_too_small(
     result = invoke("convert", tiny, tmp_path / "out", "--dry-run", *to)
     assert result.exit_code == 0
     assert "bits per weight" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("A real run would be refused for lack of disk: ")
+    assert result.stdout.splitlines()[-1].startswith("A real run would be refused for lack of disk space: ")
 
 
 def test_a_tokenizer_that_cannot_be_used_is_noted_and_the_model_converts(

@@ -91,7 +91,7 @@ def test_tables_name_domains_errors_and_what_top_k_does(
         "evaluate", quantised, "--text", texts, "--text", f"law={tiny / 'README.md'}", "--max-bytes", 80,
         "--reference", tiny, "--by-length", "--window", 64,
     ).stdout  # fmt: skip
-    assert "tiny-4bit against tiny-mixtral" in shown
+    assert "tiny-4bit compared with tiny-mixtral" in shown
     for part in ("en", "code", "more", "law", "all", "mean KL", "top-1", "lower bound", "± is one standard error"):
         assert part in shown
     assert "By length of context" in shown
@@ -182,7 +182,7 @@ def test_passkeys_are_a_heat_map(invoke: Invoke, short: Path, tmp_path: Path) ->
         (["--text", "{}/good.txt", "--save-reference", "{}/r", "--top-k", "0"], ["--top-k is 0"]),
         (["--text", "{}/good.txt", "--output", "{}"], ["is a folder"]),
         (["--text", "{}/good.txt", "--output", "{}/none/o"], ["there is no folder"]),
-        (["--text", "{}/good.txt", "--output", "{}/o", "--save-reference", "{}/o"], ["name one file"]),
+        (["--text", "{}/good.txt", "--output", "{}/o", "--save-reference", "{}/o"], ["name the same file"]),
         (["--passkey", "--lengths", "1025"], ["1025 tokens", "holds 1024"]),
         (["--passkey", "--trials", "0"], ["trials is 0"]),
     ],

@@ -181,7 +181,7 @@ def test_what_is_there_is_replaced_only_when_told_and_only_if_it_is_a_report(
     assert invoke(*flags, "--overwrite").exit_code == 0
     assert "## Evaluation of tiny-4bit" in markdown_of(tmp_path / "out")
     (tmp_path / "out" / "notes.md").write_text("mine")
-    assert_one_error(invoke(*flags, "--overwrite"), "notes.md", "not ours")
+    assert_one_error(invoke(*flags, "--overwrite"), "notes.md", "did not write")
 
 
 def test_parts_that_do_not_apply_are_left_out_with_the_reason(

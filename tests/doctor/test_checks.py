@@ -271,7 +271,7 @@ def _altered_weights(patch: Patch) -> None:
 
 
 BROKEN: list[tuple[str, str, str, Callable[[Patch], None]]] = [
-    ("in-place fill", "a copy instead of the memory", "the device sums 0, ", _copying_bytes_of),
+    ("in-place fill", "a copy instead of the memory", "the device computes the sum 0; ", _copying_bytes_of),
     (
         "fused products",
         "1% off",
@@ -372,7 +372,7 @@ BROKEN: list[tuple[str, str, str, Callable[[Patch], None]]] = [
     ),
     ("decode step", "a position too far", "steps with plain numbers: relative error", _later_positions),
     ("decode step", "keys in the wrong columns", "steps with a full ring with sinks: relative error", _ring_one_off),
-    ("decode step", "a copy of the cache", "it is copied, not written in place", _copied_caches),
+    ("decode step", "a copy of the cache", "the cache is copied, not written in place", _copied_caches),
     ("recorded logits", "wrong rows", "of a text of 64 tokens read at once, ", _wrong_rows_of_groups),
     ("recorded logits", "other weights", "nats from the recorded logits; at most 1e-07", _altered_weights),
 ]

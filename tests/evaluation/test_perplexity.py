@@ -236,7 +236,7 @@ def test_a_reference_of_something_else_is_refused(model: Mixtral, tmp_path: Path
         with pytest.raises(InvalidRequestError, match=message):
             evaluate(model, texts, window=window, reference=place)
     corpus = encode_texts(model.tokenizer, TEXTS[:1])
-    with pytest.raises(InvalidRequestError, match=r"has another vocabulary: 4096, the model's has 32000"):
+    with pytest.raises(InvalidRequestError, match=r"has another vocabulary: 4096, while the model's has 32000"):
         Reference(place).header.check_text(corpus, 32000, 64, 64, place)
     (tmp_path / "text").write_text("no")
     for path in (tmp_path / "text", tmp_path / "none", tmp_path):

@@ -122,7 +122,7 @@ def test_a_conversion_tells_source_recipe_and_worst_tensors() -> None:
     worst = by_header(markdown, "tensor")
     assert [row[0] for row in worst[1:]] == [f"layers.{n}.o_proj" for n in (8, 7, 6, 5, 4)]
     assert worst[1] == ["layers.8.o_proj", "4-bit g64", "8.00%"]
-    assert "No conversion.json" in section(contents(), set())
+    assert "There is no conversion.json" in section(contents(), set())
 
 
 @pytest.mark.parametrize(

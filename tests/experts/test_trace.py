@@ -162,7 +162,7 @@ GOOD = np.array([[[0, 1]], [[2, 1]]], np.uint16)
         (GOOD[0], 4, (), "uint16"),
         (GOOD[:0], 4, (), "uint16"),
         (GOOD, 2, (), "names expert 2"),
-        (GOOD, 1, (), "cannot be of 1 experts"),
+        (GOOD, 1, (), "cannot have 1 experts"),
         (GOOD, 10**6, (), "at most 256"),
         (GOOD[:, :, [0, 0]], 4, (), "chose one expert twice"),
         (GOOD, 4, (1, 1), "must ascend"),

@@ -120,7 +120,7 @@ def test_a_tensor_that_its_file_does_not_have_is_named(sharded: Path) -> None:
 @pytest.mark.parametrize("weight_map", [None, {}, [], "a", 3, [["a", "b"]]])
 def test_an_index_without_a_weight_map_is_refused(sharded: Path, weight_map: Any) -> None:
     _index(sharded, weight_map)
-    with pytest.raises(CheckpointError, match="there is no weight_map"):
+    with pytest.raises(CheckpointError, match="weight_map is missing"):
         Checkpoint(sharded)
 
 
@@ -179,7 +179,7 @@ def test_without_an_index_a_missing_shard_is_named(tmp_path: Path, missing: int)
     for number in {1, 2, 3} - {missing}:
         _save(tmp_path / f"model-{number:05}-of-00003.safetensors", **{f"t{number}": A})
     with pytest.raises(
-        CheckpointError, match=f"model-0000{missing}-of-00003.safetensors is missing, one of the 3 files"
+        CheckpointError, match=f"model-0000{missing}-of-00003.safetensors is missing; it is one of the 3 files"
     ):
         Checkpoint(tmp_path)
 

@@ -33,7 +33,7 @@ _IGNORED = (".DS_Store",)
 def as_destination(dest: str | Path) -> Path:
     """The path of a destination. Raises InvalidRequestError for an empty name, which would be the current folder."""
     if isinstance(dest, str) and not dest:
-        raise InvalidRequestError("the destination is empty; write . for the current folder")
+        raise InvalidRequestError("the destination has an empty name; write . for the current folder")
     return as_path("dest", dest)
 
 

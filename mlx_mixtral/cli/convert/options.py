@@ -160,7 +160,7 @@ def check_options(ctx: click.Context, given: ConvertOptions) -> None:
         for name in typed:
             if name not in known:
                 instead = {"dtype": "; give --type", "gguf_type": "; give --dtype"}.get(name, "")
-                raise click.UsageError(f"{flag_name(ctx, name)} does not apply to --to {given.to}{instead}")
+                raise click.UsageError(f"{flag_name(ctx, name)} does not apply with --to {given.to}{instead}")
         return
     if given.gguf_type is not None:
         raise click.UsageError("--type applies only with --to gguf; use --bits for MLX weights")

@@ -144,10 +144,9 @@ def _shares(found: RoutingAnalysis, layers: Sequence[int]) -> str:
     return _section(
         "shares",
         "Shares of experts",
-        "The share of all assignments that each expert gets, counting first and second choices equally (the "
-        "paper's figure 7). The dashed "
-        f"line is a uniform share, {even:.1%}. Mixtral 8x7B stays close to it in most domains: its experts do "
-        "not specialise in topics.",
+        "The share of all assignments that each expert gets, counting first and second choices equally (the paper's figure 7). "
+        f"The dashed line is a uniform share, {even:.1%}. Mixtral 8x7B stays close to it in most domains: its experts do not "
+        "specialise in topics.",
         body,
     )
 
@@ -202,8 +201,8 @@ def _method(found: RoutingAnalysis) -> str:
         "window begins with BOS, and no pair of consecutive tokens spans two windows.</li>"
         f"<li>± is one standard error, over blocks of {BLOCK_TOKENS} consecutive tokens, because neighbours are routed "
         "alike.</li><li>Chance for pairs is quasi-independence: each expert is used as often as it was, and "
-        "never together with itself.</li><li>The number of effective experts is two to the power of the entropy of the shares.</li>"
-        f"<li>The figures of {PUBLISHED_MODEL} are from the paper's table 5, for parts of The Pile with "
+        "never together with itself.</li><li>The number of effective experts is two to the power of the entropy of the "
+        f"shares.</li><li>The figures of {PUBLISHED_MODEL} are from the paper's table 5, for parts of The Pile with "
         "similar names; other texts give other figures.</li></ul>",
     )
 

@@ -254,7 +254,10 @@ def test_damaged_modules_are_named(
         (FP8 | {"format": "marlin-24"}, "format 'marlin-24' is not supported; float-quantized, int-quantized"),
         (FP8 | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "format 'sparse-24-bitmask' is not supported"),
         (FP8 | {"transform_config": {"config_groups": {"u": {}}}}, "the weights are rotated"),
-        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]; two numbers"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128]},
+            r"weight_block_size is \[128\]; a number of rows and a number of columns",
+        ),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "ModelOpt's 'W4A8_AWQ' is not supported; FP8"),
         ({"quant_method": "hqq"}, r"quantised with hqq \(HQQ: .*call model.dequantize\(\), save that"),
         ({"quant_method": "quanto"}, r"quantised with quanto \(.*convert from the original"),
@@ -328,7 +331,7 @@ def test_packed_weights_without_settings_say_which_file_is_missing(tmp_path: Pat
 
 def test_inputs_out_of_order_need_their_order(tmp_path: Path) -> None:
     make_packed(tmp_path / "source", GPTQ | {"desc_act": True}, grouped_packer(partial(gptq, g_idx=False), 64))
-    with pytest.raises(CheckpointError, match=r"g_idx' is missing, and desc_act says that inputs are not in order"):
+    with pytest.raises(CheckpointError, match=r"g_idx' is missing, but desc_act says that inputs are reordered"):
         convert(tmp_path / "source", tmp_path / "out")
 
 

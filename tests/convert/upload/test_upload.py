@@ -126,7 +126,7 @@ def test_tokens_that_are_missing_wrong_or_too_weak(converted: Path, hub: UploadH
     assert found["error"] == "HubError"
     assert "run `hf auth login`" in found["message"]
     assert hub.writes == []
-    for status, message in ((401, "does not accept the token; run `hf auth login`"), (403, "right to write")):
+    for status, message in ((401, "does not accept the token; run `hf auth login`"), (403, "no write access")):
         hub.status = status
         (found,) = run_uploads(tmp_path / "home", hub, options)
         assert found["error"] == "HubError"
@@ -144,7 +144,7 @@ def test_what_is_in_the_repository_already(converted: Path, hub: UploadHub, tmp_
     (found,) = run_uploads(tmp_path / "home", hub, options)
     assert hub.files["README.md"] == b"# Mine"
     assert "was kept" in " ".join(found["notes"])
-    assert "already and is public" in " ".join(found["notes"])
+    assert "already existed and is public" in " ".join(found["notes"])
     hub.files["other.safetensors"] = b"other"
     run_uploads(tmp_path / "home", hub, options | {"overwrite": True})
     assert "other.safetensors" not in hub.files

@@ -165,7 +165,7 @@ def write_task(folder: Path, **settings: str) -> Path:
             "task t cannot be loaded: .*nowhere",
         ),
         ({"dataset_path": "nobody/nothing"}, HubError, "the data of task t cannot be fetched .*--task-path"),
-        ({"unsafe_code": "true"}, InvalidRequestError, "task t runs code that a model wrote"),
+        ({"unsafe_code": "true"}, InvalidRequestError, "task t runs code written by a model"),
     ],
 )
 def test_tasks_that_cannot_be_loaded_are_refused(
