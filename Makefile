@@ -3,6 +3,7 @@
 # make test-device   on the device MLX chooses, in its type    make lint    ruff and mypy
 # make bench  side by side with mlx-lm   make clean   remove what these targets made
 # make fuzz   convert 20,000 mutated files
+# make man   write docs/mlx-mixtral.1, the manual page, from the program's help
 # make soak   2,000 generations with changing budgets and failing disks
 #
 # Needs Python 3.11 or later and nothing else: a virtual environment is made in .venv, with uv when it is there, with venv and
@@ -20,7 +21,7 @@ TEST_EXTRAS := $(if $(EXTRAS),[$(MLX_BACKEND)$(comma)tokenizers],[tokenizers])
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 
-.PHONY: demo test test-device lint bench fuzz soak clean
+.PHONY: demo test test-device lint bench fuzz soak man clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -42,9 +43,13 @@ bench: $(VENV)/.tests
 
 fuzz: $(VENV)/.tests
 	PYTHONPATH=.:convert $(BIN)/python -m tests.fuzz.run $(FUZZ_ARGS)
+	PYTHONPATH=.:convert $(BIN)/python -m tests.fuzz.hub $(FUZZ_HUB_ARGS)
 
 soak: $(VENV)/.tests
 	PYTHONPATH=.:convert $(BIN)/python -m tests.soak.run $(SOAK_ARGS)
+
+man: $(VENV)/.installed
+	MLX_MIXTRAL_CONFIG=/dev/null $(BIN)/mlx-mixtral man > $(VENV)/man && mv $(VENV)/man docs/mlx-mixtral.1
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/it"; exit 1; }

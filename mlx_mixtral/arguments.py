@@ -129,9 +129,13 @@ def as_path(name: str, value: str | Path) -> Path:
     """A path of this machine, ``~`` expanded.
 
     Raises:
-        InvalidRequestError: of another type, or in the home folder of nobody here.
+        InvalidRequestError: of another type, empty, or in the home folder of nobody here.
     """
     check_type(name, value, (str, os.PathLike), "a path, as text or a Path")
+    if value == "":
+        raise InvalidRequestError(f"{name} is an empty path; give one (. is the current folder)")
+    if isinstance(value, str) and not value.startswith("~") and str(Path(value)).startswith("~"):
+        return Path(os.path.abspath(value))  # noqa: PTH100 - ./~x, which a Path forgets
     try:
         return Path(value).expanduser()
     except RuntimeError:

@@ -10,6 +10,7 @@ import codecs
 import errno
 import json
 import os
+import re
 import stat
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,6 +42,8 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 POINTER_FIX = "is a git-lfs pointer, a few lines in place of the actual file; run git lfs pull in its folder"
 """What to say about a file that ``is_pointer`` finds, after its name."""
 
+# How JSON spells half a character; what pairs up is fine.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a disk",
     stat.S_IFSOCK: "a socket",
@@ -187,7 +190,15 @@ def parse_json(where: Path | str, data: bytes | str) -> dict[str, Any]:
     if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_VALUES:
         raise CheckpointError(f"{where} holds more than {MAX_JSON_VALUES} values; no file of its kind does")
     try:
-        parsed = json.loads(raw.decode(encoding), object_pairs_hook=_unique)
+        text = raw.decode(encoding)
+        parsed = json.loads(text, object_pairs_hook=_unique)
+        if _SURROGATE.search(text):
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(error.object[error.start]):04X}"
+        raise CheckpointError(
+            f"{where} is not valid JSON: a string holds a lone surrogate {found}, which is no text"
+        ) from error
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(parsed, dict):

@@ -1,4 +1,4 @@
-"""Sizes as people write them: "12GB" is 10^9 bytes each, "12GiB" is 2^30."""
+"""Sizes as people write them: "12GB" and "12g" are 10^9 bytes each, "12GiB" is 2^30."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mlx_mixtral.errors import InvalidRequestError
 __all__ = ["format_bytes", "format_bytes_up", "parse_size"]
 
 _UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
-_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
+_UNITS |= {f"{prefix}{end}": 1000**power for power, prefix in enumerate("kmgt", start=1) for end in ("", "b")}
+_UNITS |= {f"{prefix}i{end}": 1024**power for power, prefix in enumerate("kmgt", start=1) for end in ("", "b")}
 _SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(size: str | float) -> int:
-    """Bytes of ``"12GB"``, ``"12GiB"``, ``"500MB"`` or a plain number, such as 12e9.
+    """Bytes of ``"12GB"``, ``"12g"``, ``"12 GiB"``, ``"500m"`` or a plain number, such as 12e9; case does not matter.
 
     Raises:
         InvalidRequestError: not a size, or not positive.

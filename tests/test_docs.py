@@ -39,7 +39,7 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 README, ARCHITECTURE = TEXTS["README.md"], TEXTS["docs/architecture.md"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-PROGRAMS = ("mlx-mixtral", "make", "python", "pip", ".venv/bin/python", ".venv/bin/pre-commit")
+PROGRAMS = ("mlx-mixtral", "make", "python", "pip", "uv", "pipx", ".venv/bin/python", ".venv/bin/pre-commit")
 # What the reader has: models and repositories in the pages, for which the bundled checkpoint stands in.
 MODELS = re.compile(r'"(?:mi[sx]tral-4bit|[\w-]+/Mi[sx]tral-[\w.-]+)"')
 # On a line about code that is being written: what it names may not be there yet.
@@ -79,7 +79,7 @@ def test_a_command_shown_is_one_that_exists(page: str, line: str) -> None:
         _check_ours(arguments)
     elif program == "make":
         _check_make(arguments)
-    elif program == "pip":
+    elif program in ("pip", "uv", "pipx"):
         _check_pip(arguments)
     elif program.endswith("python"):
         _check_python(arguments)
@@ -109,8 +109,8 @@ def _check_make(arguments: list[str]) -> None:
 
 
 def _check_pip(arguments: list[str]) -> None:
-    for extra in re.findall(r"\.\[(\w+)\]", " ".join(arguments)):
-        assert extra in PROJECT["project"]["optional-dependencies"]
+    for extras in re.findall(r"(?:\.|mlx-mixtral)\[([\w,]+)\]", " ".join(arguments)):
+        assert set(extras.split(",")) <= set(PROJECT["project"]["optional-dependencies"])
     if "--group" in arguments:
         assert arguments[arguments.index("--group") + 1] in PROJECT["dependency-groups"]
 

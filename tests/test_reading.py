@@ -141,6 +141,8 @@ def test_a_text_may_come_through_a_pipe(tmp_path: Path) -> None:
         ('{"a": 1, "a": 1}', "the key 'a' occurs twice"),
         ('{"x": [{"b": 1, "c": 2, "b": 3}]}', "the key 'b' occurs twice"),
         ('{"\\u0061": 1, "a": 2}', "the key 'a' occurs twice"),
+        ('{"a": ["\\ud83d\\ude00", "x\\uD800"]}', "a string holds a lone surrogate U.D800"),
+        ('{"\\udfff": 1}', "a string holds a lone surrogate U.DFFF"),
         ('{"a": ' + "[" * MAX_JSON_DEPTH + "]" * MAX_JSON_DEPTH + "}", "nested more than 100 levels"),
         ('{"a": ' * 150 + "1" + "}" * 150, "nested more than 100 levels"),
         ('{"a": [' + "[]," * MAX_JSON_VALUES + "1]}", "holds more than 4000000 values"),

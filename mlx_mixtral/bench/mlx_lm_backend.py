@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mixtral.bench.backend import BatchClock, Timing
 from mlx_mixtral.errors import CheckpointError, MissingDependencyError
+from mlx_mixtral.installing import how_to_install
 
 __all__ = ["MlxLm", "check_mlx_lm", "mlx_lm_version"]
 
@@ -28,7 +29,7 @@ def mlx_lm_version() -> str:
         from mlx_lm.generate import BatchGenerator, generate_step, generation_stream  # noqa: F401
     except (ImportError, importlib.metadata.PackageNotFoundError) as error:
         raise MissingDependencyError(
-            f"comparing with mlx-lm needs mlx-lm 0.31 or later: `pip install mlx-lm` ({error})"
+            f"comparing with mlx-lm needs mlx-lm 0.31 or later: {how_to_install('mlx-lm')} ({error})"
         ) from error
     return version
 

@@ -28,7 +28,7 @@ def main() -> None:
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     )
     before = signal.signal(signal.SIGINT, _end) if ours else None
-    if not {"-h", "--help", "-V", "--version"} & set(sys.argv):
+    if not {"-h", "--help", "-V", "--version"} & set(sys.argv) and "_MLX_MIXTRAL_COMPLETE" not in os.environ:
         import numpy as _  # noqa: F401
     from mlx_mixtral.cli.app import main as run
 

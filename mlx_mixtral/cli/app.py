@@ -9,12 +9,15 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mlx_mixtral import __version__
 from mlx_mixtral.cli.console import note, one_line
+from mlx_mixtral.cli.settings import apply, read_settings
+from mlx_mixtral.cli.shell import completion, man
 from mlx_mixtral.errors import InvalidRequestError, MixtralError
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -37,6 +40,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "routing": ("mlx_mixtral.cli.routing.command:routing", "Show which experts a model chooses, by domain."),
     "report": ("mlx_mixtral.cli.report.command:report", "Measure a model for its model card: Markdown and plots."),
     "upload": ("mlx_mixtral.cli.upload:upload", "Upload a conversion to the hub, with a model card."),
+    "list": ("mlx_mixtral.cli.models.command:list_models", "Show the models in the hub's cache."),
+    "pull": ("mlx_mixtral.cli.models.command:pull", "Fetch a model into the hub's cache."),
+    "rm": ("mlx_mixtral.cli.models.command:rm", "Remove models from the hub's cache."),
 }
 
 WRONG_CALL = 2  # click's own for options that it does not know
@@ -66,7 +72,16 @@ class _App(click.Group):
             near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
             advice = f"did you mean {near[0]}?" if near else "for a list, run mlx-mixtral --help"
             ctx.fail(f"there is no command {one_line(name)!r}; {advice}")
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        if found[1] is not None and name in COMMANDS and not ctx.resilient_parsing:
+            apply(ctx, read_settings(COMMANDS), name, found[1], args[1:])
+        return found
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[Any]]:
+        # From the list alone: click's own would import every command.
+        found = [CompletionItem(name, help=line) for name, (_, line) in COMMANDS.items() if name.startswith(incomplete)]
+        found += [CompletionItem(name) for name in _WORDS if incomplete and name.startswith(incomplete)]
+        return found or click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -108,7 +123,8 @@ class _App(click.Group):
 @click.group(
     cls=_App,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="MODEL is a folder or a Hugging Face repository. Try `mlx-mixtral demo` first.",
+    epilog="MODEL is a folder, a Hugging Face repository (owner/name) or the address of its page. "
+    "Try `mlx-mixtral demo` first. `completion SHELL` and `man` print what a shell and man need.",
 )
 @click.version_option(__version__, "-V", "--version", message="mlx-mixtral %(version)s")
 def app() -> None:
@@ -137,8 +153,8 @@ def _version() -> None:
     click.echo(f"mlx-mixtral {__version__}")
 
 
-# Words people type where options are meant.
-_WORDS: dict[str, click.Command] = {"help": _help, "version": _version}
+# Words people type where options are meant, and what is needed once, when the program is installed.
+_WORDS: dict[str, click.Command] = {"completion": completion, "help": _help, "man": man, "version": _version}
 
 
 class _Notes(logging.Handler):

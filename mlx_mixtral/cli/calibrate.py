@@ -14,6 +14,7 @@ from mlx_mixtral.cli.console import emit_json, err_console, note, one_line, out_
 from mlx_mixtral.cli.fields import argument, flag, option, takes
 from mlx_mixtral.cli.options import device_option, json_flag, overwrite_flag, revision_option
 from mlx_mixtral.cli.progress import share_bars
+from mlx_mixtral.cli.values import ModelName
 from mlx_mixtral.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -26,12 +27,11 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    source: str = argument()
+    source: str = argument(type=ModelName(files=True))
     file: str = argument()
     text: tuple[Path, ...] = option(
         "--text FILE",
         "Text to measure on; repeatable.  [default: a bundled text]",
-        type=click.Path(path_type=Path),
         multiple=True,
     )
     tokens: int = option("--tokens", "Tokens at most.", default=16384)

@@ -49,9 +49,7 @@ SAMPLES = (
 
 @dataclass(frozen=True)
 class DemoOptions:
-    keep: Path | None = option(
-        "--keep DIR", "Keep the converted model in this folder.", type=click.Path(path_type=Path)
-    )
+    keep: Path | None = option("--keep DIR", "Keep the converted model in this folder.")
     device: str | None = device_option()
     as_json: bool = json_flag()
 

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, fields
 from typing import Any, get_type_hints
@@ -23,7 +24,37 @@ from typing import Any, get_type_hints
 import click
 from click.core import ParameterSource
 
-__all__ = ["argument", "flag", "flag_name", "group", "is_given", "option", "takes"]
+from mlx_mixtral.cli.values import kind_of_value
+from mlx_mixtral.errors import InvalidRequestError
+
+__all__ = ["SETTINGS", "argument", "flag", "flag_name", "group", "is_given", "option", "takes"]
+
+
+SETTINGS = "mlx_mixtral.settings"
+"""Under which a context keeps the path of the file that defaults are from."""
+_DEFAULT = re.compile(r"  \[default: [^\]]*\]$")
+
+
+class _Option(click.Option):
+    """An option whose default may be from the user's file, which help and errors then name."""
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        try:
+            return super().process_value(ctx, value)
+        except (click.BadParameter, InvalidRequestError) as error:
+            if ctx.get_parameter_source(self.name or "") is not ParameterSource.DEFAULT_MAP:
+                raise
+            said = error.message if isinstance(error, click.BadParameter) else str(error)
+            key = next(flag for flag in self.opts if flag.startswith("--")).removeprefix("--")
+            raise InvalidRequestError(f"{ctx.meta.get(SETTINGS)}: [{ctx.info_name}] {key}: {said}") from None
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record, given = super().get_help_record(ctx), ctx.lookup_default(self.name or "")
+        if record is None or given is None:
+            return record
+        shown = ", ".join(map(str, given)) if isinstance(given, list) else str(given)
+        shown = shown.lower() if isinstance(given, bool) else shown
+        return record[0], f"{_DEFAULT.sub('', record[1])}  [default: {shown}, from the settings file]"
 
 
 def argument(**attributes: Any) -> Any:
@@ -41,7 +72,13 @@ def option(spec: str, help: str, **attributes: Any) -> Any:
     names, _, metavar = spec.replace(", ", ",").partition(" ")
     if "default" not in attributes and "[default:" not in help:
         help += "  [default: none]"
-    given = {"help": help, "metavar": metavar or None, "show_default": "default" in attributes, **attributes}
+    given = {
+        "help": help,
+        "metavar": metavar or None,
+        "show_default": "default" in attributes,
+        "cls": _Option,
+        **attributes,
+    }
     default = attributes.get("default", () if attributes.get("multiple") else None)
     return field(default=default, metadata={"click": (click.option, names.split(","), given)})
 
@@ -80,7 +117,8 @@ def _declarations(kind: type, defaults: Mapping[str, Any]) -> Iterator[Callable[
             continue
         declare, flags, attributes = item.metadata["click"]
         number = next((kind for kind in (int, float) if hint in (kind, kind | None)), None)
-        given = {"type": number} | attributes if number else dict(attributes)
+        kind_of = kind_of_value(attributes.get("metavar"), hint) or number
+        given = {"type": kind_of} | attributes if kind_of else dict(attributes)
         if item.name in defaults:
             given["default"] = defaults[item.name]
         yield declare(*flags, item.name, **given)

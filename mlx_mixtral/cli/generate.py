@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_mixtral.arguments import check_integer
+from mlx_mixtral.arguments import as_path, check_integer
 from mlx_mixtral.cli.console import emit_json, note
 from mlx_mixtral.cli.fields import argument, group, option, takes
 from mlx_mixtral.cli.options import (
@@ -22,7 +22,9 @@ from mlx_mixtral.cli.options import (
     number_list,
     overwrite_flag,
 )
+from mlx_mixtral.cli.values import ModelName
 from mlx_mixtral.errors import InvalidRequestError, TokenizerError
+from mlx_mixtral.reading import read_given
 
 if TYPE_CHECKING:
     from mlx_mixtral import Chunk
@@ -32,9 +34,12 @@ __all__ = ["generate"]
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    model: str = argument()
+    model: str = argument(type=ModelName())
     prompt: str | None = option(
         "-p, --prompt", "Text to continue, without a chat format; - reads standard input (UTF-8)."
+    )
+    prompt_file: str | None = option(
+        "-f, --prompt-file FILE", "Read the prompt from a file, as it is; - is standard input."
     )
     token_ids: tuple[int, ...] | None = option(
         "--token-ids IDS",
@@ -69,8 +74,8 @@ def generate(given: GenerateOptions) -> None:
     The prompt is sent as it is, without a chat format: use `chat` to talk with an instruct model. Control tokens it spells
     become these tokens; --no-special keeps them text. Greedy unless --temperature is given.
     """
-    if (given.prompt is None) == (given.token_ids is None):
-        raise click.UsageError("give either --prompt or --token-ids")
+    if sum(each is not None for each in (given.prompt, given.prompt_file, given.token_ids)) != 1:
+        raise click.UsageError("give one of --prompt, --prompt-file and --token-ids")
     if given.logprobs is not None and not given.as_json:
         raise click.UsageError("--logprobs are part of the JSON result; add --json")
 
@@ -83,14 +88,19 @@ def generate(given: GenerateOptions) -> None:
     sampling = given.sampling.params(given.logprobs)
     check_integer("max_tokens", given.max_tokens, 1)
     given.stopping.check()
-    prompt: str | Sequence[int] = read_prompt(given.prompt) if given.prompt is not None else given.token_ids or ()
+    prompt: str | Sequence[int] = given.token_ids or ()
+    if given.prompt is not None:
+        prompt = read_prompt(given.prompt)
+    elif given.prompt_file is not None:
+        prompt = read_prompt_file(given.prompt_file)
     if not prompt:
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
     if given.save_prompt is not None:
         check_place("--save-prompt", given.save_prompt, PROMPT, overwrite=given.overwrite)
     if given.from_prompt is not None and given.saved_prompt is not None:
         raise click.UsageError("--saved-prompt is the older name of --from-prompt; give one of them")
-    if (saved := given.from_prompt or given.saved_prompt) is not None:
+    saved = given.saved_prompt if given.from_prompt is None else given.from_prompt
+    if saved is not None:
         check_saved(saved)
 
     loaded, speculation = load_with_speculation(
@@ -163,15 +173,28 @@ def read_prompt(prompt: str) -> str:
     Raises:
         InvalidRequestError: standard input is not UTF-8; the message names the byte.
     """
-    if prompt != "-":
-        return prompt
-    data = sys.stdin.buffer.read()
+    return _decoded(sys.stdin.buffer.read(), "on standard input") if prompt == "-" else prompt
+
+
+def read_prompt_file(file: str) -> str:
+    """All of a file, or of standard input when it is ``-``.
+
+    Raises:
+        InvalidRequestError: it cannot be read, or is not UTF-8; the message names the byte.
+    """
+    return (
+        read_prompt("-")
+        if file == "-"
+        else _decoded(read_given(as_path("--prompt-file", file), InvalidRequestError), f"in {file}")
+    )
+
+
+def _decoded(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequestError(
-            f"the prompt on standard input is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            "convert it with iconv"
+            f"the prompt {where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it with iconv"
         ) from None
 
 

@@ -124,9 +124,10 @@ def revision_option() -> Any:
 
 def parse_rope_scaling(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Option callback: refused before anything is downloaded."""
-    from mlx_mixtral.config.overrides import ConfigOverrides
+    if value is not None:
+        from mlx_mixtral.config.overrides import ConfigOverrides
 
-    ConfigOverrides(rope_scaling=value)
+        ConfigOverrides(rope_scaling=value)
     return value
 
 
@@ -213,7 +214,7 @@ class LoadOptions:
 class SamplingOptions:
     """The fields of ``SamplingParams``."""
 
-    temperature: float = option("--temperature, -t", "0 is greedy.", default=0.0)
+    temperature: float = option("--temperature, --temp, -t", "0 is greedy.", default=0.0)
     top_p: float = option("--top-p", "Sample from the likeliest tokens that add up to this probability.", default=1.0)
     top_k: int = option("--top-k", "Sample from the K likeliest tokens; 0 is no limit.", default=0)
     min_p: float = option("--min-p", "Drop tokens less likely than this fraction of the likeliest.", default=0.0)

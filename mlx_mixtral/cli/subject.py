@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mlx_mixtral import Mixtral, MixtralConfig, Tokenizer
-from mlx_mixtral.arguments import check_integer
+from mlx_mixtral.arguments import as_path, check_integer
 from mlx_mixtral.cli.load import load_model
 from mlx_mixtral.cli.options import LoadOptions, RecordOptions
 from mlx_mixtral.cli.progress import count_progress, fetch
@@ -19,6 +19,7 @@ from mlx_mixtral.evaluation.journal import EvaluationJournal
 from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.reference import Reference, ReferenceHeader
 from mlx_mixtral.evaluation.texts import Text, read_texts
+from mlx_mixtral.hub import Source
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral.weights.fingerprint import checkpoint_identity
 
@@ -50,7 +51,7 @@ class Subject:
         overrides, self._overrides = loading.overrides.checked, loading.overrides
         self.folder = fetch(source, revision=loading.revision)
         self._kind = loading.tokenizer
-        self.name = self.folder.resolve().name if Path(source).exists() else source
+        self.name = Source.parse(source, loading.revision).repository or self.folder.resolve().name
         self._own_config = MixtralConfig.from_folder(self.folder)
         self.config = overrides.apply(self._own_config, loading.context)
 
@@ -134,7 +135,7 @@ class Baseline:
     def __init__(self, name: str | None, loading: LoadOptions) -> None:
         self.name = name
         self._loading = replace(loading, revision=None, overrides=replace(loading.overrides, experts_per_token=None))
-        self.file = Reference(Path(name)) if name and _is_file(name) else None
+        self.file = Reference(as_path("reference", name)) if name is not None and _is_file(name) else None
         self.other: Subject | None = None
 
     def windows(
@@ -151,7 +152,7 @@ class Baseline:
         checked = check_window(window, stride, limit)
         if self.file is not None:
             self.file.header.check_text(corpus, vocab_size, *checked, self.file.path)
-        elif self.name:
+        elif self.name is not None:
             self.other = Subject(self.name, self._loading)
             self.other.check_comparable(subject, *checked)
         return checked
@@ -159,8 +160,8 @@ class Baseline:
 
 def _is_file(name: str) -> bool:
     try:
-        return Path(name).is_file()
-    except OSError:  # a name too long for the file system
+        return as_path("reference", name).is_file()
+    except (OSError, ValueError):  # a name too long for the file system
         return False
 
 

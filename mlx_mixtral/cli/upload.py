@@ -12,6 +12,7 @@ import click
 from mlx_mixtral.cli.console import emit_json, note, one_line, out_console
 from mlx_mixtral.cli.fields import argument, flag, group, option, takes
 from mlx_mixtral.cli.options import json_flag
+from mlx_mixtral.cli.values import Place
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["UploadOptions", "print_upload", "upload"]
@@ -30,12 +31,10 @@ class CardOptions:
 
 @dataclass(frozen=True)
 class UploadOptions:
-    path: Path = argument(type=click.Path(path_type=Path))
+    path: Path = argument(type=Place("file", as_text=False))
     repository: str = argument()
     card: CardOptions = group(CardOptions)
-    report: Path | None = option(
-        "--report FOLDER", "Folder that `mlx-mixtral report` wrote, for the card.", type=click.Path(path_type=Path)
-    )
+    report: Path | None = option("--report FOLDER", "Folder that `mlx-mixtral report` wrote, for the card.")
     overwrite: bool = flag("--overwrite", "Replace the card and the weights that the repository has.")
     dry_run: bool = flag("--dry-run", "Verify and print the card; upload nothing.")
     as_json: bool = json_flag()

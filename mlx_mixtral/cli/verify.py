@@ -10,6 +10,7 @@ import click
 from mlx_mixtral.cli.console import emit_json, one_line, out_console, plural, print_table, seconds
 from mlx_mixtral.cli.fields import argument, takes
 from mlx_mixtral.cli.options import json_flag
+from mlx_mixtral.cli.values import Place
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["verify"]
@@ -17,7 +18,7 @@ __all__ = ["verify"]
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    folder: Path = argument(type=click.Path(path_type=Path))
+    folder: Path = argument(type=Place("dir", as_text=False))
     as_json: bool = json_flag()
 
 

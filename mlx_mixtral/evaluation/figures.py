@@ -8,6 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from mlx_mixtral.errors import MissingDependencyError
+from mlx_mixtral.installing import how_to_install
 
 __all__ = ["HIGH", "LOW", "PAPER", "TEXT", "Mark", "check_plotting", "inline_svg", "new_figure", "png", "style"]
 
@@ -41,7 +42,7 @@ def check_plotting() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError("plots need matplotlib: `pip install 'mlx-mixtral[plots]'`") from error
+        raise MissingDependencyError(f"plots need matplotlib: {how_to_install('matplotlib', 'plots')}") from error
 
 
 def new_figure(width: float, height: float) -> Any:

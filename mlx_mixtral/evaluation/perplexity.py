@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.arguments import check_callbacks, check_type, checked
+from mlx_mixtral.arguments import as_path, check_callbacks, check_type, checked
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError
 from mlx_mixtral.evaluation.corpus import Corpus, TextWindow, TokenProgress, check_window, encode_texts
 from mlx_mixtral.evaluation.forward import Scored, TopTokens, context_limit, score
@@ -84,7 +84,7 @@ def evaluate(
     size, step = check_window(window, stride, model.config.max_context_tokens, context_limit(model))
     vocab_size = model.config.vocab_size
     if reference is not None and not isinstance(reference, Reference):
-        reference = Reference(Path(reference))
+        reference = Reference(as_path("reference", reference))
     if reference is not None:
         reference.header.check_text(corpus, vocab_size, size, step, reference.path)
     with ExitStack() as stack:

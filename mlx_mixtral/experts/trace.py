@@ -18,7 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mlx_mixtral.arguments import is_integer
+from mlx_mixtral.arguments import as_path, is_integer
 from mlx_mixtral.errors import CheckpointError, DestinationError, DiskSpaceError, InvalidRequestError
 from mlx_mixtral.experts.policy import Optimal, make_policy
 from mlx_mixtral.files import check_kind, replace_file
@@ -114,9 +114,10 @@ class RoutingTrace:
             "starts": np.array(self.starts, np.int64),
         }
         try:
-            check_kind(Path(path), "a routing trace", is_trace)
+            place = as_path("path", path)
+            check_kind(place, "a routing trace", is_trace)
             # One key: safetensors writes several in an order of its own, another one each time.
-            replace_file(Path(path), save(arrays, {FORMAT: json.dumps({"num_experts": self.num_experts})}))
+            replace_file(place, save(arrays, {FORMAT: json.dumps({"num_experts": self.num_experts})}))
         except (DestinationError, DiskSpaceError) as error:
             raise InvalidRequestError(f"routing trace {error}") from error
 
@@ -127,7 +128,8 @@ class RoutingTrace:
         Raises:
             CheckpointError: it cannot be read, or is something else.
         """
-        check_size(Path(path), MAX_FILE_BYTES)
+        path = as_path("path", path)
+        check_size(path, MAX_FILE_BYTES)
         try:
             with safe_open(str(path), "numpy") as file:
                 header = (file.metadata() or {}).get(FORMAT)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
 from mlx_mixtral import __version__
@@ -43,10 +44,6 @@ class HubAnswer:
     passed: tuple[Any, ...]
     response: Any
 
-    def header(self, name: str) -> str | None:
-        """A header of the first answer that has it: the hub's own come with its redirect, before another host answers."""
-        return next((head[name] for head in (*self.passed, self.headers) if name in head), None)
-
     def chunks(self) -> Iterator[bytes]:
         """The body as it arrives.
 
@@ -69,15 +66,16 @@ class HubClient:
         hub: Any = importlib.import_module("huggingface_hub.utils")
         self.constants: Any = importlib.import_module("huggingface_hub.constants")
         self._session: Any = hub.get_session()
-        self._headers = {
-            **hub.build_hf_headers(library_name="mlx-mixtral", library_version=__version__),
-            "Accept-Encoding": "identity",
-        }
+        # No cookie is kept or sent: the hub needs none, and one that is not ASCII would fail every request after it.
+        self._session.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        # The client's own headers name the program that runs it, and it asks the hub which there are, without these limits.
+        self._headers = {"User-Agent": f"mlx-mixtral/{__version__}", "Accept-Encoding": "identity"}
+        if (token := hub.get_token_to_send(None)) is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
 
     @contextlib.contextmanager
     def ask(
         self,
-        method: str,
         url: str,
         what: str,
         *,
@@ -85,7 +83,7 @@ class HubClient:
         timeout_s: float,
         stopped: threading.Event | None = None,
     ) -> Iterator[HubAnswer]:
-        """The answer to a request, whatever its status; its body is not read. HEAD stays on the host that it asks.
+        """The answer to a GET, whatever its status; its body is not read.
 
         Args:
             what: is asked for, in words.
@@ -97,7 +95,7 @@ class HubClient:
             HubError: redirects without end, or no HTTP.
         """
         request = self._session.build_request(
-            method, url, headers={**self._headers, **(headers or {})}, timeout=timeout_s
+            "GET", url, headers={**self._headers, **(headers or {})}, timeout=timeout_s
         )
         answer = _within(lambda: self._send(request), what, stopped)
         try:
@@ -115,7 +113,7 @@ class HubClient:
             HubError: a refusal, too large, too slow, or no JSON.
         """
         body = bytearray()
-        with self.ask("GET", url, what, timeout_s=float(self.constants.HF_HUB_ETAG_TIMEOUT)) as answer:
+        with self.ask(url, what, timeout_s=float(self.constants.HF_HUB_ETAG_TIMEOUT)) as answer:
             if answer.status != 200:
                 raise status_error(answer.status, answer.headers, repository, revision, what)
             ends = time.monotonic() + ANSWER_S
@@ -140,15 +138,12 @@ class HubClient:
         while True:
             # Not followed by the session, which reads the body of each redirect.
             response = self._session.send(request, stream=True, follow_redirects=False)
-            following = response.next_request
-            stays = following is None or (request.method == "HEAD" and following.url.host != request.url.host)
-            if stays:
+            if (request := response.next_request) is None:
                 return HubAnswer(response.status_code, response.headers, tuple(passed), response)
             passed.append(response.headers)
             response.close()
             if len(passed) > MAX_REDIRECTS:
                 raise HubError(f"the hub answered with more than {MAX_REDIRECTS} redirects in a row")
-            request = following
 
 
 def _within(send: Callable[[], HubAnswer], what: str, stopped: threading.Event | None) -> HubAnswer:

@@ -1,6 +1,6 @@
 """Files of a repository in the Hub's cache, where other programs find them as well:
 
-    models--OWNER--NAME/blobs/ETAG                  a file's content
+    models--OWNER--NAME/blobs/HASH                  a file's content
                        /snapshots/COMMIT/FILE       a link to it
                        /refs/REVISION               the commit a branch or tag stood for
 
@@ -18,7 +18,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,6 @@ BytesDone = Callable[[int, int], None]
 
 INDEX = "model.safetensors.index.json"
 DEFAULT_REVISION = "main"
-# The hub has a file's git hash or sha256 here.
-_ETAG = re.compile(r'(?:W/)?"?([A-Za-z0-9_-]{1,128})"?')
 _GGUF_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".npz")
 # Configuration, tokenizer and the like.
@@ -80,12 +77,9 @@ def store_files(
     Raises:
         HubError: they cannot be fetched, are not what the listing says, or do not fit the disk.
     """
-    cache = _Cache(listing, progress)
-    try:
+    with contextlib.closing(_Cache(listing, progress)) as cache:
         cache.remember(revision or DEFAULT_REVISION)
         cache.store(names)
-    finally:
-        cache.close()
     return cache.snapshot
 
 
@@ -105,88 +99,64 @@ class _Cache:
         self._lock = threading.Lock()
         self._done = self._total = 0
 
+    def close(self) -> None:
+        self._reader.close()
+
     def remember(self, revision: str) -> None:
-        place = self._folder / "refs" / revision
-        commit = self._listing.commit
-        if revision == commit or (place.is_file() and _commit_in(place) == commit):
+        place, commit = self._folder / "refs" / revision, self._listing.commit.encode()
+        if revision == self._listing.commit or (place.is_file() and place.read_bytes() == commit):
             return
         place.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(place, commit.encode())
+        replace_file(place, commit)
 
     def store(self, names: list[str]) -> None:
+        sizes = {name: self._listing.size(name) for name in names}
+        for name, size in sizes.items():
+            if size > MAX_SMALL_BYTES and not name.endswith(WEIGHTS):
+                raise HubError(
+                    f"{name} has {format_bytes(size)}; the limit is {format_bytes(MAX_SMALL_BYTES)} for what is not weights"
+                )
         self.snapshot.mkdir(parents=True, exist_ok=True)
-        sizes = {name: self._listing.files[name].nbytes or 0 for name in names}
         missing = [name for name in names if not (self.snapshot / name).is_file()]
-        self._total = sum(sizes.values())
-        self._received(self._total - sum(sizes[name] for name in missing))
-        heads = dict(zip(missing, self._all(self._head, missing), strict=True))
-        sized = {name: replace(self._listing.files[name], nbytes=size) for name, (_, size) in heads.items()}
-        self._reader.listing = replace(self._listing, files={**self._listing.files, **sized})
-        needed = 0
-        for name, (etag, size) in heads.items():
-            needed += size - self._held_bytes(etag)
-            self._total += size - sizes[name]
+        needed = sum(sizes[name] - self._held_bytes(name) for name in missing)
         free = shutil.disk_usage(self.snapshot).free
         if needed > free:
             raise HubError(
                 f"{format_bytes(needed)} have to be downloaded and the disk of the hub's cache has {format_bytes(free)} free; "
                 "free some room or set HF_HOME to another disk"
             )
-        small = [name for name in missing if heads[name][1] < LARGE_BYTES]
-        self._all(lambda name: self._store(name, *heads[name]), small)
-        for name in missing:
-            if heads[name][1] >= LARGE_BYTES:
-                self._store(name, *heads[name])
-        if self._progress is not None:
-            self._progress(self._total, self._total)
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def _all(self, work: Callable[[str], Any], names: list[str]) -> list[Any]:
-        """``work`` for each of the names, several at once; the first failure ends the others."""
+        self._total = sum(sizes.values())
+        self._received(self._total - sum(sizes[name] for name in missing))
         with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="mlx-mixtral-download") as pool:
-            running = [pool.submit(work, name) for name in names]
+            running = [pool.submit(self._store, name) for name in missing if sizes[name] < LARGE_BYTES]
             try:
-                return [each.result() for each in running]
+                for each in running:
+                    each.result()
             except BaseException:
                 self._reader.stop()
                 for each in running:
                     each.cancel()
                 raise
+        for name in missing:
+            if sizes[name] >= LARGE_BYTES:
+                self._store(name)
+        if self._progress is not None:
+            self._progress(self._total, self._total)
 
-    def _head(self, name: str) -> tuple[str, int]:
-        """The name of a file's content in the cache, and its bytes."""
-        answer, listed = self._reader.head(name), self._listing.files[name]
-        tag = answer.header("X-Linked-Etag") or answer.header("ETag") or listed.sha256
-        etag = _ETAG.fullmatch(tag or "")
-        if etag is None:
-            raise HubError(f"the hub says the ETag of {name} is {(tag or '')[:80]!r}, which is no name of a file")
-        length = answer.header("X-Linked-Size") or (
-            "" if answer.status >= 300 else answer.headers.get("Content-Length", "")
-        )
-        if length and not (length.isdecimal() and len(length) < 20):
-            raise HubError(f"the hub says {name} has {length[:80]!r} bytes, which is no size")
-        if length and listed.nbytes not in (None, int(length)):
-            raise HubError(f"the hub says {name} has {listed.nbytes} bytes and then {length}; try again later")
-        size = int(length) if length else self._listing.size(name)
-        if size > MAX_SMALL_BYTES and not name.endswith(WEIGHTS):
-            raise HubError(
-                f"{name} has {format_bytes(size)}; the limit is {format_bytes(MAX_SMALL_BYTES)} for what is not weights"
-            )
-        return etag[1], size
+    def _blob(self, name: str) -> Path:
+        return self._folder / "blobs" / self._listing.blob(name)
 
-    def _held_bytes(self, etag: str) -> int:
-        blob = self._folder / "blobs" / etag
+    def _held_bytes(self, name: str) -> int:
+        blob = self._blob(name)
         for path in (blob, _partial(blob)):
             with contextlib.suppress(FileNotFoundError):
                 return path.stat().st_size
         return 0
 
-    def _store(self, name: str, etag: str, size: int) -> None:
-        blob = self._folder / "blobs" / etag
+    def _store(self, name: str) -> None:
+        blob, size = self._blob(name), self._listing.size(name)
         blob.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self._folder, etag, name):
+        with _locked(blob, name):
             if not blob.is_file() or blob.stat().st_size != size:
                 self._fetch(name, size, _partial(blob))
                 put_in_place(_partial(blob), blob)
@@ -195,22 +165,18 @@ class _Cache:
         _link(blob, self.snapshot / name)
 
     def _fetch(self, name: str, size: int, partial: Path) -> None:
-        reader = self._reader
-        with partial.open("ab+") as file:
-            held = file.seek(0, os.SEEK_END)
-            if held > size or size < LARGE_BYTES:
-                held = 0
-            file.truncate(held)
-        with partial.open("rb+") as file:
+        with partial.open("ab") as file:
+            if file.tell() > size:
+                file.truncate(0)
             if size >= LARGE_BYTES:
-                file.seek(held)
+                held = file.seek(0, os.SEEK_END)
                 self._received(held)
                 with contextlib.suppress(NoRangesError):
-                    for piece in reader.pieces(name, held, size):
+                    for piece in self._reader.pieces(name, held, size):
                         file.write(piece)
                     return
                 self._received(-held)
-            reader.write_whole(name, file)
+            self._reader.write_whole(name, file)
 
     def _received(self, count: int) -> None:
         with self._lock:
@@ -224,11 +190,12 @@ def _partial(blob: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, etag: str, name: str) -> Iterator[None]:
+def _locked(blob: Path, name: str) -> Iterator[None]:
     """Alone with one content of the cache, as the Hub's client locks it."""
     lock_of: Any = importlib.import_module("huggingface_hub.utils").WeakFileLock
     too_long: Any = importlib.import_module("filelock").Timeout
-    path = folder.parent / ".locks" / folder.name / f"{etag}.lock"
+    folder = blob.parents[1]
+    path = folder.parent / ".locks" / folder.name / f"{blob.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         while True:
@@ -256,29 +223,24 @@ def _cache_folder(repository: str) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser().resolve() / "--".join(("models", *repository.split("/")))
 
 
-def _commit_in(place: Path) -> str:
-    """What a file of ``refs`` names, an empty text if that is no commit."""
-    with place.open("rb") as file:
-        found = file.read(64).decode("ascii", "replace").strip()
-    return found if COMMIT.fullmatch(found) else ""
-
-
 def _cached(repository: str, revision: str | None, error: HubUnreachableError) -> Path:
     """The snapshot in the cache that a revision stood for when the hub was last asked.
 
     Raises:
         HubError: there is none.
     """
-    folder, commit = _cache_folder(repository), revision or DEFAULT_REVISION
-    if not COMMIT.fullmatch(commit):
-        place = folder / "refs" / commit
-        commit = _commit_in(place) if place.is_file() else ""
-    snapshot = folder / "snapshots" / commit
-    if not commit or not snapshot.is_dir():
-        raise HubError(
-            f"the hub cannot be reached and there is no cached copy ({error}); check the connection or HF_HUB_OFFLINE"
-        ) from error
-    return snapshot
+    hub: Any = importlib.import_module("huggingface_hub")
+    absent: Any = importlib.import_module("huggingface_hub.errors").LocalEntryNotFoundError
+    try:
+        # No pattern: whether everything is there that is needed is not for the client to say.
+        found = hub.snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[])
+        if COMMIT.fullmatch((folder := Path(found)).name) and folder.parent.name == "snapshots":
+            return folder
+    except absent:
+        pass
+    raise HubError(
+        f"the hub cannot be reached and there is no cached copy ({error}); check the connection or HF_HUB_OFFLINE"
+    ) from error
 
 
 def _complete(folder: Path, choose: Callable[[Iterable[str]], list[str]]) -> Path:

@@ -7,6 +7,7 @@ import errno
 from collections.abc import Iterator, Mapping
 
 from mlx_mixtral.errors import HubError, InvalidRequestError, MissingDependencyError, MixtralError
+from mlx_mixtral.installing import how_to_install
 
 __all__ = ["HubUnreachableError", "check_revision", "hub_errors", "is_unreachable", "reason_of", "status_error"]
 
@@ -29,7 +30,8 @@ def hub_errors(repository: str) -> Iterator[None]:
         from huggingface_hub import errors as kinds
     except ImportError as error:
         raise MissingDependencyError(
-            f"{repository} is a hub repository and huggingface-hub is not installed: pip install huggingface-hub"
+            f"{repository} is a hub repository and huggingface-hub is not installed: "
+            f"{how_to_install('huggingface-hub')}"
         ) from error
     try:
         yield

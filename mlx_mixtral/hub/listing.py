@@ -23,13 +23,14 @@ SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a repository: bytes, and the sha256 of its content where the hub knows it, as for all large files.
+    """One file of a repository: bytes, the sha256 of its content, which the hub knows of all large files, and a hash of git.
 
-    ``nbytes`` is None where the listing does not say.
+    Each is None where the listing does not say.
     """
 
     nbytes: int | None
     sha256: str | None
+    git_hash: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ class Listing:
         if (nbytes := self.files[name].nbytes) is None:
             raise HubError(f"the hub does not say how large {name} is")
         return nbytes
+
+    def blob(self, name: str) -> str:
+        """What a file's content is called in the Hub's cache. Raises HubError if the hub does not say."""
+        # https://huggingface.co/docs/hub/local-cache: large files by their sha256, others by their hash in git.
+        if (blob := self.files[name].sha256 or self.files[name].git_hash) is None:
+            raise HubError(f"the hub does not say the hash of {name}; check that HF_ENDPOINT is a hub")
+        return blob
 
 
 def list_files(repository: str, revision: str | None) -> Listing:
@@ -95,10 +103,11 @@ def _file(entry: dict[str, Any]) -> tuple[str, RemoteFile]:
         raise HubError(f"the hub says {name} has {_shown(nbytes)} bytes, which is no size")
     if nbytes is not None and nbytes > MAX_FILE_BYTES:
         raise HubError(f"the hub says {name} has {_shown(nbytes)} bytes; no file of a model is that large")
-    digest = large.get("sha256") if isinstance(large, dict) else None
-    if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
-        raise HubError(f"the hub says the sha256 of {name} is {_shown(digest)}, which is not 64 hexadecimal digits")
-    return name, RemoteFile(nbytes, digest)
+    hashes = large.get("sha256") if isinstance(large, dict) else None, entry.get("blobId")
+    for digest, pattern, what in zip(hashes, (_SHA256, COMMIT), ("64", "40"), strict=True):
+        if digest is not None and not (isinstance(digest, str) and pattern.fullmatch(digest)):
+            raise HubError(f"the hub says a hash of {name} is {_shown(digest)}, which is not {what} hexadecimal digits")
+    return name, RemoteFile(nbytes, *hashes)
 
 
 def _shown(value: Any) -> str:

@@ -116,27 +116,6 @@ class RangeReader:
                 self._received(-done)
             patience.wait(broken, done)
 
-    def head(self, file: str) -> HubAnswer:
-        """What the hub says of a file before it is asked for.
-
-        Raises:
-            HubError: as ``read_into``.
-        """
-        patience, timeout_s = _Patience(self, file), float(self._client.constants.HF_HUB_ETAG_TIMEOUT)
-        while True:
-            started = time.monotonic()
-            try:
-                with self._client.ask(
-                    "HEAD", self._url(file), file, timeout_s=timeout_s, stopped=self._stopped
-                ) as answer:
-                    if answer.status < 400:
-                        self._check_commit(file, answer)
-                        return answer
-                    broken = self._refused(file, answer)
-            except HubUnreachableError as error:
-                broken = _Broken(str(error), silent_s=time.monotonic() - started)
-            patience.wait(broken)
-
     def stop(self) -> None:
         """End reads that wait for the network with HubError, soon."""
         self._stopped.set()
@@ -184,7 +163,7 @@ class RangeReader:
         asked = {} if offset is None else {"Range": f"bytes={offset}-{offset + count - 1}"}
         try:
             with self._client.ask(
-                "GET", self._url(file), file, headers=asked, timeout_s=TIMEOUT_S, stopped=self._stopped
+                self._url(file), file, headers=asked, timeout_s=TIMEOUT_S, stopped=self._stopped
             ) as answer:
                 if (broken := self._check(file, answer, offset, count)) is not None:
                     return broken
@@ -200,8 +179,6 @@ class RangeReader:
                     if self._stopped.is_set():
                         break
         except HubUnreachableError as error:
-            if self._client.constants.is_offline_mode():
-                raise HubError("HF_HUB_OFFLINE is set, and files have to be fetched") from error
             return _Broken(str(error), silent_s=self._silent_s(done, started))
         if done < count:
             return _Broken(f"{count - done} bytes did not arrive", silent_s=self._silent_s(done, started))
@@ -223,8 +200,10 @@ class RangeReader:
         """None for the bytes asked for; what is worth another attempt; HubError for what is not."""
         if answer.status not in (200, 206):
             return self._refused(file, answer)
-        self._check_commit(file, answer)
-        size = self.listing.size(file)
+        size, commit = self.listing.size(file), self.listing.commit
+        for head in (*answer.passed, answer.headers):
+            if (found := head.get("X-Repo-Commit", commit)) != commit:
+                raise HubError(f"{file} was asked for at commit {commit}, the hub served {found[:80]}")
         if answer.status == 200:
             if offset is not None:
                 raise NoRangesError(f"the hub does not serve byte ranges of {file}; convert without --stream")
@@ -242,12 +221,6 @@ class RangeReader:
             raise status_error(answer.status, answer.headers, self.listing.repository, self.listing.commit, file)
         wait = answer.headers.get("Retry-After", "")
         return _Broken(f"status {answer.status}", float(wait) if wait.isdecimal() and len(wait) < 9 else 0.0)
-
-    def _check_commit(self, file: str, answer: HubAnswer) -> None:
-        commit = self.listing.commit
-        for head in (*answer.passed, answer.headers):
-            if (found := head.get("X-Repo-Commit", commit)) != commit:
-                raise HubError(f"{file} was asked for at commit {commit}, the hub served {found[:80]}")
 
     def _url(self, file: str) -> str:
         hub: Any = importlib.import_module("huggingface_hub")

@@ -16,6 +16,7 @@ from pathlib import Path
 from mlx_mixtral.arguments import as_path, check_type
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError
 from mlx_mixtral.hub.download import INDEX, BytesDone, download, gguf_part
+from mlx_mixtral.model_names import hub_name, not_there
 
 __all__ = ["Source", "resolve", "wanted_files"]
 
@@ -52,12 +53,14 @@ class Source:
 
     @classmethod
     def parse(cls, source: str | Path, revision: str | None = None) -> Source:
-        """Read a folder, a file, ``owner/name``, ``owner/name@revision`` or either with ``:file.gguf`` after it.
+        """Read a folder, a file, ``owner/name``, ``owner/name@revision`` or either with ``:file.gguf`` after it, or the address
+        of a page of the hub (``hub_name``).
 
         What exists on this machine wins over a repository of the same name, and a ``Path`` is never a repository.
 
         Raises:
-            InvalidRequestError: an empty name, a wrong type, a revision for what is here, or two different revisions.
+            InvalidRequestError: an empty name, a wrong type, a revision for what is here, two different revisions, or the
+                address of something else than a model.
         """
         if isinstance(source, str) and not source:
             raise InvalidRequestError("the source is an empty name; write . for the current folder")
@@ -70,7 +73,7 @@ class Source:
                     f"{source} is a {kind}; revision {revision!r} applies to hub repositories only"
                 )
             return cls(str(source), path)
-        match = _REPOSITORY.fullmatch(source) if isinstance(source, str) else None
+        match = _REPOSITORY.fullmatch(hub_name(source)) if isinstance(source, str) else None
         if match is None:
             return cls(str(source), path)
         if revision is not None and match[2] is not None and match[2] != revision:
@@ -102,7 +105,7 @@ class Source:
         if is_file:
             raise CheckpointError(f"{self.name} is a file, not a checkpoint folder; give the folder it lies in")
         if self.repository is None:
-            raise CheckpointError(f"{self.name}: no such folder")
+            raise CheckpointError(not_there(self.name))
         wanted = functools.partial(wanted_files, weights=weights, convertible=convertible, file=self.file)
         downloaded = download(self.repository, self.revision, wanted, progress)
         return downloaded if self.file is None else downloaded / self.file

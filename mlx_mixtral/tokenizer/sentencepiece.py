@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from mlx_mixtral.errors import MissingDependencyError, TokenizerError
+from mlx_mixtral.installing import how_to_install
 from mlx_mixtral.tokenizer.base import ChatFormat, Tokenizer
 from mlx_mixtral.tokenizer.markers import NAMED_FORM, AddedToken, Markers
 from mlx_mixtral.tokenizer.sentencepiece_proto import retype_markers, without_dummy_prefix
@@ -55,7 +56,9 @@ class SentencePieceModel:
         try:
             import sentencepiece
         except ImportError as error:
-            raise MissingDependencyError("tokenizer.model needs sentencepiece: `pip install sentencepiece`") from error
+            raise MissingDependencyError(
+                f"tokenizer.model needs sentencepiece: {how_to_install('sentencepiece')}"
+            ) from error
         processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(data)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_mixtral.errors import MissingDependencyError, TokenizerError
+from mlx_mixtral.installing import how_to_install
 from mlx_mixtral.tokenizer.base import ChatFormat, Tokenizer
 from mlx_mixtral.tokenizer.markers import Markers
 from mlx_mixtral.tokenizer.sentencepiece_proto import MAX_PIECES
@@ -103,7 +104,7 @@ class JsonTokenizer(Tokenizer):
             import tokenizers
         except ImportError as error:
             raise MissingDependencyError(
-                f"{self._path} needs the tokenizers package: `pip install 'mlx-mixtral[tokenizers]'`"
+                f"{self._path} needs the tokenizers package: {how_to_install('tokenizers', 'tokenizers')}"
             ) from error
         model = spec.get("model")
         pieces = model.get("vocab") if isinstance(model, Mapping) else None

@@ -24,14 +24,14 @@ HEAVY = (
 )  # fmt: skip
 
 
-def heavy_modules_of(*arguments: str) -> subprocess.CompletedProcess[str]:
+def heavy_modules_of(*arguments: str, environment: dict[str, str] = ENVIRONMENT) -> subprocess.CompletedProcess[str]:
     """Run the program in a process of its own; the last line of stderr is the heavy modules it imported, in brackets."""
     code = (
         "import sys\nfrom mlx_mixtral.cli import main\nsys.argv = ['mlx-mixtral', *sys.argv[1:]]\n"
         f"try:\n    main()\nfinally:\n    print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
     )
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])

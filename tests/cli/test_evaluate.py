@@ -176,7 +176,7 @@ def test_passkeys_are_a_heat_map(invoke: Invoke, short: Path, tmp_path: Path) ->
         (["--text", "{}/none.txt"], ["none.txt does not exist"]),
         (["--text", "x={}/short.txt"], ["short.txt of domain 'x' has 1 token"]),
         (["--text", "{}/good.txt", "--window", "2000"], ["window is 2000", "holds 1024"]),
-        (["--text", "{}/good.txt", "--max-bytes", "0"], ["max-bytes is 0"]),
+        (["--text", "{}/good.txt", "--max-bytes", "0"], ["--max-bytes: size '0' must be more than zero"]),
         (["--text", "{}/good.txt", "--reference", "{}/good.txt"], ["good.txt is not a reference"]),
         (["--text", "{}/good.txt", "--save-reference", "{}/good.txt"], ["not a reference file"]),
         (["--text", "{}/good.txt", "--save-reference", "{}/r", "--top-k", "0"], ["--top-k is 0"]),

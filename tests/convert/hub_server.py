@@ -85,9 +85,8 @@ for options in json.loads(sys.argv[3]):
 class Hub:
     """``failures`` of all range requests fail, in one of four ways; ``served`` has (file, start, bytes) of each answer.
 
-    ``revisions`` are those files were asked for at; ``listed`` sizes the listing says in place of the true ones; ``heads``
-    headers that files have besides; ``large`` whether it knows the weights' sha256. The first pieces are answered when
-    ``together`` of them are asked for at once.
+    ``revisions`` are those files were asked for at; ``listed`` sizes the listing says in place of the true ones; ``large``
+    whether it knows the weights' sha256. The first pieces are answered when ``together`` of them are asked for at once.
     """
 
     folder: Path
@@ -103,7 +102,6 @@ class Hub:
     whole: list[str] = field(default_factory=list)
     revisions: set[str] = field(default_factory=set)
     listed: dict[str, int] = field(default_factory=dict)
-    heads: dict[str, dict[str, str]] = field(default_factory=dict)
     large: bool = True
     together: int = 1
     in_flight: int = 0
@@ -119,6 +117,12 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@functools.cache
+def _git_hash(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away is what some tests are about."""
@@ -129,15 +133,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
 
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             if path.startswith("/api/models/owner/model/revision/no-such"):
                 self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-            elif path.startswith("/api/models/owner/model/tree/"):
-                self._send(200, json.dumps([self._entry(name) for name in hub.names()]).encode())
             elif path.startswith("/api/models/owner/model"):
                 self._send(200, json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": self._siblings()}).encode())
             elif path.startswith("/owner/model/resolve/"):
@@ -161,24 +160,20 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             made = []
             for name in hub.names():
                 file = hub.folder / name
-                entry: dict[str, object] = {"rfilename": name, "size": file.stat().st_size, "blobId": "0" * 40}
+                entry: dict[str, object] = {"rfilename": name, "size": file.stat().st_size, "blobId": _git_hash(file)}
                 entry["size"] = hub.listed.get(name, entry["size"])
                 if hub.large and name.endswith(WEIGHTS):
                     entry["lfs"] = {"sha256": _sha256(file), "size": file.stat().st_size, "pointerSize": 134}
                 made.append(entry)
             return made
 
-        def _entry(self, name: str) -> dict[str, object]:
-            return {"type": "file", "oid": "0" * 40, "size": (hub.folder / name).stat().st_size, "path": name}
-
         def _file(self, name: str) -> None:
             data = (hub.folder / name).read_bytes()
             headers = {"X-Repo-Commit": hub.commit if name.endswith(WEIGHTS) else COMMIT}
             headers["ETag"] = f'"{_sha256(hub.folder / name)}"'
-            headers |= hub.heads.get(name, {})
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if asked is None or not hub.ranges or not name.endswith(WEIGHTS):
-                hub.whole += [name] * (self.command == "GET")
+                hub.whole.append(name)
                 self._send(200, data, headers)
                 return
             if hub.status is not None:
@@ -208,8 +203,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
             self._head(status, {"Content-Length": str(len(data)), **(headers or {})})
-            if self.command == "GET":
-                self.wfile.write(data)
+            self.wfile.write(data)
 
         def _head(self, status: int, headers: dict[str, str]) -> None:
             self.send_response(status)

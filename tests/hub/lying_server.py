@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import threading
 import time
@@ -21,19 +22,24 @@ FILES = {"config.json": CONFIG, "model.safetensors": WEIGHTS}
 OUTSIDE = "../../../../outside"
 
 
+def entry(name: str, data: bytes) -> dict[str, Any]:
+    git_hash = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return {"rfilename": name, "size": len(data), "blobId": git_hash}
+
+
 def listing(**changes: Any) -> bytes:
-    siblings = [{"rfilename": name, "size": len(data)} for name, data in FILES.items()]
-    return json.dumps({"id": "owner/x", "sha": COMMIT, "siblings": siblings} | changes).encode()
+    true = [entry(name, data) for name, data in FILES.items()]
+    return json.dumps({"id": "owner/x", "sha": COMMIT, "siblings": true} | changes).encode()
 
 
 def siblings(*files: Any) -> bytes:
     """A listing with these files besides."""
-    true = [{"rfilename": name, "size": len(data)} for name, data in FILES.items()]
-    return listing(siblings=[*true, *files])
+    return listing(siblings=[*(entry(name, data) for name, data in FILES.items()), *files])
 
 
-def sized(nbytes: Any, name: str = "model.safetensors") -> bytes:
-    return listing(siblings=[{"rfilename": "config.json", "size": len(CONFIG)}, {"rfilename": name, "size": nbytes}])
+def changed(**changes: Any) -> bytes:
+    """A listing in which config.json is another file."""
+    return listing(siblings=[entry("config.json", CONFIG) | changes, entry("model.safetensors", WEIGHTS)])
 
 
 # What the list of files is, as bytes of the answer.
@@ -58,28 +64,39 @@ LISTINGS: dict[str, tuple[bytes, str]] = {
     "commit-up": (listing(sha=OUTSIDE), f"the commit is '{OUTSIDE}'"),
     "commit-list": (listing(sha=[COMMIT]), "the commit is a list"),
     "commit-newline": (listing(sha=COMMIT + "\n"), "which is not 40 hexadecimal digits"),
-    "size-text": (sized("5000"), "has '5000' bytes, which is no size"),
-    "size-less": (sized(-1), "has -1 bytes"),
-    "size-half": (sized(0.5), "has 0.5 bytes"),
-    "size-true": (sized(True), "has True bytes"),
-    "size-huge": (sized(10**300), "no file of a model is that large"),
-    "size-other": (sized(4000), "has 4000 bytes and then 5000"),
-    "hash-text": (siblings({"rfilename": "x", "size": 1, "lfs": {"sha256": OUTSIDE}}), "the sha256 of x is"),
+    "size-text": (changed(size="25"), "has '25' bytes, which is no size"),
+    "size-less": (changed(size=-1), "has -1 bytes"),
+    "size-half": (changed(size=0.5), "has 0.5 bytes"),
+    "size-true": (changed(size=True), "has True bytes"),
+    "size-huge": (changed(size=10**300), "no file of a model is that large"),
+    "size-other": (changed(size=20), "has 20 bytes, the hub serves 25"),
+    "size-none": (changed(size=None), "does not say how large config.json is"),
+    "size-large": (changed(size=10**10), "config.json has 10 GB; the limit is 268 MB for what is not weights"),
+    "hash-text": (siblings({"rfilename": "x", "size": 1, "lfs": {"sha256": OUTSIDE}}), "a hash of x is"),
+    "hash-up": (changed(blobId=OUTSIDE), f"a hash of config.json is '{OUTSIDE}', which is not 40"),
+    "hash-dots": (changed(blobId=".."), "a hash of config.json is '..'"),
+    "hash-absolute": (changed(blobId="/tmp/outside"), "a hash of config.json is '/tmp/outside'"),
+    "hash-newline": (changed(blobId=ETAG + "\n"), "a hash of config.json is"),
+    "hash-list": (changed(blobId=[ETAG]), "a hash of config.json is a list"),
+    "hash-long": (changed(blobId="e" * 5000), "a hash of config.json is 'eee"),
+    "hash-none": (changed(blobId=None), "does not say the hash of config.json"),
 }
-# What the hub says of config.json before it is fetched: headers in place of the true ones, and status.
+# What the hub says as it sends config.json: headers in place of the true ones, and status.
 HEADS: dict[str, tuple[dict[str, str], int, str]] = {
-    "etag-up": ({"ETag": f'"{OUTSIDE}"'}, 200, "which is no name of a file"),
-    "linked-etag-up": ({"X-Linked-Etag": OUTSIDE}, 200, "which is no name of a file"),
-    "etag-dots": ({"ETag": ".."}, 200, "which is no name of a file"),
-    "etag-absolute": ({"ETag": "/tmp/outside"}, 200, "which is no name of a file"),
-    "etag-long": ({"ETag": "e" * 5000}, 200, "which is no name of a file"),
-    "etag-none": ({"ETag": ""}, 200, "which is no name of a file"),
+    "etag-up": ({"ETag": f'"{OUTSIDE}"'}, 200, ""),
+    "linked-etag-up": ({"X-Linked-Etag": OUTSIDE}, 200, ""),
+    "etag-dots": ({"ETag": ".."}, 200, ""),
+    "etag-absolute": ({"ETag": "/tmp/outside"}, 200, ""),
+    "etag-long": ({"ETag": "e" * 5000}, 200, ""),
+    "etag-none": ({"ETag": ""}, 200, ""),
     "head-commit": ({"X-Repo-Commit": OUTSIDE}, 200, "was asked for at commit 0123"),
-    "head-size-text": ({"X-Linked-Size": "many"}, 200, "has 'many' bytes, which is no size"),
-    "head-size-huge": ({"X-Linked-Size": "1" + "0" * 30}, 200, "which is no size"),
+    "head-size-text": ({"X-Linked-Size": "many"}, 200, ""),
+    "head-size-huge": ({"X-Linked-Size": "1" + "0" * 30}, 200, ""),
+    "head-length-huge": ({"Content-Length": "1" + "0" * 30}, 200, "config.json cannot be fetched"),
+    "head-xet": ({"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": "http://192.0.2.1/"}, 200, ""),
     "head-loop": ({"Location": "/owner/head-loop/resolve/0/config.json"}, 302, "more than 8 redirects"),
     "head-file": ({"Location": "file:///etc/passwd"}, 302, "config.json"),
-    "head-nowhere": ({"Location": "http://["}, 302, ""),
+    "head-nowhere": ({"Location": "http://["}, 302, "config.json cannot be fetched"),
     "head-gone": ({}, 404, "status 404 for config.json"),
     "head-teapot": ({}, 418, "status 418 for config.json"),
     "head-trouble": ({}, 500, "8 attempts failed (status 500)"),
@@ -181,12 +198,9 @@ class _Server(ThreadingHTTPServer):
         """The client gives up the connection: that is what it should do."""
 
 
-def _handler(hub: LyingHub) -> type[BaseHTTPRequestHandler]:
+def _handler(hub: LyingHub, bent: Callable[..., None] | None) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self.do_GET()
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
@@ -194,17 +208,21 @@ def _handler(hub: LyingHub) -> type[BaseHTTPRequestHandler]:
             is_api = path.startswith("/api/models/")
             lie = parts[4] if is_api else parts[2]
             self.count(lie)
+            if bent is not None:
+                bent(self, lie, is_api=is_api, file=parts[-1])
+                return
             if is_api and lie in APIS:
                 APIS[lie][0](self)
             elif is_api:
                 self.answer(LISTINGS[lie][0] if lie in LISTINGS else listing(), {}, 200)
-            elif parts[-1] == "config.json" and self.command == "HEAD" and lie in HEADS:
+            elif parts[-1] == "config.json" and lie in HEADS:
                 headers, status, _ = HEADS[lie]
                 self.answer(CONFIG, {"ETag": ETAG, "X-Repo-Commit": COMMIT} | headers, status)
-            elif parts[-1] == "config.json" and self.command == "GET" and lie in BODIES:
+            elif parts[-1] == "config.json" and lie in BODIES:
                 BODIES[lie][0](self)
+            elif (data := FILES.get(parts[-1])) is None:
+                forever(BLOCK)(self)
             else:
-                data = FILES[parts[-1]]
                 self.answer(data, {"ETag": f"{ETAG}{len(data)}", "X-Repo-Commit": COMMIT}, 200)
 
         def answer(self, data: bytes, headers: dict[str, str], status: int) -> None:
@@ -212,8 +230,7 @@ def _handler(hub: LyingHub) -> type[BaseHTTPRequestHandler]:
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
+            self.wfile.write(data)
 
         def count(self, lie: str) -> None:
             write = self.wfile.write
@@ -232,9 +249,10 @@ def _handler(hub: LyingHub) -> type[BaseHTTPRequestHandler]:
 
 
 @contextlib.contextmanager
-def serve() -> Iterator[LyingHub]:
+def serve(bent: Callable[..., None] | None = None) -> Iterator[LyingHub]:
+    """The hub; ``bent`` answers all requests in place of the lies of this file."""
     hub = LyingHub()
-    server = _Server(("127.0.0.1", 0), _handler(hub))
+    server = _Server(("127.0.0.1", 0), _handler(hub, bent))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()

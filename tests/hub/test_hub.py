@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
 
 from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError
@@ -43,7 +44,7 @@ FILES = {
     ".gitattributes": b"",
     "original/model.safetensors": b"five times" * 100,
 }
-ONE = RemoteFile(1, None)
+ONE = RemoteFile(1, None, "0" * 40)
 SMALL = sorted(name for name in FILES if name.startswith(("config", "generation", "tokenizer", "chat", "LICENSE")))
 WEIGHTS = [
     "model-00001-of-00002.safetensors",
@@ -72,17 +73,20 @@ class FakeHub:
     files: dict[str, bytes] = field(default_factory=lambda: dict(FILES))
     failure: tuple[int, str] | None = None
     downloads: list[str] = field(default_factory=list)
+    tokens: set[str | None] = field(default_factory=set)
+
+
+def git_hash(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
+            hub.tokens.add(self.headers["Authorization"])
             if "/nobody/" in path:
                 self._fail(404, "RepoNotFound")
             elif "/gated/" in path:
@@ -91,32 +95,27 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 self._fail(404, "RevisionNotFound")
             elif hub.failure is not None:
                 self._fail(*hub.failure)
-            elif path.startswith("/api/models/owner/model/tree/"):
-                self._answer(json.dumps([self._entry(name) for name in hub.files]).encode(), {})
             elif path.startswith("/api/models/owner/model"):
-                siblings = [{"rfilename": name, "size": len(data)} for name, data in hub.files.items()]
+                siblings = [self._entry(name) for name in hub.files]
                 self._answer(json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": siblings}).encode(), {})
             elif path.startswith("/owner/model/resolve/"):
                 name = path.split("/resolve/", 1)[1].split("/", 1)[1]
                 data = hub.files[name]
-                if self.command == "GET":
-                    hub.downloads.append(name)
-                tag = hashlib.sha1(data).hexdigest()
-                self._answer(data, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
+                hub.downloads.append(name)
+                self._answer(data, {"X-Repo-Commit": COMMIT})
             else:
                 self._fail(404, "EntryNotFound")
 
         def _entry(self, name: str) -> dict[str, Any]:
             data = hub.files[name]
-            return {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": name}
+            return {"rfilename": name, "size": len(data), "blobId": git_hash(data)}
 
         def _answer(self, data: bytes, headers: dict[str, str]) -> None:
             self.send_response(200)
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
+            self.wfile.write(data)
 
         def _fail(self, status: int, code: str) -> None:
             self.send_response(status)
@@ -175,6 +174,25 @@ def test_only_the_files_that_are_read_are_downloaded(tmp_path: Path, hub: FakeHu
     assert result["seen"][-1] == [total, total]
     assert [done for done, _ in result["seen"]] == sorted(done for done, _ in result["seen"])
     assert len(result["seen"]) > 2
+
+
+def test_the_hubs_client_finds_what_was_downloaded(tmp_path: Path, hub: FakeHub) -> None:
+    folder = ask(tmp_path, hub.url, "owner/model@refs/pr/4", weights=False)["folder"]
+    found = huggingface_hub.scan_cache_dir(tmp_path / "hub")
+    assert found.warnings == []
+    (repository,) = found.repos
+    (revision,) = repository.revisions
+    assert (repository.repo_id, revision.commit_hash, revision.refs) == ("owner/model", COMMIT, {"refs/pr/4"})
+    assert str(revision.snapshot_path) == folder
+    assert {file.file_name: file.blob_path.name for file in revision.files} == {n: git_hash(FILES[n]) for n in SMALL}
+    assert all(file.file_path.is_symlink() for file in revision.files)
+
+
+def test_the_token_goes_to_the_hub(tmp_path: Path, hub: FakeHub) -> None:
+    ask(tmp_path, hub.url, "owner/model", settings={"HF_TOKEN": "hf_secret"})
+    assert hub.tokens == {"Bearer hf_secret"}
+    ask(tmp_path, hub.url, "owner/model", settings={"HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"})
+    assert hub.tokens == {"Bearer hf_secret", None}
 
 
 def test_a_second_call_downloads_nothing(tmp_path: Path, hub: FakeHub) -> None:
@@ -239,6 +257,28 @@ def test_no_connection_and_no_cached_copy(tmp_path: Path, hub: FakeHub, settings
     result = ask(tmp_path, hub.url, "owner/model", settings=settings)
     assert result["error"] == "HubError"
     assert "the hub cannot be reached and there is no cached copy" in result["message"]
+
+
+def test_a_cache_that_another_program_began_is_used_offline(tmp_path: Path, hub: FakeHub) -> None:
+    """The hub's client notes what a repository has, and would call this copy incomplete."""
+    trees = pytest.importorskip("huggingface_hub._tree_cache")
+    folder = Path(ask(tmp_path, hub.url, "owner/model")["folder"])
+    entry = trees.TreeCacheEntry(size=1, blob_id="0" * 40, lfs_sha256=None, lfs_size=None, xet_hash=None)
+    trees.write_tree_cache(str(folder.parents[1]), COMMIT, dict.fromkeys(FILES, entry))
+    assert list(folder.parents[1].glob("trees/*"))
+    assert ask(tmp_path, hub.url, "owner/model", settings={"HF_HUB_OFFLINE": "1"})["folder"] == str(folder)
+
+
+@pytest.mark.parametrize("commit", ["../../../elsewhere", "elsewhere", ""])
+def test_a_cached_revision_is_a_commit(tmp_path: Path, hub: FakeHub, commit: str) -> None:
+    folder = Path(ask(tmp_path, hub.url, "owner/model")["folder"])
+    for place in (tmp_path / "elsewhere", folder.parent / "elsewhere"):
+        place.mkdir()
+        (place / "config.json").write_bytes(b"{}")
+    (folder.parents[1] / "refs" / "main").write_text(commit)
+    result = ask(tmp_path, hub.url, "owner/model", weights=False, settings={"HF_HUB_OFFLINE": "1"})
+    assert result["error"] == "HubError"
+    assert "there is no cached copy" in result["message"]
 
 
 def test_a_refused_token_is_explained(tmp_path: Path, hub: FakeHub) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.forks import run_python
+from tests.fuzz.hub import wrong_results
 from tests.hub.lying_server import APIS, BODIES, CONFIG, HEADS, LISTINGS, serve
 from tests.processes import PYTHONPATH
 
@@ -28,7 +30,7 @@ import json, logging, resource, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from mlx_mixtral.errors import HubError
 from mlx_mixtral.hub import answers, ranges, resolve
-answers.ANSWER_S, answers.QUIET_S = 2.0, 0.2
+answers.ANSWER_S, answers.QUIET_S = 4.0, 0.2
 ranges.TIMEOUT_S, ranges.WAIT_S, ranges.MAX_SILENT_S, ranges.SAID_S = 0.5, 0.001, 1.5, 0.2
 said = []
 handler = logging.Handler()
@@ -58,7 +60,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     with serve() as hub:
         environment |= {
-            "HF_ENDPOINT": hub.url, "HF_HOME": str(place / "home"), "HF_HUB_ETAG_TIMEOUT": "1", "NO_PROXY": "*",
+            "HF_ENDPOINT": hub.url, "HF_HOME": str(place / "home"), "HF_HUB_ETAG_TIMEOUT": "4", "NO_PROXY": "*",
             "PYTHONPATH": PYTHONPATH,
         }  # fmt: skip
         done = run_python(SCRIPT, [json.dumps(list(EXPECTED))], environment)
@@ -101,6 +103,18 @@ def test_little_more_is_read_than_a_file_has(asked: tuple[Path, dict[str, Any], 
         name: sent for name, sent in asked[2].items() if sent > 40 * 2**20 and name not in ("api-endless", "large")
     } == {}
     assert asked[1]["peak"] < 600_000
+
+
+def test_a_short_part_of_the_campaign_of_bent_answers() -> None:
+    """Among them a cookie that is no ASCII, which every later request would have carried."""
+    outcomes = Counter[str]()
+    assert wrong_results(range(200, 236), outcomes) == {}
+    assert set(outcomes) == {"files", "HubError"}
+
+
+def test_nothing_else_is_asked_for(asked: tuple[Path, dict[str, Any], dict[str, int]]) -> None:
+    """The hub's client has requests of its own."""
+    assert set(asked[2]) <= set(EXPECTED)
 
 
 def test_it_is_said_what_is_waited_for(asked: tuple[Path, dict[str, Any], dict[str, int]]) -> None:

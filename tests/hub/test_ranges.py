@@ -40,7 +40,7 @@ class Drip:
     wait: str = ""
 
     @contextlib.contextmanager
-    def ask(self, method: str, url: str, what: str, *, headers: dict[str, str], **options: Any) -> Iterator[HubAnswer]:
+    def ask(self, url: str, what: str, *, headers: dict[str, str], **options: Any) -> Iterator[HubAnswer]:
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", headers["Range"])
         assert asked is not None
         start, end = int(asked[1]), int(asked[2])

@@ -26,6 +26,7 @@ from mlx_mixtral.config.layout import Matrix, Norm, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import ConversionError, InvalidRequestError, MissingDependencyError
 from mlx_mixtral.files import disk_error, disk_errors
+from mlx_mixtral.installing import how_to_install
 from mlx_mixtral.weights.dtypes import FLOATS, convert
 from mlx_mixtral_convert.export.gguf_blocks import encode, repack, repackable
 from mlx_mixtral_convert.export.gguf_header import rope_factors, write_header
@@ -231,4 +232,4 @@ def _require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError("writing GGUF needs the package gguf: pip install gguf") from error
+        raise MissingDependencyError(f"writing GGUF needs the package gguf: {how_to_install('gguf')}") from error

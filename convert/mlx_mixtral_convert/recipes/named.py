@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from mlx_mixtral.arguments import check_type
+from mlx_mixtral.arguments import as_path, check_type
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral_convert.recipes.recipe import Override, Recipe
 
@@ -40,8 +38,9 @@ def named_recipe(name_or_file: str) -> Recipe:
     check_type("name_or_file", name_or_file, str, "the name of a recipe or of a file")
     if name_or_file in NAMED:
         return NAMED[name_or_file]
-    if not Path(name_or_file).is_file() and not name_or_file.endswith(".json"):
+    file = as_path("recipe", name_or_file)
+    if not file.is_file() and file.suffix != ".json":
         raise InvalidRequestError(
             f"{name_or_file!r} is neither a recipe file nor a named recipe; the named recipes are {', '.join(NAMED)}"
         )
-    return Recipe.from_file(name_or_file)
+    return Recipe.from_file(file)

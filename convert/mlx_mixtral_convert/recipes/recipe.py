@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.arguments import checked, is_integer
+from mlx_mixtral.arguments import as_path, checked, is_integer
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
@@ -167,7 +167,7 @@ class Recipe:
             CheckpointError: the file cannot be read or is not a JSON object.
             ConfigError: it is not a recipe.
         """
-        return cls.from_dict(read_json(Path(path)), str(path))
+        return cls.from_dict(read_json(as_path("path", path)), str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object that ``from_dict`` reads back."""

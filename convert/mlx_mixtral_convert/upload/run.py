@@ -16,6 +16,7 @@ from mlx_mixtral.arguments import as_path, check_callbacks, check_type, checked,
 from mlx_mixtral.errors import HubError, InvalidRequestError
 from mlx_mixtral.evaluation.report import SECTION_FILE
 from mlx_mixtral.hub.failures import hub_errors, is_unreachable
+from mlx_mixtral.model_names import repository_name
 from mlx_mixtral_convert.report import json_object
 from mlx_mixtral_convert.upload.card import model_card
 from mlx_mixtral_convert.upload.described import Uploadable, describe, stated_licence
@@ -92,9 +93,9 @@ def upload(
     """
     started = time.perf_counter()
     place = as_path("path", path)
-    check_repository("repository", repository)
+    repository = check_repository("repository", repository)
     if base_model is not None:
-        check_repository("base_model", base_model)
+        base_model = check_repository("base_model", base_model)
     check_type("licence", licence, (str, NoneType), "the hub's name of a licence, or None")
     check_callbacks(verified=verified)
     read = None if source is None else as_path("source", source)
@@ -139,12 +140,11 @@ def upload(
     )
 
 
-def check_repository(argument: str, name: object) -> None:
-    """Raise InvalidRequestError unless ``name`` is written ``owner/name``."""
-    if not isinstance(name, str) or _REPOSITORY.fullmatch(name) is None:
-        raise InvalidRequestError(
-            f"{argument} {shown(name)} is not a hub repository; write owner/name, with no revision"
-        )
+def check_repository(argument: str, name: object) -> str:
+    """``owner/name`` of what is written so, or as the address of a repository's page; raises InvalidRequestError otherwise."""
+    if isinstance(name, str) and _REPOSITORY.fullmatch(found := repository_name(name)) is not None:
+        return found
+    raise InvalidRequestError(f"{argument} {shown(name)} is not a hub repository; write owner/name, with no revision")
 
 
 def _report_files(folder: Path | None) -> dict[str, Path]:

@@ -8,6 +8,7 @@ import click
 
 from mlx_mixtral.cli.fields import argument, group, option
 from mlx_mixtral.cli.options import LoadOptions, json_flag, number_list, overwrite_flag
+from mlx_mixtral.cli.values import ModelName
 
 __all__ = ["BenchOptions"]
 
@@ -24,7 +25,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 
 @dataclass(frozen=True)
 class BenchOptions:
-    model: str = argument()
+    model: str = argument(type=ModelName())
     prompts: tuple[int, ...] | None = option(
         "--prompt LIST",
         "Prompt lengths for prefill and time to first token.  [default: 128,512,2048]",

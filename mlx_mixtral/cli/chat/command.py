@@ -10,13 +10,14 @@ from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.fields import argument, group, option, takes
 from mlx_mixtral.cli.options import LoadOptions, SamplingOptions, SpeculationOptions, StopOptions, chat_template_option
+from mlx_mixtral.cli.values import ModelName
 
 __all__ = ["chat"]
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    model: str = argument()
+    model: str = argument(type=ModelName())
     system: str | None = option("--system TEXT", "System prompt.")
     max_tokens: int = option("-n, --max-tokens", "Most tokens of one answer.", default=1024)
     sampling: SamplingOptions = group(SamplingOptions, temperature=0.7, top_p=0.95)

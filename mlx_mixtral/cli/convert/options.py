@@ -10,6 +10,7 @@ import click
 
 from mlx_mixtral.cli.fields import argument, flag, flag_name, is_given, option
 from mlx_mixtral.cli.options import device_option, json_flag, revision_option
+from mlx_mixtral.cli.values import ModelName, Place
 from mlx_mixtral.config.quantization import AFFINE_BITS, MODES
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[st
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    source: str = argument()
-    dest: str = argument()
+    source: str = argument(type=ModelName(files=True))
+    dest: str = argument(type=Place("dir", expands=False))
     bits: str | None = option(
         "--bits",
         "Bits per weight; none converts without quantising.  [default: 4, or what --mode implies]",
@@ -99,7 +100,6 @@ class ConvertOptions:
     calibration: str | None = option(
         "--calibration FILE",
         "Measurements of SOURCE by `mlx-mixtral calibrate`, for --rounding and --fit.",
-        type=click.Path(),
     )
     fit: str | None = option(
         "--fit SIZE|mac", "Choose the bits of each matrix so that the weights fit a size, or this Mac."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mlx_mixtral.cli.fields import argument, flag, group, option
 from mlx_mixtral.cli.options import LoadOptions, RecordOptions, json_flag, number_list, overwrite_flag
+from mlx_mixtral.cli.values import ModelName
 
 __all__ = ["DEPTHS", "LENGTHS", "EvaluateOptions"]
 
@@ -15,10 +16,12 @@ DEPTHS = number_list(float, "numbers", "0,0.5,1")
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    model: str = argument()
+    model: str = argument(type=ModelName())
     texts: tuple[str, ...] = option("--text PATH", "File, folder or .jsonl, or DOMAIN=PATH; repeatable.", multiple=True)
     records: RecordOptions = group(RecordOptions)
-    max_bytes: int | None = option("--max-bytes N", "Evaluate only the first N bytes of each text.  [default: all]")
+    max_bytes: int | None = option(
+        "--max-bytes SIZE", "Evaluate only this much of the start of each text.  [default: all]"
+    )
     window: int | None = option("--window N", "Tokens in one window.  [default: the context, at most 2048]")
     stride: int | None = option(
         "--stride N",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import __version__
-from mlx_mixtral.arguments import check_integer
+from mlx_mixtral.arguments import as_path, check_integer
 from mlx_mixtral.cli.console import json_text
 from mlx_mixtral.cli.destinations import EVALUATION, check_destinations, journal_path
 from mlx_mixtral.cli.evaluate.options import EvaluateOptions
@@ -51,7 +50,7 @@ class TaskJob:
             "shots": given.shots,
             "limit": given.limit,
             "chat_template": given.chat_template,
-            "task_path": None if given.task_path is None else str(Path(given.task_path).resolve()),
+            "task_path": None if given.task_path is None else str(as_path("task-path", given.task_path).resolve()),
             "context": given.loading.context,
             **given.loading.identity(),
         }

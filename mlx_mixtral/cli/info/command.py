@@ -10,8 +10,9 @@ import click
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cli.console import emit_json
-from mlx_mixtral.cli.fields import argument, group, option, takes
+from mlx_mixtral.cli.fields import argument, flag, group, option, takes
 from mlx_mixtral.cli.options import OverrideOptions, json_flag, revision_option
+from mlx_mixtral.cli.values import ModelName
 
 if TYPE_CHECKING:
     from mlx_mixtral.info.macs import Chip
@@ -21,7 +22,7 @@ __all__ = ["info"]
 
 @dataclass(frozen=True)
 class InfoOptions:
-    model: str = argument(metavar="MODEL|8x7b|8x22b")
+    model: str | None = argument(metavar="[MODEL|8x7b|8x22b]", required=False, type=ModelName())
     chip: str | None = option("--chip NAME", 'One chip only for the speed bound, such as "M2 Max".')
     revision: str | None = revision_option()
     memory: str | None = option(
@@ -30,12 +31,14 @@ class InfoOptions:
     context: int | None = option("--context N", "Tokens that --memory reserves KV cache for.")
     disk: str | None = option("--disk SIZE", "Bytes the disk reads a second, such as 5GB.  [default: measured]")
     overrides: OverrideOptions = group(OverrideOptions)
+    settings: bool = flag("--settings", "Show the defaults of your settings file, all of them checked; takes no MODEL.")
     as_json: bool = json_flag()
 
 
 @click.command()
+@click.pass_context
 @takes(InfoOptions)
-def info(given: InfoOptions) -> None:
+def info(ctx: click.Context, given: InfoOptions) -> None:
     """Show the size of MODEL and the memory it needs: a folder, a hub repository, or the published models 8x7b and 8x22b.
 
     It reads the configuration and file headers only, not the weights. The table of what fits assumes that the GPU may use
@@ -45,22 +48,45 @@ def info(given: InfoOptions) -> None:
     --memory prints the plan for a budget first: which layers keep all their experts, how many expert slots the others have,
     and the predicted tokens per second. Disk and memory speeds are measured here, or given by --disk and --chip.
     """
+    if given.settings:
+        if given.model is not None:
+            raise click.UsageError("--settings shows the file of defaults; leave out MODEL, or --settings")
+        _show_settings(ctx, as_json=given.as_json)
+        return
+    if given.model is None:
+        raise click.UsageError("give MODEL, 8x7b or 8x22b, or --settings")
     from mlx_mixtral.info.macs import find_chips
 
     if given.memory is None and (given.context is not None or given.disk is not None):
         raise click.UsageError("--context and --disk apply only with --memory")
     chips = find_chips(given.chip)
     if given.model.lower() in ("8x7b", "8x22b"):
-        _published(given, chips)
+        _published(given, given.model.lower(), chips)
     else:
-        _checkpoint(given, chips)
+        _checkpoint(given, given.model, chips)
 
 
-def _published(given: InfoOptions, chips: Sequence[Chip]) -> None:
+def _show_settings(ctx: click.Context, *, as_json: bool) -> None:
+    from mlx_mixtral.cli.app import COMMANDS
+    from mlx_mixtral.cli.info.tables import print_settings
+    from mlx_mixtral.cli.settings import apply, read_settings
+
+    settings, above = read_settings(COMMANDS), ctx.find_root()
+    assert isinstance(above.command, click.Group)
+    for name in settings.tables:
+        command = above.command.get_command(above, name)
+        assert command is not None
+        apply(above, settings, name, command)
+    if as_json:
+        emit_json({"file": str(settings.path), "exists": settings.is_there, "settings": settings.tables})
+    else:
+        print_settings(settings)
+
+
+def _published(given: InfoOptions, name: str, chips: Sequence[Chip]) -> None:
     from mlx_mixtral.cli.info.tables import print_plans, print_shape
     from mlx_mixtral.info.shape import shape_report
 
-    name = given.model.lower()
     report = shape_report(name, chips, given.overrides.checked)
     if given.memory is not None:
         from mlx_mixtral.info.plans import shape_plans
@@ -74,16 +100,16 @@ def _published(given: InfoOptions, chips: Sequence[Chip]) -> None:
         print_shape(report)
 
 
-def _checkpoint(given: InfoOptions, chips: Sequence[Chip]) -> None:
+def _checkpoint(given: InfoOptions, model: str, chips: Sequence[Chip]) -> None:
     from mlx_mixtral.cli.info.tables import print_checkpoint, print_plans
     from mlx_mixtral.cli.progress import fetch
     from mlx_mixtral.info.checkpoint import checkpoint_report
 
     overrides = given.overrides.checked
-    folder = fetch(given.model, revision=given.revision, weights=given.memory is not None)
-    downloaded = not as_path("model", given.model).is_dir()
+    folder = fetch(model, revision=given.revision, weights=given.memory is not None)
+    downloaded = not as_path("model", model).is_dir()
     facts = checkpoint_report(folder, chips, downloaded=downloaded, overrides=overrides)
-    report = {"model": given.model, **facts}
+    report = {"model": model, **facts}
     if given.memory is not None:
         from mlx_mixtral.info.plans import checkpoint_plan
 

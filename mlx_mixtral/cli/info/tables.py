@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_mixtral.cli.console import figures, one_line, out_console, plural, print_table
+from mlx_mixtral.cli.settings import VARIABLE, UserSettings, as_toml
 from mlx_mixtral.info.estimate import PART_NAMES, PARTS
 from mlx_mixtral.info.shape import FITS_NOTE
 from mlx_mixtral.sizes import format_bytes
 
-__all__ = ["print_checkpoint", "print_plans", "print_shape", "tokens_short"]
+__all__ = ["print_checkpoint", "print_plans", "print_settings", "print_shape", "tokens_short"]
 
 
 def print_shape(report: Mapping[str, Any]) -> None:
@@ -185,3 +186,20 @@ def _slots(plan: Mapping[str, Any]) -> tuple[str, str]:
         return whole, ""
     span = f"{others[0]}" if len(others) == 1 else f"{others[0]}-{others[-1]}"
     return whole, span
+
+
+def print_settings(settings: UserSettings) -> None:
+    """Where the user's defaults are from, and each of them."""
+    if not settings.is_there:
+        what = f"no settings: {one_line(settings.path)} is not there ({VARIABLE} names another file)"
+        out_console().print(what, soft_wrap=True)
+        return
+    rows = [
+        [f"mlx-mixtral {name}", f"--{key}", one_line(as_toml(value))]
+        for name, table in settings.tables.items()
+        for key, value in table.items()
+    ]
+    if rows:
+        print_table(f"Settings of {one_line(settings.path)}", ["command", "option", "default"], rows, left=3)
+    else:
+        out_console().print(f"{one_line(settings.path)} sets nothing", soft_wrap=True)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from mlx_mixtral.cli.evaluate.options import DEPTHS, LENGTHS
 from mlx_mixtral.cli.fields import argument, flag, group, option
 from mlx_mixtral.cli.options import LoadOptions, RecordOptions, json_flag
+from mlx_mixtral.cli.values import ModelName
 
 __all__ = ["ReportOptions"]
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    model: str = argument()
+    model: str = argument(type=ModelName())
     reference: str | None = option(
         "--reference OTHER", "Compare with this model, or with a file that `evaluate --save-reference` wrote."
     )
@@ -25,7 +26,7 @@ class ReportOptions:
     records: RecordOptions = group(RecordOptions)
     quick: bool = flag("--quick", "Use less text, and fewer and shorter passkey prompts.")
     max_bytes: int | None = option(
-        "--max-bytes N", "Evaluate only the first N bytes of each text.  [default: 32768; --quick: 4096]"
+        "--max-bytes SIZE", "Evaluate only this much of the start of each text.  [default: 32768; --quick: 4096]"
     )
     window: int | None = option("--window N", "Tokens in one window.  [default: the context, at most 2048]")
     lengths: tuple[int, ...] | None = option(

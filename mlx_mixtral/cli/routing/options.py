@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from mlx_mixtral.cli.fields import argument, flag, group, option
 from mlx_mixtral.cli.options import LoadOptions, RecordOptions, json_flag, number_list, overwrite_flag
+from mlx_mixtral.cli.values import ModelName
 
 __all__ = ["RoutingOptions"]
 
 
 @dataclass(frozen=True)
 class RoutingOptions:
-    model: str | None = argument(required=False)
+    model: str | None = argument(required=False, type=ModelName())
     texts: tuple[str, ...] = option("--text PATH", "File, folder or .jsonl, or DOMAIN=PATH; repeatable.", multiple=True)
     trace: str | None = option("--trace FILE", "Analyse a file that --save-trace wrote; needs no model.")
     records: RecordOptions = group(RecordOptions)

@@ -19,6 +19,7 @@ import numpy as np
 
 from mlx_mixtral.arguments import as_path, check_callbacks, check_integer, check_type
 from mlx_mixtral.errors import HubError, InvalidRequestError, MissingDependencyError, MixtralError
+from mlx_mixtral.installing import how_to_install
 
 if TYPE_CHECKING:
     from mlx_mixtral.evaluation.harness.lm import HarnessLM
@@ -84,7 +85,7 @@ def check_harness() -> None:
         importlib.import_module("lm_eval.tasks")
     except ImportError as error:
         raise MissingDependencyError(
-            f"tasks need lm-evaluation-harness ({error}): `pip install 'mlx-mixtral[eval]'`"
+            f"tasks need lm-evaluation-harness ({error}): {how_to_install('lm-eval', 'eval')}"
         ) from error
 
 

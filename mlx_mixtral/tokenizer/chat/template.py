@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from mlx_mixtral.errors import ChatTemplateError, MissingDependencyError
+from mlx_mixtral.installing import how_to_install
 from mlx_mixtral.tokenizer.base import Message, Tokenizer, check_text
 from mlx_mixtral.tokenizer.chat.messages import check_messages
 from mlx_mixtral.tokenizer.markers import AddedToken, Markers
@@ -108,7 +109,7 @@ class JinjaChat:
             from mlx_mixtral.tokenizer.chat.limits import Budget, TemplateLimitError
             from mlx_mixtral.tokenizer.chat.sandbox import Sandbox
         except ImportError as error:
-            raise MissingDependencyError("a chat template needs jinja2: `pip install jinja2`") from error
+            raise MissingDependencyError(f"a chat template needs jinja2: {how_to_install('jinja2')}") from error
         source = self._templates["tool_use"] if tools and "tool_use" in self._templates else self._default()
         sandbox = Sandbox()
 

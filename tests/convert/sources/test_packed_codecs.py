@@ -17,6 +17,7 @@ from mlx_mixtral.errors import CheckpointError, ConversionError
 from mlx_mixtral_convert import Recipe, convert
 from mlx_mixtral_convert.packing.measure import E4M3
 from mlx_mixtral_convert.sources import PackedSource, detect, open_source
+from mlx_mixtral_convert.sources.packed.codecs.module import powers_of_two
 from tests.convert import module_packers as packers
 from tests.convert.packers import fp8, make_packed, save
 from tests.convert.sources.test_packed_sources import edited, same_weights
@@ -227,3 +228,10 @@ def test_packed_words_without_a_number_of_bits_are_refused(tmp_path: Path) -> No
     make_packed(tmp_path / "source", entry, lambda _, weight: packers.integers(weight, 4, 32), **SMALL)
     with pytest.raises(ConversionError, match="is packed, but config_groups has no num_bits from 1 to 8"):
         open_source(tmp_path / "source")
+
+
+def test_a_scale_of_one_byte_is_its_power_of_two_and_255_is_nan() -> None:
+    found = powers_of_two(np.arange(256, dtype=np.uint8))
+    assert found.dtype == np.float32
+    assert [float(value) for value in found[:255]] == [2.0 ** (byte - 127) for byte in range(255)]
+    assert np.isnan(found[255])

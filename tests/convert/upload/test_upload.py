@@ -215,7 +215,7 @@ def test_a_hub_source_is_the_base_model_and_odd_names_stay_text(converted: Path)
 
 
 def test_requests_that_cannot_be(converted: Path, source: Path, tmp_path: Path) -> None:
-    for name in ("model", "me/model@main", "https://huggingface.co/me/model"):
+    for name in ("model", "me/model@main", "https://huggingface.co/me/model/tree/v1"):
         with pytest.raises(InvalidRequestError, match="write owner/name"):
             upload(converted, name, dry_run=True)
     with pytest.raises(InvalidRequestError, match=r"has no README-section\.md"):

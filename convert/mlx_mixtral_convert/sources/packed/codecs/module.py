@@ -183,5 +183,6 @@ def affine_fields(
 
 def powers_of_two(exponents: npt.NDArray[Any]) -> Floats:
     """2^(e - 127) of bytes; 255 is NaN."""
-    values = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127).astype(np.float32)
-    return np.where(exponents == 255, np.float32(np.nan), values).astype(np.float32)
+    is_number = exponents != 255
+    values = np.ldexp(np.float32(1), np.where(is_number, exponents, 127).astype(np.int32) - 127)
+    return np.where(is_number, values, np.float32(np.nan)).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Models in the hub's cache: listed, fetched, removed."""
