@@ -7,7 +7,7 @@
 # make soak   2,000 generations with changing budgets and failing disks
 #
 # Needs Python 3.11 or later and nothing else: a virtual environment is made in .venv, with uv when it is there, with venv and
-# pip when not. On Linux MLX_BACKEND chooses MLX's backend: cpu (default) or cuda, never both.
+# pip when not. On Linux MLX_BACKEND chooses MLX's backend: cpu (default) or cuda, not both.
 
 SHELL := /bin/sh
 VENV := .venv
@@ -58,7 +58,7 @@ $(VENV)/bin/python:
 	@$(if $(UV),true,$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1")
 
 $(VENV)/.installed: pyproject.toml $(VENV)/bin/python
-	@echo "installing mlx-mixtral and what it needs"
+	@echo "installing mlx-mixtral and its dependencies"
 	@$(INSTALL) -e ".$(EXTRAS)"
 	@touch $@
 

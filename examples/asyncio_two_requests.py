@@ -1,4 +1,4 @@
-"""Two requests in turn on one model inside an asyncio program; the second is cancelled half-way.
+"""Two requests take turns on one model in an asyncio program; the second is cancelled halfway.
 
 python examples/asyncio_two_requests.py [MODEL]
 """
@@ -15,14 +15,14 @@ MODEL = sys.argv[1] if len(sys.argv) > 1 else checkpoint_path()
 
 
 async def stream(model: Mixtral, turn: asyncio.Lock, prompt: str) -> AsyncGenerator[Chunk, None]:
-    # One generation at a time on one model: requests wait for their turn.
+    # A model runs one generation at a time, so requests wait for their turn.
     async with turn:
         chunks = model.stream(prompt, max_tokens=48, sampling=SamplingParams(temperature=0.8, seed=5))
         try:
             while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
                 yield chunk
         finally:
-            chunks.close()  # cancels when the consumer left early
+            chunks.close()  # cancels if the consumer left early
 
 
 async def request(name: str, model: Mixtral, turn: asyncio.Lock, prompt: str, enough: int) -> None:
@@ -37,7 +37,7 @@ async def request(name: str, model: Mixtral, turn: asyncio.Lock, prompt: str, en
 
 
 async def main() -> None:
-    # Generation blocks: steps run on a worker, one for all of them, as MLX keeps a stream for every thread that computes.
+    # Generation blocks, so it runs on a worker thread: a single one, because MLX keeps a stream for every thread that computes.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
     model, turn = await asyncio.to_thread(load, MODEL), asyncio.Lock()
     await asyncio.gather(

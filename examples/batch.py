@@ -15,7 +15,7 @@ sampling = SamplingParams(temperature=0.8, seed=5)
 
 with load(model_path) as model:
     texts: dict[int, str] = defaultdict(str)
-    # Two rows at a time: the third prompt joins when one of the first two has ended.
+    # Two rows at a time: the third prompt joins when one of the first two ends.
     for index, chunk in model.stream_batch(prompts, max_rows=2, max_tokens=24, sampling=sampling, stop=["\n"]):
         texts[index] += chunk.text
         if chunk.finish_reason is not None:

@@ -2,7 +2,7 @@
 
     python examples/chat.py [MODEL]
 
-The bundled checkpoint is no instruct model: its answers only look like text. Give a real one for a conversation.
+The bundled checkpoint is not an instruct model: its answers only look like text. Use a real one for a conversation.
 """
 
 import sys
@@ -24,7 +24,7 @@ with load(model_path) as model:
             print(chunk.text, end="", flush=True)
             answer += chunk.text
         print()
-        # The conversation is a list of yours: what is in it is what the model sees next time.
+        # You keep the conversation as a list: the model sees what is in it.
         messages.append({"role": "assistant", "content": answer.strip()})
 
     print(f"{len(model.tokenizer.encode_chat(messages[:-1]))} tokens before the last answer")

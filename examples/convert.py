@@ -1,4 +1,4 @@
-"""Convert a checkpoint with a recipe: more bits where they count, fewer where most weights are.
+"""Convert a checkpoint with a recipe: more bits where they matter, fewer where most of the weights are.
 
 python examples/convert.py [SOURCE DEST]
 """

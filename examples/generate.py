@@ -1,8 +1,8 @@
-"""Continue a prompt and look at what it cost.
+"""Continue a prompt and print what it took.
 
     python examples/generate.py [MODEL] [PROMPT]
 
-MODEL is a folder or a hub repository; the checkpoint that ships with the package when left out.
+MODEL is a folder or a hub repository; by default, the checkpoint that ships with the package.
 """
 
 import sys

@@ -1,5 +1,5 @@
-"""Perplexity by domain of a checkpoint and its conversions, in bits and named recipes, as a Markdown table.
-KL counts the tokens beyond the 128 likeliest of each place as one: a lower bound.
+"""Print the perplexity by domain of a checkpoint and its conversions, by bits and by named recipe, as a Markdown table.
+KL counts the tokens beyond the 128 likeliest at each position as one, which gives a lower bound.
 
 python examples/perplexity_table.py [SOURCE --text FILE_OR_FOLDER] [--max-bytes N] [--only NAME ...]
 """
@@ -18,7 +18,7 @@ HELD_OUT = Path(__file__).parents[1] / "tests" / "goldens" / "tiny-mixtral" / "h
 parser = argparse.ArgumentParser()
 parser.add_argument("source", nargs="?", default=checkpoint_path())
 parser.add_argument("--text", default=[HELD_OUT], nargs="+")
-parser.add_argument("--max-bytes", type=int, default=4000, help="of each text")
+parser.add_argument("--max-bytes", type=int, default=4000, help="bytes used of each text")
 parser.add_argument("--only", nargs="+", help="rows, such as '4 bits' experts-3bit")
 options = parser.parse_args()
 
@@ -37,10 +37,10 @@ def row(name: str, bits: float, found: Evaluation) -> str:
 
 
 with tempfile.TemporaryDirectory() as scratch:
-    reference = Path(scratch) / "reference"  # the source is run once, and dropped
+    reference = Path(scratch) / "reference"  # the source is run once and then unloaded
     with load(options.source) as model:
         found = evaluate(model, texts, save_reference=reference)
-    heads = ["model", "bits a weight", *found.domains, "all", "KL to the source", "same top token"]
+    heads = ["model", "bits per weight", *found.domains, "all", "KL to the source", "same top token"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     print(row("source", 16, found), flush=True)
     for name in options.only or recipes:

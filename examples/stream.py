@@ -1,4 +1,4 @@
-"""Print text as it is generated, until a stop string or a limit of our own.
+"""Print text as it is generated, until a stop string or a custom limit.
 
 python examples/stream.py [MODEL] [PROMPT]
 """
@@ -15,7 +15,7 @@ sampling = SamplingParams(temperature=0.8, seed=3, logprobs=0)
 with load(model_path) as model:
     print(prompt, end="")
     surprise = 0.0
-    # Leaving the `with` block closes the stream; breaking out of the loop is all it takes to cancel.
+    # Leaving the `with` block closes the stream; breaking out of the loop is enough to cancel.
     with model.stream(prompt, max_tokens=200, sampling=sampling, stop=["\n"]) as chunks:
         for chunk in chunks:
             print(chunk.text, end="", flush=True)

@@ -1,4 +1,4 @@
-"""Run Mixtral, the sparse mixture of experts, on the Mac you have.
+"""Run Mixtral, the sparse mixture-of-experts model, on your Mac.
 
     from mlx_mixtral import load
 

@@ -148,5 +148,5 @@ def as_path(name: str, value: str | Path) -> Path:
         return Path(value).expanduser()
     except RuntimeError:
         raise InvalidRequestError(
-            f"{name} is {str(value)!r}, and there is no user {Path(value).parts[0]!r} here; write ./~… for a file of that name"
+            f"{name} is {str(value)!r}, but there is no user {Path(value).parts[0]!r} here; write ./~… for a file of that name"
         ) from None

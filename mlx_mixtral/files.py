@@ -42,12 +42,12 @@ def check_destination(name: str, path: str | Path, *, regular: bool = False) -> 
             not there or not writable.
     """
     if not str(path):
-        raise InvalidRequestError(f"{name} is an empty name; give a file")
+        raise InvalidRequestError(f"{name} has an empty name; give a file")
     with disk_errors(given := as_path(name, path)):
         place = _place(given)
         if is_special(place):
             if regular:
-                raise DestinationError(f"{given} is {_kind(place)}, and a file is needed here; give a file")
+                raise DestinationError(f"{given} is {_kind(place)}, not a file; give a file")
             if not os.access(place, os.W_OK):
                 raise DestinationError(f"{given} cannot be written: permission denied")
             return place
@@ -83,7 +83,7 @@ def _place(path: Path) -> Path:
     if stat.S_ISDIR(mode):
         raise DestinationError(f"{path} is a folder; give a file")
     if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
-        raise DestinationError(f"{path} is {special_file(mode)}, which is not written to; give a file")
+        raise DestinationError(f"{path} is {special_file(mode)}, which cannot be written to; give a file")
     return Path(os.path.realpath(path))
 
 
@@ -194,24 +194,26 @@ def check_folder(name: str, path: str | Path, *, overwrite: bool, holds: Iterabl
         InvalidRequestError, DestinationError: an empty name, something that is there, a folder that cannot be made.
     """
     if not str(path):
-        raise InvalidRequestError(f"{name} is an empty name; give a folder")
+        raise InvalidRequestError(f"{name} has an empty name; give a folder")
     with disk_errors(given := as_path(name, path)):
         place = given.resolve()
         if os.path.lexists(place):
             if not place.is_dir():
                 raise DestinationError(f"{given} exists and is a file; give a folder")
             if not overwrite:
-                raise DestinationError(f"{given} exists; give another folder, or --overwrite to replace it")
+                raise DestinationError(f"{given} exists; give another folder, or use --overwrite to replace it")
             others = sorted({entry.name for entry in place.iterdir()} - {*holds, ".DS_Store"})
             if others:
-                raise DestinationError(f"{given} holds {others[0]}, which is not ours to replace; give another folder")
+                raise DestinationError(
+                    f"{given} holds {others[0]}, which this program did not write; give another folder"
+                )
         _check_parent(place, f"{given} cannot be made")
     return place
 
 
 def _check_parent(place: Path, problem: str) -> None:
     if not place.parent.is_dir():
-        raise DestinationError(f"{problem}: there is no folder {place.parent}; make it first")
+        raise DestinationError(f"{problem}: there is no folder {place.parent}; create it first")
     if not os.access(place.parent, os.W_OK):
         raise DestinationError(f"{problem}: folder {place.parent} is not writable")
 
@@ -339,5 +341,5 @@ def disk_error(
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         got = f"{place.name} got {format_bytes(done_bytes)} of its {format_bytes(total_bytes)}"
         what = got if total_bytes else f"{place} cannot be written"
-        return DiskSpaceError(f"the disk is full: {what}; free some room or give another destination")
+        return DiskSpaceError(f"the disk is full: {what}; free some space or give another destination")
     return DestinationError(f"{place} cannot be written: {error.strerror or error}; give another destination")

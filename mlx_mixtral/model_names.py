@@ -51,14 +51,14 @@ def hub_name(text: str) -> str:
     if page is None:
         if _ADDRESS.match(text):
             raise InvalidRequestError(
-                f"{text} is an address, and not of a model on the hub; write owner/name or https://huggingface.co/owner/name"
+                f"{text} is an address, but not that of a model on the hub; write owner/name or https://huggingface.co/owner/name"
             )
         return text
     parts = [unquote(part) for part in page[1].split("/") if part]
     if parts[:1] == ["models"]:
         del parts[0]
     if len(parts) < 2 or parts[0] in _NOT_MODELS or not all(map(_PART.fullmatch, parts[:2])):
-        raise InvalidRequestError(f"{text} is no address of a model; write https://huggingface.co/owner/name")
+        raise InvalidRequestError(f"{text} is not the address of a model; write https://huggingface.co/owner/name")
     owner, name = parts[0], parts[1].removesuffix(".git")
     if len(parts) < 4 or parts[2] not in ("tree", "blob", "resolve", "raw"):
         return f"{owner}/{name}"
@@ -85,13 +85,13 @@ def not_there(name: str) -> str:
     if word in _SHORT:
         size = _SHORT[word]
         return (
-            f"{name}: no such folder, and a hub repository is written owner/name: "
-            f"mlx-community/Mixtral-{size}-Instruct-v0.1-4bit runs as it is, mistralai/Mixtral-{size}-Instruct-v0.1 is to be "
+            f"{name}: no such folder; write a hub repository as owner/name: "
+            f"mlx-community/Mixtral-{size}-Instruct-v0.1-4bit runs as it is, mistralai/Mixtral-{size}-Instruct-v0.1 must be "
             f"converted first: mlx-mixtral convert mistralai/Mixtral-{size}-Instruct-v0.1 DEST"
         )
     if "/" in name or "\\" in name or name in (".", "..") or name.startswith("~"):
         return f"{name}: no such folder"
-    return f"{name}: no such folder; a hub repository is written owner/name, such as {_nearest(word)}"
+    return f"{name}: no such folder; write a hub repository as owner/name, such as {_nearest(word)}"
 
 
 def _nearest(word: str) -> str:

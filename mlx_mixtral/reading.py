@@ -39,9 +39,7 @@ MAX_JSON_DEPTH = 100
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 _POINTER = b"version https://git-lfs.github.com/spec/"
-POINTER_FIX = (
-    "is a git-lfs pointer, a few lines that stand for a file which is not here; run git lfs pull in its folder"
-)
+POINTER_FIX = "is a git-lfs pointer, a few lines in place of the actual file; run git lfs pull in its folder"
 """What to say about a file that ``is_pointer`` finds, after its name."""
 
 # How JSON spells half a character; what pairs up is fine.
@@ -111,9 +109,9 @@ def _reason(path: Path, failure: OSError | ValueError) -> str:
     if isinstance(failure, ValueError):
         return str(failure)
     if failure.errno == errno.ELOOP:
-        return "it is a link that leads back to itself"
+        return "it is a link that points back to itself"
     if failure.errno == errno.ENOENT and path.is_symlink():
-        return f"it is a link to {path.readlink()}, which is not there"
+        return f"it is a link to {path.readlink()}, which does not exist"
     return failure.strerror or str(failure)
 
 
@@ -158,7 +156,7 @@ def read_given(path: Path, error: type[MixtralError]) -> bytes:
     except (OSError, ValueError) as failure:
         raise error(f"{path} cannot be read: {_reason(path, failure)}") from failure
     if max(size, len(data)) > MAX_GIVEN_BYTES:
-        raise error(f"{path} has more than {MAX_GIVEN_BYTES} bytes, which are read at most; split it")
+        raise error(f"{path} has more than {MAX_GIVEN_BYTES} bytes, which is the limit; split it")
     return data
 
 
@@ -221,7 +219,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:80]!r} is there twice")
+        raise ValueError(f"the key {twice[:80]!r} occurs twice")
     return found
 
 

@@ -45,7 +45,7 @@ def test_every_function_checks_its_paths_first(tmp_path: Path, call: str) -> Non
     run, begins = PATHS[call]
     with pytest.raises(InvalidRequestError, match=f"^{begins} 5, of type int"):
         run(5, tmp_path / "out")
-    with pytest.raises(InvalidRequestError, match=f"^{begins} '~nobody-here/x', and there is no user '~nobody-here'"):
+    with pytest.raises(InvalidRequestError, match=f"^{begins} '~nobody-here/x', but there is no user '~nobody-here'"):
         run("~nobody-here/x", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -169,8 +169,8 @@ def test_options_of_the_other_functions(tiny: Path, tmp_path: Path, run: Any, me
         ({"bits": "4"}, "bits is '4', not an integer"),
         ({"bits": True}, "bits is True, not an integer"),
         ({"group_size": "64"}, "group_size is '64', not an integer"),
-        ({"overrides": 5}, "overrides is 5; it maps patterns"),
-        ({"overrides": {5: None}}, r"overrides is \{5: None\}; it maps patterns"),
+        ({"overrides": 5}, "overrides is 5; it must map patterns"),
+        ({"overrides": {5: None}}, r"overrides is \{5: None\}; it must map patterns"),
     ],
 )
 def test_values_of_a_recipe(options: dict[str, Any], message: str) -> None:

@@ -251,7 +251,7 @@ def test_the_session_of_the_demo_is_what_it_prints() -> None:
     session = next(code for language, code in blocks_of_code(README) if language == "console")
     printed = CliRunner().invoke(app, ["demo"]).stdout.splitlines()
     before, after = session.partition("3. generate\n")[::2]
-    facts = [*before[before.index("A real Mixtral") :].splitlines(), "3. generate"]
+    facts = [*before[before.index("A real but small Mixtral") :].splitlines(), "3. generate"]
     known = {_without_numbers(line) for line in printed}
     assert [line for line in facts if _without_numbers(line) not in known] == []
     start = _without_numbers(after.splitlines()[-1].partition(" on ")[0])
@@ -276,7 +276,7 @@ def test_chance_is_what_the_page_on_routing_says() -> None:
 
 def test_quality_in_short_is_quality_in_full() -> None:
     """The figures in docs/benchmarks.md are rounded ones of the table with every row."""
-    (short,) = [table for table in tables_as_written(TEXTS["docs/benchmarks.md"]) if "bits a weight" in table[0]]
+    (short,) = [table for table in tables_as_written(TEXTS["docs/benchmarks.md"]) if "bits per weight" in table[0]]
     measured = {
         model: {row[0]: float(row[2]) for row in table[1:] if re.fullmatch(r"[\d.]+", row[2])}
         for model, table in zip(

@@ -105,11 +105,11 @@ def test_a_folder_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "made")
     assert check(tmp_path / "link", overwrite=True) == tmp_path / "made"
     (tmp_path / "made" / "thesis.tex").write_text("years of work")
-    with pytest.raises(DestinationError, match=r"holds thesis\.tex, which is not ours"):
+    with pytest.raises(DestinationError, match=r"holds thesis\.tex, which this program did not write"):
         check(tmp_path / "made", overwrite=True)
     with pytest.raises(DestinationError, match="is a file"):
         check(tmp_path / "made" / "page.md", overwrite=True)
-    with pytest.raises(DestinationError, match="make it first"):
+    with pytest.raises(DestinationError, match="create it first"):
         check(tmp_path / "no" / "folder")
     with pytest.raises(InvalidRequestError, match="empty name"):
         check("")
@@ -214,7 +214,7 @@ def test_a_device_is_written_to_and_stays(tmp_path: Path, device: str) -> None:
                 replace_file(path, b"data")
         else:
             replace_file(path, b"data")
-        with pytest.raises(DestinationError, match="is a device, and a file is needed here"):
+        with pytest.raises(DestinationError, match="is a device, not a file"):
             check_destination("--resume", path, regular=True)
     assert _node(Path(device)) == before
     assert (tmp_path / "link").is_symlink()
@@ -275,7 +275,7 @@ def test_a_link_to_nothing_leads_to_the_new_file(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert contents(tmp_path / "far") == {"file": b"new"}
     (tmp_path / "astray").symlink_to("no/file")
-    with pytest.raises(DestinationError, match=r"there is no folder .*/no; make it first"):
+    with pytest.raises(DestinationError, match=r"there is no folder .*/no; create it first"):
         check_destination("--output", tmp_path / "astray")
 
 

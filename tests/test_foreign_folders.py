@@ -25,7 +25,7 @@ def test_mistrals_own_folder_is_sent_to_the_converter(tmp_path: Path, file: str)
     source = make_native(tmp_path / "source", native(weights(CONFIG), CONFIG), CONFIG, file)
     (source / "tokenizer.model.v3").unlink()
     with pytest.raises(
-        CheckpointError, match=r"Mistral's own .*, to be converted first: mlx-mixtral convert .*source DEST"
+        CheckpointError, match=r"Mistral's own .*, which must be converted first: mlx-mixtral convert .*source DEST"
     ):
         load(source)
     convert(source, tmp_path / "out")
@@ -38,11 +38,9 @@ def test_mistrals_own_folder_needs_its_parameters(tmp_path: Path) -> None:
     (source / "tokenizer.model.v3").unlink()
     kept = (source / "params.json").read_bytes()
     (source / "params.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"Mistral's own weights, but not params\.json.*put the one they were published"
-    ):
+    with pytest.raises(CheckpointError, match=r"Mistral's own weights, but not params\.json.*put the original one"):
         convert(source, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="to be converted first"):
+    with pytest.raises(CheckpointError, match="must be converted first"):
         load(source)
     (source / "params.json").write_bytes(kept)
     convert(source, tmp_path / "out")
@@ -56,11 +54,11 @@ MLX_LM = {"fine_tune_type": "lora", "model": "mistralai/Mixtral-8x7B-v0.1", "lor
     ("config", "file", "match"),
     [
         (PEFT, "adapter_model.safetensors",
-         r"an adapter of PEFT, a change to mistralai/Mixtral-8x7B-v0\.1, and not a model; .*merge_and_unload\(\)"),
+         r"an adapter of PEFT, which modifies mistralai/Mixtral-8x7B-v0\.1 and is not a model itself; .*merge_and_unload\(\)"),
         (PEFT, "adapter_model.bin", "an adapter of PEFT"),
         (MLX_LM, "adapters.safetensors",
          r"an adapter of mlx-lm, .*mlx_lm\.fuse --model mistralai/Mixtral-8x7B-v0\.1 --adapter-path"),
-        (MLX_LM | {"model": 3}, "adapters.safetensors", "a change to another model"),
+        (MLX_LM | {"model": 3}, "adapters.safetensors", "which modifies another model"),
     ],
 )  # fmt: skip
 def test_an_adapter_is_called_one(tmp_path: Path, config: dict[str, Any], file: str, match: str) -> None:

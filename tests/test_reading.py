@@ -73,8 +73,8 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pipe": (os.mkfifo, "it is a pipe, not a file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a file"),
     "socket": (_socket, "it is a socket, not a file"),
-    "dangling": (lambda path: path.symlink_to("gone"), "it is a link to gone, which is not there"),
-    "cyclic": (lambda path: path.symlink_to(path.name), "it is a link that leads back to itself"),
+    "dangling": (lambda path: path.symlink_to("gone"), "it is a link to gone, which does not exist"),
+    "cyclic": (lambda path: path.symlink_to(path.name), "it is a link that points back to itself"),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -138,9 +138,9 @@ def test_a_text_may_come_through_a_pipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"a": 1, "a": 1}', "the key 'a' is there twice"),
-        ('{"x": [{"b": 1, "c": 2, "b": 3}]}', "the key 'b' is there twice"),
-        ('{"\\u0061": 1, "a": 2}', "the key 'a' is there twice"),
+        ('{"a": 1, "a": 1}', "the key 'a' occurs twice"),
+        ('{"x": [{"b": 1, "c": 2, "b": 3}]}', "the key 'b' occurs twice"),
+        ('{"\\u0061": 1, "a": 2}', "the key 'a' occurs twice"),
         ('{"a": ["\\ud83d\\ude00", "x\\uD800"]}', "a string holds a lone surrogate U.D800"),
         ('{"\\udfff": 1}', "a string holds a lone surrogate U.DFFF"),
         ('{"a": ' + "[" * MAX_JSON_DEPTH + "]" * MAX_JSON_DEPTH + "}", "nested more than 100 levels"),

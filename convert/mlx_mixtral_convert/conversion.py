@@ -215,7 +215,7 @@ def _choose(
     context: int | None,
 ) -> _Chosen:
     if exact and fit is not None:
-        raise InvalidRequestError("exact keeps the source's bits and fit chooses others; give one of them")
+        raise InvalidRequestError("exact keeps the source's bits, but fit chooses others; give only one of them")
     calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
     if calibrated is not None:
         calibrated.check_fits(tensors)
@@ -223,7 +223,7 @@ def _choose(
         losses = None if calibrated is None else calibrated.losses
         if losses is not None and not losses:
             raise InvalidRequestError(
-                "fit chooses bits by sensitivities, and this calibration has none; measure them with mlx-mixtral calibrate "
+                "fit chooses bits by sensitivities, but this calibration has none; measure them with mlx-mixtral calibrate "
                 "--sensitivities, or fit without a calibration"
             )
         budget = room_for_weights(tensors.config, current_device(), context) if fit == "mac" else parse_size(fit)

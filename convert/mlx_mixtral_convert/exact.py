@@ -39,7 +39,7 @@ def exact_specs(
     """
     if not isinstance(source, PackedSource):
         raise InvalidRequestError(
-            "exact keeps the packing of quantised weights, and this source has none; leave --exact out"
+            "exact keeps the packing of quantised weights, but this source has none; leave out --exact"
         )
     specs, native = recipe.assign(source.config), {}
     for matrix in matrices(source.config):

@@ -95,7 +95,7 @@ class PackedAs:
 
 @dataclass(frozen=True)
 class PartSize:
-    """Bytes of one part of the model on disk, scales included, and bits a weight."""
+    """Bytes of one part of the model on disk, scales included, and bits per weight."""
 
     bytes: int
     bits: float
@@ -126,7 +126,7 @@ class ConversionReport:
     disk_free_bytes: int
     dry_run: bool = False
     predicted_kl: float | None = None
-    """KL to the source in nats a token to be expected on text like the calibration's; without its sensitivities a guess from
+    """KL to the source in nats per token to be expected on text like the calibration's; without its sensitivities a guess from
     built-in figures of Mixtral. None for packings that neither knows."""
     predicted_kl_error: float | None = None
     """Its standard error, None for a guess."""
@@ -162,7 +162,7 @@ def width_notes(plan: Plan) -> tuple[str, ...]:
         return ()
     widths = " and ".join(map(str, sorted({matrix.in_features for matrix in whole})))
     count = "1 matrix stays" if len(whole) == 1 else f"{len(whole)} matrices stay"
-    return (f"{count} unquantised, as {whole[0].path}: no group of weights divides rows of {widths}",)
+    return (f"{count} unquantised, as {whole[0].path}: no group size divides rows of {widths}",)
 
 
 def part_sizes(plan: Plan) -> dict[str, PartSize]:

@@ -87,7 +87,7 @@ def verify(folder: str | Path, *, progress: Callable[[int, int], None] | None = 
     if folder.is_file():
         is_gguf = folder.suffix == ".gguf"
         fix = f"convert it first: mlx-mixtral convert {folder} DEST" if is_gguf else "give the folder"
-        raise CheckpointError(f"{folder} is a file, and a whole converted folder is verified; {fix}")
+        raise CheckpointError(f"{folder} is a file, but only whole converted folders can be verified; {fix}")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     problems: list[Problem] = []

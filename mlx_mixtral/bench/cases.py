@@ -92,8 +92,8 @@ def plan_cases(
         if wanted is not None and max(wanted, default=0) > max(room, 1):
             more = "one token" if name == "prompt" else f"{tokens + 1} tokens"
             raise ContextLengthError(
-                f"{name} {max(wanted)} is too long: the context holds {limit} tokens, and {more} must be left to "
-                f"generate; give at most {max(room, 1)}"
+                f"{name} {max(wanted)} is too long: the context holds {limit} tokens, and {more} must be left "
+                f"for generation; give at most {max(room, 1)}"
             )
     if prompt_room < 1 or (depth_room < 1 and any(sizes is None or sizes for sizes in (depths, batches))):
         raise ContextLengthError(f"tokens is {tokens}, and the context holds {limit}; decode fewer")

@@ -83,7 +83,7 @@ class BenchReport:
     load_s: dict[str, float] = field(default_factory=dict)
     weight_bytes: dict[str, int] = field(default_factory=dict)
     copies: list[float] = field(default_factory=list)
-    """Bytes a second of copying in memory, read and written, each time it was measured."""
+    """Bytes per second of copying in memory, read and written, each time it was measured."""
     rows: dict[Case, Row] = field(default_factory=dict)
     in_turn: bool = True
     """Whether the backends took turns, measurement by measurement; else there was no memory for all of them at once."""
@@ -95,7 +95,7 @@ class BenchReport:
         return Spread.of(self.copies) if self.copies else None
 
     def share_of_copy(self, row: Row) -> float | None:
-        """Bytes a second of a decode row, over those of copying."""
+        """Bytes per second of a decode row, over those of copying."""
         rate, copy = row.bytes_per_s, self.copy_bytes_per_s
         return None if rate is None or copy is None else rate / copy.median
 

@@ -103,7 +103,7 @@ def _measure(backends: Mapping[str, Backend], cases: Cases, vocab_size: int, rep
                             other.skipped[name] = reason
                     continue
                 if timing is None:
-                    row.skipped[name] = "the memory budget does not hold so many rows at once"
+                    row.skipped[name] = "the memory budget does not hold that many rows at once"
                 elif repeat >= 0:
                     row.timings[name].append(timing)
         for backend in backends.values():

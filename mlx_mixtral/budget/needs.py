@@ -117,8 +117,8 @@ class MemoryNeeds:
             if experts := min_expert_bytes(self.sizes):
                 parts.insert(1, f"{format_bytes(experts)} for the experts of one token")
             raise MemoryBudgetError(
-                f"a budget of {format_bytes(budget_bytes)} is too small: the least is {format_bytes_up(self.min_bytes)}: "
-                f"{', '.join(parts)}; give more, or a smaller context"
+                f"a budget of {format_bytes(budget_bytes)} is too small: the minimum is {format_bytes_up(self.min_bytes)}: "
+                f"{', '.join(parts)}; give a larger budget or a smaller context"
             )
         return budget_bytes - self._fixed_bytes(chunk_tokens)
 

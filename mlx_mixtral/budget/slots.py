@@ -3,7 +3,7 @@
 A layer can be resident (E slots), have a bank of K to E - 1 slots of its own, or none: then it takes turns in an overflow bank
 of K slots with the other layers of its kind, and finds nothing of its own there. What a token costs:
 
-    compute    weights it passes through: the trunk and K experts a layer, over the memory's rate
+    compute    weights it passes through: the trunk and K experts per layer, over the memory's rate
     read-back  a synchronisation with the device in each layer that is not resident: only the router says what to read
     disk       experts missed over the disk's rate, but for the time in which those that were found are computed
 
@@ -48,7 +48,7 @@ class Speeds:
 
     def __post_init__(self) -> None:
         if not (self.disk_bytes_per_s > 0 and self.memory_bytes_per_s > 0 and self.readback_s >= 0):
-            raise InvalidRequestError(f"speeds must be more than zero, and a read-back not less: {self}")
+            raise InvalidRequestError(f"speeds must be above zero, and a read-back at least zero: {self}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def plan_residency(sizes: ModelSizes, room_bytes: int, speeds: Speeds, hit_rates
     if room_bytes < (least := min_expert_bytes(sizes)):
         raise MemoryBudgetError(
             f"{format_bytes(room_bytes)} for experts is too small: the experts of one token need {format_bytes_up(least)}; "
-            "give more memory, or a smaller context"
+            "give more memory or a smaller context"
         )
     if room_bytes >= sizes.all_expert_bytes:
         slots = [sizes.num_experts] * layers

@@ -24,22 +24,25 @@ __all__ = ["COMMANDS", "app", "main"]
 
 # Name -> where it lives and its line in `--help`, so that the list costs no import of MLX.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("mlx_mixtral.cli.demo:demo", "See it work: convert and run a small bundled Mixtral."),
-    "doctor": ("mlx_mixtral.cli.doctor:doctor", "Check that this machine computes what it should."),
-    "info": ("mlx_mixtral.cli.info.command:info", "Show what a model is, weighs and needs."),
+    "demo": ("mlx_mixtral.cli.demo:demo", "Convert and run a small bundled Mixtral."),
+    "doctor": ("mlx_mixtral.cli.doctor:doctor", "Check that this machine computes correctly."),
+    "info": ("mlx_mixtral.cli.info.command:info", "Show a model's size, context and memory needs."),
+    "convert": ("mlx_mixtral.cli.convert.command:convert", "Convert a checkpoint to quantised MLX weights."),
+    "chat": ("mlx_mixtral.cli.chat.command:chat", "Chat with an instruct model."),
+    "generate": ("mlx_mixtral.cli.generate:generate", "Continue a prompt."),
+    "verify": ("mlx_mixtral.cli.verify:verify", "Check a converted folder: hashes, shapes, no NaN."),
     "calibrate": ("mlx_mixtral.cli.calibrate:calibrate", "Measure a checkpoint on a text, for better conversions."),
-    "convert": ("mlx_mixtral.cli.convert.command:convert", "Convert a checkpoint to MLX, quantised."),
-    "verify": ("mlx_mixtral.cli.verify:verify", "Check a converted folder: hashes, shapes, finiteness."),
-    "upload": ("mlx_mixtral.cli.upload:upload", "Put a conversion on the hub, with a model card."),
+    "bench": ("mlx_mixtral.cli.bench.command:bench", "Measure speed, alone or next to mlx-lm."),
+    "evaluate": (
+        "mlx_mixtral.cli.evaluate.command:evaluate",
+        "Measure perplexity, distance to a reference, long context.",
+    ),
+    "routing": ("mlx_mixtral.cli.routing.command:routing", "Show which experts a model chooses, by domain."),
+    "report": ("mlx_mixtral.cli.report.command:report", "Measure a model for its model card: Markdown and plots."),
+    "upload": ("mlx_mixtral.cli.upload:upload", "Upload a conversion to the hub, with a model card."),
     "list": ("mlx_mixtral.cli.models.command:list_models", "Show the models in the hub's cache."),
     "pull": ("mlx_mixtral.cli.models.command:pull", "Fetch a model into the hub's cache."),
     "rm": ("mlx_mixtral.cli.models.command:rm", "Remove models from the hub's cache."),
-    "bench": ("mlx_mixtral.cli.bench.command:bench", "Measure speed here, and beside mlx-lm."),
-    "evaluate": ("mlx_mixtral.cli.evaluate.command:evaluate", "Perplexity, distance to a reference, long context."),
-    "routing": ("mlx_mixtral.cli.routing.command:routing", "What a model's experts do, by domain."),
-    "report": ("mlx_mixtral.cli.report.command:report", "Measure a model for its model card: Markdown and plots."),
-    "generate": ("mlx_mixtral.cli.generate:generate", "Continue a prompt."),
-    "chat": ("mlx_mixtral.cli.chat.command:chat", "Talk with an instruct model."),
 }
 
 WRONG_CALL = 2  # click's own for options that it does not know
@@ -67,7 +70,7 @@ class _App(click.Group):
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
-            advice = f"did you mean {near[0]}?" if near else "mlx-mixtral --help lists them"
+            advice = f"did you mean {near[0]}?" if near else "for a list, run mlx-mixtral --help"
             ctx.fail(f"there is no command {one_line(name)!r}; {advice}")
         found = super().resolve_command(ctx, args)
         if found[1] is not None and name in COMMANDS and not ctx.resilient_parsing:
@@ -125,14 +128,14 @@ class _App(click.Group):
 )
 @click.version_option(__version__, "-V", "--version", message="mlx-mixtral %(version)s")
 def app() -> None:
-    """Run Mixtral, the sparse mixture of experts, on the Mac you have."""
+    """Run Mixtral, the sparse mixture-of-experts model, on your Mac."""
 
 
 @click.command("help")
 @click.argument("command", required=False)
 @click.pass_context
 def _help(ctx: click.Context, command: str | None) -> None:
-    """Show this list, or what a command takes."""
+    """Show this list, or the help of a command."""
     above = ctx.parent
     assert above is not None
     if command is None:

@@ -63,9 +63,9 @@ def _progress(*, sensitivities: bool) -> Iterator[Callable[[CalibrationProgress]
         if last >= 0:
             note(f"calibrate: layer {at.layer}/{at.layers}, {left}")
         elif at.layer:
-            note(f"calibrate: going on after layer {at.layer}/{at.layers}, {left}")
+            note(f"calibrate: continuing after layer {at.layer}/{at.layers}, {left}")
         else:
-            note(f"calibrate: {left}" + ", nearly all of it for --sensitivities" * sensitivities)
+            note(f"calibrate: {left}" + ", most of it for --sensitivities" * sensitivities)
         last = at.layer
 
     if not err_console().is_terminal:
@@ -105,9 +105,9 @@ def calibrate(given: CalibrateOptions) -> None:
     from mlx_mixtral_convert.calibration import check_place
 
     if given.trace is not None and not given.sensitivities:
-        raise click.UsageError("--trace weighs sensitivities; give --sensitivities too, or leave out --trace")
+        raise click.UsageError("--trace only affects sensitivities; add --sensitivities, or leave out --trace")
     if not given.file:
-        raise InvalidRequestError("the file to write is an empty name; give one")
+        raise InvalidRequestError("the file to write has an empty name; give one")
     ask_to_replace(check_place(given.file, given.source or None), overwrite=given.overwrite)
     started = time.perf_counter()
     with _progress(sensitivities=given.sensitivities) as progress:
@@ -140,4 +140,4 @@ def calibrate(given: CalibrateOptions) -> None:
     out_console().print(f"{one_line(given.file)}: {found.tokens.size} tokens, {seconds(took)}", soft_wrap=True)
     if costs:
         rows = [[name, f"{loss:.4f}"] for loss, name in costs[:SHOWN]]
-        print_table("Most sensitive", ["matrices", "loss at 4 bits, nats a token"], rows)
+        print_table("Most sensitive", ["matrices", "loss at 4 bits, nats per token"], rows)

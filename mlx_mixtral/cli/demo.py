@@ -70,9 +70,9 @@ def demo(given: DemoOptions) -> None:
     show = _Narrator(quiet=given.as_json)
     source = checkpoint_path()
     show.line("mlx-mixtral demo", "bold")
-    show.line("A real Mixtral, only small: 8.4 million parameters, 6 layers, 8 experts, 2 per")
+    show.line("A real but small Mixtral: 8.4 million parameters, 6 layers, 8 experts, 2 per")
     show.line("token. It ships with the package and was trained on the Bible in five languages,")
-    show.line("Python code and sums. A real model takes the same three steps.\n")
+    show.line("Python code and sums. A full-size model takes the same three steps.\n")
     with _folder(given.keep) as folder:
         show.step(1, f"convert to 4 bits{f' in {folder}' if given.keep else ''}")
         with _explained(given.keep), conversion_progress() as progress:
@@ -103,7 +103,7 @@ def demo(given: DemoOptions) -> None:
         )
         return
     show.line(f"{rate(speed)}, peak memory {format_bytes(peak)}, on {_device(model)}.\n")
-    show.line("Now a real one (93 GB to download, 26.3 GB when converted):", "bold")
+    show.line("Next, a full-size one (93 GB to download, 26.3 GB after conversion):", "bold")
     show.line("  mlx-mixtral info 8x7b")
     show.line("  mlx-mixtral convert mistralai/Mixtral-8x7B-Instruct-v0.1 mixtral-4bit")
     show.line("  mlx-mixtral chat mixtral-4bit")
@@ -173,7 +173,7 @@ def _explained(keep: Path | None) -> Iterator[None]:
         what, _, fix = str(error).rpartition("; ")
         if "--" not in fix:
             raise
-        raise DestinationError(f"{what}; remove the folder or choose another one to --keep") from error
+        raise DestinationError(f"{what}; remove the folder or choose another one for --keep") from error
     except BaseException as error:
         if keep is None and hasattr(error, "__notes__"):
             del error.__notes__  # the folder is gone

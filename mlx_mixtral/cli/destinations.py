@@ -46,7 +46,7 @@ def check_destinations(
     found = {name: check_destination(name, path) for name, path in places.items() if path is not None}
     files = [place for place in found.values() if not is_special(place)]
     if len(set(files)) < len(files):
-        raise InvalidRequestError(f"{', '.join(found)} name one file; give each its own")
+        raise InvalidRequestError(f"{', '.join(found)} name the same file; give each its own")
     for name, kind in (kinds or {}).items():
         if name in found:
             check_kind(found[name], *kind)
@@ -77,7 +77,7 @@ def ask_to_replace(place: Path, *, overwrite: bool, ask: Callable[[str], bool] |
         return
     if (ask or _confirm)(f"{place} exists; replace it?"):
         return
-    raise DestinationError(f"{place} exists; give another name, or --overwrite to replace it")
+    raise DestinationError(f"{place} exists; give another name, or use --overwrite to replace it")
 
 
 def _confirm(question: str) -> bool:
@@ -134,8 +134,10 @@ def _is_conversation(place: Path) -> bool:
 
 
 CONVERSATION = FileKind("a saved conversation", _is_conversation)
-EVALUATION = FileKind("a result of evaluate", _is_evaluation)
-PAGE = FileKind("a page of routing", lambda place: _begins(place, b"<!doctype html>", b"the routing analysis of"))
+EVALUATION = FileKind("a result written by evaluate", _is_evaluation)
+PAGE = FileKind(
+    "a page written by routing", lambda place: _begins(place, b"<!doctype html>", b"the routing analysis of")
+)
 PLOT = FileKind("a PNG", lambda place: _begins(place, b"\x89PNG\r\n\x1a\n"))
 PROMPT = FileKind("a saved prompt", _is_prompt)
 TRACE = FileKind("a routing trace", _is_trace)

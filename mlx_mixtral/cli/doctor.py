@@ -41,9 +41,7 @@ def doctor(given: DoctorOptions) -> None:
     from mlx_mixtral.machine.device import current_device
 
     if current_device().kind != "cpu":
-        note(
-            "MLX compiles a kernel when it is first called, for some seconds each: the checks take longer the first time"
-        )
+        note("MLX compiles each kernel on first use, which takes a few seconds: the checks take longer the first time")
     if given.as_json:
         diagnosis = run_doctor()
         emit_json(diagnosis.to_dict())

@@ -15,7 +15,7 @@ __all__ = ["manual"]
 _NAME = "mlx-mixtral"
 _FILES = """
 .SH SETTINGS
-Defaults of your own stand in a TOML file, with a table for each command and the options' own names as keys:
+Put your own defaults in a TOML file, with a table for each command and the long names of options as keys:
 .PP
 .nf
 .RS
@@ -25,19 +25,19 @@ memory = "24GB"
 .RE
 .fi
 .PP
-What is typed wins over the file.
+Options on the command line override the file.
 .B mlx\\-mixtral info \\-\\-settings
 shows it.
 .SH ENVIRONMENT
 .TP
 .B MLX_MIXTRAL_CONFIG
-The settings file, in place of the usual one.
+The settings file to use instead of the usual one.
 .TP
 .B HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN
-Of the Hugging Face hub's client: where models are kept, whether the hub is asked, and who asks.
+Settings of the Hugging Face hub's client: where models are kept, whether the network is used, and your access token.
 .TP
 .B OMP_NUM_THREADS, OPENBLAS_NUM_THREADS
-Threads of products on the CPU.
+Number of threads for products on the CPU.
 .SH FILES
 .TP
 .I ~/.config/mlx\\-mixtral/config.toml
@@ -47,7 +47,7 @@ The settings file, or below
 .I ~/.cache/huggingface/hub
 The hub's cache.
 .SH EXIT STATUS
-0 when done, 1 on an error, 2 for a wrong call, 130 when interrupted, 141 when the reader of a pipe went away.
+0 on success, 1 after an error, 2 after incorrect usage, 130 after an interruption, 141 if the reader of a pipe closed it.
 """
 
 

@@ -118,7 +118,9 @@ def read_settings(commands: Collection[str]) -> UserSettings:
             continue
         if isinstance(table, dict):
             raise InvalidRequestError(f"{path}: there is no command [{name}]; {_near(name, commands)}")
-        raise InvalidRequestError(f"{path}: {name} is in no table; write it below the command's name, such as [chat]")
+        raise InvalidRequestError(
+            f"{path}: {name} is outside any table; write it under the name of a command, such as [chat]"
+        )
     return UserSettings(path, True, tables)
 
 
@@ -170,11 +172,13 @@ def _checked(settings: UserSettings, name: str, command: click.Command) -> dict[
     for key, value in settings.tables.get(name, {}).items():
         where = f"{settings.path}: [{name}] {key}"
         if key not in known:
-            raise InvalidRequestError(f"{where} is no option of {name}; {_near(key, known)}")
+            raise InvalidRequestError(f"{where} is not an option of {name}; {_near(key, known)}")
         option = known[key]
         assert option.name is not None
         if option.name in found:
-            raise InvalidRequestError(f"{where} is set twice, under two names of one option; leave one of them out")
+            raise InvalidRequestError(
+                f"{where} is set twice, under two names of the same option; leave out one of them"
+            )
         found[option.name] = _value(where, option, value)
     return found
 

@@ -116,7 +116,7 @@ def stats_line(stats: GenerationStats) -> str:
         decoded += f", {rate(stats.decode_tok_s)}"
     line = f"{prompt} · {decoded} · peak memory {format_bytes(stats.peak_memory_bytes)}"
     if (done := stats.speculation) is not None and done.forwards:
-        line += f"\nspeculation: {done.tokens_per_forward:.2f} tokens a forward"
+        line += f"\nspeculation: {done.tokens_per_forward:.2f} tokens per forward pass"
         if done.proposed:
             line += f", {done.acceptance:.0%} of {done.proposed} proposed tokens accepted"
     experts = stats.decode_experts
@@ -124,6 +124,6 @@ def stats_line(stats: GenerationStats) -> str:
         return line
     predicted = f" (predicted {rate(stats.predicted_tok_s)})" if stats.predicted_tok_s else ""
     return (
-        f"{line}\nexperts: {experts.hit_rate:.0%} in memory, {format_bytes(experts.bytes_read / (stats.tokens - 1))} read a "
+        f"{line}\nexperts: {experts.hit_rate:.0%} in memory, {format_bytes(experts.bytes_read / (stats.tokens - 1))} read per "
         f"token, {experts.wait_s / max(stats.decode_s, 1e-9):.0%} of the time waiting for the disk{predicted}"
     )

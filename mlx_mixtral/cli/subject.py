@@ -72,10 +72,10 @@ class Subject:
         """Raise InvalidRequestError unless this reference predicts the same tokens as ``other``, in such windows."""
         sizes = self.config.vocab_size, other.config.vocab_size
         if sizes[0] != sizes[1] or vocabulary_sha256(self.tokenizer) != vocabulary_sha256(other.tokenizer):
-            what = f"{sizes[0]} tokens" if sizes[0] != sizes[1] else f"{sizes[0]} tokens too, but other pieces"
+            what = f"{sizes[0]} tokens" if sizes[0] != sizes[1] else f"{sizes[0]} tokens too, but different pieces"
             raise InvalidRequestError(
                 f"reference {self.name} has another vocabulary: {what}, {other.name} has {sizes[1]}; distributions over "
-                "different tokens cannot be compared: give the model this one was made from"
+                "different tokens cannot be compared: give the model that this one was made from"
             )
         check_window(window, stride, self.config.max_context_tokens)
 
@@ -126,7 +126,7 @@ class Subject:
 class Baseline:
     """What a model is compared with: a file of distributions, another model that is run first, or nothing.
 
-    The other model is run with the same rope, which long windows may need, and with its own number of experts a token.
+    The other model is run with the same rope, which long windows may need, and with its own number of experts per token.
 
     Raises:
         CheckpointError: a file that is something else.

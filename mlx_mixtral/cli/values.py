@@ -37,7 +37,7 @@ class Place(Kind):
         given = str(value)
         name = "the path" if param is None else _shown(param)
         if not given:
-            raise InvalidRequestError(f"{name} is an empty name; give a {'folder' if self.name == 'dir' else 'file'}")
+            raise InvalidRequestError(f"{name} has an empty name; give a {'folder' if self.name == 'dir' else 'file'}")
         path = as_path(name, given) if self._expands else Path(given)
         if not self._as_text:
             return path

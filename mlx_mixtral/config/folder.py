@@ -43,8 +43,8 @@ def refuse_adapter(folder: Path) -> None:
     else:
         kind, fix = "mlx-lm", f"mlx_lm.fuse --model {base or 'MODEL'} --adapter-path {folder}"
     raise CheckpointError(
-        f"{folder} holds an adapter of {kind}, a change to {base or 'another model'}, and not a model; merge the two with "
-        f"{fix}, and use the result"
+        f"{folder} holds an adapter of {kind}, which modifies {base or 'another model'} and is not a model "
+        f"itself; merge the two with {fix}, and use the result"
     )
 
 
@@ -63,4 +63,6 @@ def refuse_foreign(names: Iterable[str], folder: Path) -> None:
 
 def must_convert(folder: Path, what: str, file: str) -> CheckpointError:
     """The error for a folder whose weights are in ``file``, and only the converter reads them."""
-    return CheckpointError(f"{folder} holds {what} ({file}), to be converted first: mlx-mixtral convert {folder} DEST")
+    return CheckpointError(
+        f"{folder} holds {what} ({file}), which must be converted first: mlx-mixtral convert {folder} DEST"
+    )

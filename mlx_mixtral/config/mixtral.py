@@ -88,7 +88,7 @@ class MixtralConfig:
             if value > limit:
                 raise ConfigError(f"config: {name} is {value}; no model has more than {limit}")
         if (count := self._parameters()) > _MAX_PARAMETERS:
-            raise ConfigError(f"config: a model of {count} parameters; no model has more than {_MAX_PARAMETERS}")
+            raise ConfigError(f"config: the model has {count} parameters; no model has more than {_MAX_PARAMETERS}")
         if not 0 < self.rms_norm_eps <= _MAX_EPS:
             raise ConfigError(
                 f"config: rms_norm_eps is {self.rms_norm_eps!r}; it must be above 0 and at most {_MAX_EPS}"
@@ -136,7 +136,10 @@ class MixtralConfig:
         factor = -(-context // self.rope.original)
         fix = "give no more"
         if factor <= MAX_FACTOR:
-            fix += f", or stretch it with --rope-scaling {kind}={factor} (rope_scaling= in Python) if you know that it bears it"
+            fix += (
+                f", or stretch it with --rope-scaling {kind}={factor} (rope_scaling= in Python) if you know that it "
+                "supports this"
+            )
         raise ContextLengthError(f"context is {shown(context)}; the model's own is {own} tokens: {fix}")
 
     def kv_bytes_per_token(self, item_bytes: int = 2) -> int:

@@ -1,4 +1,4 @@
-"""What a model is run with in place of what its ``config.json`` says: experts a token, rope scaling, rope base."""
+"""What a model is run with in place of what its ``config.json`` says: experts per token, rope scaling, rope base."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ConfigOverrides:
                 not tell how far it reaches.
 
         Raises:
-            InvalidRequestError: more experts a token than there are, or scaling that is not to be computed.
+            InvalidRequestError: more experts per token than there are, or scaling that is not to be computed.
         """
         if (chosen := self.experts_per_token) is not None:
             if config.is_dense and chosen != 1:

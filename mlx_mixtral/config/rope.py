@@ -78,7 +78,9 @@ class RopeConfig:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         kind = _ALIASES.get(kind, kind) if isinstance(kind, str) else kind
         if kind not in _KINDS:
-            raise ConfigError(f"config.json: rope scaling {kind!r} is not supported; known are {', '.join(_KINDS)}")
+            raise ConfigError(
+                f"config.json: rope scaling {kind!r} is not supported; supported kinds are {', '.join(_KINDS)}"
+            )
         known = {*_REQUIRED.get(kind, ()), *_OPTIONAL.get(kind, ())}
         for key in _REQUIRED.get(kind, ()):
             if scaling.get(key) is None:
@@ -124,8 +126,8 @@ class RopeConfig:
             sound = False
         if not sound:
             raise ConfigError(
-                f"config: rope_theta {self.theta:g} and rope scaling {self.kind!r} give no frequencies for heads of {dims}; "
-                "check rope_scaling"
+                f"config: rope_theta {self.theta:g} and rope scaling {self.kind!r} give no valid frequencies "
+                f"for heads of {dims}; check rope_scaling"
             )
 
     @property

@@ -58,7 +58,7 @@ def refuse_contradiction(model_type: str, architectures: Any) -> None:
     causal = [name for name in names if name.endswith("ForCausalLM")]
     if causal and not any(word in name.lower() for name in causal for word in wanted):
         raise ConfigError(
-            f"config.json: architectures says {shown(causal[0])}, model_type {model_type!r}: different networks; "
+            f"config.json: architectures says {shown(causal[0])}, model_type {model_type!r}, which are different networks; "
             "correct the one that is wrong"
         )
 

@@ -33,7 +33,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All results, the machine they are of, and two rates in bytes a second."""
+    """All results, the machine they are of, and two rates in bytes per second."""
 
     mlx_version: str
     device: Device

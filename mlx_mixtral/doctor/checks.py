@@ -71,7 +71,7 @@ def _fill_in_place(dtype: str) -> str:
     seen = int(np.asarray((array * 1).sum()))
     wanted = int(values.sum(dtype=np.uint32))
     if seen != wanted:
-        raise CheckFailedError(f"the device sums {seen}, {wanted} was written")
+        raise CheckFailedError(f"the device computes the sum {seen}; the sum of what was written is {wanted}")
     return f"{array.nbytes >> 20} MiB written by the host, seen by the device"
 
 
@@ -99,7 +99,7 @@ def _long_products(dtype: str) -> str:
         worst = max(worst, _compare(y, x @ dense.T, dtype, f"70 rows, {spec}"))
         parts = [layer(given[:, start:stop]) for start, stop in ((0, 2), (2, 33), (33, 70))]
         if products is not MLX and not np.array_equal(_floats(mx.concatenate(parts, axis=1)), _floats(y)):
-            raise CheckFailedError(f"{spec}: rows of a product differ with those beside them")
+            raise CheckFailedError(f"{spec}: rows of a product depend on the rows next to them")
     return f"{len(FORMATS)} formats, {products.description}, error at most {worst:.1e}"
 
 
@@ -156,8 +156,8 @@ def _slots_from_disk(dtype: str) -> str:
     resident = StackedLinear({"weight": whole}, None)(x, mx.array(np.array(picked)[slots]), is_sorted=False)
     streamed = StackedLinear({"weight": few}, None)(x, mx.array(slots), is_sorted=False)
     if not np.array_equal(_floats(resident), _floats(streamed)):
-        raise CheckFailedError(f"{path}: experts in other slots give other products")
-    return f"3 of {config.num_local_experts} experts in slots of their own, products identical"
+        raise CheckFailedError(f"{path}: experts in other slots give different products")
+    return f"3 of {config.num_local_experts} experts in separate slots, products identical"
 
 
 def _streamed(dtype: str) -> str:
@@ -225,7 +225,7 @@ def _decode_step(dtype: str) -> str:
         # A copy of one layer's keys or values alone would be a twelfth.
         if options == {} and grown > held / 16:
             raise CheckFailedError(
-                f"a step takes {grown} bytes beside a cache of {held}: it is copied, not written in place"
+                f"a step allocates {grown} bytes with a cache of {held}: the cache is copied, not written in place"
             )
     return f"{STEPS} steps in {len(KV_KINDS)} caches, difference at most {worst:.1e}, written in place"
 
@@ -252,41 +252,47 @@ def _recorded_logits(dtype: str) -> str:
         )
     agreeing = sum(a == b for a, b in zip(greedy, recorded["greedy_ids"].tolist(), strict=False))
     if dtype == "F32" and agreeing < len(greedy):
-        raise CheckFailedError(f"greedy tokens part from the recorded ones after {agreeing} of {len(greedy)}")
+        raise CheckFailedError(f"greedy tokens diverge from the recorded ones after {agreeing} of {len(greedy)}")
     return f"divergence {max(divergence, 0.0):.1e} nats, {agreeing} of {len(greedy)} greedy tokens as recorded"
 
 
 CHECKS: tuple[Check, ...] = (
     Check(
-        "in-place fill", "weights read from disk would not reach the GPU: nothing else can be trusted", _fill_in_place
+        "in-place fill",
+        "weights read from disk would not reach the GPU, so no other result can be trusted",
+        _fill_in_place,
     ),
     Check(
         "fused products",
-        "MLX's quantised products are wrong in a format: text from such a model is wrong",
+        "MLX's quantised products are wrong in some format: text from models in that format is wrong",
         _fused_products,
     ),
-    Check("long products", "prompts are misread, or differ with the chunks they come in", _long_products),
+    Check("long products", "prompts are misread, or depend on how they are divided into chunks", _long_products),
     Check(
-        "gathered products", "experts compute wrongly in a format: text from such a model is wrong", _gathered_products
+        "gathered products",
+        "experts compute wrongly in some format: text from models in that format is wrong",
+        _gathered_products,
     ),
     Check(
-        "sorted gathering", "long prompts give other results than single tokens: prompts are misread", _sorted_gathering
+        "sorted gathering",
+        "long prompts give different results than single tokens: prompts are misread",
+        _sorted_gathering,
     ),
-    Check("slots from disk", "an expert's answer depends on where in memory it lies", _slots_from_disk),
+    Check("slots from disk", "the output of an expert depends on where it is in memory", _slots_from_disk),
     Check(
         "resident against streamed",
-        "a model that does not fit in memory answers differently: do not use --memory below its size",
+        "a model that does not fit in memory gives different answers: do not use --memory below its size",
         _streamed,
     ),
     Check(
         "compiled against plain",
-        "MLX's kernel compiler gives other numbers: report it with your MLX version",
+        "MLX's kernel compiler gives different numbers: report it with your MLX version",
         _compiled,
     ),
     Check("routing", "tokens go to the wrong experts", _routing),
     Check(
         "decode step",
-        "tokens after the first are not computed as a prompt is, or each copies the cache: slow or wrong text",
+        "tokens after the first are computed differently from a prompt, or each copies the cache: text is slow or wrong",
         _decode_step,
     ),
     Check("recorded logits", "the whole model differs from the reference implementation", _recorded_logits),

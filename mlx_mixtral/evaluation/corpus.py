@@ -202,7 +202,7 @@ def check_window(window: int | None, stride: int | None, limit: int, reserved: i
         raise ContextLengthError(f"window is {size} tokens; the model's context holds {limit}")
     if size > room:
         raise ContextLengthError(
-            f"window is {size} tokens; the memory budget holds KV cache for {room}: reserve more with --context or context="
+            f"window is {size} tokens; the memory budget holds a KV cache for {room}: reserve more with --context or context="
         )
     if stride is not None and stride > size:
         raise InvalidRequestError(f"stride is {stride} tokens, more than the window's {size}: tokens would be left out")

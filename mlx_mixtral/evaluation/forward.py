@@ -1,6 +1,6 @@
 """Windows through the model: log-probabilities come out, logits are never held for more than a chunk.
 
-B rows, L tokens a row, n tokens of a chunk, K tokens kept of each distribution, V vocabulary.
+B rows, L tokens per row, n tokens of a chunk, K tokens kept of each distribution, V vocabulary.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class EvaluationJournal:
             with contextlib.suppress(OSError):
                 self.path.unlink()
         else:
-            error.add_note(f"finished parts are kept in {self.path}; the same command goes on from there")
+            error.add_note(f"finished parts are kept in {self.path}; repeat the command to continue from there")
 
     def get(self, part: str, index: int) -> Entry | None:
         """What was recorded of a part."""
@@ -105,7 +105,7 @@ def unpack(text: object, kind: str, count: int) -> npt.NDArray[Any]:
     except ValueError:
         values = np.empty(0)
     if len(values) != count:
-        raise CheckpointError("the journal is damaged; start afresh with --restart")
+        raise CheckpointError("the journal is damaged; start over with --restart")
     return values
 
 
@@ -129,8 +129,8 @@ def _difference(path: Path, known: Any, identity: Entry, done: int) -> str:
     before = known if isinstance(known, dict) else {}
     name = next((name for name in (*identity, *before) if before.get(name) != identity.get(name)), "identity")
     return (
-        f"{path} has an unfinished evaluation ({done} parts done) with {name} {_shown(before.get(name))}, this one has "
-        f"{_shown(identity.get(name))}; go on with the first, or start afresh with --restart"
+        f"{path} has an unfinished evaluation ({done} parts done) with {name} {_shown(before.get(name))}, but this one has "
+        f"{_shown(identity.get(name))}; continue the first one, or start over with --restart"
     )
 
 

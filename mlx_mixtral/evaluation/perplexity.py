@@ -242,9 +242,7 @@ class _Run:
             return Tokens(logprobs, np.concatenate(blocks), contexts)
         if self.kl is None or not np.isfinite(self.kl).all():
             # A reference with probability where the model has none at all.
-            raise CheckpointError(
-                "the KL divergence is not finite; a model's logits are beyond what float32 tells apart"
-            )
+            raise CheckpointError("the KL divergence is not finite; a model's logits are too large for float32")
         return Tokens(
             logprobs,
             np.concatenate(blocks),

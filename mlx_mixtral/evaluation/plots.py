@@ -52,13 +52,13 @@ def draw_domains(title: str, reference: str | None, found: Evaluation) -> bytes:
         axes[0].legend(fontsize=8)
         errors = [row.kl_stderr for row in compared.values()]
         axes[1].barh(list(places), [row.kl_mean for row in compared.values()], 0.7, xerr=errors, color=OWN)
-        axes[1].set_title("mean KL to the reference, nats a token", fontsize=10)
+        axes[1].set_title("mean KL to the reference, nats per token", fontsize=10)
         axes[1].grid(alpha=0.3, axis="x")
     axes[0].set_yticks(places, list(rows), parse_math=False)
     axes[0].invert_yaxis()
     axes[0].set_title("perplexity", fontsize=10)
     axes[0].grid(alpha=0.3, axis="x")
-    return png(figure, f"{title} against {reference}" if reference else title)
+    return png(figure, f"{title} compared with {reference}" if reference else title)
 
 
 def _heat_map(axes: Any, result: PasskeyResult) -> None:

@@ -69,22 +69,24 @@ class ReferenceHeader:
             advice = f"give --top-k {most} at most, or less text" if most >= 1 else "give less text"
             raise InvalidRequestError(
                 f"the reference of {self.tokens} tokens with {self.top_k} of each would take {format_bytes(self.nbytes)}; "
-                f"at most {format_bytes(MAX_FILE_BYTES)} are written: {advice}"
+                f"the limit is {format_bytes(MAX_FILE_BYTES)}: {advice}"
             )
 
     def check_text(self, corpus: Corpus, vocab_size: int, window: int, stride: int, place: object) -> None:
         """Raise InvalidRequestError unless it was made with this vocabulary, text and windows."""
         if (self.vocab_size, self.vocabulary_sha256) != (vocab_size, corpus.vocabulary):
-            sizes = f"{self.vocab_size} tokens and other pieces" if self.vocab_size == vocab_size else self.vocab_size
+            sizes = (
+                f"{self.vocab_size} tokens and different pieces" if self.vocab_size == vocab_size else self.vocab_size
+            )
             raise InvalidRequestError(
-                f"reference {place} (of {self.model}) has another vocabulary: {sizes}, the model's has {vocab_size}; "
-                "distributions over different tokens cannot be compared: make one from this model's original with "
+                f"reference {place} (of {self.model}) has another vocabulary: {sizes}, while the model's has {vocab_size}; "
+                "distributions over different tokens cannot be compared: make one from the original of this model with "
                 "--save-reference"
             )
         if self.text_sha256 != corpus.sha256:
             raise InvalidRequestError(
-                f"reference {place} (of {self.model}) was made on another text: {self.tokens} tokens, this one has "
-                f"{corpus.tokens}; give the same files in the same order, or make it anew with --save-reference"
+                f"reference {place} (of {self.model}) was made from another text: {self.tokens} tokens, but this one has "
+                f"{corpus.tokens}; give the same files in the same order, or make it again with --save-reference"
             )
         if (self.window, self.stride) != (window, stride):
             raise InvalidRequestError(
@@ -143,7 +145,7 @@ class Reference:
         logprobs = np.asarray(self._file.get_slice("logprobs")[start:stop])
         rest = np.asarray(self._file.get_slice("rest")[start:stop])
         if (ids >= self.header.vocab_size).any() or np.isnan(logprobs).any() or np.isnan(rest).any():
-            raise CheckpointError(f"{self.path} is damaged: tokens {start} to {stop} are no distributions")
+            raise CheckpointError(f"{self.path} is damaged: tokens {start} to {stop} are not distributions")
         return TopTokens(ids, logprobs, rest)
 
 

@@ -38,7 +38,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Distance to a reference, in nats a token. ``kl`` has percentiles by their number ("100" is the largest).
+    """Distance to a reference, in nats per token. ``kl`` has percentiles by their number ("100" is the largest).
 
     ``perplexity_ratio`` is the model's over the reference's; its error is that of the paired differences.
     """

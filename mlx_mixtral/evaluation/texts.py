@@ -84,7 +84,7 @@ def _named(given: str | Path) -> tuple[str | None, Path]:
 
 def _files(path: Path) -> list[Path]:
     if not _exists(path):
-        raise InvalidRequestError(f"text {path} is not there; name a file or a folder")
+        raise InvalidRequestError(f"text {path} does not exist; name a file or a folder")
     if not path.is_dir():
         return [path]
     found = [
@@ -111,7 +111,7 @@ def _read(file: Path) -> str:
         return read_given(file, InvalidRequestError).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidRequestError(
-            f"text {file} is not UTF-8: byte {error.start} is no text; convert it to UTF-8"
+            f"text {file} is not UTF-8: byte {error.start} is not text; convert it to UTF-8"
         ) from error
 
 
@@ -127,7 +127,7 @@ def _records(file: Path, domain: str | None, text_field: str, domain_field: str)
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(
-                f"text {name} is not JSON ({error}); a .jsonl file has an object a line"
+                f"text {name} is not JSON ({error}); a .jsonl file has one object per line"
             ) from error
         if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
             keys = ", ".join(map(str, record))[:SHOWN_CHARACTERS] if isinstance(record, dict) else type(record).__name__
@@ -149,6 +149,6 @@ def _filled(text: str, name: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InvalidRequestError(
-            f"text {name} holds a lone surrogate U+{ord(text[error.start]):04X}, which is no text"
+            f"text {name} holds a lone surrogate U+{ord(text[error.start]):04X}, which is not text"
         ) from None
     return text

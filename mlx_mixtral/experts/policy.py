@@ -121,5 +121,5 @@ def make_policy(name: str) -> Policy:
         InvalidRequestError: there is none of that name.
     """
     if name not in POLICIES:
-        raise InvalidRequestError(f"expert replacement policy {name!r} is not known; known are {', '.join(POLICIES)}")
+        raise InvalidRequestError(f"expert replacement policy {name!r} is unknown; use one of {', '.join(POLICIES)}")
     return POLICIES[name]()

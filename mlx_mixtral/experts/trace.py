@@ -74,7 +74,8 @@ class RoutingTrace:
             )
         if not shape[2] <= self.num_experts <= MAX_EXPERTS:
             raise InvalidRequestError(
-                f"a routing trace of {shape[2]} experts a token cannot be of {self.num_experts} experts; at most {MAX_EXPERTS}"
+                f"a routing trace of {shape[2]} experts per token cannot have {self.num_experts} experts in all; at "
+                f"most {MAX_EXPERTS}"
             )
         if int(self.experts.max()) >= self.num_experts:
             raise InvalidRequestError(
@@ -171,7 +172,7 @@ def simulate(choices: Experts, num_experts: int, slots: int, policy_name: str = 
     """
     if not choices.shape[1] <= slots <= num_experts:
         raise InvalidRequestError(
-            f"{slots} slots: {choices.shape[1]} experts a token and {num_experts} in all need as many"
+            f"{slots} slots: {choices.shape[1]} experts per token and {num_experts} in all need that many"
         )
     policy = Optimal(choices.reshape(-1).tolist()) if policy_name == "optimal" else make_policy(policy_name)
     held: set[int] = set()

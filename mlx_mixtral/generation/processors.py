@@ -56,6 +56,6 @@ def processed(processors: Sequence[LogitsProcessor], ids: mx.array, logits: mx.a
         if not -float("inf") < largest < float("inf"):
             raise InvalidRequestError(
                 f"{name} returned {'-inf for every token' if largest < 0 else 'NaN or inf'}; logits must be numbers, "
-                "-inf for tokens that may not come, and leave one that may"
+                "-inf for excluded tokens, and at least one token must remain"
             )
     return logits

@@ -104,7 +104,7 @@ class SamplingParams:
             is_bias = is_number(bias) and (bias == -math.inf or _is_finite(bias))
             if not is_integer(token) or token < 0 or not is_bias:
                 raise InvalidRequestError(
-                    f"logit_bias holds {shown(token)}: {shown(bias)}; it maps token ids to numbers below infinity"
+                    f"logit_bias holds {shown(token)}: {shown(bias)}; it must map token ids to numbers below infinity"
                 )
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", dict(pairs))

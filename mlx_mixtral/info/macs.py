@@ -67,7 +67,7 @@ MAC_MEMORY_GIB = (16, 24, 32, 36, 48, 64, 96, 128, 192)
 # Metal's recommendedMaxWorkingSetSize as logged by users: 21845 MiB of 32 GiB (ollama #434), 49152 MiB of 64 GiB
 # (llama.cpp #1870). Newer macOS allows more: 11.84 of 16 GiB (llmfit #754), 107.5 of 128 GiB (ds4 #893).
 USABLE_NOTE = (
-    "Assumes that the GPU may use 2/3 of a Mac's memory under 36 GB and 3/4 from there on (Metal's recommended working "
+    "Assumes that the GPU may use 2/3 of a Mac's memory below 36 GB and 3/4 from 36 GB up (Metal's recommended working "
     "set; newer macOS allows up to 84%)"
 )
 
@@ -157,7 +157,7 @@ def find_chips(name: str | None) -> tuple[Chip, ...]:
     found = tuple(chip for chip in CHIPS if wanted in (chip.name.lower(), _family(chip).lower()))
     if not found:
         known = ", ".join(dict.fromkeys(_family(chip) for chip in CHIPS))
-        raise InvalidRequestError(f"chip {name!r} is not known; known are {known}")
+        raise InvalidRequestError(f"chip {name!r} is unknown; known chips are {known}")
     return found
 
 

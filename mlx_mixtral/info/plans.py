@@ -78,7 +78,7 @@ def shape_plans(
     """
     if len(chips) != 1:
         fix = (
-            "name one with --chip, for its published bandwidth"
+            "name one with --chip to use its published bandwidth"
             if chips == CHIPS
             else f"name {_one_of(chips)} with --chip"
         )

@@ -51,7 +51,7 @@ class Products:
 
     @property
     def min_prompt_tokens(self) -> int:
-        """The fewest tokens a row that are computed as part of a prompt: fewer would be rounded as a decode step is."""
+        """The fewest tokens per row that are computed as part of a prompt: fewer would be rounded as a decode step is."""
         return 1
 
     def linear(self, x: mx.array, weights: Weights) -> mx.array:

@@ -47,7 +47,7 @@ def _rate(copy: Callable[[], object], nbytes: int) -> float:
 
 
 def disk_bandwidth(nbytes: int = 256 * 2**20, threads: int = 8) -> float:
-    """Bytes a second of parallel reads past the page cache, from a file written to the temporary folder for this."""
+    """Bytes per second of parallel reads past the page cache, from a file written to the temporary folder for this."""
     block = np.random.default_rng(0).bytes(READ_BYTES)
     with tempfile.TemporaryFile() as file:
         descriptor = file.fileno()

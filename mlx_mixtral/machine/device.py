@@ -124,7 +124,7 @@ def _named(name: str) -> mx.Device:
     if name not in DEVICES:
         raise InvalidRequestError(f"device {name!r} is unknown; use {' or '.join(DEVICES)}")
     if name == "gpu" and not mx.is_available(mx.gpu):
-        raise InvalidRequestError("device 'gpu' is not there: MLX finds no GPU on this machine; use cpu")
+        raise InvalidRequestError("device 'gpu' is not available: MLX finds no GPU on this machine; use cpu")
     return mx.Device(mx.gpu if name == "gpu" else mx.cpu)
 
 

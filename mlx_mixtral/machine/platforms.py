@@ -45,7 +45,7 @@ def backend_problem(
         if system == "Linux":
             return (
                 "MLX has no backend installed: pip install 'mlx-mixtral[cpu]', or 'mlx-mixtral[cuda]' on a machine with an "
-                "NVIDIA GPU (one of them, never both)"
+                "NVIDIA GPU (not both)"
             )
         return "MLX is not installed: pip install mlx"
     return None

@@ -275,7 +275,7 @@ class Builder:
     def _locations(self, matrix: Matrix, field: Field) -> list[Rows]:
         found = locate(matrix, field, self.checkpoint)
         if found is None:
-            raise CheckpointError(f"{self.checkpoint.folder}: tensor {matrix.path}.{field} is missing, in every layout")
+            raise CheckpointError(f"{self.checkpoint.folder}: tensor {matrix.path}.{field} is missing in every layout")
         columns = self._columns(matrix, field)
         wanted = self._memory_dtype(self.specs[matrix.path], field)
         for rows in found:

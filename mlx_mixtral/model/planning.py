@@ -66,7 +66,7 @@ def _hit_rates(builder: Builder) -> npt.NDArray[np.float64]:
     shape = (config.num_hidden_layers, config.num_experts_per_tok)
     if (
         trace is not None and trace.experts.shape[2] > shape[1]
-    ):  # recorded with more experts a token: the first choices of it
+    ):  # recorded with more experts per token: the first choices of it
         trace = RoutingTrace(trace.experts[..., : shape[1]], trace.num_experts, trace.starts)
     if trace is None or (trace.experts.shape[1:], trace.num_experts) != (shape, config.num_local_experts):
         trace = published_trace(shape[0], config.num_local_experts, shape[1])

@@ -68,7 +68,9 @@ class RoutingObserver:
         entropy = np.stack([np.concatenate([part.entropy for part in layer]) for layer in layers], axis=1)
         if not np.isfinite(entropy).all():
             layer = int(np.flatnonzero(~np.isfinite(entropy).all(axis=0))[0])
-            raise CheckpointError(f"the router of layer {layer} gives no numbers; the weights are damaged")
+            raise CheckpointError(
+                f"the router of layer {layer} returns values that are not numbers; the weights are damaged"
+            )
         return Routed(experts, entropy)
 
 

@@ -24,7 +24,7 @@ class DecodeStep:
     grows. The cache's arrays go in and come out, and nothing else holds them when MLX computes, so they are written in place.
 
     Where MLX computes on the CPU it would call a C++ compiler for each of the two dozen groups of operations that it fuses, for
-    half a minute before the first token, to save Python a few milliseconds a token where matrix products take all the time:
+    half a minute before the first token, to save Python a few milliseconds per token where matrix products take all the time:
     ``compiled`` is for GPUs. Without it the same operations run one by one.
 
     A model that streams experts reads the routers' choices in between and cannot be one graph: it runs them one by one as well.

@@ -60,7 +60,7 @@ class Mixtral:
         c, plan = self.config, self.engine.plan
         if self.engine.is_closed:
             return "<Mixtral: closed>"
-        experts = "dense" if c.is_dense else f"{c.num_local_experts} experts, {c.num_experts_per_tok} a token"
+        experts = "dense" if c.is_dense else f"{c.num_local_experts} experts, {c.num_experts_per_tok} per token"
         memory = f"{format_bytes(self.residency.resident_bytes)} of weights in memory"
         if plan.residency is not None:
             memory += ", other experts streamed"
@@ -78,7 +78,7 @@ class Mixtral:
             if error is None:
                 raise
             # The caller's own error is the one to see.
-            error.add_note(f"the model was not closed: {busy}")
+            error.add_note(f"the model could not be closed: {busy}")
 
     @property
     def config(self) -> MixtralConfig:
@@ -250,7 +250,7 @@ class Mixtral:
         tokens = self.tokenizer.encode_chat(messages, tools)
         if not tokens:
             raise ChatTemplateError(
-                "the checkpoint's chat template makes nothing of these messages; use generate instead"
+                "the checkpoint's chat template returns nothing for these messages; use generate instead"
             )
         options.setdefault("sampling", CHAT_SAMPLING)
         if (end := self.tokenizer.end_of_turn_text) is not None:

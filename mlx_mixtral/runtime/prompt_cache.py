@@ -110,7 +110,7 @@ class PromptCache:
         if not self._serves(tokens):
             raise InvalidRequestError(
                 f"a prompt of {len(tokens)} tokens cannot be saved: past {self._max_tokens} tokens this model's rope scaling "
-                "depends on the length of the whole text; save at most so many"
+                "depends on the length of the whole text; save at most that many"
             )
         check_kind(place, "a saved prompt", is_saved_prompt)
         window = module.kv.window(module.config)
@@ -154,7 +154,7 @@ class PromptCache:
         tokens = _read_tokens(place, infos, module)
         if not self._serves(tokens):
             raise PromptCacheError(
-                f"{place} holds {len(tokens)} tokens, which no prompt of this model has; save it again"
+                f"{place} holds {len(tokens)} tokens, which no prompt of this model can have; save it again"
             )
         if cache.window is not None and len(tokens) > cache.window.columns:
             raise PromptCacheError(
@@ -170,7 +170,7 @@ class PromptCache:
         for layer, own in enumerate(names):
             if [(infos[name].shape, infos[name].dtype) for name in own if name in infos] != described:
                 raise PromptCacheError(
-                    f"{place}: layer {layer} is not what {len(tokens)} tokens leave; save the prompt again"
+                    f"{place}: layer {layer} is not what {len(tokens)} tokens produce; save the prompt again"
                 )
         if len(infos) != 1 + sum(map(len, names)):
             raise PromptCacheError(f"{place} holds more than this model's layers; save the prompt again")
@@ -180,7 +180,7 @@ class PromptCache:
             self.kept.put(tokens, cache)
         if not len(self.kept):
             raise PromptCacheError(
-                f"{place} takes {nbytes} bytes, and {self.kept.limit_bytes} may be kept; load the model with a larger "
+                f"{place} takes {nbytes} bytes, but only {self.kept.limit_bytes} may be kept; load the model with a larger "
                 "prefix_cache"
             )
         return tokens
@@ -190,7 +190,9 @@ class PromptCache:
         try:
             return self._identify()
         except CheckpointError as error:
-            raise PromptCacheError(f"the model's own files are needed to tell whose prompt it is: {error}") from None
+            raise PromptCacheError(
+                f"the model's own files are needed to check which model the prompt belongs to: {error}"
+            ) from None
 
     def _about(self, cache: KVCache) -> dict[str, str]:
         model = {"model": self._identity, "settings": self._settings}
@@ -201,7 +203,7 @@ _DIFFERENCES = {
     "format": "is not a saved prompt",
     "version": "is of version {found}; this program reads version {expected}: save the prompt again",
     "model": "was made with another model; save the prompt again with this one",
-    "settings": "was made with {found}, this model is run with {expected}; load it with the same experts_per_token and rope",
+    "settings": "was made with {found}, but this model runs with {expected}; load it with the same experts_per_token and rope",
 }
 
 
@@ -280,7 +282,7 @@ def _read_tokens(place: Path, infos: Mapping[str, TensorInfo], module: MixtralMo
     info, limit = infos.get("tokens"), module.config.max_position_embeddings
     count = info.shape[0] if info is not None and len(info.shape) == 1 and info.dtype == "I32" else 0
     if info is None or not 0 < count < limit:
-        raise PromptCacheError(f"{place} holds {count} tokens, which no prompt of this model has; save it again")
+        raise PromptCacheError(f"{place} holds {count} tokens, which no prompt of this model can have; save it again")
     raw = np.empty(count, "<i4")
     descriptor = open_descriptor(place, PromptCacheError)
     try:

@@ -163,7 +163,7 @@ class DraftModel(Speculation):
                 held.enter_context(self.engine.exclusive())
             except BusyError:
                 raise BusyError(
-                    "the draft model is already generating; finish or close that stream first, or load it twice"
+                    "the draft model is already generating; finish or close that stream first, or load the draft model twice"
                 ) from None
             yield
 
@@ -172,8 +172,8 @@ class DraftModel(Speculation):
         ours, theirs = engine.vocab_size, self.engine.vocab_size
         if ours != theirs:
             raise InvalidRequestError(
-                f"the draft has a vocabulary of {theirs} tokens and the model one of {ours}; a draft needs the model's own: "
-                "take one of the same family"
+                f"the draft has a vocabulary of {theirs} tokens, but the model's has {ours}; a draft model "
+                "needs the same vocabulary: use one of the same family"
             )
         assert isinstance(self.model, Mixtral)
         drafts_piece_of = self.model.piece_of
@@ -182,8 +182,8 @@ class DraftModel(Speculation):
         for token in range(ours):
             if (piece := piece_of(token)) != (other := drafts_piece_of(token)):
                 raise InvalidRequestError(
-                    f"token {token} is {_quoted(other)} to the draft and {_quoted(piece)} to the model; a draft needs the "
-                    "model's own vocabulary: take one of the same family"
+                    f"token {token} is {_quoted(other)} in the draft model and {_quoted(piece)} in the model; "
+                    "a draft model needs the same vocabulary: use one of the same family"
                 )
 
 

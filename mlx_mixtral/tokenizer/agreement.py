@@ -36,7 +36,7 @@ def disagreement(pieces: Sequence[str], settings: Settings) -> str | None:
     return (
         f"tokenizer.model and tokenizer.json disagree: id {first} is {said[0]} in the first and {said[1]} in the second"
         f"{f' ({more} more differ)' if more else ''}; the {'first' if used == ours.get(first) else 'second'} is used: "
-        "--tokenizer model or --tokenizer json chooses"
+        "use --tokenizer model or --tokenizer json to choose"
     )
 
 

@@ -242,6 +242,6 @@ def check_text(text: object) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InvalidRequestError(
-            f"text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is no text; "
-            "decode the bytes it came from with errors='replace'"
+            f"text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not text; "
+            "decode the original bytes with errors='replace'"
         ) from None

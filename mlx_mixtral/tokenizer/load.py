@@ -86,7 +86,7 @@ def _find(folder: Path, kind: str | None) -> Path:
         if is_there(folder / name):
             return folder / name
     if kind is not None:
-        raise TokenizerError(f"{folder} has no tokenizer.{kind}; leave out --tokenizer to use what there is")
+        raise TokenizerError(f"{folder} has no tokenizer.{kind}; leave out --tokenizer to use the other one")
     raise TokenizerError(
         f"{folder} has no tokenizer (looked for tokenizer.model, tokenizer.model.v1, .v3, .v2, tokenizer.model* and "
         "tokenizer.json); `logits` and calls with token ids still work, text needs one of these files"
@@ -138,12 +138,12 @@ def _end_notes(tokenizer: Tokenizer, settings: Settings) -> Iterator[str]:
         map(tokenizer.id_to_piece, sorted(i for i in tokenizer.eos_token_ids if i < tokenizer.vocab_size))
     )
     if not tokenizer.eos_token_ids:
-        yield "no file says which token ends a text, so generation goes on to --max-tokens; give --stop or --stop-token-id"
+        yield "no file says which token ends a text, so generation continues up to --max-tokens; give --stop or --stop-token-id"
     elif settings.eos is not None and settings.eos != (
         None if tokenizer.eos_token_id is None else tokenizer.id_to_piece(tokenizer.eos_token_id)
     ):
         yield (
-            f"eos_token is {settings.eos!r}, which the vocabulary does not have; generation stops at {spelled}: correct "
+            f"eos_token is {settings.eos!r}, which is not in the vocabulary; generation stops at {spelled}: correct "
             "eos_token in tokenizer_config.json or special_tokens_map.json, or give --stop-token-id"
         )
 

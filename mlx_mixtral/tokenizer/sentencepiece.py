@@ -41,7 +41,7 @@ class SentencePieceModel:
             declared = {token_id: token.content for token_id, token in settings.added.items()}
             self.data, self.retyped = retype_markers(data, special, declared)
         except (ValueError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"{source} is broken or cut off ({error}); download it again") from error
+            raise TokenizerError(f"{source} is damaged or truncated ({error}); download it again") from error
         self.processor = self._load(self.data, source)
         self.size: int = self.processor.vocab_size()
         if self.size == 0:

@@ -113,7 +113,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:
-            raise ValueError(f"number cut off at byte {at}")
+            raise ValueError(f"number truncated at byte {at}")
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift

@@ -169,7 +169,7 @@ def _declare(added: dict[int, AddedToken], token_id: Any, token: Any, source: Pa
             f"{source}: added token {token_id!r}: {repr(token)[:100]} needs an id from 0 up and a string `content`"
         )
     if len(added) >= MAX_ADDED_TOKENS:
-        raise TokenizerError(f"{source}: there are more than {MAX_ADDED_TOKENS} added tokens; no model has as many")
+        raise TokenizerError(f"{source}: there are more than {MAX_ADDED_TOKENS} added tokens; no model has that many")
     if len(content) > MAX_SPELLING:
         raise TokenizerError(
             f"{source}: added token {token_id} has {len(content)} characters; no token has more than {MAX_SPELLING}"

@@ -118,7 +118,7 @@ class JsonTokenizer(Tokenizer):
                 return tokenizers.Tokenizer.from_str(json.dumps(bare))
             except Exception as error:  # the package raises bare Exception
                 raise TokenizerError(
-                    f"{self._path} is not a tokenizer the tokenizers package can read ({error})"
+                    f"{self._path} is not a tokenizer that the tokenizers package can read ({error})"
                 ) from error
 
     def _decoding(self, decoder: Any) -> tuple[bool, bool]:
@@ -133,7 +133,7 @@ class JsonTokenizer(Tokenizer):
             return False, "Strip" in kinds
         raise TokenizerError(
             f"{self._path} decodes with {', '.join(map(str, kinds)) or 'nothing'}; only byte-level BPE and Llama-like "
-            "files are understood: put the model's tokenizer.model beside it"
+            "files are supported: put the model's tokenizer.model next to it"
         )
 
 
@@ -151,7 +151,7 @@ def _package_errors(path: Path) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(
-            f"{path} cannot be used on this text: the tokenizers package gave up ({error}); "
+            f"{path} cannot be used on this text: the tokenizers package failed ({error}); "
             "put the model's own tokenizer there"
         ) from None
 

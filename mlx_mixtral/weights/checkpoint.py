@@ -121,7 +121,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 if name in tensors:
                     raise CheckpointError(
                         f"{info.file}: tensor {name!r} is in {tensors[name].file.name} too, and there is no {self.index_name} "
-                        "to say which one counts; remove the file that is not the model's"
+                        "to say which one to use; remove the file that does not belong to the model"
                     )
                 tensors[name] = info
         return tensors
@@ -129,7 +129,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def _read_index(self, index: Path) -> dict[str, TensorInfo]:
         weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: there is no weight_map")
+            raise CheckpointError(f"{index}: weight_map is missing")
         headers: dict[str, Mapping[str, TensorInfo]] = {}
         tensors: dict[str, TensorInfo] = {}
         for name, file in weight_map.items():

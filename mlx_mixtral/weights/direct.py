@@ -97,16 +97,17 @@ class ExpertFileReader(CheckpointReader):
             found = Identity.of(file.stat())
         except OSError as error:
             raise CheckpointError(
-                f"{file} is gone while experts are read from it ({error.strerror or error}); put it back, or load again"
+                f"{file} is no longer there, but experts are read from it ({error.strerror or error}); put it "
+                "back, or load again"
             ) from error
         known = self._known[file]
         if found == known:
             return
         what = "was replaced"
         if found.nbytes != known.nbytes:
-            what = f"has {found.nbytes} bytes, it had {known.nbytes}"
+            what = f"has {found.nbytes} bytes, but had {known.nbytes}"
         elif found.inode == known.inode:
-            what = "was written to"
+            what = "was modified"
         raise CheckpointError(f"{file} {what} since the model was loaded; put the file back, or load the model again")
 
     def read(self, info: TensorInfo, buffer: memoryview, skip_bytes: int = 0) -> None:

@@ -36,6 +36,6 @@ def choose_files(names: Sequence[str], folder: Path) -> list[str]:
         for number in range(1, min(int(count), len(chosen) + 1) + 1):
             if (wanted := f"{stem}{number:05}-of-{count}{suffix}") not in chosen:
                 raise CheckpointError(
-                    f"{folder}: {wanted} is missing, one of the {int(count)} files of the model; download it again"
+                    f"{folder}: {wanted} is missing; it is one of the {int(count)} files of the model; download it again"
                 )
     return chosen

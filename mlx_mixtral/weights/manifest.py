@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> Mapping[str, FileEntry] | None:
     for name, entry in files.items():
         nbytes, sha256 = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if not is_integer(nbytes) or not isinstance(sha256, str) or Path(name).name != name or "\\" in name:
-            raise CheckpointError(f"{path}: the entry of {name!r} is not a size and a sha256 of a file of this folder")
+            raise CheckpointError(f"{path}: the entry of {name!r} is not the size and sha256 of a file in this folder")
         entries[name] = FileEntry(nbytes, sha256)
     return entries
 
@@ -87,10 +87,10 @@ def check_files(folder: Path) -> None:
     """
     entries = read_manifest(folder)
     if entries is None:
-        raise CheckpointError(f"{folder} has no {MANIFEST} to verify it by; load it without verifying")
+        raise CheckpointError(f"{folder} has no {MANIFEST} to verify it with; load it without verifying")
     for name, entry in entries.items():
         if (problem := file_problem(folder, name, entry)) is not None:
-            fix = ", or load without verifying if it was on purpose" if problem.startswith(EDITED) else ""
+            fix = ", or load without verifying if the change was intended" if problem.startswith(EDITED) else ""
             raise CheckpointError(f"{folder / name}: {problem}{fix}")
     for name in unlisted(folder, entries):
         if _is_read(name) or name in _weight_files(folder):

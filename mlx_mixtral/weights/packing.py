@@ -28,7 +28,7 @@ def packing_of(matrix: Matrix, config: QuantizationConfig | None, checkpoint: Ch
     if locate(matrix, "weight", checkpoint) is None:
         raise CheckpointError(f"{checkpoint.folder}: {matrix.path} has scales but no weight")
     if f"{matrix.path}.global_scale" in checkpoint:
-        raise ConfigError(f"{matrix.path} has a global scale, which MLX computes on CUDA only; convert without it")
+        raise ConfigError(f"{matrix.path} has a global scale, which MLX supports only on CUDA; convert without it")
     weight = locate(matrix, "weight", checkpoint)
     assert weight is not None
     named = _override(config, matrix, scales[0])

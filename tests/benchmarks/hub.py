@@ -1,4 +1,4 @@
-"""Streaming from a hub on this machine that breaks a tenth of all requests: extra disk, requests made again, MB a second.
+"""Streaming from a hub on this machine that breaks a tenth of all requests: extra disk, requests made again, MB per second.
 
 python tests/benchmarks/hub.py [LAYERS]
 
@@ -21,7 +21,7 @@ from tests.convert.hub_server import WEIGHTS, run, serve  # noqa: E402
 from tests.convert.packers import awq, grouped_packer, make_packed  # noqa: E402
 from tests.convert.support import CONFIG, make_checkpoint, weights  # noqa: E402
 
-# 12 MB a layer in bfloat16.
+# 12 MB per layer in bfloat16.
 SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 8}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
 

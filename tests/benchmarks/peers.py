@@ -71,7 +71,7 @@ def _run(name: str, command: list[str], budget: int) -> str:
         return f"{name}: failed: {done.stderr.strip()[-200:]}"
     found = json.loads(done.stdout.splitlines()[-1])
     return (
-        f"{name}: {found['decode_s']:.3f} s a token, {found['read'] / 1e6:.0f} MB read a token, "
+        f"{name}: {found['decode_s']:.3f} s per token, {found['read'] / 1e6:.0f} MB read per token, "
         f"peak of the process {found['peak'] / 1e9:.2f} GB"
     )
 

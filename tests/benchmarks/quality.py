@@ -260,7 +260,7 @@ def plot(results: list[Row], title: str, path: str) -> None:
         )
         best = [(bits, kl) for bits, kl in points if kl <= min(k for b, k in points if b <= bits + 0.02)]
         axes.plot(*zip(*best, strict=True), color=colour, linewidth=1, alpha=0.5, linestyle="-" if ours else "--")
-    axes.set(yscale="log", title=title, xlabel="bits a weight, scales included", ylabel="KL, nats a token")
+    axes.set(yscale="log", title=title, xlabel="bits per weight, scales included", ylabel="KL, nats per token")
     axes.grid(which="both", alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=2, fontsize=9)

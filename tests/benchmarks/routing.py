@@ -1,4 +1,4 @@
-"""Hit rates on real text: LRU, LFU and the optimal policy by slots a layer, and what looking ahead finds.
+"""Hit rates on real text: LRU, LFU and the optimal policy by slots per layer, and what looking ahead finds.
 
     python tests/benchmarks/routing.py                        the bundled checkpoint
     python tests/benchmarks/routing.py FOLDER --tokens 200 --plot hits.png
@@ -81,7 +81,7 @@ def plot(rates: dict[str, list[float]], first: int, experts: int, path: str, tit
     for policy, values in rates.items():
         axes.plot(slots, values, marker="o", label={"lru": "LRU", "lfu": "LFU", "optimal": "optimal (offline)"}[policy])
     axes.plot(slots, [count / experts for count in slots], "--", color="grey", label="chance (slots / experts)")
-    axes.set(xlabel=f"slots a layer, of {experts} experts", ylabel="hit rate", ylim=(0, 1))
+    axes.set(xlabel=f"slots per layer, of {experts} experts", ylabel="hit rate", ylim=(0, 1))
     axes.legend()
     axes.grid(alpha=0.3)
     Path(path).write_bytes(png(figure, title))
@@ -102,7 +102,7 @@ def main() -> None:
             trace = traced(model, arguments.tokens)
             prompt = model.tokenizer.encode("In the beginning God created the heaven and the earth.")
         tokens, layers, chosen = trace.experts.shape
-        print(f"{folder.name}: {tokens} tokens, {layers} layers, {chosen} of {trace.num_experts} experts a token")
+        print(f"{folder.name}: {tokens} tokens, {layers} layers, {chosen} of {trace.num_experts} experts per token")
         repeats = trace.repeat_rates
         span = f"{repeats.min():.1%} to {repeats.max():.1%}"
         print(f"tokens that share an expert with the one before: {repeats.mean():.1%} ({span})")

@@ -34,10 +34,10 @@ DATA = Path(__file__).parents[2] / "bench-data"
 # What else is measured, each by a script of its own.
 FURTHER = {
     "start.py": "imports and --help",
-    "steps.py": "GPU kernels a layer, Python's time a token",
+    "steps.py": "GPU kernels per layer, Python's time per token",
     "load.py FOLDER --mlx-lm": "loading with cold caches, against a plain parallel read",
     "kv.py": "memory of keys and values, a saved prompt",
-    "speculation.py": "tokens a forward with prompt lookup",
+    "speculation.py": "tokens per forward pass with prompt lookup",
     "streaming.py FOLDER": "experts read from disk under a memory budget",
     "quality.py": "quality against size",
 }

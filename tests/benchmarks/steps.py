@@ -1,4 +1,4 @@
-"""What one decode step costs beside arithmetic: GPU kernels a layer, and Python's time a token; ours beside mlx-lm's.
+"""What one decode step costs beside arithmetic: GPU kernels per layer, and Python's time per token; ours beside mlx-lm's.
 
     python tests/benchmarks/steps.py [--layers 32] [--repeats 7] [--json]
 
@@ -73,7 +73,7 @@ def kernels_a_layer(layers: Any, make: Callable[[], Next], rows: int) -> Counter
 
 
 def python_seconds(following: Next) -> float:
-    """The main thread's time a token, up to the lazy next one."""
+    """The main thread's time per token, up to the lazy next one."""
     token, spent = mx.array([[5]]), 0.0
     for step in range(STEPS + 3):
         started = time.thread_time()
@@ -108,7 +108,7 @@ def main() -> None:
         )
         totals = [side.total() for side in sides]
         result["kernels"][rows] = {"ours": dict(sides[0]), "mlx_lm": dict(sides[1])}
-        print(f"kernels a layer, batch {rows}: ours {totals[0]}, mlx-lm {totals[1]}, {totals[0] / totals[1]:.2f}x")
+        print(f"kernels per layer, batch {rows}: ours {totals[0]}, mlx-lm {totals[1]}, {totals[0] / totals[1]:.2f}x")
         print("    ours  ", ", ".join(f"{count} {name}" for name, count in sorted(sides[0].items())))
         print("    mlx-lm", ", ".join(f"{count} {name}" for name, count in sorted(sides[1].items())))
     times: dict[str, list[float]] = {"ours": [], "ours uncompiled": [], "mlx-lm": []}
@@ -118,7 +118,7 @@ def main() -> None:
         times["mlx-lm"].append(python_seconds(theirs(single)))
     medians = {side: statistics.median(values) for side, values in times.items()}
     result["python_seconds"] = medians
-    print(f"Python's time a token, {args.layers} layers, medians of {args.repeats}:")
+    print(f"Python's time per token, {args.layers} layers, medians of {args.repeats}:")
     for side, seconds in medians.items():
         low, high = min(times[side]), max(times[side])
         ratio = seconds / medians["mlx-lm"]

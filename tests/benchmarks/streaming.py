@@ -141,7 +141,7 @@ def missing_bytes(model: Mixtral, calls: list[PromptCall]) -> int:
 
 
 def replay(model: Mixtral, experts: list[tuple[int, int]]) -> dict[str, float]:
-    """Bytes a second of reading ``experts`` as generation does, two at a time, and of plain reads of the same ranges."""
+    """Bytes per second of reading ``experts`` as generation does, two at a time, and of plain reads of the same ranges."""
     residency = model.residency
     store = residency.store
     # The two slots any pool has: nothing computes now, and the experts in them are forgotten afterwards.
@@ -264,7 +264,7 @@ def _print(row: dict[str, Any], whole: dict[str, Any]) -> None:
         f"  prefill {row['prefill_tok_s']:.2f} tok/s; {row['chunks']} chunks, {row['prefill_misses']} experts read, "
         f"{row['prefill_bytes'] / 1e6:.0f} MB; missing experts once a chunk {row['prefill_missing_bytes'] / 1e6:.0f} MB{exact}"
     )
-    line = f"  decode {row['decode_s']:.3f} s a token ({whole['decode_s']:.3f} with everything resident)"
+    line = f"  decode {row['decode_s']:.3f} s per token ({whole['decode_s']:.3f} with everything resident)"
     if "bytes_per_token" in row:
         disk_s = row["bytes_per_token"] / row["pread_bytes_per_s"]
         larger = max(whole["decode_s"], disk_s)
@@ -276,7 +276,7 @@ def _print(row: dict[str, Any], whole: dict[str, Any]) -> None:
             f", predicted {row['predicted_s']:.3f}; bytes / raw disk {disk_s:.3f} s: "
             f"{row['decode_s'] / larger:.2f}x the larger\n"
             f"  hits {row['hit_rate']:.0%}, {row['bytes_per_token'] / 1e6:.0f} MB and {row['readbacks_per_token']:.1f} "
-            f"read-backs a token, {row['wait_s'] / row['decode_s']:.0%} waiting\n"
+            f"read-backs per token, {row['wait_s'] / row['decode_s']:.0%} waiting\n"
             f"  replay {row['replay_bytes_per_s'] / 1e9:.2f} GB/s against plain pread "
             f"{row['pread_bytes_per_s'] / 1e9:.2f} GB/s: {row['replay_bytes_per_s'] / row['pread_bytes_per_s']:.2f}x"
         )

@@ -1,4 +1,4 @@
-"""MB of packed weights a second and core: re-packed for MLX, and dequantised, beside the gguf package's own dequantiser.
+"""MB of packed weights per second and core: re-packed for MLX, and dequantised, beside the gguf package's own dequantiser.
 
 python tests/benchmarks/transcode.py [ROWS]
 """

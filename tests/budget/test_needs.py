@@ -101,7 +101,7 @@ def test_the_least_is_its_parts_and_one_byte_less_is_refused() -> None:
     parts = SIZES.trunk_bytes + least.kv_bytes + least.working_bytes(MIN_CHUNK_TOKENS) + 7000 + min_expert_bytes(SIZES)
     assert least.min_bytes == parts
     assert least.room_for_experts(parts, MIN_CHUNK_TOKENS) == min_expert_bytes(SIZES)
-    with pytest.raises(MemoryBudgetError, match="the least is"):
+    with pytest.raises(MemoryBudgetError, match="the minimum is"):
         least.room_for_experts(parts - 1, MIN_CHUNK_TOKENS)
     everything = SIZES.trunk_bytes + 4 * 8 * 1000 + least.kv_bytes + least.working_bytes(RESIDENT_CHUNK_TOKENS)
     assert least.resident_bytes == everything

@@ -202,7 +202,7 @@ def test_overlap_hides_loads_behind_hits() -> None:
 
 @pytest.mark.parametrize("speeds", [(0, 1, 1), (1, 0, 1), (1, 1, -1), (float("nan"), 1, 1)])
 def test_speeds_that_are_none_are_refused(speeds: tuple[Any, Any, Any]) -> None:
-    with pytest.raises(InvalidRequestError, match="more than zero"):
+    with pytest.raises(InvalidRequestError, match="above zero"):
         Speeds(*speeds)
 
 

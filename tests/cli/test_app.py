@@ -131,7 +131,7 @@ def test_a_file_of_another_format_says_how_to_convert_it(invoke: Invoke, tmp_pat
 
 @pytest.mark.parametrize(
     ("typed", "advice"),
-    [("genrate", "did you mean generate?"), ("conver", "did you mean convert?"), ("xyz", "--help lists them")],
+    [("genrate", "did you mean generate?"), ("conver", "did you mean convert?"), ("xyz", "run mlx-mixtral --help")],
 )
 def test_a_slip_in_a_command_is_answered_with_the_one_that_was_meant(invoke: Invoke, typed: str, advice: str) -> None:
     for words in ([typed], ["help", typed]):

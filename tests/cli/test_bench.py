@@ -121,7 +121,7 @@ def test_tables_show_rates_and_ratios(found: dict[str, Any], capsys: pytest.Capt
         "Decode",
         "Batches",
         "first token",
-        "of copying",
+        "of copy rate",
         "mlx-lm float32",
         "M2 Max: 400 GB/s (Apple)",
     ):
@@ -244,7 +244,7 @@ def test_a_batch_beyond_the_memory_budget_is_left_out(invoke: Invoke, quantised:
     found = json.loads(result.stdout)
     assert found["batch"][0]["sides"]["mlx-mixtral"]["tok_s"]["median"] > 0
     assert found["batch"][1]["sides"]["mlx-mixtral"] == {
-        "not_measured": "the memory budget does not hold so many rows at once"
+        "not_measured": "the memory budget does not hold that many rows at once"
     }
     # Streamed, with so few slots that a second prompt of the same tokens still finds most of its experts on disk.
     assert found["prefill"][0]["sides"]["mlx-mixtral"]["read_bytes_per_token"] > 0

@@ -32,7 +32,7 @@ def test_a_calibration_is_written_with_progress_to_the_end_and_may_be_replaced(
     assert re.fullmatch(r"calibrate: layer 1/1, about [0-9.]+ s left", told[-1])
     assert not Calibration.load(tmp_path / "file").losses
     again = invoke("calibrate", short, tmp_path / "file", *flags, "--sensitivities", "--overwrite")
-    assert again.stderr.splitlines()[0].endswith("left, nearly all of it for --sensitivities")
+    assert again.stderr.splitlines()[0].endswith("left, most of it for --sensitivities")
     found = Calibration.load(tmp_path / "file")
     assert found.losses == json.loads(again.stdout)["losses"]
     assert found.anchors == json.loads(again.stdout)["anchors"]

@@ -177,8 +177,7 @@ def test_a_guessed_format_is_said_and_another_can_be_given(invoke: Invoke, quant
     noted = invoke("chat", quantised, *SEED, input="Hello\n")
     notes = [line for line in noted.stderr.splitlines() if line.startswith("note: ")]
     assert notes == [
-        "note: there is no chat template; the chat format is taken to be mistral-v1: "
-        "--chat-template FILE or NAME chooses another"
+        "note: there is no chat template; mistral-v1 is assumed: --chat-template FILE or NAME selects another"
     ]
     named = invoke("chat", quantised, *SEED, "--chat-template", "mistral-v1", input="Hello\n")
     assert (named.stdout, "note: " in named.stderr) == (noted.stdout, False)

@@ -177,19 +177,19 @@ def test_ctrl_c_says_where_the_same_command_goes_on(
 ) -> None:
     process = spawn("convert", tiny, tmp_path / "out", before=SLOW_READS.replace("0.1", "0.01"))
     assert process.stderr is not None
-    # 29 matrices and two norms a layer, and one read ahead.
+    # 29 matrices and two norms per layer, and one read ahead.
     for _ in range(2 * 31 + 10):
         assert process.stderr.readline() == b"reading\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err.replace(b"reading\n", b"") == b"interrupted; the same command goes on from layer 3 of 6\n"
+    assert err.replace(b"reading\n", b"") == b"interrupted; repeat the command to continue from layer 3 of 6\n"
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     refused = invoke("convert", tiny, tmp_path / "out", "--bits", 8)
-    assert_one_error(refused, "unfinished conversion", "recipe.bits 4, this one has 8", "--restart")
+    assert_one_error(refused, "unfinished conversion", "recipe.bits 4, but this one has 8", "--restart")
     result = invoke("convert", tiny, tmp_path / "out")
     assert result.exit_code == 0
-    assert ", 2 of 6 layers kept from before" in result.stdout
+    assert ", 2 of 6 layers kept from an earlier run" in result.stdout
     for path in quantised.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     again = invoke("convert", tiny, tmp_path / "out", "--bits", 8, "--overwrite", "--restart", "--json")
@@ -217,7 +217,7 @@ def test_a_dry_run_says_that_the_disk_is_too_small(
     result = invoke("convert", tiny, tmp_path / "out", "--dry-run", *to)
     assert result.exit_code == 0
     assert "bits per weight" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("A real run would be refused for lack of disk: ")
+    assert result.stdout.splitlines()[-1].startswith("A real run would be refused for lack of disk space: ")
 
 
 def test_a_tokenizer_that_cannot_be_used_is_noted_and_the_model_converts(

@@ -46,7 +46,7 @@ def test_json_has_the_conversion_and_the_completions(invoke: Invoke, tmp_path: P
         repeated = model.generate(greedy.prompt, max_tokens=greedy.max_tokens, stop=greedy.stop)
     assert report["completions"][-1]["text"] == repeated.text == " 63"
     assert_one_error(
-        again := invoke("demo", "--keep", kept, "--json"), "is a finished conversion already; remove the folder"
+        again := invoke("demo", "--keep", kept, "--json"), "is already a finished conversion; remove the folder"
     )
     assert "--overwrite" not in again.stderr
 
@@ -57,11 +57,11 @@ def test_an_interrupted_demo_goes_on_only_where_something_is_kept(
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         error = KeyboardInterrupt()
-        error.add_note("the same command goes on from layer 5 of 6")
+        error.add_note("repeat the command to continue from layer 5 of 6")
         raise error
 
     monkeypatch.setattr("mlx_mixtral_convert.convert", interrupted)
     result = invoke("demo", "--json", *(["--keep", tmp_path / "kept"] if keep else []))
     assert result.exit_code == 130
-    note = "; the same command goes on from layer 5 of 6" if keep else ""
+    note = "; repeat the command to continue from layer 5 of 6" if keep else ""
     assert result.stderr == f"interrupted{note}\n"

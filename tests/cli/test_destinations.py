@@ -106,7 +106,7 @@ def test_an_earlier_result_needs_to_be_given_up(invoke: Invoke, short: Path, tmp
     result = invoke(*_model(arguments, short), tmp_path / "file")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.strip() == (
-        f"error: {tmp_path / 'file'} exists; give another name, or --overwrite to replace it"
+        f"error: {tmp_path / 'file'} exists; give another name, or use --overwrite to replace it"
     )
     assert (tmp_path / "file").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
@@ -169,7 +169,7 @@ def test_a_conversation_saved_in_this_session_is_saved_again(
     assert "saved 1 messages" in said(session, f"/save {tmp_path / 'talk'}")
     other = Session(short_model, AnswerOptions(), Conversation())
     before = (tmp_path / "talk").read_bytes()
-    assert "exists; give another name, or --overwrite" in said(other, f"/save {tmp_path / 'talk'}")
+    assert "exists; give another name, or use --overwrite" in said(other, f"/save {tmp_path / 'talk'}")
     assert (tmp_path / "talk").read_bytes() == before
     (tmp_path / "config.json").write_text('{"messages": [], "model_type": "mixtral"}')
     for flag in ("", "--overwrite "):

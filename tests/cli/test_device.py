@@ -34,7 +34,7 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_gpu_that_is_not_there_is_one_line(invoke: Invoke, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "is_available", lambda device: False)
-    assert_one_error(invoke(command, *COMMANDS[command], "--device", "gpu"), "device 'gpu' is not there", "use cpu")
+    assert_one_error(invoke(command, *COMMANDS[command], "--device", "gpu"), "device 'gpu' is not available", "use cpu")
 
 
 def test_another_device_is_a_usage_error(invoke: Invoke) -> None:

@@ -91,7 +91,7 @@ def test_tables_name_domains_errors_and_what_top_k_does(
         "evaluate", quantised, "--text", texts, "--text", f"law={tiny / 'README.md'}", "--max-bytes", 80,
         "--reference", tiny, "--by-length", "--window", 64,
     ).stdout  # fmt: skip
-    assert "tiny-4bit against tiny-mixtral" in shown
+    assert "tiny-4bit compared with tiny-mixtral" in shown
     for part in ("en", "code", "more", "law", "all", "mean KL", "top-1", "lower bound", "± is one standard error"):
         assert part in shown
     assert "By length of context" in shown
@@ -127,7 +127,7 @@ def test_output_is_the_json_and_the_journal_goes_when_it_is_written(
     journal = tmp_path / "found.json.journal"
     assert journal.exists()
     assert not place.exists()
-    assert_one_error(invoke(*command, "--window", 32), "window 1024, this one has 32", "--restart")
+    assert_one_error(invoke(*command, "--window", 32), "window 1024, but this one has 32", "--restart")
     with monkeypatch.context() as patched:
         patched.setattr("mlx_mixtral.evaluation.perplexity.score", interrupted)  # nothing is left to score
         done = invoke(*command, "--json")
@@ -173,7 +173,7 @@ def test_passkeys_are_a_heat_map(invoke: Invoke, short: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--text", "{}/none.txt"], ["none.txt is not there"]),
+        (["--text", "{}/none.txt"], ["none.txt does not exist"]),
         (["--text", "x={}/short.txt"], ["short.txt of domain 'x' has 1 token"]),
         (["--text", "{}/good.txt", "--window", "2000"], ["window is 2000", "holds 1024"]),
         (["--text", "{}/good.txt", "--max-bytes", "0"], ["--max-bytes: size '0' must be more than zero"]),
@@ -182,7 +182,7 @@ def test_passkeys_are_a_heat_map(invoke: Invoke, short: Path, tmp_path: Path) ->
         (["--text", "{}/good.txt", "--save-reference", "{}/r", "--top-k", "0"], ["--top-k is 0"]),
         (["--text", "{}/good.txt", "--output", "{}"], ["is a folder"]),
         (["--text", "{}/good.txt", "--output", "{}/none/o"], ["there is no folder"]),
-        (["--text", "{}/good.txt", "--output", "{}/o", "--save-reference", "{}/o"], ["name one file"]),
+        (["--text", "{}/good.txt", "--output", "{}/o", "--save-reference", "{}/o"], ["name the same file"]),
         (["--passkey", "--lengths", "1025"], ["1025 tokens", "holds 1024"]),
         (["--passkey", "--trials", "0"], ["trials is 0"]),
     ],
@@ -218,17 +218,17 @@ def test_a_reference_with_another_vocabulary_is_refused_before_it_is_run(
     assert data.count(piece) > 1
     (checkpoint_copy / "tokenizer.model").write_bytes(data.replace(piece, "▁tje".encode(), 1))
     result = invoke("evaluate", tiny, "--text", texts, "--reference", checkpoint_copy)
-    assert_one_error(result, "another vocabulary", "4096 tokens too, but other pieces")
+    assert_one_error(result, "another vocabulary", "4096 tokens too, but different pieces")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give --text, --passkey or both"),
-        (["--passkey", "--window", "8"], "--window applies with --text only"),
-        (["--text", "x", "--lengths", "8"], "--lengths applies with --passkey only"),
+        (["--passkey", "--window", "8"], "--window applies only with --text"),
+        (["--text", "x", "--lengths", "8"], "--lengths applies only with --passkey"),
         (["--text", "x", "--plot", "p.png"], "--plot shows"),
-        (["--text", "x", "--restart"], "--restart applies with"),
+        (["--text", "x", "--restart"], "--restart applies only with"),
         (["--passkey", "--lengths", "a"], "not a list of numbers"),
     ],
 )

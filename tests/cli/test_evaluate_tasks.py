@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     monkeypatch.setattr(Responder, "generate_until", interrupted)
     result = invoke(*command)
     assert result.exit_code == 130, result.stderr
-    assert "the same command goes on from there" in result.stderr
+    assert "repeat the command to continue from there" in result.stderr
     result = invoke(*command)
     assert result.exit_code == 0, result.stderr
     assert answered == 3
@@ -159,12 +159,12 @@ def test_without_lm_eval_the_extra_is_named(invoke: Invoke, tiny: Path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (("--tasks", "x", "--text", "a.txt"), "--tasks is measured by itself"),
-        (("--tasks", "x", "--passkey"), "--tasks is measured by itself"),
-        (("--text", "a.txt", "--shots", "0"), "--shots applies with --tasks only"),
-        (("--passkey", "--chat-template"), "--chat-template applies with --tasks only"),
-        (("--tasks", "x", "--reference", "other"), "--reference applies with --text only"),
-        ((), "give --text, --passkey or both, or --tasks"),
+        (("--tasks", "x", "--text", "a.txt"), "--tasks cannot be combined"),
+        (("--tasks", "x", "--passkey"), "--tasks cannot be combined"),
+        (("--text", "a.txt", "--shots", "0"), "--shots applies only with --tasks"),
+        (("--passkey", "--chat-template"), "--chat-template applies only with --tasks"),
+        (("--tasks", "x", "--reference", "other"), "--reference applies only with --text"),
+        ((), "give --text, --passkey or both, or else --tasks"),
     ],
 )
 def test_options_that_do_not_go_together_are_usage_errors(

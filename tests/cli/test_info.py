@@ -143,7 +143,7 @@ def test_what_is_not_used_and_what_is_missing_is_said(invoke: Invoke, checkpoint
     weights.write_bytes(weights.read_bytes()[:-100])
     broken = invoke("info", checkpoint_copy)
     assert broken.exit_code == 0
-    assert "Does not load as it is" in broken.stdout
+    assert "cannot be loaded as it is" in broken.stdout
     assert "truncated" in broken.stdout
 
 

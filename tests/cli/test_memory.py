@@ -39,10 +39,10 @@ def test_generate_streams_within_a_budget_and_says_so(invoke: Invoke, quantised:
 
 def test_too_little_memory_is_one_line_that_names_what_is_enough(invoke: Invoke, quantised: Path) -> None:
     result = invoke("generate", quantised, *PROMPT, "--memory", "1MB")
-    assert_one_error(result, "1 MB is too small", "the least is", "KV cache for 1024 tokens", "smaller context")
-    enough = result.stderr.split("the least is ")[1].split(":")[0].replace(" ", "")
+    assert_one_error(result, "1 MB is too small", "the minimum is", "KV cache for 1024 tokens", "smaller context")
+    enough = result.stderr.split("the minimum is ")[1].split(":")[0].replace(" ", "")
     assert invoke("generate", quantised, *PROMPT, "--memory", enough).exit_code == 0
-    assert_one_error(invoke("info", quantised, "--memory", "1MB"), "the least is")
+    assert_one_error(invoke("info", quantised, "--memory", "1MB"), "the minimum is")
 
 
 def test_info_plans_a_budget_without_loading(invoke: Invoke, quantised: Path, least: int) -> None:

@@ -160,8 +160,8 @@ def test_rm_takes_nothing_else_than_models_of_the_cache(
     mine.mkdir(parents=True)
     cache.add("owner/name", {"a": b"a"})
     for name, words in (
-        ("owner/mine", "is a folder or file of yours"),
-        ("8x7b", "is not written owner/name"),
+        ("owner/mine", "is a folder or file of your own"),
+        ("8x7b", "is not of the form owner/name"),
         ("owner/absent", "is not in the hub's cache"),
         ("", "empty"),
     ):
@@ -219,14 +219,14 @@ def test_pull_fetches_and_says_what_it_is(
     result = invoke("pull", "https://huggingface.co/owner/name/tree/v1")
     assert asked == [("owner/name", "v1", ["m.gguf"])]
     assert result.stdout.startswith("owner/name: ")
-    assert "has to be converted first: mlx-mixtral convert" in result.stderr
+    assert "must be converted first: mlx-mixtral convert" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
 def test_pull_of_what_is_here_already(invoke: Invoke, tiny: Path) -> None:
     result = invoke("pull", tiny)
     assert result.exit_code in (1, 2)
-    assert "there is nothing to fetch" in result.stderr
+    assert "there is nothing to download" in result.stderr
     assert_one_error(invoke("pull", "8x7b"), "owner/name")
 
 

@@ -64,7 +64,7 @@ def test_routing_and_report_show_as_many(invoke: Invoke, short: Path, text: Path
     trace = tmp_path / "trace"
     run = ("routing", short, "--text", text, "--experts-per-token", 3, "--save-trace", trace, "--json")
     assert json.loads(invoke(*run).stdout)["experts_per_token"] == 3
-    assert_one_error(invoke("routing", short, "--trace", trace), "3 of 8 experts a token", "2 of 8")
+    assert_one_error(invoke("routing", short, "--trace", trace), "3 of 8 experts per token", "2 of 8")
     found = invoke(
         "report", short, "--text", text, "--quick", "--no-plots", "--output", tmp_path / "card", "--json",
         "--experts-per-token", 3,

@@ -181,7 +181,7 @@ def test_what_is_there_is_replaced_only_when_told_and_only_if_it_is_a_report(
     assert invoke(*flags, "--overwrite").exit_code == 0
     assert "## Evaluation of tiny-4bit" in markdown_of(tmp_path / "out")
     (tmp_path / "out" / "notes.md").write_text("mine")
-    assert_one_error(invoke(*flags, "--overwrite"), "notes.md", "not ours")
+    assert_one_error(invoke(*flags, "--overwrite"), "notes.md", "did not write")
 
 
 def test_parts_that_do_not_apply_are_left_out_with_the_reason(
@@ -263,11 +263,11 @@ def test_bad_input_is_refused_before_weights_are_read(
     monkeypatch.setattr("mlx_mixtral.cli.subject.Subject.load", lambda *_: pytest.fail("weights were read"))
     output = ("--output", tmp_path / "out")
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert_one_error(invoke("report", tiny, *output, "--text", tmp_path / "none.txt"), "none.txt is not there")
+    assert_one_error(invoke("report", tiny, *output, "--text", tmp_path / "none.txt"), "none.txt does not exist")
     assert_one_error(invoke("report", tmp_path / "nowhere" / "x", *output), "nowhere")
     assert_one_error(invoke("report", tiny, *output, "--window", 5000), "window is 5000", "1024")
     assert_one_error(invoke("report", tiny, *output, "--lengths", 2048), "2048", "1024")
-    assert_one_error(invoke("report", tiny, "--output", tmp_path / "no" / "out"), "make it first")
+    assert_one_error(invoke("report", tiny, "--output", tmp_path / "no" / "out"), "create it first")
     assert_one_error(invoke("report", tiny, *output, "--reference", tiny / "config.json"), "is not a reference")
     weights = checkpoint_copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -75,9 +75,9 @@ def test_help_shows_the_default_in_force(invoke: Invoke, write: Write) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[generate]\ntemperture = 1", "[generate] temperture is no option of generate; did you mean temperature?"),
-        ("[generate]\nmax_tokens = 1", "[generate] max_tokens is no option of generate; did you mean max-tokens?"),
-        ("[generate]\nmodel = 'x'", "[generate] model is no option"),
+        ("[generate]\ntemperture = 1", "[generate] temperture is not an option of generate; did you mean temperature?"),
+        ("[generate]\nmax_tokens = 1", "[generate] max_tokens is not an option of generate; did you mean max-tokens?"),
+        ("[generate]\nmodel = 'x'", "[generate] model is not an option"),
         ("[generate]\ntemperature = 'hot'", '[generate] temperature is "hot"; it must be a number'),
         ("[generate]\ntemperature = true", "[generate] temperature is true; it must be a number"),
         ("[generate]\nmax-tokens = 1.5", "[generate] max-tokens is 1.5; it must be a whole number"),
@@ -88,9 +88,9 @@ def test_help_shows_the_default_in_force(invoke: Invoke, write: Write) -> None:
         ("[generate]\ndtype = 'float8'", "[generate] dtype: 'float8' is not one of"),
         ("[generate]\nseed = 'x'", "[generate] seed: seed is 'x'; it must be an integer"),
         ("[generate]\ntemp = 1\ntemperature = 1", "[generate] temperature is set twice"),
-        ("[generate.sampling]\ntemperature = 1", "[generate] sampling is no option"),
+        ("[generate.sampling]\ntemperature = 1", "[generate] sampling is not an option"),
         ("[genrate]\nx = 1", "there is no command [genrate]; did you mean generate?"),
-        ("temperature = 1", "temperature is in no table; write it below the command's name, such as [chat]"),
+        ("temperature = 1", "temperature is outside any table; write it under the name of a command, such as [chat]"),
         ("[generate", "is not TOML: "),
     ],
 )

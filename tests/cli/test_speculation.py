@@ -34,7 +34,7 @@ def test_text_is_the_same_and_json_says_what_was_accepted(
 def test_the_stats_line_tells_tokens_a_forward(invoke: Invoke, quantised: Path) -> None:
     result = invoke("generate", quantised, "-p", PROMPT, "-n", 24, "--speculate", "lookup")
     assert "speculation: " in result.stderr
-    assert " tokens a forward" in result.stderr
+    assert " tokens per forward pass" in result.stderr
     assert "speculation" not in invoke("generate", quantised, "-p", PROMPT, "-n", 24).stderr
 
 
@@ -45,7 +45,7 @@ def test_chat_speculates(invoke: Invoke, quantised: Path) -> None:
         result = invoke(*talk, *flags, input="Hello, hello, hello\n/stats\n")
         assert result.exit_code == 0
         assert result.stdout == plain.stdout
-        assert "tokens a forward" in result.stderr
+        assert "tokens per forward pass" in result.stderr
 
 
 def test_a_drafts_memory_is_part_of_the_budget(invoke: Invoke, quantised: Path) -> None:

@@ -34,15 +34,15 @@ def test_a_conversion_stays_when_its_upload_fails(short: Path, tmp_path: Path, i
     assert done.exit_code == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert "run `hf auth login`" in line
-    assert f"mlx-mixtral upload {tmp_path / 'mlx'} me/model tries again" in line
+    assert f"mlx-mixtral upload {tmp_path / 'mlx'} me/model" in line
     assert verify(tmp_path / "mlx").ok
 
 
 @pytest.mark.parametrize(
     ("options", "message", "status"),
     [
-        (["--public"], "give --upload owner/name", 2),
-        (["--upload", "me/model", "--dry-run"], "leave one of them out", 2),
+        (["--public"], "add --upload owner/name", 2),
+        (["--upload", "me/model", "--dry-run"], "leave out one of them", 2),
         (["--upload", "model"], "write owner/name", 2),
     ],
 )

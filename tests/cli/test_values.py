@@ -42,7 +42,7 @@ def test_every_option_whose_value_is_a_path_is_one() -> None:
 def test_an_empty_path_is_an_error(command: str, parameter: click.Parameter) -> None:
     with (
         click.Context(click.Command(command)) as ctx,
-        pytest.raises(InvalidRequestError, match="is an empty name; give a f"),
+        pytest.raises(InvalidRequestError, match="has an empty name; give a f"),
     ):
         parameter.type.convert("", parameter, ctx)
 

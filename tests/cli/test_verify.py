@@ -53,7 +53,7 @@ def test_json_is_the_report(invoke: Invoke, damaged: Path, quantised: Path) -> N
     ("name", "words"),
     [
         ("good.gguf", "convert it first: mlx-mixtral convert"),
-        ("model.safetensors", "is a file, and a whole converted folder is verified; give the folder"),
+        ("model.safetensors", "is a file, but only whole converted folders can be verified; give the folder"),
     ],
 )
 def test_a_file_is_told_what_to_do_instead(invoke: Invoke, tmp_path: Path, name: str, words: str) -> None:

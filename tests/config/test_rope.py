@@ -250,7 +250,7 @@ def test_a_missing_parameter_is_named(kind: str, given: dict[str, Any], absent: 
 
 @pytest.mark.parametrize("kind", ["mrope", "ntk", "", None, 3, ["yarn"], {}])
 def test_an_unknown_kind_is_named(kind: Any) -> None:
-    with pytest.raises(ConfigError, match="is not supported; known are default, linear") as caught:
+    with pytest.raises(ConfigError, match="is not supported; supported kinds are default, linear") as caught:
         RopeConfig.from_hf({"rope_scaling": {"rope_type": kind, "factor": 2.0}}, 1e4, 64)
     assert repr(kind) in str(caught.value)
 

@@ -152,7 +152,7 @@ def test_a_tokenizer_that_cannot_be_used_is_noted(
         (source / name).write_bytes(content)
     report = convert(source, tmp_path / "out", dry_run=dry_run)
     (found,) = report.notes
-    assert re.fullmatch(f"{note}; the result will take token ids only", found)
+    assert re.fullmatch(f"{note}; the result will accept only token ids", found)
     assert "/tmp" not in found
     assert report.to_dict()["notes"] == [found]
 

@@ -65,7 +65,7 @@ def test_an_interruption_keeps_finished_layers_and_the_same_call_goes_on(
 ) -> None:
     with pytest.raises(type(error)) as caught:
         convert(source, tmp_path / "out", progress=stop_at(layers * STEPS + 8, error))
-    assert caught.value.__notes__[-1] == f"the same command goes on from layer {layers + 1} of {LAYERS}"
+    assert caught.value.__notes__[-1] == f"repeat the command to continue from layer {layers + 1} of {LAYERS}"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "source"]
     assert sorted(hashes(tmp_path / ".out.partial")) == sorted([JOURNAL, *shards(*range(1, layers + 1))])
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").iterdir()}
@@ -108,11 +108,11 @@ def test_cancelling_is_an_interruption(tmp_path: Path, source: Path, expected: d
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"recipe": Recipe(3)}, "recipe.bits 4, this one has 3"),
-        ({"recipe": Recipe(4, 32)}, "recipe.group_size 64, this one has 32"),
+        ({"recipe": Recipe(3)}, "recipe.bits 4, but this one has 3"),
+        ({"recipe": Recipe(4, 32)}, "recipe.group_size 64, but this one has 32"),
         ({"recipe": Recipe(mode="mxfp4")}, "this one has"),
         ({"recipe": Recipe(overrides={"lm_head": False})}, "recipe.overrides.lm_head"),
-        ({"dtype": "float16"}, "dtype bfloat16, this one has float16"),
+        ({"dtype": "float16"}, "dtype bfloat16, but this one has float16"),
     ],
 )
 def test_other_options_are_refused_with_both_values(
@@ -152,10 +152,10 @@ def test_another_source_is_refused_with_both_values(tmp_path: Path, source: Path
     else:
         source = source.rename(tmp_path / "other")
     where = {
-        "weights": r"source\.files\.model\.safetensors\.sha256 [0-9a-f]{64}, this one has [0-9a-f]{64}",
-        "config": r"files\.config\.json [0-9a-f]{64}, this one has [0-9a-f]{64}",
-        "tokenizer": r"files\.tokenizer\.model absent, this one has [0-9a-f]{64}",
-        "name": "source.name source, this one has other",
+        "weights": r"source\.files\.model\.safetensors\.sha256 [0-9a-f]{64}, but this one has [0-9a-f]{64}",
+        "config": r"files\.config\.json [0-9a-f]{64}, but this one has [0-9a-f]{64}",
+        "tokenizer": r"files\.tokenizer\.model absent, but this one has [0-9a-f]{64}",
+        "name": "source.name source, but this one has other",
     }[change]
     with pytest.raises(DestinationError, match=where):
         convert(source, tmp_path / "out")
@@ -163,7 +163,7 @@ def test_another_source_is_refused_with_both_values(tmp_path: Path, source: Path
 
 def test_a_rounding_that_was_left_out_is_called_by_its_name(tmp_path: Path, source: Path) -> None:
     interrupt(source, tmp_path / "out", 2)
-    with pytest.raises(DestinationError, match=r"with recipe\.rounding plain, this one has search;"):
+    with pytest.raises(DestinationError, match=r"with recipe\.rounding plain, but this one has search;"):
         convert(source, tmp_path / "out", recipe=Recipe(rounding="search"))
 
 
@@ -235,7 +235,7 @@ def test_a_bad_source_leaves_nothing_even_after_finished_layers(tmp_path: Path, 
         if kind == "changed" and at.layer == 1:
             os.utime(source / "model.safetensors", ns=(1, 1))
 
-    error, words = (NonFiniteWeightsError, EXPERT) if kind == "nan" else (ConversionError, "it was written to")
+    error, words = (NonFiniteWeightsError, EXPERT) if kind == "nan" else (ConversionError, "it was modified")
     with pytest.raises(error, match=words):
         convert(source, tmp_path / "out", progress=touch)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -248,7 +248,7 @@ def test_a_source_that_went_away_is_an_interruption(tmp_path: Path, source: Path
         if at.layer == 2 and weights.exists():
             weights.rename(away)
 
-    with pytest.raises(ConversionError, match="cannot be read any more"):
+    with pytest.raises(ConversionError, match="can no longer be read"):
         convert(source, tmp_path / "out", progress=unplug)
     away.rename(weights)
     assert convert(source, tmp_path / "out").resumed_layers == 2
@@ -324,7 +324,7 @@ def test_room_is_asked_only_for_what_is_left(tmp_path: Path, source: Path, monke
     done = sum((tmp_path / ".out.partial" / name).stat().st_size for name in shards(1, 2, 3))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - done - 1))
-    with pytest.raises(DiskSpaceError, match="free some room"):
+    with pytest.raises(DiskSpaceError, match="free some space"):
         convert(source, tmp_path / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - done))
     assert convert(source, tmp_path / "out").resumed_layers == 3

@@ -127,7 +127,7 @@ def test_killed_at_each_step_of_the_end(
     killed = _converted(source, tmp_path / "out", last - from_the_end)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     if (tmp_path / "out").exists():
-        with pytest.raises(DestinationError, match="finished conversion already"):
+        with pytest.raises(DestinationError, match="already a finished conversion"):
             convert(source, tmp_path / "out")
     else:
         assert convert(source, tmp_path / "out").resumed_layers == LAYERS

@@ -191,7 +191,7 @@ def test_load_compares_hashes_on_request(folder: Path, damage: Callable[[Path], 
 
 def test_verifying_what_has_no_hashes_is_refused(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", dtype="F32")
-    with pytest.raises(CheckpointError, match=r"has no conversion\.json to verify it by"):
+    with pytest.raises(CheckpointError, match=r"has no conversion\.json to verify it with"):
         load(source, verify=True)
     assert load(source).logits([1, 2]).dtype == mx.float32
 
@@ -204,7 +204,7 @@ def test_an_edited_configuration_is_no_damage(folder: Path) -> None:
     assert (report.ok, report.weights_ok, report.edited) == (False, True, ("config.json",))
     assert "was changed after the conversion" in report.problems[0].problem
     with pytest.raises(
-        CheckpointError, match=r"config\.json: was changed after .* load without verifying if it was on purpose"
+        CheckpointError, match=r"config\.json: was changed after .* load without verifying if the change was intended"
     ):
         load(folder, verify=True)
     with load(folder) as model:

@@ -271,7 +271,7 @@ def _altered_weights(patch: Patch) -> None:
 
 
 BROKEN: list[tuple[str, str, str, Callable[[Patch], None]]] = [
-    ("in-place fill", "a copy instead of the memory", "the device sums 0, ", _copying_bytes_of),
+    ("in-place fill", "a copy instead of the memory", "the device computes the sum 0; ", _copying_bytes_of),
     (
         "fused products",
         "1% off",
@@ -288,7 +288,7 @@ BROKEN: list[tuple[str, str, str, Callable[[Patch], None]]] = [
     (
         "long products",
         "rows that depend on their number",
-        "rows of a product differ with those beside them",
+        "rows of a product depend on the rows next to them",
         _blas_by_rows,
     ),
     ("gathered products", "1% off", "gather_qmm 2-bit g64: relative error 1", lambda p: _scaled(p, "gather_qmm")),
@@ -318,8 +318,8 @@ BROKEN: list[tuple[str, str, str, Callable[[Patch], None]]] = [
         "128 pairs over 8 experts are not sorted",
         lambda p: p.setattr(checks_module, "gathers_sorted", lambda pairs, experts: False),
     ),
-    ("slots from disk", "the next slot", "experts in other slots give other products", _wrong_slot),
-    ("slots from disk", "a row not read", "experts in other slots give other products", _rows_one_off),
+    ("slots from disk", "the next slot", "experts in other slots give different products", _wrong_slot),
+    ("slots from disk", "a row not read", "experts in other slots give different products", _rows_one_off),
     ("resident against streamed", "another slot", "logits differ by up to", _wrong_slot_of_a_pool),
     ("resident against streamed", "wrong expert read", "logits differ by up to", _neighbour_read),
     (
@@ -372,7 +372,7 @@ BROKEN: list[tuple[str, str, str, Callable[[Patch], None]]] = [
     ),
     ("decode step", "a position too far", "steps with plain numbers: relative error", _later_positions),
     ("decode step", "keys in the wrong columns", "steps with a full ring with sinks: relative error", _ring_one_off),
-    ("decode step", "a copy of the cache", "it is copied, not written in place", _copied_caches),
+    ("decode step", "a copy of the cache", "the cache is copied, not written in place", _copied_caches),
     ("recorded logits", "wrong rows", "of a text of 64 tokens read at once, ", _wrong_rows_of_groups),
     ("recorded logits", "other weights", "nats from the recorded logits; at most 1e-07", _altered_weights),
 ]
@@ -396,7 +396,7 @@ def test_a_check_fails_when_its_property_is_broken(
     ("change", "said"),
     [
         (_altered_logits, "nats from the recorded logits; at most 1e-07"),
-        (_altered_greedy, "greedy tokens part from the recorded ones after 23 of 24"),
+        (_altered_greedy, "greedy tokens diverge from the recorded ones after 23 of 24"),
     ],
 )
 def test_the_whole_model_is_held_to_the_recording(

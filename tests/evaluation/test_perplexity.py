@@ -215,7 +215,7 @@ def test_a_journal_of_something_else_is_refused_and_kept(tmp_path: Path) -> None
     place = tmp_path / "j"
     EvaluationJournal(place, {"model": "a", "window": 64}).add("model", [(0, {})])
     before = place.read_bytes()
-    with pytest.raises(DestinationError, match=r"window 64, this one has 32.*--restart"):
+    with pytest.raises(DestinationError, match=r"window 64, but this one has 32.*--restart"):
         EvaluationJournal(place, {"model": "a", "window": 32})
     assert place.read_bytes() == before
     assert EvaluationJournal(place, {"model": "a", "window": 32}, restart=True).get("model", 0) is None
@@ -229,14 +229,14 @@ def test_a_reference_of_something_else_is_refused(model: Mixtral, tmp_path: Path
     place = tmp_path / "ref"
     evaluate(model, TEXTS[:1], window=64, save_reference=place, top_k=4)
     for texts, window, message in (
-        (TEXTS[1:2], 64, r"made on another text: \d+ tokens, this one has \d+"),
+        (TEXTS[1:2], 64, r"made from another text: \d+ tokens, but this one has \d+"),
         ([Text("en", "en.txt", TEXTS[0].text[:-1] + "!")], 64, "another text"),
         (TEXTS[:1], 32, "made with window 64 and stride 64, not 32 and 32; give --window 64 --stride 64"),
     ):
         with pytest.raises(InvalidRequestError, match=message):
             evaluate(model, texts, window=window, reference=place)
     corpus = encode_texts(model.tokenizer, TEXTS[:1])
-    with pytest.raises(InvalidRequestError, match=r"has another vocabulary: 4096, the model's has 32000"):
+    with pytest.raises(InvalidRequestError, match=r"has another vocabulary: 4096, while the model's has 32000"):
         Reference(place).header.check_text(corpus, 32000, 64, 64, place)
     (tmp_path / "text").write_text("no")
     for path in (tmp_path / "text", tmp_path / "none", tmp_path):

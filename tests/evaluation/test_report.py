@@ -80,7 +80,7 @@ def test_every_row_is_as_long_as_its_header() -> None:
         assert len(rows) > 1
         assert {len(row) for row in rows} == {len(rows[0])}
     assert by_header(markdown, "depth of the key")[1:] == [["0%", "100%", "25%"], ["100%", "50%", "0%"]]
-    assert "44% of all cases; 4 prompts a cell, seed 7" in markdown
+    assert "44% of all cases; 4 prompts per cell, seed 7" in markdown
     assert by_header(markdown, "tokens of context")[1:] == [["1–32", "500", "20.0 ± 1.0"], ["33–64", "500", "9"]]
 
 
@@ -117,12 +117,12 @@ def test_a_conversion_tells_source_recipe_and_worst_tensors() -> None:
     assert "- Source: org/model\\_1, revision abc\n" in markdown
     assert (
         "- Recipe: 4 bits in groups of 64, rounded by gptq, with a calibration (sha256 0123456789ab…); otherwise "
-        "\\*.o\\_proj: 6 bits in groups of 32, lm\\_head: not quantised; scales, norms and what is not packed in float16\n"
+        "\\*.o\\_proj: 6 bits in groups of 32, lm\\_head: not quantised; scales, norms and unquantised weights in float16\n"
     ) in markdown
     worst = by_header(markdown, "tensor")
     assert [row[0] for row in worst[1:]] == [f"layers.{n}.o_proj" for n in (8, 7, 6, 5, 4)]
     assert worst[1] == ["layers.8.o_proj", "4-bit g64", "8.00%"]
-    assert "No conversion.json" in section(contents(), set())
+    assert "There is no conversion.json" in section(contents(), set())
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,10 @@ def test_places_without_texts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for paths, message in (
         ([], "no text was given"),
-        ([tmp_path / "none.txt"], r"none\.txt is not there"),
-        ([f"x={tmp_path / 'none'}"], r"none is not there"),
+        ([tmp_path / "none.txt"], r"none\.txt does not exist"),
+        ([f"x={tmp_path / 'none'}"], r"none does not exist"),
         (["=a.txt"], "not NAME=PATH"),
-        (["x" * 5000], "is not there"),
+        (["x" * 5000], "does not exist"),
         ([tmp_path / "empty"], "has no texts"),
         ([file, tmp_path], "given twice"),
     ):

@@ -69,7 +69,7 @@ def test_the_default_window_is_the_context_or_2048() -> None:
     with pytest.raises(ContextLengthError):
         check_window(1025, None, 1024)
     assert check_window(None, None, 32768, 512) == (512, 512)
-    with pytest.raises(ContextLengthError, match="holds KV cache for 512: reserve more"):
+    with pytest.raises(ContextLengthError, match="holds a KV cache for 512: reserve more"):
         check_window(513, None, 32768, 512)
     with pytest.raises(InvalidRequestError):
         check_window(True, None, 1024)

@@ -1,4 +1,4 @@
-"""Another number of experts a token than the checkpoint's: the network of mlx-lm told the same, and budgets that follow."""
+"""Another number of experts per token than the checkpoint's: the network of mlx-lm told the same, and budgets that follow."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_optimal_gives_up_what_is_needed_last() -> None:
 
 def test_policies_are_made_by_name() -> None:
     assert {name: type(make_policy(name)) for name in POLICIES} == {"lru": LRU, "lfu": LFU}
-    with pytest.raises(InvalidRequestError, match="'fifo' is not known; known are lru, lfu"):
+    with pytest.raises(InvalidRequestError, match="'fifo' is unknown; use one of lru, lfu"):
         make_policy("fifo")
 
 

@@ -267,12 +267,12 @@ def test_a_budget_below_the_least_names_it_and_its_parts(folder: Path, whole: Mi
     least = budget(whole, 0.0)
     load(folder, memory=least).close()
     with pytest.raises(
-        MemoryBudgetError, match=r"too small: the least is .* of weights.* KV cache for .* working memory"
+        MemoryBudgetError, match=r"too small: the minimum is .* of weights.* KV cache for .* working memory"
     ):
         load(folder, memory=least - 1)
     with pytest.raises(MemoryBudgetError) as caught:
         load(folder, memory="1MB")
-    named = str(caught.value).split("the least is ")[1].split(":")[0]
+    named = str(caught.value).split("the minimum is ")[1].split(":")[0]
     load(folder, memory=named.replace(" ", "")).close()
 
 
@@ -337,7 +337,9 @@ def test_a_file_that_changes_is_an_error_and_never_wrong_text(tmp_path: Path, fo
             else:
                 status = file.stat()
                 os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1000))
-        with pytest.raises(CheckpointError, match=r"safetensors (is gone|was replaced|has \d+ bytes|was written to)"):
+        with pytest.raises(
+            CheckpointError, match=r"safetensors (is no longer there|was replaced|has \d+ bytes|was modified)"
+        ):
             model.generate([1, *range(200, 240)], max_tokens=32)
         for file in copy.glob("*.aside"):
             file.rename(file.with_suffix(".safetensors"))
@@ -369,7 +371,7 @@ def test_a_file_written_to_while_it_is_read_is_not_used(
             return loading
 
         monkeypatch.setattr(store, "start", garbled)
-        with pytest.raises(CheckpointError, match="was written to since"):
+        with pytest.raises(CheckpointError, match="was modified since"):
             model.generate([1], max_tokens=12)
         monkeypatch.setattr(store, "start", start)
         for file, status in untouched.items():
@@ -455,7 +457,7 @@ def test_a_file_that_changes_while_a_layer_is_filled_leaves_it_streaming(
         if moment == "before":
             touch()
         monkeypatch.setattr("mlx_mixtral.experts.residency.fill", fill_then_touch)
-        with pytest.raises(CheckpointError, match="was written to since the model was loaded"):
+        with pytest.raises(CheckpointError, match="was modified since the model was loaded"):
             model.set_memory("1GB")
         assert len(filled) == (LAYERS if moment == "during" else 0)
         assert model.residency.is_streamed

@@ -85,7 +85,7 @@ def test_lfu_curves_are_simulated() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="known are lru, lfu"):
+    with pytest.raises(InvalidRequestError, match="use one of lru, lfu"):
         hit_rates(published_trace(1, 8, 2, tokens=4), "random")
 
 
@@ -162,7 +162,7 @@ GOOD = np.array([[[0, 1]], [[2, 1]]], np.uint16)
         (GOOD[0], 4, (), "uint16"),
         (GOOD[:0], 4, (), "uint16"),
         (GOOD, 2, (), "names expert 2"),
-        (GOOD, 1, (), "cannot be of 1 experts"),
+        (GOOD, 1, (), "cannot have 1 experts"),
         (GOOD, 10**6, (), "at most 256"),
         (GOOD[:, :, [0, 0]], 4, (), "chose one expert twice"),
         (GOOD, 4, (1, 1), "must ascend"),

@@ -106,7 +106,7 @@ def test_a_width_that_no_group_divides_stays_as_it_is(
     recipe = Recipe(options["bits"] or 4, options["group_size"], options.get("mode", "affine"))
     report = convert(tmp_path / "source", tmp_path / "ours", recipe=recipe)
     assert "unquantised" in report.notes[0]
-    assert "no group of weights divides rows of 344" in report.notes[0]
+    assert "no group size divides rows of 344" in report.notes[0]
     packed = [{n for n in Checkpoint(tmp_path / x) if n.endswith(".scales")} for x in ("ours", "theirs")]
     assert packed[0] == {name for name in packed[1] if not name.endswith(".gate.scales")}
     assert not any("down_proj" in name for name in packed[0]) or widths["hidden_size"] == 344

@@ -97,7 +97,7 @@ def test_another_error_is_seen_where_the_model_cannot_be_closed(short: Path) -> 
     held: list[ExitStack] = []
     with pytest.raises(LookupError) as raised:
         leave(LookupError("the user's own"))
-    assert any("was not closed: this model is already generating" in note for note in raised.value.__notes__)
+    assert any("could not be closed: this model is already generating" in note for note in raised.value.__notes__)
     with pytest.raises(BusyError):
         leave(None)
     for busy in held:

@@ -143,7 +143,7 @@ def test_front_ends_use_nothing_private_of_it(name: str) -> None:
 
 
 def test_a_model_says_what_it_is(model: Mixtral) -> None:
-    assert repr(model).startswith("<Mixtral: 6 layers, 8 experts, 2 a token; 33.7 MB of weights in memory; ")
+    assert repr(model).startswith("<Mixtral: 6 layers, 8 experts, 2 per token; 33.7 MB of weights in memory; ")
     shown = repr(model.module)
     assert "(embed_tokens): Linear(4096 x 128, mlx.core.float32)" in shown
     assert "(down): StackedLinear(8 x 128 x 384, mlx.core.float32)" in shown

@@ -323,7 +323,7 @@ def test_a_template_that_writes_nothing_is_an_error(tiny: Path, tmp_path: Path) 
     folder = tmp_path / "copy"
     shutil.copytree(tiny, folder)
     (folder / "chat_template.jinja").write_text("{{ '' }}")
-    with load(folder) as model, pytest.raises(ChatTemplateError, match="makes nothing of these messages"):
+    with load(folder) as model, pytest.raises(ChatTemplateError, match="returns nothing for these messages"):
         model.chat([{"role": "user", "content": "Hi"}])
 
 

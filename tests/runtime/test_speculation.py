@@ -165,7 +165,7 @@ def test_a_draft_with_other_pieces_is_refused_by_the_first_that_differs(
     with load(other) as draft:
         with pytest.raises(InvalidRequestError) as refused:
             model.generate(PROMPT, max_tokens=4, speculation=drafted(draft))
-        assert str(refused.value).startswith(f"token 700 is {second!r} to the draft and {first!r} to the model")
+        assert str(refused.value).startswith(f"token 700 is {second!r} in the draft model and {first!r} in the model")
     assert model.generate(PROMPT, max_tokens=1).token_ids
 
 

@@ -192,5 +192,5 @@ def test_a_piece_that_is_not_utf_8_is_refused_at_load(make_folder: FolderMaker, 
     folder = make_folder("tiny")
     path = folder / "tokenizer.model"
     path.write_bytes(path.read_bytes() + bytes([0x0A, 6, 0x0A, 2, 0x80, 0x80, 0x18, kind]))
-    with pytest.raises(TokenizerError, match=r"not UTF-8|is broken or cut off"):
+    with pytest.raises(TokenizerError, match=r"not UTF-8|is damaged or truncated"):
         load_tokenizer(folder)

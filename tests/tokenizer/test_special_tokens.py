@@ -197,7 +197,7 @@ def test_what_keeps_a_text_from_ending_is_a_note(make_folder: FolderMaker) -> No
     loaded = open_folder(make_folder("tiny", special_tokens_map={"eos_token": "<|im_end|>"}))
     assert loaded.eos_token_ids == {2}
     (note,) = loaded.notes
-    assert "eos_token is '<|im_end|>', which the vocabulary does not have; generation stops at </s>" in note
+    assert "eos_token is '<|im_end|>', which is not in the vocabulary; generation stops at </s>" in note
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     spec = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "decoder": byte_level}
     endless = load_tokenizer(make_folder(None, tokenizer=spec))

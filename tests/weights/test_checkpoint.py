@@ -120,7 +120,7 @@ def test_a_tensor_that_its_file_does_not_have_is_named(sharded: Path) -> None:
 @pytest.mark.parametrize("weight_map", [None, {}, [], "a", 3, [["a", "b"]]])
 def test_an_index_without_a_weight_map_is_refused(sharded: Path, weight_map: Any) -> None:
     _index(sharded, weight_map)
-    with pytest.raises(CheckpointError, match="there is no weight_map"):
+    with pytest.raises(CheckpointError, match="weight_map is missing"):
         Checkpoint(sharded)
 
 
@@ -179,7 +179,7 @@ def test_without_an_index_a_missing_shard_is_named(tmp_path: Path, missing: int)
     for number in {1, 2, 3} - {missing}:
         _save(tmp_path / f"model-{number:05}-of-00003.safetensors", **{f"t{number}": A})
     with pytest.raises(
-        CheckpointError, match=f"model-0000{missing}-of-00003.safetensors is missing, one of the 3 files"
+        CheckpointError, match=f"model-0000{missing}-of-00003.safetensors is missing; it is one of the 3 files"
     ):
         Checkpoint(tmp_path)
 
@@ -223,7 +223,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("model.gguf", r"holds a GGUF file \(model\.gguf\), to be converted first: mlx-mixtral convert "),
+        ("model.gguf", r"holds a GGUF file \(model\.gguf\), which must be converted first: mlx-mixtral convert "),
         ("consolidated.00.pth", "holds Mistral's own files"),
         ("weights.0.npz", "holds files of MLX's first examples"),
         ("pytorch_model-00001-of-00002.bin", "holds PyTorch files"),
@@ -239,7 +239,9 @@ def test_weights_that_only_the_converter_reads_are_named(tmp_path: Path, name: s
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "model.safetensors", "weights.00.safetensors"])
 def test_mistrals_own_names_are_sent_to_the_converter(tmp_path: Path, name: str) -> None:
     _save(tmp_path / name, **{"tok_embeddings.weight": A})
-    with pytest.raises(CheckpointError, match=f"Mistral's own .*{name}.*, to be converted first: mlx-mixtral convert"):
+    with pytest.raises(
+        CheckpointError, match=f"Mistral's own .*{name}.*, which must be converted first: mlx-mixtral convert"
+    ):
         Checkpoint(tmp_path)
 
 

@@ -306,5 +306,5 @@ def test_a_name_that_is_there_twice_is_refused(make: Callable[[bytes], Path]) ->
     """Which of them wins differs from reader to reader."""
     one = json.dumps(_one())[1:-1]
     raw = f"{{{one}, {one}}}".encode()
-    with pytest.raises(CheckpointError, match="the key 'a' is there twice"):
+    with pytest.raises(CheckpointError, match="the key 'a' occurs twice"):
         read_header(make(struct.pack("<Q", len(raw)) + raw + b"1234"))

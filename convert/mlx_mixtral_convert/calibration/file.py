@@ -30,7 +30,7 @@ __all__ = ["Calibration", "Losses", "identity"]
 # Those of 8x22B have 50 MB.
 MAX_FILE_BYTES = 2**29
 
-# group of matrices -> packing ("4-bit g64") -> predicted mean KL in nats a token
+# group of matrices -> packing ("4-bit g64") -> predicted mean KL in nats per token
 Losses = Mapping[str, Mapping[str, float]]
 
 
@@ -106,34 +106,40 @@ class Calibration:
                 "the calibration file was measured on another model; make one for this checkpoint with mlx-mixtral calibrate"
             )
         if self.tokens.max() >= source.config.vocab_size:
-            raise ConversionError("the calibration file has tokens that this model does not have; make one for it")
+            raise ConversionError(
+                "the calibration file has tokens that this model does not have; make one for this model"
+            )
         missing = [
             m.path
             for m in matrices(source.config)
             if _needed(m.part) and getattr(self.mean_squares.get(input_name(m)), "shape", None) != _squares_shape(m)
         ]
         if missing and not source.config.tie_word_embeddings:
-            raise ConversionError(f"the calibration file has nothing about {missing[0]}")
+            raise ConversionError(f"the calibration file has no statistics for {missing[0]}")
 
     def _check(self, path: str | Path) -> None:
         """Raise CheckpointError for what ``save`` cannot have written."""
         tokens, losses = self.tokens, self.losses
         if tokens.dtype != np.int32 or tokens.ndim != 2 or not tokens.size or tokens.min() < 0:
-            raise CheckpointError(f"calibration file {path} is damaged: its tokens are no token ids")
+            raise CheckpointError(f"calibration file {path} is damaged: its tokens are not token ids")
         if self.mean_squares.keys() != self.routed.keys():
-            raise CheckpointError(f"calibration file {path} is damaged: counts and mean squares are of other matrices")
+            raise CheckpointError(
+                f"calibration file {path} is damaged: counts and mean squares belong to other matrices"
+            )
         for name, squares in self.mean_squares.items():
             routed = self.routed[name]
             shapes = squares.dtype == np.float32 and squares.ndim == 2 and routed.dtype == np.int64
             if not shapes or routed.shape != squares.shape[:1]:
                 raise CheckpointError(f"calibration file {path} is damaged: {name[:200]} has another shape or type")
             if not (np.isfinite(squares) & (squares >= 0)).all() or (routed < 0).any():
-                raise CheckpointError(f"calibration file {path} is damaged: {name[:200]} has values that no input has")
+                raise CheckpointError(
+                    f"calibration file {path} is damaged: {name[:200]} has values that no input can have"
+                )
         if not isinstance(self.identity, str) or not isinstance(losses, dict):
-            raise CheckpointError(f"calibration file {path} is damaged: its header says nothing of a model")
+            raise CheckpointError(f"calibration file {path} is damaged: its header does not describe a model")
         for group in losses.values():
             if not isinstance(group, dict) or not all(is_number(loss) and np.isfinite(loss) for loss in group.values()):
-                raise CheckpointError(f"calibration file {path} is damaged: its losses are no numbers")
+                raise CheckpointError(f"calibration file {path} is damaged: its losses are not numbers")
 
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
         named: dict[str, npt.NDArray[Any]] = {"tokens": self.tokens}

@@ -93,7 +93,9 @@ def calibrate(
         )
     check_type("trace", trace, (RoutingTrace, str, Path, type(None)), "a RoutingTrace, its file, or None")
     if trace is not None and not sensitivities:
-        raise InvalidRequestError("a trace weighs sensitivities, which are not measured; ask for them, or leave it out")
+        raise InvalidRequestError(
+            "a trace only affects sensitivities, which are not measured; measure them, or leave it out"
+        )
     place = None if save is None else check_place(save, source)
     recorded = RoutingTrace.load(as_path("trace", trace)) if isinstance(trace, (str, Path)) else trace
     folder = named.resolve()
@@ -136,7 +138,8 @@ def _check_trace(trace: RoutingTrace, config: MixtralConfig) -> None:
     own = (config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok)
     if (layers, trace.num_experts, per_token) != own:
         raise InvalidRequestError(
-            f"the trace is of {layers} layers with {per_token} of {trace.num_experts} experts a token, the model has {own[0]} "
+            f"the trace is of {layers} layers with {per_token} of {trace.num_experts} experts per token, the "
+            f"model has {own[0]} "
             f"with {own[2]} of {own[1]}; record one of this model with mlx-mixtral routing --save-trace"
         )
 

@@ -1,4 +1,4 @@
-"""What each group of matrices costs at each packing, in nats a token: predicted KL to the full-precision model.
+"""What each group of matrices costs at each packing, in nats per token: predicted KL to the full-precision model.
 
 Groups are what a recipe packs alike: in every layer q, k and v; o; the experts' gate and up; their down; then the embedding
 and the head. Two things are measured, on a few sequences, while the text passes through the layers:
@@ -46,7 +46,7 @@ from mlx_mixtral_convert.sources.base import TensorSource
 
 __all__ = ["CANDIDATES", "REFERENCE_BITS", "Sensitivity", "candidates_for", "expert_weights", "group_of"]
 
-# From 2.25 to 8.5 bits a weight; finer groups of few bits fill the gaps.
+# From 2.25 to 8.5 bits per weight; finer groups of few bits fill the gaps.
 CANDIDATES = tuple(
     QuantizationSpec(bits, group)
     for bits, group in (
@@ -257,7 +257,7 @@ class Sensitivity:
                 self.uniform.expert(key, expert, *held)
 
     def finish(self, walk: Walk) -> tuple[dict[str, dict[str, float]], dict[str, list[list[float]]]]:
-        """Predicted KL of every group and packing, in nats a token, and the measured one of the uniform models."""
+        """Predicted KL of every group and packing, in nats per token, and the measured one of the uniform models."""
         batch = len(self.tokens)
         final = walk.final_norm(self.states)
         head = list(matrices(self.config))[0 if self.config.tie_word_embeddings else -1]

@@ -17,7 +17,7 @@ from mlx_mixtral.config.layout import Matrix
 __all__ = ["HESSIAN_COLUMNS", "InputSum", "hessian_blocks", "input_name"]
 
 Floats = npt.NDArray[np.float32]
-# Second moments are kept in blocks of at most this many columns: 8x7B's down matrices would need 0.8 GB an expert otherwise.
+# Second moments are kept in blocks of at most this many columns: 8x7B's down matrices would need 0.8 GB per expert otherwise.
 HESSIAN_COLUMNS = 1024
 _SHARED = {"q_proj": "q_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 

@@ -70,7 +70,7 @@ class Unfinished:
             header = json.loads(loaded[1][KEY])
         except (RuntimeError, ValueError, KeyError, OSError, RecursionError) as error:
             raise DestinationError(
-                f"{self.path} is not the journal of a calibration; move it away, or give another file to write"
+                f"{self.path} is not the journal of a calibration; move it, or give another file to write"
             ) from error
         if self.restart:
             self._written = True  # and goes when the new one is saved
@@ -78,7 +78,7 @@ class Unfinished:
         if (known := header["identity"]) != self.identity:
             name = next(name for name in self.identity if known.get(name) != self.identity[name])
             raise DestinationError(
-                f"{self.path} has an unfinished calibration with other {name}; go on with that one, or start afresh with "
+                f"{self.path} has an unfinished calibration with other {name}; continue that one, or start over with "
                 "--restart"
             )
         self._written = True
@@ -131,7 +131,7 @@ class Unfinished:
         if error is not None and is_bad_input(error):
             self.remove()
         elif error is not None and self._written:
-            error.add_note(f"finished layers are kept in {self.path}; the same command goes on from there")
+            error.add_note(f"finished layers are kept in {self.path}; repeat the command to continue from there")
 
 
 def digest_of(array: Any) -> str:

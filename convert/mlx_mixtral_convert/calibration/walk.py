@@ -45,7 +45,7 @@ def _check_memory(source: TensorSource, tokens: int) -> None:
     usable = usable_bytes(current_device(), read_system_memory())
     if usable is not None and needed > usable:
         raise MemoryBudgetError(
-            f"calibrating on {tokens} tokens takes {format_bytes(needed)} of memory and {format_bytes(usable)} are free; "
+            f"calibrating on {tokens} tokens takes {format_bytes(needed)} of memory, and {format_bytes(usable)} is free; "
             "give fewer --tokens, or close other programs"
         )
 

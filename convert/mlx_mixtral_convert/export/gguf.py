@@ -221,11 +221,11 @@ def _padded(nbytes: int) -> int:
 def _notes(config: MixtralConfig, vocabulary: Vocabulary) -> Iterator[str]:
     window = config.sliding_window
     if window is not None and window < config.max_position_embeddings:
-        yield f"the context is cut to {window} tokens: GGUF's llama architecture has no sliding window"
+        yield f"the context is limited to {window} tokens: GGUF's llama architecture has no sliding window"
     if lost := vocabulary.lost_ends:
-        yield f"generation will not stop at {', '.join(map(str, lost))}: GGUF has keys for three stop tokens"
+        yield f"generation will not stop at {', '.join(map(str, lost))}: GGUF can store only three stop tokens"
     if not vocabulary.templates:
-        yield "there is no chat template in the source, so that other programs will guess one"
+        yield "the source has no chat template, so other programs will guess one"
 
 
 def _require_gguf() -> None:

@@ -62,7 +62,9 @@ def rope_factors(config: MixtralConfig) -> npt.NDArray[np.float32] | None:
         _refuse_tuned_yarn(rope)
         return None
     if rope.kind == "longrope" and not _has_one_scale(rope):
-        raise ConfigError("rope scaling 'longrope' with other factors past a length cannot be written to GGUF")
+        raise ConfigError(
+            "rope scaling 'longrope' with different factors past a certain length cannot be written to GGUF"
+        )
     if rope.kind not in ("llama3", "longrope"):
         raise ConfigError(f"rope scaling {rope.kind!r} cannot be written to GGUF; default, linear, yarn and llama3 can")
     scaled = rope.inverse_frequencies(config.head_dim, 1)
@@ -86,7 +88,7 @@ def _refuse_tuned_yarn(rope: RopeConfig) -> None:
         expected = 1 + 0.1 * math.log(given["factor"])
         tuned = ["attention_factor"] if abs(rope.attention_factor() - expected) > 1e-6 else []
     if tuned:
-        raise ConfigError(f"rope scaling 'yarn' with its own {tuned[0]} cannot be written to GGUF")
+        raise ConfigError(f"rope scaling 'yarn' with a custom {tuned[0]} cannot be written to GGUF")
 
 
 def _add_model(writer: GGUFWriter, config: MixtralConfig) -> None:

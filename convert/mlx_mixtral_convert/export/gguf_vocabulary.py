@@ -50,7 +50,7 @@ def read_vocabulary(folder: Path, config: MixtralConfig) -> Vocabulary:
     found = names_like(folder, "tokenizer.model*")
     if not found:
         raise TokenizerError(
-            f"{folder} has no tokenizer.model, and a GGUF file needs one; put the SentencePiece model of this checkpoint there"
+            f"{folder} has no tokenizer.model, which a GGUF file needs; put the SentencePiece model of this checkpoint there"
         )
     settings = read_settings(folder)
     data = read_file(found[0], MAX_TOKENIZER_BYTES, TokenizerError)

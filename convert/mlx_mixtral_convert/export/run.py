@@ -117,7 +117,7 @@ def export(
     if not isinstance(type, str | NoneType) or type not in (None, *TYPES[to]):
         raise InvalidRequestError(f"type {shown(type)} is unknown for {to}; use {', '.join(TYPES[to])}")
     if calibration is not None and to != "gguf":
-        raise InvalidRequestError(f"a calibration chooses no scales for {to}, which is not quantised; leave it out")
+        raise InvalidRequestError(f"a calibration does not affect {to}, which is not quantised; leave it out")
     calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
     path = named.resolve(convertible=True, progress=downloading(progress))
     name, commit = named.origin(path)

@@ -33,7 +33,7 @@ _IGNORED = (".DS_Store",)
 def as_destination(dest: str | Path) -> Path:
     """The path of a destination. Raises InvalidRequestError for an empty name, which would be the current folder."""
     if isinstance(dest, str) and not dest:
-        raise InvalidRequestError("the destination is an empty name; write . for the current folder")
+        raise InvalidRequestError("the destination has an empty name; write . for the current folder")
     return as_path("dest", dest)
 
 
@@ -79,7 +79,7 @@ class Destination(ABC):
         if free < needed_bytes:
             raise DiskSpaceError(
                 f"the {self.job} needs {format_bytes(needed_bytes)} and {self._disk} has {format_bytes(free)} free; "
-                f"free some room, choose another destination or {self.smaller}"
+                f"free some space, choose another destination or {self.smaller}"
             )
 
     def free_bytes(self) -> int:
@@ -164,7 +164,7 @@ class FolderDestination(Destination):
             raise DestinationError(f"{self.path} exists and is a file; give a folder")
         if os.path.ismount(self.path):
             raise DestinationError(
-                f"{self.path} is where a disk is mounted, which a folder cannot be renamed to; give a folder in it, such "
+                f"{self.path} is a mount point, which cannot be replaced; give a folder in it, such "
                 f"as {self.path / 'model'}"
             )
         with disk_errors(self.path):
@@ -179,10 +179,10 @@ class FolderDestination(Destination):
                 f"{self.path} exists and was not made by a conversion (it holds {present[0]}); give another destination"
             )
         if not self._overwrite:
-            raise DestinationError(f"{self.path} is a finished conversion already; replace it with --overwrite")
+            raise DestinationError(f"{self.path} is already a finished conversion; replace it with --overwrite")
         if strangers := sorted(set(present) - self._listed()):
             raise DestinationError(
-                f"{self.path} holds {strangers[0]}, which the conversion there did not write; move it before --overwrite"
+                f"{self.path} holds {strangers[0]}, which that conversion did not write; move it before using --overwrite"
             )
 
     def _listed(self) -> set[str]:
@@ -212,7 +212,7 @@ class FolderDestination(Destination):
                 self._old.rename(self.path)
                 if not self._overwrite:
                     raise DestinationError(
-                        f"{self.path} was left aside by an interrupted run and is back; replace it with --overwrite"
+                        f"{self.path} was moved aside by an interrupted run and has been restored; replace it with --overwrite"
                     )
 
     def _commit(self) -> None:

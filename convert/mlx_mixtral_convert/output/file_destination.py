@@ -28,7 +28,7 @@ class FileDestination(Destination):
         if not self.path.is_file():
             raise DestinationError(f"{self.path} exists and is not a file; give another destination")
         if not self._overwrite:
-            raise DestinationError(f"{self.path} exists already; replace it with --overwrite")
+            raise DestinationError(f"{self.path} already exists; replace it with --overwrite")
         with disk_errors(self.path), self.path.open("rb") as file:
             magic = file.read(len(MAGIC))
         if magic != MAGIC:
@@ -36,7 +36,7 @@ class FileDestination(Destination):
 
     def _open(self) -> int:
         if self.partial.exists() and not self.partial.is_file():
-            raise DestinationError(f"{self.partial} is in the way, and is not a file; move it")
+            raise DestinationError(f"{self.partial} is in the way and is not a file; move it")
         return os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
     def _commit(self) -> None:

@@ -97,7 +97,7 @@ class ConversionJournal:
             return
         with contextlib.suppress(OSError):
             clear_folder(self.folder, {JOURNAL, *self.finished})
-        error.add_note(f"the same command goes on from {self._place()}")
+        error.add_note(f"repeat the command to continue from {self._place()}")
 
     @property
     def kept_bytes(self) -> int:
@@ -165,8 +165,8 @@ def _difference(folder: Path, known: Any, identity: Mapping[str, Any], done: int
     name = next(name for name in (*now, *before) if before.get(name, "absent") != now.get(name, "absent"))
     dest = folder.with_name(folder.name.removeprefix(".").removesuffix(".partial"))
     return (
-        f"{dest} has an unfinished conversion ({done} files done) with {name} {_shown(before, name)}, this one has "
-        f"{_shown(now, name)}; go on with the first, or start afresh with --restart"
+        f"{dest} has an unfinished conversion ({done} files done) with {name} {_shown(before, name)}, but this one has "
+        f"{_shown(now, name)}; continue the first one, or start over with --restart"
     )
 
 

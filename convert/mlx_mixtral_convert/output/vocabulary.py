@@ -48,7 +48,7 @@ def tokenizer_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:
     """What to say about a tokenizer among ``files`` that is absent or cannot be used; nothing about one that can."""
     models = [name for name in files if name.startswith("tokenizer.model")]
     if not models and "tokenizer.json" not in files:
-        return ("there is no tokenizer; the result will take token ids only",)
+        return ("there is no tokenizer; the result will accept only token ids",)
     objects = [name for name in _OBJECTS if name in files]
     try:
         for name in objects:
@@ -61,7 +61,7 @@ def tokenizer_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:
     except MissingDependencyError:
         return ()  # this machine's fault, not the tokenizer's
     except TokenizerError as error:
-        return (f"the tokenizer cannot be used: {error}; the result will take token ids only",)
+        return (f"the tokenizer cannot be used: {error}; the result will accept only token ids",)
     return ()
 
 
@@ -71,7 +71,7 @@ def _check_object(name: str, data: bytes, *, needs_model: bool) -> None:
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
     if needs_model and not isinstance(entries.get("model"), dict):
-        raise TokenizerError(f"{name} does not hold what it should")
+        raise TokenizerError(f"{name} does not have the expected contents")
 
 
 def _sentencepieces(name: str, data: bytes) -> int:

@@ -92,6 +92,6 @@ class ShardWriter:
             with disk_errors(self.path):
                 data = os.pread(self._descriptor, min(READ_BACK_BYTES, end - self._hashed), self._hashed)
             if not data:
-                raise DestinationError(f"{self.path} was cut short by another program while it was written")
+                raise DestinationError(f"{self.path} was truncated by another program while it was being written")
             self._hash.update(data)
             self._hashed += len(data)

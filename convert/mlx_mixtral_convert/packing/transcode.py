@@ -108,7 +108,7 @@ def transcode_floats(raw: Bytes, kind: MicrofloatType, place: str) -> dict[Field
         stream[block] = kind.stream(parts).reshape(-1, columns // 2)
         scales[block] = kind.scales(parts).reshape(-1, scales.shape[1])
     if (scales == 255).any():
-        raise ConversionError(f"{place} has a scale of 2^128, which MLX has no code for; convert without --exact")
+        raise ConversionError(f"{place} has a scale of 2^128, for which MLX has no code; convert without --exact")
     return {"weight": stream.view(np.uint32), "scales": scales}
 
 

@@ -24,7 +24,7 @@ _SHARES = {"qkv": 0.5, "o": 0.5, "gate_up": 0.5, "down": 0.5}
 
 
 def default_losses(config: MixtralConfig) -> Losses:
-    """Predicted KL of every group and packing, in nats a token, as a calibration has them."""
+    """Predicted KL of every group and packing, in nats per token, as a calibration has them."""
     layers = config.num_hidden_layers
     emphasis = [2.0 if index < 2 or index == layers - 1 else 1.0 for index in range(layers)]
     losses: dict[str, dict[str, float]] = {}

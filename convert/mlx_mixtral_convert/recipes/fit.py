@@ -34,7 +34,7 @@ STEPS = 2**17
 
 @dataclass(frozen=True)
 class Fitted:
-    """A recipe, the bytes of its tensors, and the KL predicted for it in nats a token."""
+    """A recipe, the bytes of its tensors, and the KL predicted for it in nats per token."""
 
     recipe: Recipe
     data_bytes: int
@@ -60,7 +60,7 @@ def predicted_kl(
 
 @dataclass(frozen=True)
 class Expected:
-    """KL to the source in nats a token that is to be expected, and its standard error; None where nothing was measured."""
+    """KL to the source in nats per token that is to be expected, and its standard error; None where nothing was measured."""
 
     kl: float
     error: float | None

@@ -24,7 +24,7 @@ def room_for_weights(config: MixtralConfig, device: Device, context: int | None 
     """
     if device.recommended_bytes is None:
         raise InvalidRequestError(
-            "--fit mac asks the GPU of a Mac for its memory, and there is none here; give a size: 20GB"
+            "--fit mac takes the memory size from the GPU of a Mac, but this is not one; give a size, such as 20GB"
         )
     check_type("context", context, (int, type(None)), "a number of tokens")
     tokens = min(DEFAULT_CONTEXT_TOKENS, config.max_context_tokens) if context is None else context
@@ -36,7 +36,7 @@ def room_for_weights(config: MixtralConfig, device: Device, context: int | None 
     room = device.recommended_bytes - cache - WORKING_BYTES
     if room <= 0:
         raise MemoryBudgetError(
-            f"{format_bytes(device.recommended_bytes)} leave no room for a model beside the KV cache of {tokens} tokens, "
+            f"{format_bytes(device.recommended_bytes)} leave no room for a model after the KV cache of {tokens} tokens, "
             f"{format_bytes(cache)}; use a smaller --context"
         )
     return room

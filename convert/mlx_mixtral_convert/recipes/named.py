@@ -41,6 +41,6 @@ def named_recipe(name_or_file: str) -> Recipe:
     file = as_path("recipe", name_or_file)
     if not file.is_file() and file.suffix != ".json":
         raise InvalidRequestError(
-            f"{name_or_file!r} is neither a recipe file nor a named recipe; named are {', '.join(NAMED)}"
+            f"{name_or_file!r} is neither a recipe file nor a named recipe; the named recipes are {', '.join(NAMED)}"
         )
     return Recipe.from_file(file)

@@ -32,7 +32,7 @@ class Recipe:
         Recipe(bits=3, overrides={"*.self_attn.*": {"bits": 6}, "lm_head": None})
 
     Args:
-        bits: bits a weight; None leaves everything unquantised that no override names.
+        bits: bits per weight; None leaves everything unquantised that no override names.
         group_size: weights that share a scale, along the input; the mode's default (affine: 64) when None.
         mode: ``affine`` (1, 2, 3, 4, 5, 6 or 8 bits, groups of 32, 64 or 128), ``mxfp4``, ``nvfp4`` or ``mxfp8``.
         overrides: module path globs (``*.self_attn.*``, ``lm_head``, ``model.layers.0.*``) to a ``QuantizationSpec``, to a
@@ -64,7 +64,9 @@ class Recipe:
             object.__setattr__(self, "bits", QuantizationSpec.make(None, self.group_size, self.mode).bits)
         _ = self.default
         if not isinstance(self.overrides, Mapping) or not all(isinstance(pattern, str) for pattern in self.overrides):
-            raise ConfigError(f"recipe: overrides is {self.overrides!r}; it maps patterns of module paths to packings")
+            raise ConfigError(
+                f"recipe: overrides is {self.overrides!r}; it must map patterns of module paths to packings"
+            )
         for pattern in self.overrides:
             self._override(pattern)
 
@@ -120,7 +122,9 @@ class Recipe:
                 f"recipe: override {pattern!r} is {value!r}; use an object with bits, group_size and mode, or false"
             )
         if unknown := sorted(set(value) - {"bits", "group_size", "mode"}):
-            raise ConfigError(f"recipe: override {pattern!r} has {unknown[0]!r}; known are bits, group_size and mode")
+            raise ConfigError(
+                f"recipe: override {pattern!r} has {unknown[0]!r}; the known keys are bits, group_size and mode"
+            )
         # An override that only names bits means affine ones: the other modes have no choice of bits.
         affine = "bits" in value or "group_size" in value
         mode = value.get("mode", "affine" if affine else self.mode)

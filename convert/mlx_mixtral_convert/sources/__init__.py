@@ -67,7 +67,7 @@ def detect(place: Path | Storage) -> str:
     refuse_adapter(place.folder)
     found = [file.name for file in place.glob("*")][:4]
     raise CheckpointError(
-        f"{place.path} is not a checkpoint that can be converted: there is no config.json"
+        f"{place.path} is not a checkpoint that can be converted: it has no config.json"
         + (f", only {', '.join(found)}" if found else "; it is empty")
     )
 

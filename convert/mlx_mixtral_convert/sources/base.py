@@ -198,11 +198,11 @@ class SourceFiles:
         for path, (size, modified_ns) in self._seen.items():
             now = self._look(path)
             if now != (size, modified_ns):
-                what = f"its size went from {size} to {now[0]} bytes" if now[0] != size else "it was written to"
+                what = f"its size went from {size} to {now[0]} bytes" if now[0] != size else "it was modified"
                 raise ConversionError(f"{path} changed during the conversion ({what}); wait until it is complete")
 
     def _look(self, path: Path) -> tuple[int, int]:
         try:
             return self._storage.look(path)
         except OSError as error:
-            raise ConversionError(f"{path} cannot be read any more: {error.strerror or error}") from error
+            raise ConversionError(f"{path} can no longer be read: {error.strerror or error}") from error

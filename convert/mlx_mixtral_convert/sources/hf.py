@@ -159,7 +159,7 @@ class HuggingFaceSource:
 def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:
     if mlx_entry(entries) is not None:
         raise ConversionError(
-            f"{path} is an MLX checkpoint that is quantised already, which this kind does not read; convert it without a kind"
+            f"{path} is an MLX checkpoint that is quantised already, which this kind does not read; leave out --kind"
         )
     foreign = entries.get("quantization_config") or entries.get("compression_config")
     if isinstance(foreign, Mapping):
@@ -167,7 +167,7 @@ def _refuse_quantized(entries: Mapping[str, Any], path: Path) -> None:
         method = repr(str(foreign.get("quant_method", "an unnamed method"))[:40])[1:-1]
         if method in CONVERTIBLE_METHODS:
             raise ConversionError(
-                f"{path}: the weights are quantised with {method}, which this kind does not read; convert it without a kind"
+                f"{path}: the weights are quantised with {method}, which this kind does not read; leave out --kind"
             )
         raise ConversionError(f"{path}: {unsupported_method(foreign)}")
 
@@ -176,7 +176,7 @@ def missing_settings(path: Path) -> ConversionError:
     """The error for packed weights of which nothing says how."""
     return ConversionError(
         f"{path}: the weights are packed by GPTQ or AWQ, and nothing says how: neither quantization_config in config.json, nor "
-        f"{' or '.join(SETTINGS)}; put that file beside them, from where they were published"
+        f"{' or '.join(SETTINGS)}; put that file next to them"
     )
 
 

@@ -117,7 +117,7 @@ def _part(matrix: Matrix, field: Field, spec: QuantizationSpec, checkpoint: Chec
     """Where one field of a packed matrix lies, after checking its shape and type."""
     found = locate(matrix, field, checkpoint)
     if found is None:
-        raise CheckpointError(f"{checkpoint.folder}: tensor {matrix.path}.{field} is missing, in every layout")
+        raise CheckpointError(f"{checkpoint.folder}: tensor {matrix.path}.{field} is missing in every layout")
     columns = spec.packed_columns(matrix.in_features) if field == "weight" else spec.groups(matrix.in_features)
     wanted = ("U32",) if field == "weight" else FLOATS if spec.mode == "affine" else ("U8",)
     for rows in found:

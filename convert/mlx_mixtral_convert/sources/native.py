@@ -118,7 +118,7 @@ class NativeCheckpoint(Checkpoint):
         for name, info in tensors.items():
             if (known := self._tensors.get(_renamed(name))) is not None:
                 raise CheckpointError(
-                    f"{info.file}: tensors {known.name!r} and {name!r} are two spellings of one; remove one of them"
+                    f"{info.file}: tensors {known.name!r} and {name!r} are two names of the same tensor; remove one of them"
                 )
             if name != _DERIVED:
                 self._tensors[_renamed(name)] = _apart(info, config)
@@ -134,8 +134,8 @@ def _entries(storage: Storage) -> Mapping[str, Any]:
     if not is_there(folder / "params.json"):
         if not is_there(folder / "config.json"):
             raise CheckpointError(
-                f"{storage.path} has Mistral's own weights, but not params.json, which describes them; put the one they were "
-                "published with beside them"
+                f"{storage.path} has Mistral's own weights, but not params.json, which describes them; put the "
+                "original one next to them"
             )
         return read_json(folder / "config.json")
     params = read_json(folder / "params.json")

@@ -72,7 +72,9 @@ class NpzSource(MlxSource):
             for rows in (rows for found in parts.values() for rows in found):
                 info = self.checkpoint[rows.name]
                 if isinstance(info, StoredTensor) and info.transposed:
-                    raise CheckpointError(f"{info.file}: array {info.name!r} lies column by column; save a plain copy")
+                    raise CheckpointError(
+                        f"{info.file}: array {info.name!r} is stored in column order; save a contiguous copy"
+                    )
 
     def _fill(self, matrix: Matrix, info: TensorInfo, skip_bytes: int, into: Values) -> None:
         if isinstance(info, StoredTensor) and info.transposed:
@@ -103,8 +105,8 @@ def _entries(storage: Storage) -> tuple[Mapping[str, Any], bool]:
     named = next((name for name in ("config.json", "params.json") if is_there(storage.folder / name)), None)
     if named is None:
         raise CheckpointError(
-            f"{storage.path} has neither config.json nor params.json to say what model its weights are; put the one it was "
-            "converted with beside them"
+            f"{storage.path} has neither config.json nor params.json to say what model its weights are; put "
+            "the original one next to them"
         )
     entries = read_json(storage.folder / named)
     if "hidden_size" in entries:

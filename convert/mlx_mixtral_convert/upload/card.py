@@ -50,7 +50,7 @@ def _origin(found: Uploadable, base_model: str | None) -> Iterator[str]:
     what = {"mlx": "MLX", "hf": "the layout of transformers", "gguf": "GGUF, for llama.cpp"}[found.kind]
     yield (
         f"{linked}{revision}, converted to {what} by mlx-mixtral {__version__}: {format_bytes(found.nbytes)}, "
-        f"{found.bits_per_weight:.2f} bits a weight, {found.parameters:,} parameters."
+        f"{found.bits_per_weight:.2f} bits per weight, {found.parameters:,} parameters."
     )
 
 

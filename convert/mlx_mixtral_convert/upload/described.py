@@ -84,7 +84,7 @@ def _folder(path: Path) -> Uploadable:
         first = found.problems[0]
         more = f" and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
         raise CheckpointError(
-            f"{path} is not as it was converted: {first.what}: {first.problem}{more}; see mlx-mixtral verify {path}, "
+            f"{path} has changed since the conversion: {first.what}: {first.problem}{more}; see mlx-mixtral verify {path}, "
             "or convert again"
         )
     manifest = read_json(path / MANIFEST)

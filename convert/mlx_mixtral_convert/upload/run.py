@@ -106,10 +106,12 @@ def upload(
     notes: list[str] = []
     base = base_model or found.repository
     if base is None:
-        notes.append("the card names no base model, for it was not converted from the hub; name one with --base-model")
+        notes.append(
+            "the card names no base model because the source was not a hub repository; name one with --base-model"
+        )
     licence = licence or _licence(found, place, read, base)
     if licence is None:
-        notes.append("the card names no licence, for none was found; name it with --license")
+        notes.append("the card names no licence because none was found; name one with --license")
     section = measured.pop(SECTION_FILE).read_text(encoding="utf-8") if measured else None
     card: str | None = model_card(found, repository, base_model=base, licence=licence, section=section)
     files = {**found.files, **measured}
@@ -119,11 +121,11 @@ def upload(
             url, private, kept = _send(found, repository, files, card, public=public, overwrite=overwrite)
         if kept:
             card = None
-            notes.append(f"{repository} has a README.md, which was kept; --overwrite replaces it")
+            notes.append(f"{repository} has a README.md, which was kept; use --overwrite to replace it")
         if public and private:
-            notes.append(f"{repository} was there already and is private; change that in its settings")
+            notes.append(f"{repository} already existed and is private; change that in its settings")
         elif not public and not private:
-            notes.append(f"{repository} was there already and is public")
+            notes.append(f"{repository} already existed and is public")
     return UploadReport(
         path=str(path),
         repository=repository,
@@ -181,7 +183,7 @@ def _send(
 
     api = HfApi(library_name="mlx-mixtral")
     if get_token() is None:
-        raise HubError("uploading needs a token that may write; run `hf auth login`, or set HF_TOKEN")
+        raise HubError("uploading needs a token with write access; run `hf auth login`, or set HF_TOKEN")
     page = api.create_repo(repository, private=not public, exist_ok=True)
     info = api.model_info(repository)
     present = [item.rfilename for item in info.siblings or ()]
@@ -226,12 +228,12 @@ def _upload_errors(repository: str) -> Iterator[None]:
                 ) from error
             if status in (403, 404):
                 raise HubError(
-                    "the token may not write there; use one with the right to write to that owner: "
+                    "the token has no write access there; use one that may write to that owner's repositories: "
                     "https://huggingface.co/settings/tokens"
                 ) from error
-            again = "the same command goes on where this one stopped"
+            again = "repeat the command to continue where it stopped"
             if any(map(is_unreachable, causes)) or (status is not None and status >= 500):
-                raise HubError(f"the hub cannot be reached, or is in trouble; {again}") from error
+                raise HubError(f"the hub cannot be reached or is failing; {again}") from error
             if status is not None:
                 raise HubError(f"the hub answered with status {status}; {again}") from error
             raise

@@ -64,7 +64,7 @@ class BenchJob:
         if given.compare is not None:
             if loading.overrides.rope_scaling is not None or loading.overrides.rope_theta is not None:
                 raise InvalidRequestError(
-                    "--rope-scaling and --rope-theta are not mlx-lm's to compute with; leave them out of a comparison"
+                    "mlx-lm cannot compute with --rope-scaling and --rope-theta; leave them out of a comparison"
                 )
             check_mlx_lm(self.subject.folder, self._settings)
         self.dtype = DTYPE_NAMES[compute_dtype(loading.dtype, self.device)]

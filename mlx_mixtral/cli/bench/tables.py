@@ -37,9 +37,11 @@ def print_bench(found: Mapping[str, Any]) -> None:
     if (peak := found["peak_memory_bytes"]) is not None:
         console.print(f"peak memory {format_bytes(peak)}")
     if not found["sides_in_turn"]:
-        console.print("Not enough memory for all sides at once: each was measured when the one before was closed.")
+        console.print(
+            "There is not enough memory for all programs at once: each was measured after the previous one was closed."
+        )
     others = [side for side in found["load"] if side != OURS]
-    console.print(f"Medians of {found['repeats']}, least..most\n")
+    console.print(f"Medians of {found['repeats']} measurements, with their minimum and maximum\n")
     for key, size, title, heading in SECTIONS:
         if rows := found[key]:
             columns, cells = _table(key, size, heading, rows, others)
@@ -60,7 +62,7 @@ def _table(
         heading,
         *(["runtime"] if others else []),
         "tok/s",
-        "least..most",
+        "min..max",
         *own,
         *(["speedup"] if others else []),
     ]
@@ -97,9 +99,9 @@ def _print_traffic(rows: Sequence[Mapping[str, Any]], copy: Mapping[str, float])
             if (read := ours.get("read_bytes_per_token")) is not None:
                 cell.append(format_bytes(read))
             cells.append(cell)
-    columns = ["context", "bytes a token", "decode", "of copying", "from disk"][: len(cells[0]) if cells else 4]
+    columns = ["context", "bytes per token", "decode", "of copy rate", "from disk"][: len(cells[0]) if cells else 4]
     spread = f"{format_bytes(copy['min'])}..{format_bytes(copy['max'])}"
-    title = f"Decode against memory, which copies {format_bytes(copy['median'])}/s ({spread}, read and written)"
+    title = f"Decode and memory, which copies {format_bytes(copy['median'])}/s ({spread}, read and written)"
     print_table(title, columns, cells)
 
 

@@ -56,7 +56,7 @@ def _upload(given: ConvertOptions, repository: str) -> None:
             overwrite=given.overwrite,
         ).to_dict()
     except MixtralError as error:
-        error.add_note(f"{given.dest} is complete: mlx-mixtral upload {given.dest} {repository} tries again")
+        error.add_note(f"{given.dest} is complete: to try again, run mlx-mixtral upload {given.dest} {repository}")
         raise
     if not given.as_json:
         print_upload(found)

@@ -152,9 +152,9 @@ def check_options(ctx: click.Context, given: ConvertOptions) -> None:
     """
     typed = [name for name in ctx.params if is_given(ctx, name)]
     if given.public and given.upload is None:
-        raise click.UsageError("--public says who sees what --upload makes; give --upload owner/name")
+        raise click.UsageError("--public applies only with --upload; add --upload owner/name")
     if given.upload is not None and given.dry_run:
-        raise click.UsageError("--dry-run writes nothing that --upload could send; leave one of them out")
+        raise click.UsageError("--dry-run writes nothing that --upload could send; leave out one of them")
     if given.to != "mlx":
         known = EXPORT_OPTIONS | TYPE_OPTIONS[given.to]
         for name in typed:
@@ -163,18 +163,22 @@ def check_options(ctx: click.Context, given: ConvertOptions) -> None:
                 raise click.UsageError(f"{flag_name(ctx, name)} does not apply with --to {given.to}{instead}")
         return
     if given.gguf_type is not None:
-        raise click.UsageError("--type applies with --to gguf only; --bits says how MLX weights are packed")
+        raise click.UsageError("--type applies only with --to gguf; use --bits for MLX weights")
     packing = ("bits", "group_size", "mode")
     refusals = (
-        (given.recipe, packing, "--recipe already says {flag}; give one of them"),
-        (given.exact, packing, "--exact keeps the source's own packing; leave {flag} out, or --exact"),
-        (given.fit, (*packing, "recipe", "override"), "--fit chooses the bits, {flag} says them; give one of the two"),
+        (given.recipe, packing, "--recipe already sets what {flag} sets; give only one of them"),
+        (given.exact, packing, "--exact keeps the source's own packing; leave out either {flag} or --exact"),
+        (
+            given.fit,
+            (*packing, "recipe", "override"),
+            "--fit chooses the bits, but {flag} sets them; give only one of the two",
+        ),
     )
     for choice, others, message in refusals:
         if choice not in (None, False) and (other := next((name for name in others if name in typed), None)):
             raise click.UsageError(message.format(flag=flag_name(ctx, other)))
     if given.fit is None and given.context is not None:
-        raise click.UsageError("--context is for --fit mac")
+        raise click.UsageError("--context applies only with --fit mac")
     if given.bits == "none":
         # Matrices that an override packs take group size and rounding.
         unused = {"--mode": given.mode != "affine"}
@@ -184,4 +188,4 @@ def check_options(ctx: click.Context, given: ConvertOptions) -> None:
                 "--rounding": given.rounding not in (None, "plain"),
             }
         if name := next((name for name, is_unused in unused.items() if is_unused), ""):
-            raise click.UsageError(f"--bits none packs nothing, {name} says how; give one of the two")
+            raise click.UsageError(f"--bits none packs nothing, but {name} says how to pack; give only one of the two")

@@ -25,7 +25,7 @@ WORST_SHOWN = 5
 
 @contextlib.contextmanager
 def conversion_progress() -> Iterator[Callable[[Progress], None]]:
-    """A callback for ``convert``: a bar with bytes a second and remaining time, or now and then a plain line."""
+    """A callback for ``convert``: a bar with bytes per second and remaining time, or now and then a plain line."""
     if not err_console().is_terminal:
         yield _plain_lines()
         return
@@ -78,7 +78,7 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
         expected += f"up to {format_bytes(report['expected_memory_bytes'])} of memory"
         console.print(f"{line}\n{_disk(report)}; {expected}\n", soft_wrap=True)
     else:
-        resumed = f", {report['resumed_layers']} of {report['layers']} layers kept from before" * bool(
+        resumed = f", {report['resumed_layers']} of {report['layers']} layers kept from an earlier run" * bool(
             report["resumed_layers"]
         )
         console.print(f"{line}\n{_cost(report)}{resumed}\n")
@@ -94,7 +94,8 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
         _print_packings(report["packings"])
         if report["output_bytes"] > 1.02 * report["source_bytes"]:
             console.print(
-                "Larger than the source: MLX has a scale and bias for every 32 weights. --bits without --exact requantises.\n",
+                "This is larger than the source because MLX has a scale and bias for every 32 weights. Use "
+                "--bits without --exact to requantise.\n",
                 soft_wrap=True,
             )
     elif report["worst"]:
@@ -121,9 +122,10 @@ def _expected_loss(report: Mapping[str, Any]) -> str:
     expected, error = report["predicted_kl"], report["predicted_kl_error"]
     if error is None:
         return (
-            f"expected loss: about {expected:.2g} nats a token, a guess; calibrate --sensitivities measures this model"
+            f"expected loss: about {expected:.2g} nats per token, a guess; use calibrate --sensitivities to measure this "
+            "model"
         )
-    return f"expected loss: {expected:.2g} ± {error:.1g} nats a token, on text like the calibration's"
+    return f"expected loss: {expected:.2g} ± {error:.1g} nats per token, on text like the calibration's"
 
 
 def print_export(dest: Path, report: Mapping[str, Any]) -> None:
@@ -157,11 +159,12 @@ def _cost(report: Mapping[str, Any]) -> str:
 
 
 def _disk(report: Mapping[str, Any]) -> str:
-    return f"{format_bytes(report['disk_needed_bytes'])} of disk needed, {format_bytes(report['disk_free_bytes'])} free"
+    return f"{format_bytes(report['disk_needed_bytes'])} of disk space needed, {format_bytes(report['disk_free_bytes'])} free"
 
 
 def _print_missing_disk(report: Mapping[str, Any]) -> None:
     if (missing := report["disk_needed_bytes"] - report["disk_free_bytes"]) > 0:
         out_console().print(
-            f"A real run would be refused for lack of disk: {format_bytes(missing)} more are needed.", soft_wrap=True
+            f"A real run would be refused for lack of disk space: {format_bytes(missing)} more is needed.",
+            soft_wrap=True,
         )

@@ -52,16 +52,16 @@ def evaluate(ctx: click.Context, given: EvaluateOptions) -> None:
 def _check(ctx: click.Context, given: EvaluateOptions) -> None:
     """Refuse options that do not go together."""
     if not given.texts and not given.passkey and given.tasks is None:
-        raise click.UsageError("give --text, --passkey or both, or --tasks")
+        raise click.UsageError("give --text, --passkey or both, or else --tasks")
     if given.tasks is not None and (given.texts or given.passkey):
-        raise click.UsageError("--tasks is measured by itself; run --text and --passkey in a command of their own")
+        raise click.UsageError("--tasks cannot be combined with --text or --passkey; run them in a separate command")
     for needed, names in NEEDS.items():
         for name in names:
             value = getattr(given, name)
             is_set = value is not None and value is not False and value != ()
             if is_set and not getattr(given, needed):
-                raise click.UsageError(f"{flag_name(ctx, name)} applies with {flag_name(ctx, needed)} only")
+                raise click.UsageError(f"{flag_name(ctx, name)} applies only with {flag_name(ctx, needed)}")
     if given.plot and not (given.by_length or given.passkey):
-        raise click.UsageError("--plot shows --by-length and --passkey; give one of them")
+        raise click.UsageError("--plot shows the results of --by-length and --passkey; give at least one of them")
     if given.restart and not (given.output or given.resume):
-        raise click.UsageError("--restart applies with --output or --resume only")
+        raise click.UsageError("--restart applies only with --output or --resume")

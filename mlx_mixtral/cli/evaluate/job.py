@@ -55,7 +55,9 @@ class EvaluationJob:
         texts = read_corpus(given.texts, given.records, given.max_bytes) if given.texts else []
         self.baseline = Baseline(given.reference, given.loading)
         if self.baseline.file is not None and (given.save_reference or given.top_k is not None):
-            raise click.UsageError("--save-reference and --top-k make a reference; --reference names one that is made")
+            raise click.UsageError(
+                "--save-reference and --top-k create a reference, but --reference names an existing one; leave out one of them"
+            )
 
         self.subject = Subject(given.model, given.loading)
         limit = self.subject.config.max_context_tokens

@@ -19,12 +19,12 @@ def print_evaluation(name: str, reference: str | None, found: Evaluation) -> Non
     """By domain and overall, then by file where that is something else."""
     console = out_console()
     rows = {**found.domains, "all": found.overall}
-    _scores(terminal_safe(f"{name} against {reference}" if reference else name), "domain", rows)
+    _scores(terminal_safe(f"{name} compared with {reference}" if reference else name), "domain", rows)
     if len(found.files) > len(found.domains):
         shown = dict(list(found.files.items())[:MAX_FILES])
         _scores("By file", "file", shown)
         if left := len(found.files) - len(shown):
-            console.print(f"and {left} files more: --json or --output has them\n")
+            console.print(f"and {left} more files: use --json or --output to see them\n")
     for token in found.worst:
         _worst(token)
     if found.worst:

@@ -38,7 +38,7 @@ def print_tasks(name: str, results: TaskResults, limit: int | None, chat: bool) 
         where = " and ".join(map(str, sorted(tables)))
         notes.append(
             f"paper: {PUBLISHED_MODEL} in arXiv 2401.04088, table{'s' * (len(tables) > 1)} {where}, measured by its authors "
-            "with a pipeline of their own"
+            "with their own pipeline"
         )
     if limit is not None:
         notes.append(f"only the first {plural(limit, 'question')} of each task")

@@ -58,7 +58,7 @@ def info(ctx: click.Context, given: InfoOptions) -> None:
     from mlx_mixtral.info.macs import find_chips
 
     if given.memory is None and (given.context is not None or given.disk is not None):
-        raise click.UsageError("--context and --disk apply with --memory only")
+        raise click.UsageError("--context and --disk apply only with --memory")
     chips = find_chips(given.chip)
     if given.model.lower() in ("8x7b", "8x22b"):
         _published(given, given.model.lower(), chips)

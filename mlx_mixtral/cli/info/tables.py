@@ -46,7 +46,7 @@ def _print_kv_cache(cache: Mapping[str, Any]) -> None:
     contexts = cache["bytes_by_context"]
     each = cache["bytes_per_token"] / 1024
     print_table(
-        f"KV cache in 16 bits: {each:g} KiB a token",
+        f"KV cache in 16 bits: {each:g} KiB per token",
         ["context", *[tokens_short(int(count)) for count in contexts]],
         [["bytes", *[format_bytes(count) for count in contexts.values()]]],
     )
@@ -55,7 +55,7 @@ def _print_kv_cache(cache: Mapping[str, Any]) -> None:
 def _print_limits(report: Mapping[str, Any], names: Sequence[str]) -> None:
     """Which Macs it fits and the bound their bandwidth sets."""
     print_table(
-        "Longest context that fits a Mac, in tokens (- : the weights do not fit)",
+        "Longest context that fits a Mac, in tokens (-: the weights do not fit)",
         ["memory", "for the GPU", *names],
         [
             [
@@ -66,9 +66,9 @@ def _print_limits(report: Mapping[str, Any], names: Sequence[str]) -> None:
             for row in report["fits"]
         ],
     )
-    out_console().print(f"{FITS_NOTE} --memory sets a budget of your own.\n", style="dim")
+    out_console().print(f"{FITS_NOTE} Use --memory to set another budget.\n", style="dim")
     print_table(
-        "Upper bound of decode speed, tok/s: bandwidth over bytes read per token",
+        "Upper bound on decode speed, tok/s: bandwidth over bytes read per token",
         ["chip", "GB/s", *names],
         [
             [row["chip"], f"{row['bandwidth_gb_s']:g}", *[figures(bound) for bound in row["tok_s"].values()]]
@@ -91,7 +91,7 @@ def print_checkpoint(report: Mapping[str, Any], *, with_speed: bool) -> None:
     console.print("\n".join(_headlines(report)), soft_wrap=True)
     console.print()
     if report["problem"]:
-        console.print(f"Does not load as it is: {one_line(report['problem'])}", soft_wrap=True)
+        console.print(f"This model cannot be loaded as it is: {one_line(report['problem'])}", soft_wrap=True)
         return
     _print_parts(report)
     _print_kv_cache(report["kv_cache"])
@@ -111,7 +111,7 @@ def _print_parts(report: Mapping[str, Any]) -> None:
         return [name, formats, parameters, bits, format_bytes(sizes["bytes"])]
 
     rows = [row(PART_NAMES[part["part"]], ", ".join(part["formats"]), part) for part in report["parts"]]
-    files = plural(report["files"], "file") if report["files"] else "not here: by config"
+    files = plural(report["files"], "file") if report["files"] else "no files here"
     columns = ["part", "format", "parameters", "bits per weight", "bytes"]
     print_table("Weights", columns, [*rows, row("all", files, report)], left=2)
 
@@ -166,8 +166,8 @@ def print_plans(plans: Sequence[Mapping[str, Any]]) -> None:
     speeds = next((plan["speeds"] for plan in plans if plan.get("speeds")), None)
     if speeds is not None:
         out_console().print(
-            "Resident: layers with all experts in memory; slots: of the others. Other: KV cache and working memory.\n"
-            f"Predicted for {format_bytes(speeds['disk_bytes_per_s'])}/s of disk, "
+            "Resident: layers with all experts in memory; slots: expert slots of the other layers. Other: KV "
+            f"cache and working memory.\nPredicted for {format_bytes(speeds['disk_bytes_per_s'])}/s of disk, "
             f"{format_bytes(speeds['memory_bytes_per_s'])}/s through the weights and "
             f"{speeds['readback_s'] * 1e6:.0f} µs to read a router's choice back from the GPU.\n",
             style="dim",

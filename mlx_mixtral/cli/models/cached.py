@@ -125,7 +125,7 @@ def state_of(folder: Path) -> tuple[str, str]:
         problem = str(error)
     else:
         if report["problem"] is None:
-            return RUNS, f"{report['bits_per_weight']:.3g} bits a weight"
+            return RUNS, f"{report['bits_per_weight']:.3g} bits per weight"
         problem = str(report["problem"])
     for place in (folder, *sorted(folder.glob("*.gguf"))[:1]):
         try:

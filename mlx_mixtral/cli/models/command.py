@@ -46,7 +46,7 @@ def list_models(given: ListOptions) -> None:
         return
     if not found:
         out_console().print(
-            f"no models in {one_line(hub_cache())}; mlx-mixtral pull owner/name fetches one", soft_wrap=True
+            f"no models in {one_line(hub_cache())}; to download one, run mlx-mixtral pull owner/name", soft_wrap=True
         )
         return
     rows = [[one_line(item["model"]), format_bytes(item["bytes"]), _state(item)] for item in found]
@@ -80,9 +80,7 @@ def pull(given: PullOptions) -> None:
 
     source = Source.parse(given.model, given.revision)
     if source.path is not None and source.path.exists():
-        raise InvalidRequestError(
-            f"{given.model} is here already, outside of the hub's cache; there is nothing to fetch"
-        )
+        raise InvalidRequestError(f"{given.model} already exists outside the hub's cache; there is nothing to download")
     with byte_progress("downloading", visible=False) as show:
         place = source.resolve(convertible=True, progress=show)
     repository, commit = source.origin(place)
@@ -98,7 +96,7 @@ def pull(given: PullOptions) -> None:
     if state == RUNS:
         note(f"it runs as it is: mlx-mixtral generate {one_line(given.model)} -p TEXT")
     elif state == "convert first":
-        note(f"it has to be converted first: mlx-mixtral convert {one_line(given.model)} DEST")
+        note(f"it must be converted first: mlx-mixtral convert {one_line(given.model)} DEST")
     else:
         note(f"note: {state}: {one_line(why)}")
 
@@ -150,11 +148,17 @@ def _chosen(name: str, models: list[CachedModel]) -> list[tuple[CachedModel, Cac
 
     source = Source.parse(name)
     if source.repository is None:
-        what = "is a folder or file of yours" if source.path and source.path.exists() else "is not written owner/name"
-        raise InvalidRequestError(f"{name} {what}; rm removes models of the hub's cache, which mlx-mixtral list shows")
+        what = (
+            "is a folder or file of your own"
+            if source.path and source.path.exists()
+            else "is not of the form owner/name"
+        )
+        raise InvalidRequestError(
+            f"{name} {what}; rm removes only models in the hub's cache, which mlx-mixtral list shows"
+        )
     found = next((model for model in models if model.name == source.repository), None)
     if found is None:
-        raise CheckpointError(f"{source.repository} is not in the hub's cache; mlx-mixtral list shows what is")
+        raise CheckpointError(f"{source.repository} is not in the hub's cache; to see what is, run mlx-mixtral list")
     asked = source.revision
     named = [each for each in found.revisions if asked is None or asked in each.refs or each.commit.startswith(asked)]
     if not named:
@@ -167,7 +171,7 @@ def _ask(freed: int, *, yes: bool) -> None:
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise InvalidRequestError("rm asks before it removes, and there is no terminal to ask on; give --yes")
+        raise InvalidRequestError("rm asks for confirmation, but there is no terminal; give --yes")
     if not click.confirm(f"Remove, and free {format_bytes(freed)}?", err=True):
         raise MixtralError("nothing was removed")
 
@@ -175,4 +179,4 @@ def _ask(freed: int, *, yes: bool) -> None:
 def _check_gone(places: list[Path]) -> None:
     for place in places:
         if place.exists():
-            raise HubError(f"{place} could not be removed; look at its permissions")
+            raise HubError(f"{place} could not be removed; check its permissions")

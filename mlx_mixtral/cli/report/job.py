@@ -103,7 +103,7 @@ class ReportJob:
                 evaluation, passkeys, routing = self._measure(model, reference)
         if not fills_window(evaluation):
             self.left_out["by length"] = (
-                "Perplexity by length of context is left out: the texts are too short to fill the longest context."
+                "Perplexity by length of context is left out because the texts are too short to fill the longest context."
             )
         self.contents = Contents(
             self.subject.name,
@@ -135,7 +135,7 @@ class ReportJob:
                     model, self.lengths, self.depths, trials=self.given.trials, seed=self.given.seed, progress=show
                 )
         if self.subject.config.is_dense:
-            self.left_out["routing"] = "Left out: this model is dense, it has no experts to choose from."
+            self.left_out["routing"] = "Left out: this model is dense and has no experts to choose from."
         else:
             with count_progress("routing") as show:
                 record = record_texts(
@@ -159,12 +159,12 @@ class ReportJob:
     def _text(self) -> str:
         """What the text is, in a sentence or two."""
         count, size = len(self.corpus.passages), format_bytes(sum(p.text.nbytes for p in self.corpus.passages))
-        amount = f"{plural(count, 'text')}, {size}; of each at most the first {self.max_bytes:,} bytes were taken"
+        amount = f"{plural(count, 'text')}, {size}; at most the first {self.max_bytes:,} bytes of each were used"
         if self.given.texts:
             return amount
         return (
-            f"the calibration text that comes with mlx-mixtral, verses, code and sums: {amount}. A conversion that was "
-            "calibrated on it, as mlx-mixtral calibrate does by default, looks better on it than on others"
+            f"the calibration text that comes with mlx-mixtral (verses, code and sums): {amount}. A conversion that was "
+            "calibrated on it, as mlx-mixtral calibrate does by default, looks better on it than on other text"
         )
 
     def _result(self) -> dict[str, Any]:

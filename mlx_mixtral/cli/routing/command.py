@@ -28,7 +28,7 @@ def routing(ctx: click.Context, given: RoutingOptions) -> None:
     else:
         for name in ("texts", "save_trace", "max_tokens", "window"):
             if getattr(given, name):
-                raise click.UsageError(f"{flag_name(ctx, name)} is for recording; --trace names what was recorded")
+                raise click.UsageError(f"{flag_name(ctx, name)} is for recording; --trace uses an existing recording")
     from mlx_mixtral.cli.routing.job import RoutingJob
 
     job = RoutingJob(given)

@@ -69,8 +69,9 @@ class RoutingJob:
         own = (config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok)
         if (layers, record.trace.num_experts, per_token) != own:
             raise InvalidRequestError(
-                f"the trace is of {layers} layers with {per_token} of {record.trace.num_experts} experts a token, "
-                f"{self.subject.name} has {own[0]} with {own[2]} of {own[1]}; give the model it was recorded from, or none"
+                f"the trace is of {layers} layers with {per_token} of {record.trace.num_experts} experts per token, "
+                f"{self.subject.name} has {own[0]} with {own[2]} of {own[1]}; give the model it was recorded "
+                "from, or leave out MODEL"
             )
 
     def _prepare(self, subject: Subject) -> None:

@@ -27,13 +27,13 @@ Floats = npt.NDArray[np.float64]
 def print_routing(found: RoutingAnalysis, layers: Sequence[int]) -> None:
     """Everything but text; ``layers`` are shown one by one, the others as curves."""
     console = out_console()
-    of = f"{found.layers} layers, {found.per_token} of {found.num_experts} experts a token"
+    of = f"{found.layers} layers, {found.per_token} of {found.num_experts} experts per token"
     console.print(f"{terminal_safe(found.name or 'routing')}: {found.overall.tokens:,} tokens, {of}\n", soft_wrap=True)
     _repeats(found, layers)
     _shares(found, layers)
     _curves(found)
     _pairs(found, layers)
-    hint = "" if console.width >= WIDE else "; a wider terminal shows more of them"
+    hint = "" if console.width >= WIDE else "; a wider terminal shows more layers"
     console.print(f"± is one standard error, over blocks of {BLOCK_TOKENS} tokens{hint}", style="dim", soft_wrap=True)
 
 
@@ -66,11 +66,11 @@ def _curves(found: RoutingAnalysis) -> None:
     _curve("Repeated first choice by layer (figure 10)", found, {n: d.repeats_first for n, d in found.rows.items()})
     if found.per_token > 1:
         either = {name: domain.repeats_either for name, domain in found.rows.items()}
-        _curve("A common expert with the token before, by layer (figure 10)", found, either)
+        _curve("An expert in common with the previous token, by layer (figure 10)", found, either)
     entropies = {name: domain.entropy for name, domain in found.rows.items() if domain.entropy is not None}
     if entropies:
         highest = float(np.log2(found.num_experts))
-        _curve(f"Entropy of the gate by layer, bits of {highest:.2f}", found, entropies, bits=True)
+        _curve(f"Entropy of the gate by layer, in bits of at most {highest:.2f}", found, entropies, bits=True)
 
 
 def _curve(title: str, found: RoutingAnalysis, curves: dict[str, Estimate], *, bits: bool = False) -> None:
@@ -94,7 +94,7 @@ def _curve(title: str, found: RoutingAnalysis, curves: dict[str, Estimate], *, b
             ]
         )
     print_table(
-        title, ["domain", f"layers 0–{found.layers - 1}", "mean", "least (layer)", "most (layer)"], rows, left=2
+        title, ["domain", f"layers 0–{found.layers - 1}", "mean", "lowest (layer)", "highest (layer)"], rows, left=2
     )
 
 
@@ -116,8 +116,8 @@ def _pairs(found: RoutingAnalysis, layers: Sequence[int]) -> None:
             for some in (pairs[:MAX_PAIRS], pairs[::-1][: MAX_PAIRS - 1])
         ]
         rows.append([str(layer), *shown])
-    title = "Pairs of experts that meet more and less than their shares would give (share of tokens)"
-    print_table(title, ["layer", "most", "least"], rows, left=3)
+    title = "Pairs of experts chosen together more and less often than their shares predict (share of tokens)"
+    print_table(title, ["layer", "most often", "least often"], rows, left=3)
 
 
 def print_excerpts(excerpts: Sequence[Excerpt], layers: Sequence[int], num_experts: int) -> None:

@@ -45,7 +45,8 @@ class Encoder:
         prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if prefix is None:
             raise TokenizerError(
-                "the tokenizer has neither BOS nor EOS, and a text needs a token before its first; give bos_token in its config"
+                "the tokenizer has neither BOS nor EOS, but a text needs a token before its first one; set "
+                "bos_token in its configuration"
             )
         self.prefix_id = prefix
         self._bos = None if tokenizer.bos_token_id is None else tokenizer.id_to_piece(tokenizer.bos_token_id)

@@ -50,8 +50,8 @@ class GenerationSettings:
         for name, value in left.items():
             if name not in WITHOUT_EFFECT or WITHOUT_EFFECT[name] != value:
                 raise InvalidRequestError(
-                    f"generation_kwargs of a task: {name} is {value!r}, which is not known here; known are until, do_sample, "
-                    f"temperature, {', '.join(SAMPLING)} and {TOKENS[0]}"
+                    f"generation_kwargs of a task: {name} is {value!r}, which is not supported; supported are "
+                    f"until, do_sample, temperature, {', '.join(SAMPLING)} and {TOKENS[0]}"
                 )
         most = int(_number(TOKENS[0], limits[0] if limits else DEFAULT_TOKENS))
         if most < 1:

@@ -1,6 +1,6 @@
 """What was published of Mixtral 8x7B on tasks that lm_eval has: arXiv 2401.04088, tables 2 and 3.
 
-The authors measured with a pipeline of their own and do not name the metric of every row. Multiple choice stands for lm_eval's
+The authors measured with their own pipeline and do not name the metric of every row. Multiple choice stands for lm_eval's
 ``acc_norm`` where continuations differ in length, as in the tables of its kind, else for ``acc``. Rows that lm_eval cannot
 measure alike are left out: GSM8K at 8 and MATH at 4 shots are majorities of several samples, HumanEval and MBPP run code.
 """

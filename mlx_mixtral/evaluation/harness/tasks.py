@@ -127,7 +127,7 @@ def load_tasks(
         for name, task in content["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
                 raise InvalidRequestError(
-                    f"task {name} runs code that a model wrote, which is not done here; leave it out"
+                    f"task {name} runs code written by a model, which is not supported; leave it out"
                 )
             own = task.get_config("num_fewshot")
             if shots is not None and own != 0:
@@ -190,7 +190,7 @@ def _task_folder(path: str | Path) -> Path:
     if not folder.is_dir():
         raise InvalidRequestError(f"{folder} is not a folder; give one that holds task files (.yaml)")
     if next(folder.glob("**/*.yaml"), None) is None:
-        raise InvalidRequestError(f"folder {folder} holds no tasks: there is no .yaml file in it")
+        raise InvalidRequestError(f"folder {folder} holds no tasks: it has no .yaml file")
     return folder
 
 
@@ -211,7 +211,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             where = "lm_eval" if folder is None else f"lm_eval and folder {folder}"
             raise InvalidRequestError(
-                f"task {name!r} is not known to {where}{hint or '; `lm_eval ls tasks` lists them'}"
+                f"task {name!r} is unknown to {where}{hint or '; run `lm_eval ls tasks` for a list'}"
             )
     return manager
 

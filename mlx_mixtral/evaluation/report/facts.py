@@ -20,9 +20,9 @@ def checkpoint_part(contents: Contents) -> Iterator[str]:
     """Shape, source and recipe; bits and bytes by part; the largest quantisation errors."""
     facts = contents.facts
     conversion = facts["conversion"] if isinstance(facts["conversion"], Mapping) else None
-    lines = [_shape(facts), f"{format_bytes(facts['bytes'])}, {facts['bits_per_weight']:.2f} bits a weight"]
+    lines = [_shape(facts), f"{format_bytes(facts['bytes'])}, {facts['bits_per_weight']:.2f} bits per weight"]
     if conversion is None:
-        lines.append("No conversion.json: it does not say what it was made from")
+        lines.append("There is no conversion.json, so its source is unknown")
     else:
         lines += _provenance(conversion)
     yield "### Checkpoint"
@@ -38,7 +38,7 @@ def checkpoint_part(contents: Contents) -> Iterator[str]:
         for part in facts["parts"]
     ]
     total = f"{facts['parameters']:,}", f"{facts['bits_per_weight']:.2f}", format_bytes(facts["bytes"])
-    yield table(["part", "format", "parameters", "bits a weight", "bytes"], [*rows, ["all", "", *total]], left=2)
+    yield table(["part", "format", "parameters", "bits per weight", "bytes"], [*rows, ["all", "", *total]], left=2)
     if conversion is not None:
         yield from _errors(conversion)
 
@@ -50,7 +50,7 @@ def memory_part(contents: Contents) -> Iterator[str]:
     contexts = ", ".join(f"{format_bytes(n)} for {int(c):,} tokens" for c, n in cache["bytes_by_context"].items())
     yield (
         f"Weights {format_bytes(facts['bytes'])}, of which {format_bytes(facts['bytes_per_token'])} are read for one token. "
-        f"KV cache in 16 bits {cache['bytes_per_token'] / 1024:g} KiB a token: {contexts}."
+        f"KV cache in 16 bits {cache['bytes_per_token'] / 1024:g} KiB per token: {contexts}."
     )
     rows = []
     for row in facts["fits"]:
@@ -73,7 +73,7 @@ def _context(tokens: int) -> str:
 def _shape(facts: Mapping[str, Any]) -> str:
     text = f"{facts['parameters']:,} parameters, {facts['layers']} layers, hidden size {facts['hidden_size']:,}, "
     if facts["architecture"] == "mixtral":
-        text += f"{facts['experts_per_token']} of {facts['experts']} experts a token "
+        text += f"{facts['experts_per_token']} of {facts['experts']} experts per token "
         text += f"({facts['active_parameters']:,} parameters active), "
     return f"{text}vocabulary {facts['vocab_size']:,}, context {facts['context']:,} tokens"
 
@@ -86,7 +86,7 @@ def _provenance(conversion: Mapping[str, Any]) -> list[str]:
         revision = source.get("revision")
         lines.append(f"Source: {name}" + (f", revision {revision}" if isinstance(revision, str) and revision else ""))
     if recipe := _mapping(conversion.get("recipe")):
-        lines.append(f"Recipe: {_recipe(recipe)}; scales, norms and what is not packed in {conversion.get('dtype')}")
+        lines.append(f"Recipe: {_recipe(recipe)}; scales, norms and unquantised weights in {conversion.get('dtype')}")
     converter = _mapping(conversion.get("converter"))
     if isinstance(converter.get("name"), str):
         lines.append(f"Converted by {converter['name']} {converter.get('version', '')}".rstrip())
@@ -95,7 +95,7 @@ def _provenance(conversion: Mapping[str, Any]) -> list[str]:
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
     if recipe.get("exact") is True:
-        text = "the source's own packing, kept wherever MLX has it"
+        text = "the packing of the source, wherever MLX has it"
     elif recipe.get("bits") is None:
         text = "not quantised"
     else:
@@ -107,7 +107,7 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
     overrides = _mapping(recipe.get("overrides"))
     shown = [f"{pattern}: {_packing(spec)}" for pattern, spec in list(overrides.items())[:OVERRIDES_SHOWN]]
     if more := len(overrides) - len(shown):
-        shown.append(f"{more} modules more")
+        shown.append(f"{more} more modules")
     return f"{text}; otherwise {', '.join(shown)}" if shown else text
 
 

@@ -80,7 +80,7 @@ def _perplexity(contents: Contents, with_plot: bool) -> Iterator[str]:
 
 def _windows(found: Evaluation) -> str:
     apart = "" if found.stride == found.window else f" that begin {found.stride:,} apart"
-    return f"Every token but BOS is predicted once, in windows of {found.window:,} tokens{apart}."
+    return f"Every token except BOS is predicted once, in windows of {found.window:,} tokens{apart}."
 
 
 def _distance(contents: Contents, reference: str) -> Iterator[str]:
@@ -113,7 +113,7 @@ def _long_context(contents: Contents, with_plot: bool) -> Iterator[str]:
     elif reason := contents.left_out.get("passkeys"):
         yield escaped(reason)
     if contents.has_lengths:
-        yield "Perplexity by length of context, that is by how many tokens a token is predicted from:"
+        yield "Perplexity by length of context, that is, by the number of tokens from which a token is predicted:"
         yield table(
             ["tokens of context", "tokens", "perplexity"],
             [
@@ -132,9 +132,9 @@ def _long_context(contents: Contents, with_plot: bool) -> Iterator[str]:
 
 
 def _passkeys(found: PasskeyResult) -> Iterator[str]:
-    prompts = f"{found.trials} prompt{'s' * (found.trials != 1)} a cell, seed {found.seed}"
+    prompts = f"{found.trials} prompt{'s' * (found.trials != 1)} per cell, seed {found.seed}"
     yield (
-        f"Passkey retrieval (figure 4 of the Mixtral paper): a number hidden in filler text was given back in "
+        f"Passkey retrieval (figure 4 of the Mixtral paper): a number hidden in filler text was returned in "
         f"{found.accuracy:.0%} of all cases; {prompts}. Lengths are in tokens, prompt and answer together."
     )
     yield table(
@@ -149,7 +149,7 @@ def _routing(contents: Contents, with_plot: bool) -> Iterator[str]:
         yield escaped(contents.left_out.get("routing", "Not recorded."))
         return
     yield (
-        f"Which experts the routers of {found.layers} layers choose, {found.per_token} of {found.num_experts} a token, over "
+        f"Which experts the routers of {found.layers} layers choose, {found.per_token} of {found.num_experts} per token, over "
         f"{found.overall.tokens:,} tokens; the paper's figures are those of Mixtral 8x7B (arXiv 2401.04088, section 5) at its "
         "layers 0, 15 and 31."
     )
@@ -165,8 +165,8 @@ def _shares(found: RoutingAnalysis) -> Iterator[str]:
     if found.num_experts > MAX_EXPERTS:
         return
     yield (
-        f"Share of assignments to each expert over all texts (figure 7; uniform {1 / found.num_experts:.1%}), and how many "
-        "experts used alike would have the same entropy:"
+        "Share of assignments to each expert over all texts (figure 7; uniform share "
+        f"{1 / found.num_experts:.1%}), and the number of equally used experts that would have the same entropy:"
     )
     shares, effective = found.overall.shares.value, found.overall.effective_experts
     yield table(

@@ -57,7 +57,7 @@ def routing_page(found: RoutingAnalysis, excerpts: Sequence[Excerpt], layers: Se
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{name}: routing</title><style>{STYLE}</style></head>\n<body><main>"
-        f"<header><h1>{name}</h1><p>What its experts do: the routing analysis of {PAPER}, section 5.</p></header>\n"
+        f"<header><h1>{name}</h1><p>What the experts do: the routing analysis of {PAPER}, section 5.</p></header>\n"
         + "\n".join(section for section in sections if section)
         + "</main></body></html>\n"
     )
@@ -68,17 +68,17 @@ def _summary(found: RoutingAnalysis) -> str:
     first, either = overall.repeats_first.value, overall.repeats_either.value
     cards = [
         (f"{overall.tokens:,}", f"tokens of {len(found.domains)} domain{'s' * (len(found.domains) != 1)}"),
-        (f"{found.per_token} of {found.num_experts}", f"experts a token, {found.layers} layers"),
+        (f"{found.per_token} of {found.num_experts}", f"experts per token, {found.layers} layers"),
         (
             percent(float(np.mean(first))),
-            f"repeat the first choice of the token before; random {found.chance_first:.1%}",
+            f"repeat the first choice of the previous token; random routing {found.chance_first:.1%}",
         ),
     ]
     if found.per_token > 1:
         cards.append(
             (
                 percent(float(np.mean(either))),
-                f"share an expert with the token before; random {found.chance_either:.1%}",
+                f"share an expert with the previous token; random routing {found.chance_either:.1%}",
             )
         )
     used = overall.effective_experts
@@ -102,7 +102,7 @@ def _repeats(found: RoutingAnalysis, layers: Sequence[int]) -> str:
     return _section(
         "repeats",
         "Repeats from token to token",
-        "How often a token gets the expert of the token before it, by layer (the paper's figure 10 and table 5). "
+        "How often a token gets the same expert as the previous token, by layer (the paper's figure 10 and table 5). "
         "The dashed line is what random routing would give.",
         _legend(found) + _charts(charts) + "".join(tables),
     )
@@ -144,9 +144,9 @@ def _shares(found: RoutingAnalysis, layers: Sequence[int]) -> str:
     return _section(
         "shares",
         "Shares of experts",
-        "The part of all assignments, first or second choice alike, that each expert gets (the paper's figure 7). The dashed "
-        f"line is a uniform share, {even:.1%}. Mixtral 8x7B stays close to it in most domains: its experts are no specialists "
-        "for topics.",
+        "The share of all assignments that each expert gets, counting first and second choices equally (the paper's figure 7). "
+        f"The dashed line is a uniform share, {even:.1%}. Mixtral 8x7B stays close to it in most domains: its experts do not "
+        "specialise in topics.",
         body,
     )
 
@@ -172,8 +172,8 @@ def _pairs(found: RoutingAnalysis, layers: Sequence[int]) -> str:
     return _section(
         "pairs",
         "Experts that work together",
-        "How often two experts are chosen for the same token, over what chance would give experts used as often as these: 1 is "
-        "chance, 2 twice as often. Cells are empty where chance would give fewer than 20 tokens.",
+        "How often two experts are chosen for the same token, relative to chance for experts used this often: "
+        "1 is chance, 2 is twice as often. Cells are empty where chance would give fewer than 20 tokens.",
         _charts(charts),
     )
 
@@ -185,9 +185,9 @@ def _entropy(found: RoutingAnalysis) -> str:
     chart = _chart("Entropy, bits", "Entropy of the gate by layer", partial(draw_curves, curves=curves, top=most))
     return _section(
         "entropy",
-        "How sure the gate is",
-        f"Mean entropy, in bits, of the gate's softmax over all {found.num_experts} experts: 0 where one expert takes all, "
-        f"{most:.2f} where all are alike.",
+        "How confident the gate is",
+        f"Mean entropy, in bits, of the gate's softmax over all {found.num_experts} experts: 0 if one expert gets everything, "
+        f"{most:.2f} if all are equally likely.",
         _legend(found) + _charts([chart]),
     )
 
@@ -197,13 +197,13 @@ def _method(found: RoutingAnalysis) -> str:
         "method",
         "How this was measured",
         "",
-        "<ul><li>Every token of the texts but BOS counts once; texts longer than a window are cut, each window is read after "
-        "BOS, and no pair of consecutive tokens spans two windows.</li>"
+        "<ul><li>Every token of the texts except BOS counts once; texts longer than a window are split, each "
+        "window begins with BOS, and no pair of consecutive tokens spans two windows.</li>"
         f"<li>± is one standard error, over blocks of {BLOCK_TOKENS} consecutive tokens, because neighbours are routed "
-        "alike.</li><li>Chance pairs are those of quasi-independence: each expert is used as often as it is, and never with "
-        "itself.</li><li>Effective experts are two to the entropy of the shares.</li>"
-        f"<li>Figures of {PUBLISHED_MODEL} are those of the paper's table 5 on The Pile, for text of the same kind by its "
-        "name; other texts give other figures.</li></ul>",
+        "alike.</li><li>Chance for pairs is quasi-independence: each expert is used as often as it was, and "
+        "never together with itself.</li><li>The number of effective experts is two to the power of the entropy of the "
+        f"shares.</li><li>The figures of {PUBLISHED_MODEL} are from the paper's table 5, for parts of The Pile with "
+        "similar names; other texts give other figures.</li></ul>",
     )
 
 

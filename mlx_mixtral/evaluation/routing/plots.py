@@ -26,7 +26,7 @@ def draw_routing(found: RoutingAnalysis, layers: Sequence[int] | None = None) ->
         ("repeated first choice", found.repeats_first, 1, found.chance_first)
     ]
     if found.per_token > 1:
-        kinds.append(("an expert in common with the token before", found.repeats_either, 1, found.chance_either))
+        kinds.append(("an expert in common with the previous token", found.repeats_either, 1, found.chance_either))
     if found.entropies:
         kinds.append(("entropy of the gate, bits", found.entropies, float(np.log2(found.num_experts)), None))
     columns = max(3, len(shown))
@@ -43,7 +43,7 @@ def draw_routing(found: RoutingAnalysis, layers: Sequence[int] | None = None) ->
             axes.set(title=title, visible=True)
         for axes, layer in zip(rows[2], shown if found.per_token > 1 else (), strict=False):
             draw_pairs(axes, found, layer)
-            axes.set(title=f"pairs over chance, layer {layer}", visible=True)
+            axes.set(title=f"pairs relative to chance, layer {layer}", visible=True)
         names = [name.replace("$", r"\$") for name in found.domains]  # a dollar would begin a formula
         place = "outside lower center"
         figure.legend(rows[1][0].containers, names, loc=place, ncols=min(MAX_LEGEND_COLUMNS, len(names)))

@@ -19,7 +19,7 @@ __all__ = ["ChatChoice", "GivenTemplate", "choose_chat_format", "given_template"
 
 _NATIVE = {"mistral-v1": MistralV1, "mistral-v3": MistralV3}
 FORMAT_NAMES = (*TEMPLATES, *_NATIVE)
-_OVERRIDE = "--chat-template FILE or NAME chooses another"
+_OVERRIDE = "--chat-template FILE or NAME selects another"
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ def given_template(value: str | Path) -> GivenTemplate:
     path = as_path("chat_template", value)
     if not path.is_file():
         raise InvalidRequestError(
-            f"chat template {str(value)!r} is neither a file here nor a format; formats are {', '.join(FORMAT_NAMES)}"
+            f"chat template {str(value)!r} is neither a file here nor a known format; the formats are {', '.join(FORMAT_NAMES)}"
         )
     try:
         templates = read_template(path)
     except TokenizerError as error:
         raise InvalidRequestError(str(error)) from error
     if not templates:
-        raise InvalidRequestError(f"{path} has no chat_template; give a file of jinja, or JSON that has one")
+        raise InvalidRequestError(f"{path} has no chat_template; give a Jinja file, or JSON that has one")
     return GivenTemplate(path.name, templates=templates)
 
 
@@ -89,10 +89,10 @@ def choose_chat_format(
     if name == "mistral-v3":
         return ChatChoice(MistralV3(), "control tokens")
     if name is not None:
-        note = f"there is no chat template; the chat format is {name} by the control tokens: {_OVERRIDE}"
+        note = f"there is no chat template; the control tokens indicate {name}: {_OVERRIDE}"
         return ChatChoice(JinjaChat({"default": TEMPLATES[name]}, name), "control tokens", note)
     if native == "mistral-v1":
-        note = f"there is no chat template; the chat format is taken to be mistral-v1: {_OVERRIDE}"
+        note = f"there is no chat template; mistral-v1 is assumed: {_OVERRIDE}"
         return ChatChoice(MistralV1(), "a guess", note)
     return ChatChoice(NoChat(), "")
 
@@ -100,7 +100,7 @@ def choose_chat_format(
 def _by_name(name: str, markers: Markers) -> ChatChoice:
     if name == "mistral-v3" and not {"[INST]", "[/INST]"} <= markers.by_content.keys():
         raise InvalidRequestError(
-            "chat template mistral-v3 needs the control token [INST], which is not there; use mistral-v1"
+            "chat template mistral-v3 needs the control token [INST], which the vocabulary does not have; use mistral-v1"
         )
     if name in _NATIVE:
         return ChatChoice(_NATIVE[name](), name)

@@ -38,7 +38,7 @@ class Budget:
         """
         self._left -= cost
         if self._left < 0:
-            raise TemplateLimitError("it loops too often or writes too much")
+            raise TemplateLimitError("it loops too often or produces too much output")
         if time.monotonic() > self._deadline:
             raise TemplateLimitError(f"it takes longer than {MAX_SECONDS:.0f} s")
 

@@ -53,7 +53,7 @@ def check_messages(messages: Sequence[Message]) -> None:
                 f"content of a {role} message must be a str, got {type(content).__name__}; join text parts yourself",
             )
     if messages[-1]["role"] == "assistant":
-        fail(len(messages) - 1, "the last message is the assistant's; end with a user or tool message to be answered")
+        fail(len(messages) - 1, "the last message is the assistant's; end with a user or tool message")
 
 
 def check_order(messages: Sequence[Message], *, tools_known: bool) -> None:
@@ -83,7 +83,7 @@ def check_order(messages: Sequence[Message], *, tools_known: bool) -> None:
                     f"{abs(unanswered)} tool results too {'few' if unanswered > 0 else 'many'} before this message",
                 )
             if bool(message.get("content")) == bool(calls):
-                fail(index, "an assistant message needs either content or tool_calls, not both and not neither")
+                fail(index, "an assistant message needs either content or tool_calls, but not both")
             unanswered = len(_check_calls(index, calls)) if calls else 0
         elif role == "tool":
             unanswered -= 1

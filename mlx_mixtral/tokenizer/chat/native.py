@@ -57,7 +57,7 @@ class NoChat(_Native):
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None) -> list[int]:
         raise ChatTemplateError(
             "this checkpoint has no chat format: no chat_template, and no [INST] among its special tokens; "
-            "give --chat-template FILE or NAME, or use generate with a prompt of your own"
+            "give --chat-template FILE or NAME, or use generate with your own prompt"
         )
 
 
@@ -164,7 +164,7 @@ def _dumps(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ChatTemplateError(f"tools and tool calls must hold what JSON can write ({error})") from error
+        raise ChatTemplateError(f"tools and tool calls must be valid JSON values ({error})") from error
 
 
 def _between(tokenizer: Tokenizer, begin: str, text: str, end: str) -> list[int]:

@@ -172,9 +172,7 @@ def _stand_ins(chars: Sequence[str], used: set[str]) -> dict[str, str]:
     free = (chr(code) for code in range(_FIRST_STAND_IN, _LAST_STAND_IN + 1) if chr(code) not in used)
     found = dict(zip(chars, free, strict=False))
     if len(found) < len(chars):
-        raise ChatTemplateError(
-            "the messages use all of Unicode's private characters; a template needs some of its own"
-        )
+        raise ChatTemplateError("the messages use all of Unicode's private characters; a template needs some of them")
     return found
 
 
@@ -191,7 +189,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return str(value)
     if value is None or isinstance(value, (bool, int, float)):
         return value
-    raise ChatTemplateError(f"messages and tools may hold what JSON can, not {type(value).__name__}")
+    raise ChatTemplateError(f"messages and tools may hold JSON values, not {type(value).__name__}")
 
 
 def _texts(value: Any) -> Iterator[str]:

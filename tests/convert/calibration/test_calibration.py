@@ -292,7 +292,7 @@ def test_saving_replaces_a_calibration_and_nothing_else(calibrated: Calibration,
         assert (tmp_path / name).read_bytes() == before
     with pytest.raises(DestinationError, match="is a folder; give a file"):
         calibrated.save(tmp_path)
-    with pytest.raises(DestinationError, match=r"no folder .*/no; make it first"):
+    with pytest.raises(DestinationError, match=r"no folder .*/no; create it first"):
         calibrated.save(tmp_path / "no" / "file")
     with pytest.raises(DestinationError, match="File name too long"):
         calibrated.save(tmp_path / ("n" * 300))

@@ -51,17 +51,17 @@ def _transposed(arrays: Arrays, header: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("bend", "said"),
     [
-        (_nan, "values that no input has"),
-        (_negative, "values that no input has"),
-        (_tokens(np.zeros((2, 2), np.float32)), "tokens are no token ids"),
-        (_tokens(np.zeros((0, 2), np.int32)), "tokens are no token ids"),
-        (_tokens(np.full((2, 2), -1, np.int32)), "tokens are no token ids"),
-        (_one_left, "of other matrices"),
+        (_nan, "values that no input can have"),
+        (_negative, "values that no input can have"),
+        (_tokens(np.zeros((2, 2), np.float32)), "tokens are not token ids"),
+        (_tokens(np.zeros((0, 2), np.int32)), "tokens are not token ids"),
+        (_tokens(np.full((2, 2), -1, np.int32)), "tokens are not token ids"),
+        (_one_left, "belong to other matrices"),
         (_transposed, "another shape or type"),
-        (lambda arrays, header: header.update(losses=[1]), "says nothing of a model"),
-        (lambda arrays, header: header.update(identity=7), "says nothing of a model"),
-        (lambda arrays, header: header.update(losses={"all": {"4-bit g64": float("nan")}}), "losses are no numbers"),
-        (lambda arrays, header: header.update(losses={"all": 3}), "losses are no numbers"),
+        (lambda arrays, header: header.update(losses=[1]), "does not describe a model"),
+        (lambda arrays, header: header.update(identity=7), "does not describe a model"),
+        (lambda arrays, header: header.update(losses={"all": {"4-bit g64": float("nan")}}), "losses are not numbers"),
+        (lambda arrays, header: header.update(losses={"all": 3}), "losses are not numbers"),
         (lambda arrays, header: header.update(losses=json.loads("[" * 500 + "]" * 500)), "nested more than 100 levels"),
         (lambda arrays, header: header.pop("losses"), "cannot be read: 'losses'"),
     ],
@@ -93,5 +93,5 @@ def test_tokens_beyond_the_vocabulary_do_not_reach_the_model(made: Calibration, 
 
 def test_more_than_memory_holds_is_refused_before_it_is_allocated(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walk, "read_system_memory", lambda: SystemMemory(2**21, 2**21))
-    with pytest.raises(MemoryBudgetError, match=r"calibrating on 1024 tokens takes .* are free; give fewer --tokens"):
+    with pytest.raises(MemoryBudgetError, match=r"calibrating on 1024 tokens takes .* is free; give fewer --tokens"):
         calibrate(short, tokens=1024, sensitivities=False)

@@ -162,7 +162,7 @@ def test_calibrating_measures_sensitivities_with_the_counts_of_a_trace_or_its_fi
 def test_traces_of_other_shapes_and_no_traces_are_refused(folder: Path, tmp_path: Path) -> None:
     assert CONFIG["num_local_experts"] == 4
     for trace, what in (
-        (trace_of([[0, 1]]), "of 1 layers with 2 of 4 experts a token, the model has 2 with 2 of 4"),
+        (trace_of([[0, 1]]), "of 1 layers with 2 of 4 experts per token, the model has 2 with 2 of 4"),
         (trace_of([[0, 1]], [[0, 1]], experts=8), "2 layers with 2 of 8"),
         (trace_of([[0]], [[1]]), "2 layers with 1 of 4"),
     ):

@@ -101,7 +101,7 @@ def test_other_options_and_other_files_are_refused_until_restart(source: Path, t
     for content in (b"years of work", kept[:-10], b""):
         journal(place).write_bytes(content)
         for restart in (False, True):
-            with pytest.raises(DestinationError, match="is not the journal of a calibration; move it away"):
+            with pytest.raises(DestinationError, match="is not the journal of a calibration; move it,"):
                 calibrate(source, tokens=1024, save=place, restart=restart)
         assert journal(place).read_bytes() == content
 

@@ -57,7 +57,7 @@ def test_rows_that_do_not_divide_into_blocks(tmp_path: Path) -> None:
 def test_a_destination_that_is_there(source: Path, tmp_path: Path) -> None:
     dest = tmp_path / "out.gguf"
     dest.write_bytes(b"a letter")
-    refused(source, dest, DestinationError, "exists already; replace it with --overwrite")
+    refused(source, dest, DestinationError, "already exists; replace it with --overwrite")
     refused(source, dest, DestinationError, "is not a GGUF file", overwrite=True)
     assert dest.read_bytes() == b"a letter"
     dest.write_bytes(b"GGUF of old")
@@ -136,17 +136,17 @@ def test_no_tokenizer_or_anothers(tmp_path: Path) -> None:
     (source / "tokenizer.model").write_bytes(spm_model(pieces))
     refused(source, tmp_path / "out.gguf", TokenizerError, "65 pieces, but the model's vocab_size is 64")
     (source / "tokenizer.model").write_bytes(b"\xff\xff")
-    refused(source, tmp_path / "out.gguf", TokenizerError, "broken")
+    refused(source, tmp_path / "out.gguf", TokenizerError, "damaged")
 
 
 @pytest.mark.parametrize(
     ("scaling", "match"),
     [
         ({"type": "dynamic", "factor": 4.0}, "'dynamic' cannot be written to GGUF; default"),
-        ({"type": "yarn", "factor": 4.0, "beta_fast": 20}, "'yarn' with its own beta_fast"),
-        ({"type": "yarn", "factor": 4.0, "truncate": False}, "'yarn' with its own truncate"),
-        ({"type": "yarn", "factor": 4.0, "attention_factor": 1.3}, "'yarn' with its own attention_factor"),
-        ({"type": "yarn", "factor": 0.5}, "'yarn' with its own attention_factor"),
+        ({"type": "yarn", "factor": 4.0, "beta_fast": 20}, "'yarn' with a custom beta_fast"),
+        ({"type": "yarn", "factor": 4.0, "truncate": False}, "'yarn' with a custom truncate"),
+        ({"type": "yarn", "factor": 4.0, "attention_factor": 1.3}, "'yarn' with a custom attention_factor"),
+        ({"type": "yarn", "factor": 0.5}, "'yarn' with a custom attention_factor"),
     ],
 )
 def test_rope_scaling_that_llama_cpp_would_compute_otherwise(
@@ -202,7 +202,7 @@ def test_cli_exports_and_reports(source: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     size = (tmp_path / "out.gguf").stat().st_size
     assert f"{format_bytes(size)}, Q8_0, 8.54 bits per weight" in done.stdout
-    assert "note: there is no chat template" in done.stderr
+    assert "note: the source has no chat template" in done.stderr
     done = cli(source, tmp_path / "hf", "--to", "hf", "--dtype", "float16", "--json")
     assert '"type": "F16"' in done.stdout
     assert (tmp_path / "hf" / "config.json").is_file()
@@ -215,7 +215,7 @@ def test_cli_exports_and_reports(source: Path, tmp_path: Path) -> None:
         (["--to", "gguf", "--dtype", "float16"], "--dtype does not apply with --to gguf; give --type"),
         (["--to", "hf", "--type", "F16"], "--type does not apply with --to hf; give --dtype"),
         (["--to", "hf", "--override", "lm_head=8"], "--override does not apply with --to hf"),
-        (["--type", "F16"], "--type applies with --to gguf only"),
+        (["--type", "F16"], "--type applies only with --to gguf"),
     ],
 )
 def test_cli_options_that_contradict(arguments: list[str], message: str, source: Path, tmp_path: Path) -> None:

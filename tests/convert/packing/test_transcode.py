@@ -232,7 +232,7 @@ def test_a_dry_run_says_what_would_be_kept(tmp_path: Path) -> None:
 
 
 def test_a_source_of_floats_has_no_packing_to_keep(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="leave --exact out"):
+    with pytest.raises(InvalidRequestError, match="leave out --exact"):
         convert(make_checkpoint(tmp_path / "source"), tmp_path / "out", exact=True)
     with pytest.raises(InvalidRequestError, match="fit"):
         convert(make_checkpoint(tmp_path / "source"), tmp_path / "out", exact=True, fit="1GB")

@@ -174,7 +174,7 @@ def test_room_on_a_mac_is_its_memory_less_the_cache() -> None:
     mac = Device("metal", "Apple M2", "applegpu_g14s", 32 * 2**30, 22_906_503_168)
     assert room_for_weights(EIGHT, mac) == 22_906_503_168 - 4096 * 131072 - WORKING_BYTES
     assert room_for_weights(EIGHT, mac, 32768) == room_for_weights(EIGHT, mac) - (32768 - 4096) * 131072
-    with pytest.raises(InvalidRequestError, match="none here; give a size"):
+    with pytest.raises(InvalidRequestError, match="this is not one; give a size"):
         room_for_weights(EIGHT, Device("cpu", "CPU", ""))
     with pytest.raises(InvalidRequestError, match="context is 99999"):
         room_for_weights(EIGHT, mac, 99999)

@@ -38,7 +38,7 @@ def test_the_trunk_has_more_bits_than_the_experts_and_the_router_all(name: str) 
 def test_a_name_a_file_or_an_error(tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(json.dumps({"bits": 3, "rounding": "search"}))
     assert named_recipe(str(tmp_path / "own.json")) == Recipe(3, rounding="search")
-    with pytest.raises(InvalidRequestError, match="named are experts-2bit, experts-3bit"):
+    with pytest.raises(InvalidRequestError, match="the named recipes are experts-2bit, experts-3bit"):
         named_recipe("exprts-3bit")
     with pytest.raises(ConfigError, match="rounding 'best' is unknown; use plain, search, gptq"):
         Recipe(rounding="best")
@@ -69,7 +69,7 @@ def test_a_dry_run_with_a_size_shows_parts_and_expected_loss(tmp_path: Path) -> 
         (("--fit", "100kB"), "the smallest it can be is"),
         (("--fit", "mac"), "give a size"),
         (("--calibration", "absent"), "absent cannot be read"),
-        (("--recipe", "best"), "named are experts-2bit"),
+        (("--recipe", "best"), "the named recipes are experts-2bit"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(tmp_path: Path, options: tuple[str, ...], message: str) -> None:

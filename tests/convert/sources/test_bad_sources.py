@@ -275,7 +275,7 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path: Path, change: str
         else:
             file.unlink()
 
-    words = {"grow": "changed during the conversion", "touch": "it was written to", "remove": "cannot be read any more"}
+    words = {"grow": "changed during the conversion", "touch": "it was modified", "remove": "can no longer be read"}
     with pytest.raises(ConversionError, match=words[change]):
         convert(source, tmp_path / "out", progress=disturb)
     # A file that went away may come back, as an unplugged disk does: then the conversion goes on.

@@ -204,13 +204,13 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     files = split(tmp_path / "s")
     files[1].unlink()
     for source in (tmp_path / "s", files[0], files[2]):
-        refused(source, CheckpointError, f"{files[1].name} is missing, one of the {len(files)} files")
+        refused(source, CheckpointError, f"{files[1].name} is missing; it is one of the {len(files)} files")
 
 
 def test_a_part_alone_under_another_name(tmp_path: Path) -> None:
     files = split(tmp_path / "s")
     files[0].rename(tmp_path / "renamed.gguf")
-    refused(tmp_path / "renamed.gguf", CheckpointError, f"is one of {len(files)} files of a model and there are 1")
+    refused(tmp_path / "renamed.gguf", CheckpointError, f"is one of {len(files)} files of a model, but there are 1")
 
 
 def test_parts_that_were_exchanged(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_parts_that_were_exchanged(tmp_path: Path) -> None:
     files[1].rename(tmp_path / "x")
     files[2].rename(files[1])
     (tmp_path / "x").rename(files[2])
-    refused(tmp_path / "s", CheckpointError, "says it is part 3, its name says 2")
+    refused(tmp_path / "s", CheckpointError, "says it is part 3, but its name says 2")
 
 
 def test_two_models_in_a_folder(tmp_path: Path) -> None:

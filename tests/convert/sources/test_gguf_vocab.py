@@ -146,7 +146,7 @@ def test_byte_level_bpe_becomes_a_tokenizer_json(tmp_path: Path, pre: str, digit
 
 @pytest.mark.parametrize(("keys", "match"), [
     (byte_level("martian"), "splits text into words by 'martian'"),
-    (byte_level("smollm", model="bert"), "tokenizer is of kind 'bert'"),
+    (byte_level("smollm", model="bert"), "tokenizer is of type 'bert'"),
     (byte_level("smollm", merges=["a b c"]), "an entry that is not two pieces"),
     (byte_level("smollm", model="llama"), "scores does not match the 265 tokens"),
 ])  # fmt: skip

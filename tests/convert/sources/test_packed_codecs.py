@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, bool, tuple[dict[str, Any], Pack]]] = {
         "nvfp4", True, (scheme(num_bits=4), lambda w: packers.nvfp4(w, E4M3, 1, "weight_global_scale", "weight_packed")),
     ),
     "pairs of rows": ("4-bit g32", True, (OPT | {"quant_algo": "W4A16_AWQ"}, partial(packers.row_pairs, group=32))),
-    "pairs of rows, inputs scaled": (
+    "pairs of rowswith scaled inputs": (
         "8-bit g32", False, (OPT | {"quant_algo": "W4A16_AWQ"}, partial(packers.row_pairs, group=32, scaled_inputs=True)),
     ),
     "nf4, nested": ("8-bit g32", False, (BNB, packers.lookup)),
@@ -193,7 +193,7 @@ def test_a_router_that_would_be_rounded_again_keeps_its_values(tmp_path: Path) -
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("4 bits", {"weight_packed": np.zeros((64, 13), np.int32)}, r"has shape \[64, 13\]; .* calls for \[64, 12\]"),
-    ("4 bits", {"weight_scale": np.ones((64, 7), np.float16)}, "weight_scale' has shape .* one number, or one a row or group"),
+    ("4 bits", {"weight_scale": np.ones((64, 7), np.float16)}, "weight_scale' has shape .* one number, or one per row"),
     ("4 bits", {"weight_scale": None}, "weight_scale' is missing"),
     ("4 bits, act-order", {"weight_g_idx": np.full(96, 9, np.int32)}, "weight_g_idx' names group 9; there are 3"),
     ("nf4, nested", {"weight.absmax": np.zeros(7, np.uint8)}, "6144 weights in blocks of 64 were expected"),
@@ -203,8 +203,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "nf4, nested", {"weight.quant_state.bitsandbytes__nf4": np.frombuffer(b'{"blocksize": 0}', np.uint8)},
         "says blocksize = 0",
     ),
-    ("blocks", {"weight_scale_inv": np.ones((3, 1), np.float32)}, "a group of inputs or a block of 48 by 64, was expected"),
-    ("pairs of rows", {"weight_scale": np.ones((64, 7), np.float16)}, "one a row and group of inputs was expected"),
+    ("blocks", {"weight_scale_inv": np.ones((3, 1), np.float32)}, "group of inputs or block of 48 by 64, was expected"),
+    ("pairs of rows", {"weight_scale": np.ones((64, 7), np.float16)}, "one per row and group of inputs was expected"),
 ]  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def test_damaged_modules_are_named(tmp_path: Path, case: str, tensors: dict[str,
 def test_packed_words_without_a_number_of_bits_are_refused(tmp_path: Path) -> None:
     entry = scheme(num_bits=None)
     make_packed(tmp_path / "source", entry, lambda _, weight: packers.integers(weight, 4, 32), **SMALL)
-    with pytest.raises(ConversionError, match="is packed, but no num_bits from 1 to 8 in config_groups says how"):
+    with pytest.raises(ConversionError, match="is packed, but config_groups has no num_bits from 1 to 8"):
         open_source(tmp_path / "source")
 
 

@@ -254,7 +254,10 @@ def test_damaged_modules_are_named(
         (FP8 | {"format": "marlin-24"}, "format 'marlin-24' is not supported; float-quantized, int-quantized"),
         (FP8 | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "format 'sparse-24-bitmask' is not supported"),
         (FP8 | {"transform_config": {"config_groups": {"u": {}}}}, "the weights are rotated"),
-        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]; two numbers"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128]},
+            r"weight_block_size is \[128\]; a number of rows and a number of columns",
+        ),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "ModelOpt's 'W4A8_AWQ' is not supported; FP8"),
         ({"quant_method": "hqq"}, r"quantised with hqq \(HQQ: .*call model.dequantize\(\), save that"),
         ({"quant_method": "quanto"}, r"quantised with quanto \(.*convert from the original"),
@@ -277,7 +280,7 @@ def test_variants_that_are_not_read_are_named(tmp_path: Path, entry: dict[str, A
 @pytest.mark.parametrize("kind", ["awq", "gptq"])
 def test_a_kind_that_a_plain_folder_is_not_is_refused_as_that(tmp_path: Path, kind: str) -> None:
     source = make_checkpoint(tmp_path / "source")
-    with pytest.raises(ConversionError, match=f"is not a {kind.upper()} folder: .*; convert it without a kind"):
+    with pytest.raises(ConversionError, match=f"is not a {kind.upper()} folder: .*; leave out --kind"):
         convert(source, tmp_path / "out", kind=kind)
     convert(source, tmp_path / "out")
 
@@ -299,7 +302,7 @@ def test_settings_in_a_file_of_their_own_are_read(
     meant = make_packed(tmp_path / "source", settings, pack, settings=name)
     assert detect(tmp_path / "source") == kind
     same_weights(tmp_path / "source", meant)
-    with pytest.raises(CheckpointError, match=r"holds weights packed by GPTQ or AWQ .*to be converted first"):
+    with pytest.raises(CheckpointError, match=r"holds weights packed by GPTQ or AWQ .*which must be converted first"):
         load(tmp_path / "source")
 
 
@@ -318,7 +321,7 @@ def test_packed_weights_without_settings_say_which_file_is_missing(tmp_path: Pat
     meant = make_packed(tmp_path / "source", *CASES[case][1:], settings="kept.json")
     for kind in ("auto", case):
         with pytest.raises(
-            ConversionError, match=r"quantize_config\.json or quant_config\.json; put that file beside them"
+            ConversionError, match=r"quantize_config\.json or quant_config\.json; put that file next to them"
         ):
             convert(tmp_path / "source", tmp_path / "out", kind=kind)
     name = {"gptq": "quantize_config.json", "awq": "quant_config.json"}[case]
@@ -328,7 +331,7 @@ def test_packed_weights_without_settings_say_which_file_is_missing(tmp_path: Pat
 
 def test_inputs_out_of_order_need_their_order(tmp_path: Path) -> None:
     make_packed(tmp_path / "source", GPTQ | {"desc_act": True}, grouped_packer(partial(gptq, g_idx=False), 64))
-    with pytest.raises(CheckpointError, match=r"g_idx' is missing, and desc_act says that inputs are not in order"):
+    with pytest.raises(CheckpointError, match=r"g_idx' is missing, but desc_act says that inputs are reordered"):
         convert(tmp_path / "source", tmp_path / "out")
 
 

@@ -84,7 +84,7 @@ def test_broken_connections_are_resumed_where_they_broke(
 def test_an_interrupted_stream_goes_on_even_from_a_downloaded_copy(tmp_path: Path, hub: Hub) -> None:
     run(tmp_path / "home", hub, tmp_path / "whole")
     broken = run(tmp_path / "home", hub, tmp_path / "out", stop_at=20)
-    assert broken["notes"] == ["the same command goes on from layer 2 of 3"]
+    assert broken["notes"] == ["repeat the command to continue from layer 2 of 3"]
     hub.served.clear()
     assert run(tmp_path / "home", hub, tmp_path / "out", stop_at=20)["error"] == "KeyboardInterrupt"
     assert run(tmp_path / "home", hub, tmp_path / "out", stream=False)["resumed"] == 2
@@ -132,7 +132,7 @@ def test_a_connection_lost_in_the_middle_keeps_what_is_done(tmp_path: Path, hub:
     hub.served = Fading()
     broken = run(tmp_path / "home", hub, tmp_path / "out")
     assert broken["error"] == "HubError"
-    assert broken["notes"] == ["the same command goes on from layer 2 of 3"]
+    assert broken["notes"] == ["repeat the command to continue from layer 2 of 3"]
     hub.served, hub.status = [], None
     assert run(tmp_path / "home", hub, tmp_path / "out")["resumed"] == 1
     assert sum(count for _, _, count in hub.served) < weights * 0.85 + 3 * 2**17
@@ -162,7 +162,7 @@ def test_a_repository_without_weights_is_one_line(tmp_path: Path, hub: Hub, sour
     result = run(tmp_path / "home", hub, tmp_path / "out")
     assert (result["error"], result["message"].partition(", only ")[0]) == (
         "CheckpointError",
-        "owner/model is not a checkpoint that can be converted: there is no config.json",
+        "owner/model is not a checkpoint that can be converted: it has no config.json",
     )
     for file in [*source.glob("model*"), source / "consolidated.safetensors"]:
         file.unlink()

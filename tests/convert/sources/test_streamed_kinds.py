@@ -183,7 +183,7 @@ def test_a_download_goes_on_where_a_stream_was_interrupted(
         hub.large = large
         both = {"source": f"owner/model{file}"}
         (broken,) = run_all(tmp_path / "home", hub, [options | both], stop_at=25)
-        assert broken["notes"] == ["the same command goes on from layer 2 of 2"]
+        assert broken["notes"] == ["repeat the command to continue from layer 2 of 2"]
         resumed, _ = run_all(
             tmp_path / "home",
             hub,

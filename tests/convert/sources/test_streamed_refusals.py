@@ -60,10 +60,10 @@ CASES: list[tuple[Make, str, Callable[[Hub], None], str, list[str]]] = [
     (of_gguf, ":m.gguf", overwrite("m.gguf", b"<html>"), "CheckpointError", ["owner/model/m.gguf is not a checkpoint"]),
     (of_gguf, ":m.gguf", overwrite("m.gguf", b""), "CheckpointError", ["owner/model/m.gguf is not a checkpoint"]),
     (of_split_gguf, ":m-00001-of-00003.gguf", remove("m-00002-of-00003.gguf"), "CheckpointError",
-     ["owner/model: m-00002-of-00003.gguf is missing, one of the 3 files"]),
+     ["owner/model: m-00002-of-00003.gguf is missing; it is one of the 3 files"]),
     (of_gptq, "", cut(SHARD, 0.5), "CheckpointError", [f"owner/model/{SHARD}", "the file is truncated"]),
     (of_gptq, "", remove(SHARD), "CheckpointError", [f"names {SHARD!r}, which is not in owner/model;"]),
-    (of_torch, "", cut("pytorch_model.bin", 0.9), "CheckpointError", ["owner/model/pytorch_model.bin is not a torch file"]),
+    (of_torch, "", cut("pytorch_model.bin", 0.9), "CheckpointError", ["model.bin is not a readable torch file"]),
     (of_torch_native, "", with_(status=503), "HubError", ["consolidated.00.pt cannot be fetched at", "8 attempts failed"]),
 ]  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_what_lies_on_this_machine_is_not_streamed(tmp_path: Path) -> None:
         str(tmp_path / "absent.gguf"),
         "m.gguf",
     ):
-        with pytest.raises(InvalidRequestError, match="is not a hub repository; stream applies to those only"):
+        with pytest.raises(InvalidRequestError, match="is not a hub repository; stream applies only to those"):
             convert(source, tmp_path / "out", stream=True)
 
 

@@ -212,7 +212,7 @@ def lie_about_size(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("edit", "match"),
     [
-        (cut, "truncated, or no torch file"),
+        (cut, "truncated, or not a torch file"),
         (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4221\n", "run git lfs pull"),
         (lambda data: data[:100], "truncated"),
         (lambda data: b"", "truncated"),

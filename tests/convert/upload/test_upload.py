@@ -77,7 +77,7 @@ def test_an_upload_that_breaks_goes_on_with_what_is_missing(converted: Path, hub
     hub.breaks_after = 1
     (broken,) = run_uploads(tmp_path / "home", hub, options)
     assert broken["error"] == "HubError"
-    assert "me/model: the hub answered with status 400; the same command goes on" in broken["message"]
+    assert "me/model: the hub answered with status 400; repeat the command" in broken["message"]
     assert hub.files == {}
     hub.breaks_after = None
     sent = hub.sent
@@ -95,14 +95,17 @@ def test_a_broken_connection_is_one_line_however_deep_the_client_wraps_it() -> N
         except ConnectionResetError as error:
             raise RuntimeError("Error while uploading") from error
 
-    with pytest.raises(HubError, match=r"^me/model: the hub cannot be reached, .* goes on"), _upload_errors(REPOSITORY):
+    with (
+        pytest.raises(HubError, match=r"^me/model: the hub cannot be reached or .* repeat the command"),
+        _upload_errors(REPOSITORY),
+    ):
         send()
 
 
 def test_a_hub_in_trouble_is_waited_for_not_blamed_on_the_token() -> None:
     error = RuntimeError("status 503")
     error.response = SimpleNamespace(status_code=503)  # type: ignore[attr-defined]
-    with pytest.raises(HubError, match="or is in trouble; the same command goes on"), _upload_errors(REPOSITORY):
+    with pytest.raises(HubError, match="or is failing; repeat the command"), _upload_errors(REPOSITORY):
         raise error
 
 
@@ -123,7 +126,7 @@ def test_tokens_that_are_missing_wrong_or_too_weak(converted: Path, hub: UploadH
     assert found["error"] == "HubError"
     assert "run `hf auth login`" in found["message"]
     assert hub.writes == []
-    for status, message in ((401, "does not accept the token; run `hf auth login`"), (403, "right to write")):
+    for status, message in ((401, "does not accept the token; run `hf auth login`"), (403, "no write access")):
         hub.status = status
         (found,) = run_uploads(tmp_path / "home", hub, options)
         assert found["error"] == "HubError"
@@ -141,7 +144,7 @@ def test_what_is_in_the_repository_already(converted: Path, hub: UploadHub, tmp_
     (found,) = run_uploads(tmp_path / "home", hub, options)
     assert hub.files["README.md"] == b"# Mine"
     assert "was kept" in " ".join(found["notes"])
-    assert "already and is public" in " ".join(found["notes"])
+    assert "already existed and is public" in " ".join(found["notes"])
     hub.files["other.safetensors"] = b"other"
     run_uploads(tmp_path / "home", hub, options | {"overwrite": True})
     assert "other.safetensors" not in hub.files

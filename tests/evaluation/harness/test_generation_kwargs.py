@@ -43,7 +43,7 @@ def test_sampling_takes_what_the_task_says() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_beams": 4}, "num_beams is 4, which is not known here"),
+        ({"num_beams": 4}, "num_beams is 4, which is not supported"),
         ({"until": 3}, "until is 3"),
         ({"until": ["a", 3]}, "until is"),
         ({"max_gen_toks": "many"}, "max_gen_toks is 'many'; it must be a number"),

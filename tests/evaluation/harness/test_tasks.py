@@ -124,16 +124,16 @@ def test_names_of_caches_tell_models_and_chat_formats_apart(model: Mixtral, chat
 
 
 def test_an_unknown_task_names_those_that_are_like_it(own_tasks_only: None) -> None:
-    with pytest.raises(InvalidRequestError, match=r"'tiny_sum' is not known to .*did you mean tiny_sums"):
+    with pytest.raises(InvalidRequestError, match=r"'tiny_sum' is unknown to .*did you mean tiny_sums"):
         load_tasks(["tiny_sum"], path=TASKS)
-    with pytest.raises(InvalidRequestError, match=r"'zzzz' is not known to .*`lm_eval ls tasks` lists them"):
+    with pytest.raises(InvalidRequestError, match=r"'zzzz' is unknown to .*run `lm_eval ls tasks` for a list"):
         load_tasks(["zzzz"], path=TASKS)
 
 
 def test_folders_without_tasks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="is not a folder"):
         load_tasks(["x"], path=tmp_path / "missing")
-    with pytest.raises(InvalidRequestError, match=r"holds no tasks: there is no .yaml file in it"):
+    with pytest.raises(InvalidRequestError, match=r"holds no tasks: it has no .yaml file"):
         load_tasks(["x"], path=tmp_path)
     (tmp_path / "other.yaml").write_text("a: 1\n")
     with pytest.raises(InvalidRequestError, match=r"holds no tasks: no .yaml file in it has a task"):
@@ -165,7 +165,7 @@ def write_task(folder: Path, **settings: str) -> Path:
             "task t cannot be loaded: .*nowhere",
         ),
         ({"dataset_path": "nobody/nothing"}, HubError, "the data of task t cannot be fetched .*--task-path"),
-        ({"unsafe_code": "true"}, InvalidRequestError, "task t runs code that a model wrote"),
+        ({"unsafe_code": "true"}, InvalidRequestError, "task t runs code written by a model"),
     ],
 )
 def test_tasks_that_cannot_be_loaded_are_refused(

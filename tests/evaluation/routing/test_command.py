@@ -149,7 +149,7 @@ def test_what_is_wrong_is_said_before_the_work(
     assert "domain 'b' has 1 token" in refused(tiny, "--text", tmp_path / "one.jsonl")
     assert "no folder" in refused(tiny, "--text", texts, "--html", tmp_path / "no" / "r.html")
     assert "is a folder" in refused(tiny, "--text", texts, "--plot", tmp_path)
-    assert "name one file" in refused(tiny, "--text", texts, "--plot", tmp_path / "x", "--html", tmp_path / "x")
+    assert "name the same file" in refused(tiny, "--text", texts, "--plot", tmp_path / "x", "--html", tmp_path / "x")
     assert "layer 6" in refused(tiny, "--text", texts, "--layers", "0,6")
     assert "sample is -1" in refused(tiny, "--text", texts, "--sample", "-1")
     assert "window is 2" in refused(tiny, "--text", texts, "--window", "2")

@@ -11,7 +11,7 @@ from mlx_mixtral.budget.slots import ModelSizes, Speeds
 from mlx_mixtral.generation.speculation.cost import ForwardCost, distinct_experts
 from mlx_mixtral.generation.speculation.economics import RETRY_TOKENS, Acceptance, Economics, expected_tokens
 
-# 8x7B in 16 bits: 32 layers, 176M numbers an expert, 1.6G of everything else.
+# 8x7B in 16 bits: 32 layers, 176M numbers per expert, 1.6G of everything else.
 MIXTRAL = ModelSizes(3_210_000_000, (352_000_000,) * 32, (352_000_000,) * 32, (0,) * 32, 8, 2)
 
 

@@ -81,7 +81,7 @@ def test_a_family_is_known_by_its_control_tokens(make_folder: FolderMaker, name:
     config = {"added_tokens_decoder": added(4096, MARKERS[name])}
     tokenizer = load_tokenizer(make_folder("tiny", tokenizer_config=config))
     assert (tokenizer.chat_format, tokenizer.chat_origin) == (name, "control tokens")
-    assert f"the chat format is {name} by the control tokens" in tokenizer.chat_note
+    assert f"the control tokens indicate {name}" in tokenizer.chat_note
     ids = tokenizer.encode_chat(TALK)
     assert ids == tokenizer.encode(WRITTEN[name], special=True)
     assert ids.count(tokenizer.end_of_turn or -1) == {"zephyr": 4}.get(name, 3 if name == "gemma" else 4)
@@ -179,7 +179,7 @@ def test_a_format_that_does_not_fit_or_is_not_there_is_refused(make_folder: Fold
     with pytest.raises(InvalidRequestError, match=r"mistral-v3 needs the control token \[INST\].*use mistral-v1"):
         load_tokenizer(make_folder("v1"), chat_template=given_template("mistral-v3"))
     with pytest.raises(
-        InvalidRequestError, match="'chatmll' is neither a file here nor a format; formats are chatml, ll"
+        InvalidRequestError, match="'chatmll' is neither a file here nor a known format; the formats are chatml, ll"
     ):
         given_template("chatmll")
     (tmp_path / "empty.json").write_text("{}")

@@ -24,7 +24,7 @@ def test_all_steps_and_characters_together_are_bounded() -> None:
     for _ in range(10):
         budget.allow(LARGEST - 1)
     budget.charge(ALL - 10 * LARGEST)
-    with pytest.raises(TemplateLimitError, match="loops too often or writes too much"):
+    with pytest.raises(TemplateLimitError, match="loops too often or produces too much"):
         budget.charge(1)
 
 
@@ -43,7 +43,7 @@ def test_what_is_weighed_is_charged() -> None:
     budget = Budget(0)
     for _ in range(19):
         budget.weigh("x" * 999_999)
-    with pytest.raises(TemplateLimitError, match="writes too much"):
+    with pytest.raises(TemplateLimitError, match="produces too much"):
         budget.weigh(["x" * 999_999])
     steps = Budget(0)
     for _ in range(100):

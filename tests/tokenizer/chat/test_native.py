@@ -109,7 +109,7 @@ def test_a_refusal_says_which_message_and_what(v3: Tokenizer, messages: Any, sai
         ([{"function": {"name": "a b"}}], r"tools\[0\]: name is 'a b'"),
         ([{"function": {"name": "f", "parameters": []}}], None),
         ([{"function": {"name": "f", "parameters": ["x"]}}], "parameters a JSON schema"),
-        ([{"function": {"name": "f", "parameters": {"x": object()}}}], "what JSON can write"),
+        ([{"function": {"name": "f", "parameters": {"x": object()}}}], "valid JSON values"),
     ],
 )
 def test_tools_are_checked(v3: Tokenizer, tools: Any, said: str | None) -> None:

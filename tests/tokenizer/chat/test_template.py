@@ -190,7 +190,7 @@ def test_a_templates_refusal_is_passed_on(chatml: MakeChatml) -> None:
     [
         ([], ChatTemplateError, "empty"),
         ([{"role": "user", "content": 3}], ChatTemplateError, r"messages\[0\]: content"),
-        ([{"role": "user", "content": "a", "x": object()}], ChatTemplateError, "what JSON can, not object"),
+        ([{"role": "user", "content": "a", "x": object()}], ChatTemplateError, "JSON values, not object"),
         ([{"role": "user", "content": "\udc00"}], InvalidRequestError, "lone surrogate"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], ChatTemplateError, "last message"),
     ],

@@ -69,7 +69,9 @@ def hf_entries(
     head_dim = get.integer("attention.key_length", hidden // max(heads, 1))
     for other in ("attention.value_length", "rope.dimension_count"):
         if (length := get.integer(other, head_dim)) != head_dim:
-            raise ConfigError(f"{header.path}: {_PREFIX}{other} is {length}, other than the head size {head_dim}")
+            raise ConfigError(
+                f"{header.path}: {_PREFIX}{other} is {length}, which differs from the head size {head_dim}"
+            )
     width = get.integer("feed_forward_length")
     window = get.integer("attention.sliding_window", 0)
     dense = "mistral" if window else "llama"

@@ -41,10 +41,10 @@ def model_files(storage: Storage) -> tuple[Path, ...]:
         return (path,)
     count = int(match[3])
     if not 1 <= count <= 1024:
-        raise CheckpointError(f"{path}: a set of {count} files; at most 1024 are read")
+        raise CheckpointError(f"{path}: a set of {count} files; the limit is 1024")
     names = [f"{match[1]}-{number:05}-of-{match[3]}.gguf" for number in range(1, count + 1)]
     if missing := [name for name in names if not storage.has(name)]:
-        raise CheckpointError(f"{path.parent}: {missing[0]} is missing, one of the {count} files of the model")
+        raise CheckpointError(f"{path.parent}: {missing[0]} is missing; it is one of the {count} files of the model")
     return tuple(map(storage.at, names))
 
 
@@ -57,14 +57,14 @@ def check_split(headers: list[GgufHeader]) -> None:
     count = headers[0].keys.get("split.count", 0) or 1
     if count != len(headers):
         raise CheckpointError(
-            f"{headers[0].path} is one of {count} files of a model and there are {len(headers)}; "
-            "keep the names they came with (…-00001-of-0000N.gguf)"
+            f"{headers[0].path} is one of {count} files of a model, but there are {len(headers)}; "
+            "keep their original names (…-00001-of-0000N.gguf)"
         )
     for number, header in enumerate(headers):
         said = header.keys.get("split.no", 0)
         if said != number or (header.keys.get("split.count", 0) or 1) != count:
             raise CheckpointError(
-                f"{header.path} says it is part {said + 1}, its name says {number + 1}; it was renamed"
+                f"{header.path} says it is part {said + 1}, but its name says {number + 1}; it was renamed"
             )
     expected, found = headers[0].keys.get("split.tensors.count"), sum(len(header.tensors) for header in headers)
     if expected is not None and expected != found:

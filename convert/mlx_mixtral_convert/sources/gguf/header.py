@@ -86,9 +86,9 @@ class _Head:
             raise self.error("is not a GGUF file: it does not begin with 'GGUF'")
         version = self.number("<I")
         if version & 0xFFFF == 0:
-            raise self.error("is a big-endian GGUF file, which is not supported; convert a little-endian one")
+            raise self.error("is a big-endian GGUF file, which is not supported; use a little-endian one")
         if version not in (2, 3):
-            raise self.error(f"is a GGUF file of version {version}; versions 2 and 3 are read: convert it again")
+            raise self.error(f"is a GGUF file of version {version}; versions 2 and 3 are supported: convert it again")
         tensor_count, key_count = self.number("<Q"), self.number("<Q")
         self.check_count(tensor_count, 24, MAX_TENSORS, "tensors")
         self.check_count(key_count, 13, MAX_KEYS, "keys")
@@ -125,8 +125,8 @@ class _Head:
                 raise self.error(f"is damaged: tensors {last!r} and {tensor.name!r} share bytes; download it again")
             if tensor.offset != -(-end // alignment) * alignment:
                 raise self.error(
-                    f"is damaged: {tensor.offset - end} bytes before tensor {tensor.name!r} belong to no tensor, and it is to "
-                    f"begin at a multiple of {alignment}; download it again"
+                    f"is damaged: {tensor.offset - end} bytes before tensor {tensor.name!r} belong to no "
+                    f"tensor, and it must begin at a multiple of {alignment}; download it again"
                 )
             end, last = tensor.offset + tensor.nbytes, tensor.name
 
@@ -134,7 +134,7 @@ class _Head:
         name = self.string("a tensor's name", MAX_NAME_BYTES)
         axes = self.number("<I")
         if not 1 <= axes <= MAX_AXES:
-            raise self.error(f"says that tensor {name!r} has {axes} axes; 1 to {MAX_AXES} are possible")
+            raise self.error(f"says that tensor {name!r} has {axes} axes; it must have 1 to {MAX_AXES}")
         shape = tuple(reversed([self.number("<Q") for _ in range(axes)]))
         if not 0 < prod(shape) < 2**40:
             raise self.error(f"says that tensor {name!r} has shape {list(shape)}, which is not possible")
@@ -181,7 +181,7 @@ class _Head:
         self.check_count(count, item_bytes, MAX_HEAD_BYTES, f"values of {name!r}")
         self.values += count
         if self.values > MAX_VALUES:
-            raise self.error(f"has more than {MAX_VALUES} values in the lists of its head; no model has as many")
+            raise self.error(f"has more than {MAX_VALUES} values in the lists of its header; no model has that many")
 
     def check_count(self, count: int, item_bytes: int, max_count: int, what: str) -> None:
         if count > max_count or count * item_bytes > self.size - self.at:
@@ -191,10 +191,10 @@ class _Head:
         if self.at + count > self.size:
             raise self.error(f"is truncated: {what} reaches past its {self.size} bytes; download it again")
         if self.at + count > MAX_HEAD_BYTES:
-            raise self.error(f"has a head of more than {MAX_HEAD_BYTES} bytes; no model has one that large")
+            raise self.error(f"has a header of more than {MAX_HEAD_BYTES} bytes; no model has one that large")
         data = self._file.read(count)
         if len(data) != count:
-            raise self.error("became shorter while it was read")
+            raise self.error("became shorter while it was being read")
         self.at += count
         return data
 

@@ -53,7 +53,7 @@ def scaling_of_factors(
     if long is not None or short is not None:
         if long is None or short is None or kind not in (None, "longrope"):
             raise ConfigError(
-                f"rope_factors_long and rope_factors_short belong together, and not to {kind or 'one of them'}"
+                f"rope_factors_long and rope_factors_short belong together, and do not apply to {kind or 'one of them alone'}"
             )
         original = None if declared is None else declared.get("original_max_position_embeddings")
         return _longrope(long, short, original or context, attention_factor)

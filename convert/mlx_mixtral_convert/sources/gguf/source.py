@@ -232,7 +232,8 @@ class GgufSource:
             factors = self._pread(tensor, 0, np.empty(tensor.nbytes, np.uint8)).view(np.float32)
             if not np.array_equal(found.setdefault(kind, factors), factors, equal_nan=True):
                 raise ConfigError(
-                    f"{tensor.file}: tensor {name!r} differs from that of another layer; layers rotate alike here"
+                    f"{tensor.file}: tensor {name!r} differs from that of another layer; all layers must use "
+                    "the same rotary frequencies"
                 )
             self._used.add(name)
         return found

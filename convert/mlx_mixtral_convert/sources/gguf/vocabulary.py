@@ -65,7 +65,7 @@ def tokenizer_files(header: GgufHeader) -> dict[str, bytes]:
         return {"tokenizer.model": _sentencepiece(header, tokens, types), "tokenizer_config.json": _json(config)}
     if kind != "gpt2":
         raise TokenizerError(
-            f"{where}: its tokenizer is of kind {kind!r}; llama (SentencePiece) and gpt2 can be converted"
+            f"{where}: its tokenizer is of type {kind!r}; llama (SentencePiece) and gpt2 can be converted"
         )
     return {"tokenizer.json": _json(_byte_level(header, tokens, types)), "tokenizer_config.json": _json(config)}
 

@@ -65,8 +65,8 @@ class CompressedSource(CodedModules):
         named = sorted({bits for bits in self._of_weights("num_bits") if is_integer(bits) and 1 <= bits <= 8})
         if not named:
             raise ConversionError(
-                f"{self._path}: config.json: module {module.name!r} is packed, but no num_bits from 1 to 8 in config_groups "
-                "says how; download config.json again"
+                f"{self._path}: config.json: module {module.name!r} is packed, but config_groups has no "
+                "num_bits from 1 to 8 for it; download config.json again"
             )
         width = module.shape("weight_packed")[-1]
         return next((bits for bits in named if width in word_counts(matrix.in_features, bits)), named[-1])

@@ -27,8 +27,8 @@ class Fp8Source(CodedModules):
         if size is not None:
             if not isinstance(size, list) or len(size) != 2 or not all(is_integer(n) and n > 0 for n in size):
                 raise ConversionError(
-                    f"{storage.path}: config.json: weight_block_size is {str(size)[:60]}; two numbers of rows and columns, "
-                    "as in [128, 128], were expected"
+                    f"{storage.path}: config.json: weight_block_size is {str(size)[:60]}; a number of rows and "
+                    "a number of columns were expected, as in [128, 128]"
                 )
             self._sizes.append((size[0], size[1]))
         super().__init__(storage)

@@ -68,8 +68,8 @@ class GptqSource(GroupedSource):
         if name not in self.checkpoint:
             if self._by_importance and self._group(inputs) < inputs:
                 raise CheckpointError(
-                    f"{self.path}: tensor {name!r} is missing, and desc_act says that inputs are not in order; use a file that "
-                    "has it"
+                    f"{self.path}: tensor {name!r} is missing, but desc_act says that inputs are reordered; "
+                    "use a file that has it"
                 )
             return self._in_order(inputs)
         groups = self._array(name).reshape(-1)

@@ -105,7 +105,9 @@ class GroupedSource(PackedModules):
     def _check(self, rows: Rows, matrix: Matrix) -> None:
         module = self._module(rows)
         if rows.of != matrix.out_features:
-            raise CheckpointError(f"{self.path}: module {module!r} has all experts in one, which is not supported")
+            raise CheckpointError(
+                f"{self.path}: module {module!r} has all experts in one tensor, which is not supported"
+            )
         group = self._group(matrix.in_features)
         if matrix.in_features % group or matrix.in_features % 32 or matrix.out_features * self.bits % 32:
             raise CheckpointError(
@@ -157,7 +159,7 @@ class GroupedSource(PackedModules):
             return missing_settings(storage.path)
         return ConversionError(
             f"{storage.path} is not a {self.method} folder: no tensor is called NAME.{self.packed[0]}, and there are no "
-            "settings; convert it without a kind"
+            "settings; leave out --kind"
         )
 
     def _number(self, storage: Storage, entry: Any, name: str) -> int:

@@ -52,7 +52,7 @@ def entries_of(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInf
     """
     entries = {entry.filename: entry for entry in archive.infolist()}
     if len(entries) < len(archive.infolist()):
-        raise CheckpointError(f"{path}: two entries have one name; the file is damaged")
+        raise CheckpointError(f"{path}: two entries have the same name; the file is damaged")
     return entries
 
 
@@ -64,8 +64,8 @@ def plain_entry(path: Path, entry: zipfile.ZipInfo, limit: int | None = None) ->
     """
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
         raise CheckpointError(
-            f"{path}: entry {entry.filename!r} is compressed or encrypted; only entries that are stored plain are read: "
-            "write the file again without compression"
+            f"{path}: entry {entry.filename!r} is compressed or encrypted; only uncompressed entries are "
+            "supported: write the file again without compression"
         )
     if limit is not None and entry.file_size > limit:
         raise CheckpointError(f"{path}: entry {entry.filename!r} has {entry.file_size} bytes; at most {limit} are read")

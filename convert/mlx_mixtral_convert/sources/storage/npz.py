@@ -49,7 +49,7 @@ def read_npz(path: Path, storage: Storage) -> dict[str, StoredTensor]:
             entries = {name: plain_entry(path, entry) for name, entry in entries_of(path, archive).items()}
     except ZIP_ERRORS as error:
         refuse_pointer(storage, path)
-        raise CheckpointError(f"{path} is not an npz file that can be read: {error}; it is truncated") from error
+        raise CheckpointError(f"{path} is not a readable npz file: {error}; it is truncated") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     starts = data_starts(path, storage, entries.values())
@@ -80,16 +80,16 @@ def _array(path: Path, storage: Storage, entry: zipfile.ZipInfo, start: int) -> 
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
         raise bad("has a damaged header") from error
     if isinstance(kind, str) and kind.endswith("O"):
-        raise bad("holds Python objects, which are not read: they could run anything")
+        raise bad("holds Python objects, which are not read because they could run code")
     dtype = _DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
-        raise bad(f"has type {str(kind)[:40]!r}; numbers in little-endian order are read")
+        raise bad(f"has type {str(kind)[:40]!r}; only little-endian numbers are supported")
     if not isinstance(shape, tuple) or len(shape) > MAX_AXES or not all(map(is_count, shape)):
         raise bad(f"has shape {repr(shape)[:200]}")
     nbytes = prod(shape) * ITEM_BYTES[dtype]
     if end + nbytes != size:
-        raise bad(f"of shape {list(shape)} needs {nbytes} bytes, its entry has {size - end}; the file is damaged")
+        raise bad(f"of shape {list(shape)} needs {nbytes} bytes, but its entry has {size - end}; the file is damaged")
     turned = bool(by_column) and sum(axis > 1 for axis in shape) > 1
     if turned and len(shape) != 2:
-        raise bad(f"of shape {list(shape)} lies column by column; save a plain copy")
+        raise bad(f"of shape {list(shape)} is stored in column order; save a contiguous copy")
     return StoredTensor(name, path, dtype, shape, start + end, nbytes, transposed=turned)

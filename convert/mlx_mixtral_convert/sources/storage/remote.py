@@ -35,7 +35,7 @@ def open_remote(source: Source) -> RemoteStorage:
         HubError: it cannot be reached, or has no weights that can be converted.
     """
     if (repository := source.repository) is None:
-        raise InvalidRequestError(f"{source.name} is not a hub repository; stream applies to those only")
+        raise InvalidRequestError(f"{source.name} is not a hub repository; stream applies only to those")
     with hub_errors(repository):
         listing = list_files(repository, source.revision)
         wanted = wanted_files(listing.files, convertible=True, file=source.file)

@@ -61,14 +61,14 @@ def _read_zip(path: Path, storage: Storage) -> tuple[dict[str, TensorDescription
             data = archive.read(description)
     except ZIP_ERRORS as error:
         raise CheckpointError(
-            f"{path} is not a torch file that can be read: {error}; it is truncated, or no torch file"
+            f"{path} is not a readable torch file: {error}; it is truncated, or not a torch file"
         ) from error
     described = describe(data)
     used: dict[str, zipfile.ZipInfo] = {}
     for name, tensor in described.items():
         key = f"{root}/data/{tensor.storage.key}"
         if key not in entries:
-            raise CheckpointError(f"{path}: tensor {name!r} lies in storage {key!r}, which is not in the file")
+            raise CheckpointError(f"{path}: tensor {name!r} is in storage {key!r}, which is not in the file")
         used[tensor.storage.key] = plain_entry(path, entries[key])
     starts = dict(zip(used, data_starts(path, storage, used.values()), strict=True))
     return described, starts, {key: entry.file_size for key, entry in used.items()}
@@ -85,7 +85,7 @@ def _root(path: Path, entries: dict[str, zipfile.ZipInfo]) -> str:
 
 def _check_order(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo | None) -> None:
     if entry is not None and archive.read(plain_entry(path, entry, 64)).strip() != b"little":
-        raise CheckpointError(f"{path} was written on a big-endian machine; save it again on another")
+        raise CheckpointError(f"{path} was written on a big-endian machine; save it again on a little-endian one")
 
 
 def _place(path: Path, name: str, tensor: TensorDescription, start: int, nbytes: int) -> StoredTensor:
@@ -94,7 +94,7 @@ def _place(path: Path, name: str, tensor: TensorDescription, start: int, nbytes:
     flat = all(size == 1 or a == b for size, a, b in zip(shape, strides, plain, strict=True))
     if not flat and not (len(shape) == 2 and strides == (1, shape[0])):
         raise CheckpointError(
-            f"{path}: tensor {name!r} of shape {list(shape)} has strides {list(strides)}; save a plain copy"
+            f"{path}: tensor {name!r} of shape {list(shape)} has strides {list(strides)}; save a contiguous copy"
         )
     end = tensor.offset + prod(shape)
     if end > tensor.storage.numel or tensor.storage.numel * item > nbytes:

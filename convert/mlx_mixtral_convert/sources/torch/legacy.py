@@ -55,9 +55,9 @@ def read_legacy(path: Path, storage: Storage) -> tuple[dict[str, TensorDescripti
     storages: dict[str, TorchStorage] = {}
     magic, protocol, machine = (read_pickle(head) for _ in range(3))
     if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(machine, Mapping):
-        raise CheckpointError(f"{path}: the head of the torch file is damaged")
+        raise CheckpointError(f"{path}: the header of the torch file is damaged")
     if machine.get("little_endian") is not True:
-        raise CheckpointError(f"{path} was written on a big-endian machine; save it again on another")
+        raise CheckpointError(f"{path} was written on a big-endian machine; save it again on a little-endian one")
     described, keys = tensors_of(read_pickle(head, storages)), read_pickle(head)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
         raise PickleError("the list of storages is damaged")
@@ -67,7 +67,7 @@ def read_legacy(path: Path, storage: Storage) -> tuple[dict[str, TensorDescripti
     for key in keys:
         if (held := storages.get(key)) is None:
             raise CheckpointError(
-                f"{path}: no tensor lies in storage {key!r}, so that its size is not known; it is damaged"
+                f"{path}: no tensor is in storage {key!r}, so its size is unknown; the file is damaged"
             )
         starts[key], sizes[key] = at + 8, held.numel * ITEM_BYTES[held.dtype]
         if starts[key] + sizes[key] > size:
@@ -80,6 +80,6 @@ def read_legacy(path: Path, storage: Storage) -> tuple[dict[str, TensorDescripti
     for name, tensor in described.items():
         if tensor.storage.key not in starts:
             raise CheckpointError(
-                f"{path}: tensor {name!r} lies in storage {tensor.storage.key!r}, which is not in the file"
+                f"{path}: tensor {name!r} is in storage {tensor.storage.key!r}, which is not in the file"
             )
     return described, starts, sizes

@@ -149,12 +149,12 @@ def _interpret(stream: BinaryIO, storages: dict[str, TorchStorage]) -> Any:
             stack[-1].extend(items)
         else:
             raise PickleError(f"the pickle uses operation {kind}, which no file of tensors needs; it is refused")
-    raise PickleError("the pickle has no end")
+    raise PickleError("the pickle does not end")
 
 
 def _pop(stack: list[Any], count: int) -> list[Any]:
     if count > len(stack):
-        raise PickleError("the pickle pops more than it pushed")
+        raise PickleError("the pickle pops more values than it pushed")
     taken = stack[len(stack) - count :]
     del stack[len(stack) - count :]
     return taken

@@ -54,7 +54,7 @@ class IntegerCodec(Codec):
         elif len(shape) == 2 and shape[0] == height and shape[1] and matrix.in_features % shape[1] == 0:
             self.groups = shape[1]
         else:
-            raise module.wrong("weight_scale", "one number, or one a row or group of inputs, was expected")
+            raise module.wrong("weight_scale", "one number, or one per row or group of inputs, was expected")
         module.expect("weight_scale", (shape,), FLOATS)
         if module.has("weight_zero_point"):
             groups = self.groups

@@ -74,7 +74,7 @@ class MicrofloatCodec(Codec):
             return NativePacking(REQUANTISED, False, name)
         if self.nvidia:
             if self._factor != 1:
-                return NativePacking(REQUANTISED, False, f"{name}, one more scale")
+                return NativePacking(REQUANTISED, False, f"{name} with one more scale")
             return NativePacking(QuantizationSpec(4, 16, "nvfp4"), True, name, True)
         if self.bits == 4 and self._factor == 1:
             return NativePacking(QuantizationSpec(4, 32, "mxfp4"), True, name, True)

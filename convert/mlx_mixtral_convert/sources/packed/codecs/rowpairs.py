@@ -39,7 +39,7 @@ class RowPairCodec(Codec):
         module.expect("weight", ((module.height // 2, matrix.in_features),), ("U8",))
         shape = module.shape("weight_scale")
         if len(shape) != 2 or shape[0] != module.height or not shape[1] or matrix.in_features % shape[1]:
-            raise module.wrong("weight_scale", "one a row and group of inputs was expected")
+            raise module.wrong("weight_scale", "one per row and group of inputs was expected")
         module.expect("weight_scale", (shape,), FLOATS)
         self.group = matrix.in_features // shape[1]
         if module.has("pre_quant_scale"):
@@ -60,7 +60,7 @@ class RowPairCodec(Codec):
     def packing(self) -> NativePacking:
         name, spec = f"int4 g{self.group}", affine_spec(4, self.group, self.in_features)
         if spec is None or self.module.has("pre_quant_scale"):
-            return NativePacking(REQUANTISED, False, name if spec is None else f"{name}, inputs scaled")
+            return NativePacking(REQUANTISED, False, name if spec is None else f"{name} with scaled inputs")
         return NativePacking(spec, True, name, self.module.dtype("weight_scale") == "F16")
 
     def packed(self, place: str) -> dict[Field, npt.NDArray[Any]]:

@@ -87,9 +87,7 @@ class ScaledCodec(Codec):
         if len(shape) == 2 and shape[0] == height and shape[1] and width % shape[1] == 0:
             return 1, width // shape[1]
         sizes = " or ".join(f"{rows} by {columns}" for rows, columns in blocks)
-        raise self.module.wrong(
-            field, f"one number, or one a row, a group of inputs or a block of {sizes}, was expected"
-        )
+        raise self.module.wrong(field, f"one number, or one per row, group of inputs or block of {sizes}, was expected")
 
     def decode(self, out: Floats) -> None:
         scales, zeros = self._scales, self._zeros
