@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from mlx_mixtral.constraints.base import Constraint, mask_words
 from mlx_mixtral.constraints.specs import ConstraintSpec, Grammar
 from mlx_mixtral.errors import ConstraintError, InvalidRequestError, TokenizerError
 from mlx_mixtral.generation.constrained import allowed_tokens
+from mlx_mixtral.generation.request import Request, Speculation
+from mlx_mixtral.generation.sampling import Sampler
 
 PROMPT = "In the beginning: In the beginning: "
 PERSON = JsonSchema(
@@ -158,6 +161,46 @@ def test_what_cannot_be_constrained_is_refused(small_model: Mixtral, short_model
         short_model.generate_batch([PROMPT], constraint=JsonObject())
     with pytest.raises(InvalidRequestError, match="JsonSchema, Regex"):
         short_model.generate(PROMPT, constraint={"type": "object"})  # type: ignore[arg-type]
+
+
+class _Replacing:
+    """Allows everything, and puts another token in the place of every third."""
+
+    is_complete = was_cut = False
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def mask_into(self, row: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        row[:] = -1
+
+    def accept(self, token: int) -> int:
+        self.count += 1
+        return token if self.count % 3 else (token + 5) % 256
+
+    def fork(self) -> _Replacing:
+        return copy.copy(self)
+
+
+@pytest.mark.parametrize("speculation", [None, PromptLookup(max_ngram=1, adaptive=False)])
+def test_what_was_computed_from_a_replaced_token_is_taken_back(
+    small_model: Mixtral, speculation: Speculation | None
+) -> None:
+    prompt, naive, expected = [1, 2, 3, 1, 2, 3, 1, 2], _Replacing(), list[int]()
+    for _ in range(18):
+        expected.append(naive.accept(int(np.argmax(np.asarray(small_model.logits([*prompt, *expected])[-1])))))
+    # A penalty of nearly nothing: the sampler counts the tokens that stay.
+    params = SamplingParams(presence_penalty=1e-9, logprobs=0)
+    request = Request(prompt, 18, Sampler(params, prompt, 256), speculation, constraint=_Replacing())
+    tokens = list(small_model.engine.generate(request))
+    assert [token.token_id for token in tokens] == expected
+    logits = small_model.logits([*prompt, *expected]).astype(mx.float32)
+    logprobs = np.asarray(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    own = [logprobs[len(prompt) - 1 + n, token] for n, token in enumerate(expected)]
+    assert [token.logprob for token in tokens] == pytest.approx(own, abs=1e-4)
+    counts = request.sampler._counts
+    assert counts is not None
+    assert np.asarray(counts).tolist() == np.bincount(expected, minlength=256).tolist()
 
 
 def test_masks_unpack_bit_by_bit() -> None:
