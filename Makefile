@@ -5,6 +5,7 @@
 # make fuzz   convert 20,000 mutated files
 # make man   write docs/mlx-mixtral.1, the manual page, from the program's help
 # make soak   2,000 generations with changing budgets and failing disks
+# make structured   200 schemas, greedy and sampled: every text has to validate
 #
 # Needs Python 3.11 or later and nothing else: a virtual environment is made in .venv, with uv when it is there, with venv and
 # pip when not. On Linux MLX_BACKEND chooses MLX's backend: cpu (default) or cuda, not both.
@@ -21,7 +22,7 @@ TEST_EXTRAS := $(if $(EXTRAS),[$(MLX_BACKEND)$(comma)tokenizers],[tokenizers])
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 
-.PHONY: demo test test-device lint bench fuzz soak man clean
+.PHONY: demo test test-device lint bench fuzz soak structured man clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -50,6 +51,9 @@ soak: $(VENV)/.tests
 
 man: $(VENV)/.installed
 	MLX_MIXTRAL_CONFIG=/dev/null $(BIN)/mlx-mixtral man > $(VENV)/man && mv $(VENV)/man docs/mlx-mixtral.1
+
+structured: $(VENV)/.tests
+	PYTHONPATH=.:convert $(BIN)/python -m tests.constraints.run $(STRUCTURED_ARGS)
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/it"; exit 1; }

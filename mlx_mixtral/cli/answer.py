@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_mixtral import Chunk, TextStream
 from mlx_mixtral.cli.console import emit_json, note
-from mlx_mixtral.cli.streaming import Interruptible, completion, print_stream, stats_line
+from mlx_mixtral.cli.streaming import Interruptible, completion, note_warnings, print_stream, stats_line
 
 __all__ = ["print_answer"]
 
@@ -34,6 +34,7 @@ def print_answer(
     chunks: list[Chunk] = []
     with Interruptible() as interrupt:
         stream = begin(interrupt)
+        note_warnings(stream.stats)
         try:
             if as_json:
                 with stream:

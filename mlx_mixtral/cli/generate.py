@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_mixtral.arguments import check_integer
+from mlx_mixtral.cli.constraints import ConstraintOptions
 from mlx_mixtral.cli.fields import argument, group, option, takes
 from mlx_mixtral.cli.given_text import given_text, prompt_file_option
 from mlx_mixtral.cli.options import (
@@ -46,6 +47,7 @@ class GenerateOptions:
     max_tokens: int = option("-n, --max-tokens", "Most tokens to generate.", default=256)
     sampling: SamplingOptions = group(SamplingOptions)
     stopping: StopOptions = group(StopOptions)
+    constraint: ConstraintOptions = group(ConstraintOptions)
     special: bool = option(
         "--special/--no-special",
         "Read control tokens that the prompt spells, such as <|im_start|>, as these tokens.",
@@ -91,6 +93,7 @@ def generate(given: GenerateOptions) -> None:
     sampling = given.sampling.params(given.logprobs)
     check_integer("max_tokens", given.max_tokens, 1)
     given.stopping.check()
+    constraint = given.constraint.spec()
     text = given_text("--prompt", given.prompt, given.prompt_file)
     prompt: str | Sequence[int] = (given.token_ids or ()) if text is None else text
     if texts and not prompt:
@@ -125,6 +128,7 @@ def generate(given: GenerateOptions) -> None:
             cancelled=interrupt.cancelled,
             on_prefill=interrupt.on_prefill,
             speculation=speculation,
+            constraint=constraint,
         )
         if special_tokens is not None:
             stream.stats.prompt_special_tokens = special_tokens

@@ -9,6 +9,7 @@ import click
 
 from mlx_mixtral.cli.chat.settings import AnswerOptions
 from mlx_mixtral.cli.console import note, one_line
+from mlx_mixtral.cli.constraints import ConstraintOptions
 from mlx_mixtral.cli.fields import argument, group, option, takes
 from mlx_mixtral.cli.given_text import given_text, prompt_file_option
 from mlx_mixtral.cli.options import LoadOptions, SpeculationOptions, chat_template_option, json_flag
@@ -33,6 +34,7 @@ class ChatOptions:
     system: str | None = option("--system TEXT", "System prompt.")
     system_file: str | None = option("--system-file FILE", "Read the system prompt from a file (UTF-8).")
     answers: AnswerOptions = group(AnswerOptions)
+    constraint: ConstraintOptions = group(ConstraintOptions)
     chat_template: str | None = chat_template_option()
     history: bool = option(
         "--history/--no-history", "Remember what is typed at a terminal from one chat to the next.", default=True
@@ -62,6 +64,7 @@ def chat(given: ChatOptions) -> None:
 
     # Everything that can be refused without the model is refused before it is loaded.
     given.answers.check()
+    constraint = given.constraint.spec()
     system = given_text("--system", given.system, given.system_file, reads_input=False)
     prompt = (given_text("--prompt", given.prompt, given.prompt_file) or "").strip()
     if is_one and not prompt:
@@ -70,7 +73,7 @@ def chat(given: ChatOptions) -> None:
         given.model, given.loading, given.speculation, chat_template=given.chat_template
     )
     conversation = Conversation((system or "").strip() or None)
-    session = Session(loaded.model, given.answers, conversation, speculation)
+    session = Session(loaded.model, given.answers, conversation, speculation, constraint)
     if not is_one:
         session.check()
     if chat_note := loaded.model.tokenizer.chat_note:
@@ -82,6 +85,7 @@ def chat(given: ChatOptions) -> None:
             conversation.messages,
             given.answers,
             speculation,
+            constraint,
             as_json=given.as_json,
             with_stats=given.stats,
         )

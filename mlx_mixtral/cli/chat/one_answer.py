@@ -7,6 +7,7 @@ from mlx_mixtral.cli.answer import print_answer
 from mlx_mixtral.cli.chat.settings import AnswerOptions
 from mlx_mixtral.cli.load import LoadedModel
 from mlx_mixtral.cli.streaming import Interruptible
+from mlx_mixtral.constraints.specs import ConstraintSpec
 from mlx_mixtral.generation.request import Speculation
 
 __all__ = ["print_one_answer"]
@@ -17,6 +18,7 @@ def print_one_answer(
     messages: list[dict[str, str]],
     options: AnswerOptions,
     speculation: Speculation | None,
+    constraint: ConstraintSpec | None,
     *,
     as_json: bool,
     with_stats: bool,
@@ -38,6 +40,7 @@ def print_one_answer(
             cancelled=interrupt.cancelled,
             on_prefill=interrupt.on_prefill,
             speculation=speculation,
+            constraint=constraint,
         )
 
     print_answer(begin, load_s=loaded.load_s, as_json=as_json, with_stats=with_stats)

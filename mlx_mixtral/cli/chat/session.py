@@ -11,7 +11,8 @@ from mlx_mixtral.cli.chat.conversation import Conversation
 from mlx_mixtral.cli.chat.settings import AnswerOptions, AnswerSettings
 from mlx_mixtral.cli.console import note, one_line, terminal_safe
 from mlx_mixtral.cli.destinations import CONVERSATION, check_place
-from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
+from mlx_mixtral.cli.streaming import Interruptible, note_warnings, print_stream, stats_line
+from mlx_mixtral.constraints.specs import ConstraintSpec
 from mlx_mixtral.errors import ContextLengthError, MixtralError
 from mlx_mixtral.generation.request import Speculation
 
@@ -42,8 +43,10 @@ class Session:
         options: AnswerOptions,
         conversation: Conversation,
         speculation: Speculation | None = None,
+        constraint: ConstraintSpec | None = None,
     ) -> None:
         self.model, self.conversation, self.speculation = model, conversation, speculation
+        self.constraint = constraint
         self.settings = AnswerSettings(options)
         self.ask: Callable[[str], bool] | None = None
         """Puts a question to the user, for True or False."""
@@ -110,7 +113,9 @@ class Session:
                     cancelled=interrupt.cancelled,
                     on_prefill=interrupt.on_prefill,
                     speculation=self.speculation,
+                    constraint=self.constraint,
                 )
+                note_warnings(stream.stats)
                 answer, chunks = print_stream(stream)
         except ContextLengthError:
             used = len(self.model.tokenizer.encode_chat(talk.messages))
