@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mlx_mixtral.experts.store import Counters
 
@@ -14,11 +15,16 @@ __all__ = ["MIN_RATED_TOKENS", "GenerationStats", "SpeculationStats", "Token"]
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: its id, its log-probability and the likeliest ids with theirs, where asked for."""
+    """One generated token: its id, its log-probability and the likeliest ids with theirs, where asked for.
+
+    ``end`` is set where a constraint ends the text with it: "stop" where the text is whole, "length" where it was made whole
+    early so that it fits ``max_tokens``.
+    """
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    end: Literal["stop", "length"] | None = None
 
 
 @dataclass
@@ -68,6 +74,8 @@ class GenerationStats:
     prompt_special_tokens: int = 0
     """Control tokens that the text of a completion's prompt spelled."""
     tokens: int = 0
+    queue_s: float = 0.0
+    """In a batch: how long it waited until its prompt was begun; part of the time to the first token."""
     time_to_first_token_s: float = 0.0
     decode_s: float = 0.0
     """From the first token to the last."""
@@ -81,11 +89,13 @@ class GenerationStats:
     """What the plan in force predicts for decoding."""
     speculation: SpeculationStats | None = None
     """What was proposed and accepted; None without speculation."""
+    warnings: tuple[str, ...] = ()
+    """What of a constraint is not kept, a sentence each."""
 
     @property
     def prompt_tok_s(self) -> float:
-        """Prompt tokens that were computed over the time to the first token."""
-        return _rate(self.prompt_tokens - self.reused_tokens, self.time_to_first_token_s)
+        """Prompt tokens that were computed over the time to the first token, without the time it waited."""
+        return _rate(self.prompt_tokens - self.reused_tokens, self.time_to_first_token_s - self.queue_s)
 
     @property
     def decode_tok_s(self) -> float:
@@ -98,6 +108,7 @@ class GenerationStats:
             "reused_tokens": self.reused_tokens,
             "prompt_special_tokens": self.prompt_special_tokens,
             "tokens": self.tokens,
+            "queue_s": self.queue_s,
             "time_to_first_token_s": self.time_to_first_token_s,
             "prompt_tok_s": self.prompt_tok_s or None,
             "decode_s": self.decode_s,
