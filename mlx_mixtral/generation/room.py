@@ -48,10 +48,6 @@ class Room:
         """Whether a row may get so long that its rotary frequencies are others than those of the rows beside it."""
         return self._model.config.rope.table_of(len(request.tokens) + request.max_tokens) != 0
 
-    def free_rows(self, rows: Sequence[BatchRow], jobs: Sequence[PromptJob]) -> int:
-        """How many more there may be."""
-        return self._max_rows - len(rows) - sum(len(job.rows) for job in jobs)
-
     def fits(
         self,
         cache: BatchCache,
@@ -65,7 +61,7 @@ class Room:
         Args:
             shared: tokens of prompts that wait for the last of their rows.
         """
-        coming = [*(row for job in jobs for row in job.rows), *joining]
+        coming = [*(row for job in jobs for row in job.rows if not row.is_finished), *joining]
         count = len(rows) + len(coming)
         if count > self._max_rows or (count > 1 and any(row.is_alone for row in (*rows, *coming))):
             return False

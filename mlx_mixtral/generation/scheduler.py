@@ -74,7 +74,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Rows that are being generated or whose prompts are being computed."""
-        return len(self._running.rows) + sum(len(job.rows) for job in self._jobs)
+        return len(self._running.rows) + sum(not row.is_finished for job in self._jobs for row in job.rows)
 
     @property
     def waiting(self) -> int:
@@ -263,7 +263,8 @@ class Scheduler:
         if hidden is None:
             job.report()
             return computed
-        self._begin_rows(job, self._model.head(hidden[:, -1]))
+        # As in a step, one token a row: more would be multiplied, and rounded, as a prompt is.
+        self._begin_rows(job, self._model.head(hidden)[:, -1])
         if is_waited_for:
             mx.eval(self._running.last)
         return computed if is_waited_for else 0

@@ -57,7 +57,9 @@ class _Pairs:
 
     def step(self) -> None:
         tokens = [3 + (index * 7 + cache.length) % 200 for index, cache in enumerate(self.alone)]
-        wanted = [self.compute(mx.array([[token]], mx.int32), cache) for token, cache in zip(tokens, self.alone, strict=True)]
+        wanted = [
+            self.compute(mx.array([[token]], mx.int32), cache) for token, cache in zip(tokens, self.alone, strict=True)
+        ]
         found = self.compute(mx.array(tokens, mx.int32)[:, None], self.batch)
         np.testing.assert_array_equal(np.asarray(found), np.concatenate([np.asarray(logits) for logits in wanted]))
         assert self.batch.taken == [cache.length for cache in self.alone]
