@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_mixtral import Mixtral, SamplingParams
+from mlx_mixtral import Mixtral, PromptLookup, SamplingParams
 from mlx_mixtral.errors import BusyError, ClosedError, ContextLengthError, InvalidRequestError
 from mlx_mixtral.runtime.batch import Batch, BatchUpdate
 
@@ -232,7 +232,5 @@ def test_requests_that_cannot_be_are_refused_and_nothing_is_added(short_model: M
         with pytest.raises(InvalidRequestError, match="the prompt is empty"):
             batch.add("")
         with pytest.raises(InvalidRequestError, match="speculation is for one text"):
-            from mlx_mixtral import PromptLookup
-
             batch.add("x", speculation=PromptLookup())
         assert batch.is_idle
