@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypedDict
 
-from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, shown
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, checked, shown
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError, TokenizerError
 from mlx_mixtral.generation.processors import LogitsProcessor, check_processors
 from mlx_mixtral.generation.request import PieceOf, Request, Speculation
@@ -20,7 +20,7 @@ from mlx_mixtral.runtime.stream import TextAssembler
 from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.breakers import completing_sequences
 
-__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Prompt", "Requests", "TextRequest"]
+__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Prompt", "Requests", "TextRequest", "with_options"]
 
 DEFAULT_MAX_TOKENS = 256
 MAX_SAMPLES = 128
@@ -249,3 +249,11 @@ def _own_options(given: object) -> GenerationOptions:
 
 def _piece(tokenizer: Tokenizer, token: int) -> str | None:
     return tokenizer.id_to_piece(token) if token < tokenizer.vocab_size else None
+
+
+# What people know from other libraries by its name alone.
+_SAMPLING = {
+    field.name: f"give it as sampling=SamplingParams({field.name}=…)" for field in dataclasses.fields(SamplingParams)
+}
+with_options = checked(options=Requests.request, without=("prompt", "is_answer"), elsewhere=_SAMPLING)
+"""For methods that take ``GenerationOptions`` as ``**options``: see ``checked``."""

@@ -23,7 +23,7 @@ from tests.generation.support import WatchedScheduler, prompt_of
 
 
 class Allowed:
-    """Each token is one of a set: the n-th of ``sets``, the last one from there on.
+    """Each token is one of a set: the n-th of ``sets``, the last one from there on. Words without one are left as they are.
 
     Args:
         length: tokens after which the text is whole.
@@ -53,7 +53,6 @@ class Allowed:
 
     def mask_into(self, row: npt.NDArray[np.int32]) -> None:
         self._check("mask")
-        row[:] = 0
         for token in self.sets[min(len(self.seen), len(self.sets) - 1)]:
             row[token // 32] |= np.int32(np.uint32(1 << token % 32).view(np.int32))
 

@@ -233,4 +233,13 @@ def test_requests_that_cannot_be_are_refused_and_nothing_is_added(short_model: M
             batch.add("")
         with pytest.raises(InvalidRequestError, match="speculation is for one text"):
             batch.add("x", speculation=PromptLookup())
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"timeout_s": 0}, "timeout_s is 0; it must be a number of seconds above 0"),
+            ({"timeout_s": "x"}, "timeout_s is 'x'"),
+            ({"n": 0}, "n is 0"),
+            ({"temperature": 1}, "add: there is no argument 'temperature'; give it as sampling=SamplingParams"),
+        ]
+        for options, said in wrong:
+            with pytest.raises(InvalidRequestError, match=said):
+                batch.add("x", **options)
         assert batch.is_idle
