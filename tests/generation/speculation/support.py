@@ -55,7 +55,7 @@ class Chain:
         forwards: tokens of every forward so far.
     """
 
-    is_streamed, counters = False, None
+    is_streamed, counters, min_chunk_tokens = False, None, 1
 
     def __init__(self, table: Floats) -> None:
         self.table = table
@@ -65,7 +65,9 @@ class Chain:
     def make_cache(self, max_tokens: int | None = None) -> ChainCache:
         return ChainCache()
 
-    def hidden(self, tokens: mx.array, cache: ChainCache, *, last_only: bool = False, total: int = 0) -> mx.array:
+    def hidden(
+        self, tokens: mx.array, cache: ChainCache, *, last_only: bool = False, total: int = 0, ends: None = None
+    ) -> mx.array:
         self.forwards.append(tokens.shape[1])
         cache.advance(tokens.shape[1])
         return tokens[:, -1:, None] if last_only else tokens[..., None]
