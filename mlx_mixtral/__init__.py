@@ -107,5 +107,5 @@ if (_problem := backend_problem()) is not None:
     if PurePath(sys.argv[0] if sys.argv else "").name not in ("mlx-mixtral", "-m"):
         raise errors.UnsupportedPlatformError(_problem)
     # What is asked before anything is installed right needs no MLX.
-    if not {"-V", "--version"} & set(sys.argv[1:]) and sys.argv[1:2] != ["version"]:
+    if sys.argv[1:2] not in (["--version"], ["-V"], ["version"]):
         sys.exit(f"error: {_problem}")

@@ -137,6 +137,14 @@ def as_path(name: str, value: str | Path) -> Path:
     if isinstance(value, str) and not value.startswith("~") and str(Path(value)).startswith("~"):
         return Path(os.path.abspath(value))  # noqa: PTH100 - ./~x, which a Path forgets
     try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        # A locale without these characters: files have names in UTF-8 there too.
+        try:
+            value = os.fsdecode(os.fspath(value).encode("utf-8", "surrogateescape"))
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"{name} is {shown(value)}, which is no text: {error.reason}") from None
+    try:
         return Path(value).expanduser()
     except RuntimeError:
         raise InvalidRequestError(

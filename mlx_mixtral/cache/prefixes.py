@@ -37,6 +37,8 @@ class PrefixStore:
 
     def __init__(self, limit_bytes: int, *, has_memory: bool = True) -> None:
         self.limit_bytes, self.has_memory = limit_bytes, has_memory
+        self.why_not: str | None = None
+        """Why the last ``take`` gave nothing though a kept sequence begins alike."""
         self._kept: list[KeptPrefix] = []
 
     def __len__(self) -> int:
@@ -72,16 +74,22 @@ class PrefixStore:
         self._kept.clear()
 
     def _take(self, tokens: Sequence[int], left: int) -> KVCache | None:
-        best, shared = None, MIN_TOKENS - 1
+        best, shared = None, 0
         for kept in self._kept:
             length = min(common_prefix(kept.tokens, tokens), len(tokens) - left)
             if length > shared:
                 best, shared = kept, length
+        self.why_not = None
         if best is None:
+            return None
+        if shared < MIN_TOKENS:
+            count = f"{shared} token{'s' * (shared != 1)}"
+            self.why_not = f"it begins like an earlier one for {count}, and fewer than {MIN_TOKENS} are computed again"
             return None
         lost = len(best.tokens) - shared
         is_lent = lost <= MAX_LOST_TOKENS or not self.has_memory
         if lost > best.cache.trimmable or (not is_lent and not best.cache.is_whole):
+            self.why_not = f"a bounded KV cache cannot go back {lost} tokens, to where it differs from an earlier one"
             return None
         self._kept.remove(best)
         if is_lent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -38,13 +39,24 @@ _CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(12
 
 
 def note(message: str) -> None:
-    """One line on stderr; on a terminal it is wrapped at words."""
+    """Lines on stderr; on a terminal each is wrapped at words, and hangs where a wide gap divides a name from its text."""
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
-        message = textwrap.fill(
-            message, width, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
-        )
+        message = "\n".join(_wrapped(line, width) for line in message.split("\n"))
     click.echo(message, err=True)
+
+
+def _wrapped(line: str, width: int) -> str:
+    gap = re.match(r"\S+(?: \S+)* {2,}", line)
+    indent = gap.end() if gap is not None and 2 * gap.end() <= width else 0
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
 
 
 def one_line(message: object) -> str:

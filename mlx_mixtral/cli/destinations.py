@@ -49,33 +49,46 @@ def check_destinations(
         raise InvalidRequestError(f"{', '.join(found)} name the same file; give each its own")
     for name, kind in (kinds or {}).items():
         if name in found:
-            _check_replaceable(found[name], kind, overwrite=overwrite)
+            check_kind(found[name], *kind)
+            ask_to_replace(found[name], overwrite=overwrite)
     return found
 
 
-def check_place(name: str, path: str | Path, kind: FileKind, *, overwrite: bool) -> Path:
+def check_place(
+    name: str, path: str | Path, kind: FileKind, *, overwrite: bool, ask: Callable[[str], bool] | None = None
+) -> Path:
     """The path of one file to write.
+
+    Args:
+        ask: puts a question to the user, for True or False; as a rule on the terminal, where there is one.
 
     Raises:
         InvalidRequestError, DestinationError: it cannot be written, or what is there must not be replaced.
     """
     place = check_destination(name, path)
-    _check_replaceable(place, kind, overwrite=overwrite)
+    check_kind(place, *kind)
+    ask_to_replace(place, overwrite=overwrite, ask=ask)
     return place
 
 
-def _check_replaceable(place: Path, kind: FileKind, *, overwrite: bool) -> None:
-    check_kind(place, *kind)
-    ask_to_replace(place, overwrite=overwrite)
-
-
-def ask_to_replace(place: Path, *, overwrite: bool) -> None:
+def ask_to_replace(place: Path, *, overwrite: bool, ask: Callable[[str], bool] | None = None) -> None:
     """Raise DestinationError for a file that is there, unless the user wants it replaced."""
     if overwrite or is_special(place) or not place.exists():
         return
-    if sys.stdin.isatty() and sys.stderr.isatty() and click.confirm(f"{place} exists; replace it?", err=True):
+    if (ask or _confirm)(f"{place} exists; replace it?"):
         return
     raise DestinationError(f"{place} exists; give another name, or use --overwrite to replace it")
+
+
+def _confirm(question: str) -> bool:
+    """The answer on the terminal; no where there is none, and for Ctrl-C and Ctrl-D."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        click.echo(err=True)
+        return False
 
 
 def journal_path(places: Mapping[str, Path]) -> Path | None:

@@ -27,7 +27,9 @@ from click.core import ParameterSource
 from mlx_mixtral.cli.values import kind_of_value
 from mlx_mixtral.errors import InvalidRequestError
 
-__all__ = ["SETTINGS", "argument", "flag", "flag_name", "group", "is_given", "option", "takes"]
+__all__ = [
+    "SETTINGS", "argument", "filled", "flag", "flag_name", "group", "is_given", "option", "takes", "values_of",
+]  # fmt: skip
 
 
 SETTINGS = "mlx_mixtral.settings"
@@ -99,7 +101,7 @@ def takes(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def run(*arguments: Any, **values: Any) -> Any:
-            return command(*arguments, _filled(kind, values))
+            return command(*arguments, filled(kind, values))
 
         for declare in reversed(list(_declarations(kind, {}))):
             declare(run)
@@ -124,14 +126,24 @@ def _declarations(kind: type, defaults: Mapping[str, Any]) -> Iterator[Callable[
         yield declare(*flags, item.name, **given)
 
 
-def _filled(kind: type, values: Mapping[str, Any]) -> Any:
+def filled(kind: type, values: Mapping[str, Any]) -> Any:
+    """One of ``kind``, its groups included, of the values that ``values_of`` gives."""
     hints = get_type_hints(kind)
     return kind(
         **{
-            item.name: _filled(hints[item.name], values) if "group" in item.metadata else values[item.name]
+            item.name: filled(hints[item.name], values) if "group" in item.metadata else values[item.name]
             for item in fields(kind)
         }
     )
+
+
+def values_of(given: Any) -> dict[str, Any]:
+    """The values of all fields by their names, those of groups among them."""
+    found: dict[str, Any] = {}
+    for item in fields(given):
+        value = getattr(given, item.name)
+        found |= values_of(value) if "group" in item.metadata else {item.name: value}
+    return found
 
 
 def is_given(ctx: click.Context, name: str) -> bool:

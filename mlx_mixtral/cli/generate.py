@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_mixtral.arguments import as_path, check_integer
-from mlx_mixtral.cli.console import emit_json, note
+from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.fields import argument, group, option, takes
+from mlx_mixtral.cli.given_text import given_text, prompt_file_option
 from mlx_mixtral.cli.options import (
     LoadOptions,
     SamplingOptions,
@@ -24,10 +23,10 @@ from mlx_mixtral.cli.options import (
 )
 from mlx_mixtral.cli.values import ModelName
 from mlx_mixtral.errors import InvalidRequestError, TokenizerError
-from mlx_mixtral.reading import read_given
 
 if TYPE_CHECKING:
-    from mlx_mixtral import Chunk
+    from mlx_mixtral import TextStream
+    from mlx_mixtral.cli.streaming import Interruptible
 
 __all__ = ["generate"]
 
@@ -38,9 +37,7 @@ class GenerateOptions:
     prompt: str | None = option(
         "-p, --prompt", "Text to continue, without a chat format; - reads standard input (UTF-8)."
     )
-    prompt_file: str | None = option(
-        "-f, --prompt-file FILE", "Read the prompt from a file, as it is; - is standard input."
-    )
+    prompt_file: str | None = prompt_file_option()
     token_ids: tuple[int, ...] | None = option(
         "--token-ids IDS",
         "Token ids to continue instead of text: 1,415,2936.",
@@ -57,7 +54,9 @@ class GenerateOptions:
     chat_template: str | None = chat_template_option()
     logprobs: int | None = option("--logprobs N", "With --json: log-probabilities, and the N likeliest tokens.")
     save_prompt: str | None = option("--save-prompt FILE", "Save what computing the prompt gave, for --from-prompt.")
-    from_prompt: str | None = option("--from-prompt FILE", "Continue a saved prompt; --prompt comes after it.")
+    from_prompt: str | None = option(
+        "--from-prompt FILE", "Continue a saved prompt, as it is or with --prompt after it."
+    )
     saved_prompt: str | None = option("--saved-prompt FILE", "The older name of --from-prompt.", hidden=True)
     overwrite: bool = overwrite_flag("the --save-prompt")
     loading: LoadOptions = group(LoadOptions)
@@ -74,32 +73,30 @@ def generate(given: GenerateOptions) -> None:
     The prompt is sent as it is, without a chat format: use `chat` to talk with an instruct model. Control tokens it spells
     become these tokens; --no-special keeps them text. Greedy unless --temperature is given.
     """
-    if sum(each is not None for each in (given.prompt, given.prompt_file, given.token_ids)) != 1:
-        raise click.UsageError("give one of --prompt, --prompt-file and --token-ids")
+    if given.from_prompt is not None and given.saved_prompt is not None:
+        raise click.UsageError("--saved-prompt is the older name of --from-prompt; give one of them")
+    saved = given.saved_prompt if given.from_prompt is None else given.from_prompt
+    texts = sum(text is not None for text in (given.prompt, given.prompt_file, given.token_ids))
+    if texts > 1 or (texts == 0 and saved is None):
+        raise click.UsageError("give one of --prompt, --prompt-file and --token-ids, or continue a --from-prompt")
     if given.logprobs is not None and not given.as_json:
         raise click.UsageError("--logprobs are part of the JSON result; add --json")
 
+    from mlx_mixtral.cli.answer import print_answer
     from mlx_mixtral.cli.destinations import PROMPT, check_place
     from mlx_mixtral.cli.load import load_with_speculation
-    from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
     from mlx_mixtral.runtime.prompt_cache import check_saved
 
     # Everything that can be refused without the model is refused before it is loaded.
     sampling = given.sampling.params(given.logprobs)
     check_integer("max_tokens", given.max_tokens, 1)
     given.stopping.check()
-    prompt: str | Sequence[int] = given.token_ids or ()
-    if given.prompt is not None:
-        prompt = read_prompt(given.prompt)
-    elif given.prompt_file is not None:
-        prompt = read_prompt_file(given.prompt_file)
-    if not prompt:
+    text = given_text("--prompt", given.prompt, given.prompt_file)
+    prompt: str | Sequence[int] = (given.token_ids or ()) if text is None else text
+    if texts and not prompt:
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
     if given.save_prompt is not None:
         check_place("--save-prompt", given.save_prompt, PROMPT, overwrite=given.overwrite)
-    if given.from_prompt is not None and given.saved_prompt is not None:
-        raise click.UsageError("--saved-prompt is the older name of --from-prompt; give one of them")
-    saved = given.saved_prompt if given.from_prompt is None else given.from_prompt
     if saved is not None:
         check_saved(saved)
 
@@ -116,7 +113,8 @@ def generate(given: GenerateOptions) -> None:
         prompt = [*before, *prompt]
     if given.save_prompt is not None:
         model.save_prompt(given.save_prompt, prompt, special=given.special)
-    with Interruptible() as interrupt:
+
+    def begin(interrupt: Interruptible) -> TextStream:
         stream = model.stream(
             prompt,
             special=given.special,
@@ -130,72 +128,16 @@ def generate(given: GenerateOptions) -> None:
         )
         if special_tokens is not None:
             stream.stats.prompt_special_tokens = special_tokens
+        return stream
 
-        def show(chunks: Sequence[Chunk]) -> None:
-            stats = {**stream.stats.to_dict(), "load_s": loaded.load_s}
-            emit_json(_result(chunks, stats, given.logprobs is not None))
-
-        if given.as_json:
-            with stream:
-                chunks = list(stream)
-        else:
-            _, chunks = print_stream(stream, show_ids=not _has_tokenizer(model))
-        if interrupt.pressed:
-            if given.as_json and chunks:
-                # What there is of the text, with its reason, is the result all the same.
-                show(chunks)
-            raise KeyboardInterrupt
-    if given.as_json:
-        show(chunks)
-    elif given.stats:
-        note(stats_line(stream.stats))
-
-
-def _result(chunks: Sequence[Chunk], stats: dict[str, Any], with_logprobs: bool) -> dict[str, Any]:
-    from mlx_mixtral.cli.streaming import completion
-
-    result: dict[str, Any] = completion(chunks) | {"stats": stats}
-    if with_logprobs:
-        result["logprobs"] = [
-            {
-                "token_id": chunk.token_id,
-                "logprob": chunk.logprob,
-                "top": [{"token_id": token, "logprob": value} for token, value in chunk.top_logprobs],
-            }
-            for chunk in chunks
-        ]
-    return result
-
-
-def read_prompt(prompt: str) -> str:
-    """The prompt itself, or standard input when it is ``-``.
-
-    Raises:
-        InvalidRequestError: standard input is not UTF-8; the message names the byte.
-    """
-    return _decoded(sys.stdin.buffer.read(), "on standard input") if prompt == "-" else prompt
-
-
-def read_prompt_file(file: str) -> str:
-    """All of a file, or of standard input when it is ``-``.
-
-    Raises:
-        InvalidRequestError: it cannot be read, or is not UTF-8; the message names the byte.
-    """
-    return (
-        read_prompt("-")
-        if file == "-"
-        else _decoded(read_given(as_path("--prompt-file", file), InvalidRequestError), f"in {file}")
+    print_answer(
+        begin,
+        load_s=loaded.load_s,
+        as_json=given.as_json,
+        with_stats=given.stats,
+        with_logprobs=given.logprobs is not None,
+        show_ids=not _has_tokenizer(model),
     )
-
-
-def _decoded(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"the prompt {where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it with iconv"
-        ) from None
 
 
 def _has_tokenizer(model: Any) -> bool:

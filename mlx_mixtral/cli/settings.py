@@ -43,7 +43,12 @@ EXCLUSIVE: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
         (("speculate",), ("draft",)),
         (("draft",), ("speculate",)),
     ),
-    "chat": ((("speculate",), ("draft",)), (("draft",), ("speculate",))),
+    "chat": (
+        (("prompt", "prompt_file"), ("prompt", "prompt_file")),
+        (("system", "system_file"), ("system", "system_file")),
+        (("speculate",), ("draft",)),
+        (("draft",), ("speculate",)),
+    ),
     "evaluate": (
         (("tasks",), ("texts", "passkey", "by_length", "reference", "save_reference", "plot")),
         (("texts", "passkey", "by_length", "reference", "save_reference"), ("tasks",)),
@@ -56,6 +61,7 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "info": {"context": ("memory",), "disk": ("memory",)},
     "convert": {"public": ("upload",), "context": ("fit",), "gguf_type": ("to",)},
     "generate": {"logprobs": ("as_json",)},
+    "chat": {"as_json": ("prompt", "prompt_file")},
     "calibrate": {"trace": ("sensitivities",)},
     "evaluate": {
         **dict.fromkeys(("reference", "save_reference", "by_length", "window", "stride", "max_bytes"), ("texts",)),

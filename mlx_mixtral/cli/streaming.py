@@ -24,10 +24,14 @@ class Interruptible:
     """While entered, the first Ctrl-C asks the generation to end after its token; the second raises at once.
 
     An exception thrown into the middle of a step would lose the text of that step; asking keeps text and history whole.
+
+    Args:
+        asks_only: Ctrl-C never raises, however often it is pressed: nothing that the block holds can be lost by it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, asks_only: bool = False) -> None:
         self.pressed = False
+        self._asks_only = asks_only
         self._before: Any = None
 
     def __enter__(self) -> Self:
@@ -56,7 +60,7 @@ class Interruptible:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.pressed:
+        if self.pressed and not self._asks_only:
             raise KeyboardInterrupt
         self.pressed = True
 
@@ -91,7 +95,8 @@ def completion(chunks: Sequence[Chunk]) -> dict[str, Any]:
     return {
         "text": "".join(chunk.text for chunk in chunks),
         "token_ids": [chunk.token_id for chunk in chunks],
-        "finish_reason": chunks[-1].finish_reason if chunks else "cancelled",
+        # A generation that was broken off within a step has no last chunk.
+        "finish_reason": (chunks[-1].finish_reason if chunks else None) or "cancelled",
     }
 
 
@@ -99,8 +104,11 @@ def stats_line(stats: GenerationStats) -> str:
     """``24 prompt tokens, 310 tok/s · 40 tokens, 56.3 tok/s · peak memory 26.9 GB``; rates where there are tokens enough."""
     prompt = plural(stats.prompt_tokens, "prompt token")
     counts = ((stats.reused_tokens, "known"), (stats.prompt_special_tokens, "special"))
-    if known := ", ".join(f"{count} {what}" for count, what in counts if count):
-        prompt += f" ({known})"
+    said = [f"{count} {what}" for count, what in counts if count]
+    if stats.not_reused is not None:
+        said.append(f"none known: {stats.not_reused}")
+    if said:
+        prompt += f" ({', '.join(said)})"
     if stats.prompt_tok_s:
         prompt += f", {rate(stats.prompt_tok_s)}"
     decoded = plural(stats.tokens, "token")

@@ -65,6 +65,8 @@ class GenerationStats:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     """Of the prompt, those that were computed for an earlier one."""
+    not_reused: str | None = None
+    """Why there are none though an earlier prompt begins alike."""
     prompt_special_tokens: int = 0
     """Control tokens that the text of a completion's prompt spelled."""
     tokens: int = 0
@@ -92,10 +94,11 @@ class GenerationStats:
         """Tokens after the first over the time they took."""
         return _rate(self.tokens - 1, self.decode_s)
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> dict[str, float | int | str | None]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "reused_tokens": self.reused_tokens,
+            "not_reused": self.not_reused,
             "prompt_special_tokens": self.prompt_special_tokens,
             "tokens": self.tokens,
             "time_to_first_token_s": self.time_to_first_token_s,

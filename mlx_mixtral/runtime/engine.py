@@ -326,6 +326,7 @@ class Engine:
             request.stats.predicted_tok_s = self.plan.tok_s
             with mx.stream(self.stream):
                 kept = self.prompt_cache.take(request.tokens, context.model.min_prompt_tokens)
+                request.stats.not_reused = self.prompt_cache.kept.why_not
                 cache = kept or self._new_cache(context)
             seen, is_whole = list(request.tokens), False
             try:

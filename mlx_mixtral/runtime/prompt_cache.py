@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -75,7 +76,11 @@ class PromptCache:
 
         ``left`` tokens at least are left to compute.
         """
-        return self.kept.take(tokens, left) if self._serves(tokens) else None
+        if self._serves(tokens):
+            return self.kept.take(tokens, left)
+        why = f"past {self._max_tokens} tokens rope scaling turns keys by the length of the whole text"
+        self.kept.why_not = why if len(self.kept) else None
+        return None
 
     def put(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Keep ``cache``, which holds just ``tokens``; the caller must not use it any more."""
@@ -141,8 +146,11 @@ class PromptCache:
         place = as_path("path", path)
         about, infos = _read_about(place)
         cache = module.make_cache()
-        for key, expected in self._about(cache).items():
+        ours = self._about(cache)
+        storage = ours.pop("storage")
+        for key, expected in ours.items():
             _compare(place, key, about.get(key, "" if key == "settings" else None), expected)
+        _compare_storage(place, about.get("storage", ""), storage, module)
         tokens = _read_tokens(place, infos, module)
         if not self._serves(tokens):
             raise PromptCacheError(
@@ -196,7 +204,6 @@ _DIFFERENCES = {
     "version": "is of version {found}; this program reads version {expected}: save the prompt again",
     "model": "was made with another model; save the prompt again with this one",
     "settings": "was made with {found}, but this model runs with {expected}; load it with the same experts_per_token and rope",
-    "storage": "holds its keys and values as {found}, but this model uses {expected}; load it with the same kv_bits and dtype",
 }
 
 
@@ -224,6 +231,37 @@ def _compare(place: Path, key: str, found: str | None, expected: str) -> None:
     if found != expected:
         said = {"found": found or OWN_SETTINGS, "expected": expected or OWN_SETTINGS}
         raise PromptCacheError(f"{place} {_DIFFERENCES[key].format_map(said)}")
+
+
+def _compare_storage(place: Path, found: str, expected: str, module: MixtralModel) -> None:
+    """Raise PromptCacheError unless both are the same ``KVStorage``; it says how to load the model for the first."""
+    if found == expected:
+        return
+    bits, dtype = _bits_and_dtype(found)
+    own_dtype = str(module.dtype).rpartition(".")[2]
+    wanted = []
+    if bits is not None and bits != module.kv.bits:
+        wanted.append(f"kv_bits={bits} (--kv-bits {bits})")
+    elif bits is None and (dtype, own_dtype) == ("float16", "float32"):
+        wanted, dtype = ["kv_bits=16 (--kv-bits 16)"], None
+    elif bits is None and module.kv.bits is not None:
+        wanted.append("no kv_bits")
+    if dtype not in (None, own_dtype):
+        wanted.append(f"dtype={dtype!r} (--dtype {dtype})")
+    fix = f"load the model with {' and '.join(wanted)}, or save the prompt again" if wanted else "save the prompt again"
+    held = [_held(*_bits_and_dtype(text)) for text in (found, expected)]
+    raise PromptCacheError(f"{place} was saved with {held[0]}, and this model has {held[1]}; {fix}")
+
+
+def _bits_and_dtype(storage: str) -> tuple[int | None, str | None]:
+    bits, dtype = re.search(r"\bbits=(\d{1,2})\b", storage), re.search(r"\bdtype=mlx\.core\.(\w{1,12})", storage)
+    return int(bits[1]) if bits else None, dtype[1] if dtype else None
+
+
+def _held(bits: int | None, dtype: str | None) -> str:
+    if bits is not None:
+        return f"a KV cache of {bits} bits (compute type {dtype})"
+    return f"a KV cache in {dtype}" if dtype else "a KV cache of another kind"
 
 
 def _read_about(place: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:

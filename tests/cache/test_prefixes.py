@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator
@@ -310,10 +311,44 @@ def test_files_that_are_refused(own: Mixtral, tiny: Path, tmp_path: Path) -> Non
     refused("is not a saved prompt")
     file.write_bytes(good)
     with load(tiny, kv_bits=8) as other:
-        refused("load it with the same kv_bits", other)
+        refused("was saved with a KV cache in float32, and this model has a KV cache of 8 bits", other)
     with load(tiny, prefix_cache=1000) as other:
         refused("larger prefix_cache", other)
     assert own.load_prompt(file) == _ids(own, 40)
+
+
+@pytest.mark.parametrize("saved", [None, 4, 8, 16])
+@pytest.mark.parametrize("own", [None, 4, 8, 16])
+def test_a_prompt_of_another_kv_cache_says_what_to_give(
+    small: Path, tmp_path: Path, saved: int | None, own: int | None
+) -> None:
+    """The advice is followed, and the prompt is loaded."""
+    file = tmp_path / "prompt.cache"
+    with load(small, kv_bits=saved) as model:
+        model.save_prompt(file, list(range(1, 40)))
+    if saved != own:
+        with load(small, kv_bits=own) as model, pytest.raises(PromptCacheError) as refused:
+            model.load_prompt(file)
+        advice = str(refused.value).partition("load the model with ")[2].partition(",")[0]
+        given = re.fullmatch(r"kv_bits=(\d+) \(--kv-bits \1\)", advice)
+        assert given or advice == "no kv_bits"
+        assert "Storage" not in str(refused.value)
+        with load(small, kv_bits=int(given[1]) if given else None) as model:
+            assert model.load_prompt(file) == list(range(1, 40))
+
+
+def test_it_is_said_why_a_beginning_is_not_used_again(tiny: Path) -> None:
+    with load(tiny, kv_size=64) as model:
+        prompt = _ids(model, 300)
+
+        def why(tokens: list[int]) -> str | None:
+            return model.generate(tokens, max_tokens=1).stats.not_reused
+
+        assert why(prompt) is None
+        assert why([*prompt, 5]) is None
+        assert "cannot go back" in str(why([*prompt[:100], 7, 8]))
+        assert "for 9 tokens, and fewer than 16" in str(why([*prompt[:9], 1, 2, 3]))
+        assert why([9, 9, 9, 9]) is None
 
 
 def test_another_models_prompt_is_refused(own: Mixtral, tiny: Path, tmp_path: Path) -> None:

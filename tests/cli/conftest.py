@@ -51,6 +51,16 @@ def slow(*arguments):
     return read_token(*arguments)
 loop.read_token = slow
 """
+# With SLOW_TOKENS: a line on stderr with the third token.
+SAYS_IT_BEGAN = """
+import sys
+tokens, slow_token = iter(range(10**6)), loop.read_token
+def said(*arguments):
+    if next(tokens) == 2:
+        print("begun", file=sys.stderr, flush=True)
+    return slow_token(*arguments)
+loop.read_token = said
+"""
 
 
 @pytest.fixture

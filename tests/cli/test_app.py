@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH}
 
 HEAVY = (
     "mlx.core", "numpy", "rich", "mlx_mixtral_convert", "transformers", "torch", "matplotlib", "huggingface_hub", "jinja2",
-    "sentencepiece", "tokenizers", "safetensors", "gguf", "mlx_lm", "asyncio",
+    "sentencepiece", "tokenizers", "safetensors", "gguf", "mlx_lm", "asyncio", "prompt_toolkit",
 )  # fmt: skip
 
 

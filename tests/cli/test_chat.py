@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import re
-import select
 import signal
-import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from mlx_mixtral import SamplingParams, load
+from mlx_mixtral import Mixtral, SamplingParams, load
+from mlx_mixtral.cli.chat.conversation import Conversation
+from mlx_mixtral.cli.chat.session import Session
+from mlx_mixtral.cli.chat.settings import AnswerOptions
+from mlx_mixtral.cli.options import SamplingOptions
 
 from .conftest import SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
 
 SEED = ("--seed", 1, "-n", 12)
-# Ctrl-C is a signal to the processes whose controlling terminal it is typed at.
-OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
-PASTE_MODE = re.compile(r"\x1b\[\?2004[hl]")
 
 
 def test_answers_are_the_librarys_and_each_turn_sees_the_ones_before(invoke: Invoke, quantised: Path) -> None:
@@ -176,58 +173,6 @@ def test_ctrl_c_while_waiting_for_piped_input_or_loading_ends_with_130(spawn: Sp
     assert err.replace(b"reading\n", b"") == b"interrupted\n"
 
 
-def test_on_a_terminal_ctrl_c_clears_the_line_and_twice_leaves(spawn: Spawn, tiny: Path) -> None:
-    """Through a pseudo-terminal, as typed: \\x03 is Ctrl-C, \\x04 Ctrl-D."""
-    for keys, status in ((["\x04"], 0), (["half a line\x03", "\x04"], 0), (["\x03", "\x03"], 130)):
-        screen, returned = _type_at_a_terminal(spawn, tiny, keys)
-        assert returned == status, screen
-        assert "Traceback" not in screen
-        assert "/help for help" in screen
-
-
-def _type_at_a_terminal(spawn: Spawn, model: Path, keys: list[str]) -> tuple[str, int]:
-    terminal, theirs = pty.openpty()
-    sizes = {"TERM": "xterm", "COLUMNS": "80"}
-    process = spawn(
-        "chat",
-        model,
-        before=OWN_TERMINAL,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=sizes,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    screen = ""
-    try:
-        for key in keys:
-            screen += _read_until(terminal, ">>> ")
-            # A key in the instant between the prompt and readline's wait would be taken up with the next one only.
-            time.sleep(0.3)
-            os.write(terminal, key.encode())
-        screen += _read_until(terminal, None)
-        return screen, process.wait(timeout=30)
-    finally:
-        os.close(terminal)
-
-
-def _read_until(terminal: int, mark: str | None) -> str:
-    """What the terminal shows until it ends with ``mark`` (a prompt), or until the program ends."""
-    seen = ""
-    while mark is None or not PASTE_MODE.sub("", seen).endswith(mark):
-        ready, _, _ = select.select([terminal], [], [], 30)
-        assert ready, f"nothing more after {seen!r}"
-        try:
-            data = os.read(terminal, 1024)
-        except OSError:  # Linux says so when the other side is gone
-            data = b""
-        if not data:
-            break
-        seen += data.decode(errors="replace")
-    return seen
-
-
 def test_a_guessed_format_is_said_and_another_can_be_given(invoke: Invoke, quantised: Path, tmp_path: Path) -> None:
     noted = invoke("chat", quantised, *SEED, input="Hello\n")
     notes = [line for line in noted.stderr.splitlines() if line.startswith("note: ")]
@@ -253,3 +198,95 @@ def test_an_answer_stops_at_what_is_given(invoke: Invoke, quantised: Path) -> No
     stopped = invoke(*greedy, "--stop-token-id", ids[2], input="Hello\n").stdout
     assert stopped.strip() == third.strip()
     assert invoke("chat", "no-such-folder", "--stop", "").stderr.startswith("error: --stop string ''")
+
+
+def shown(invoke: Invoke, model: Path, *lines: str) -> list[str]:
+    """What a session says on stderr to lines that are commands."""
+    result = invoke("chat", model, *SEED, "--chat-template", "mistral-v1", input="\n".join(lines))
+    assert (result.exit_code, result.stdout) == (0, "")
+    return result.stderr.splitlines()
+
+
+def test_set_lists_every_option_of_an_answer_with_its_value(invoke: Invoke, quantised: Path) -> None:
+    values = {line.split()[0]: line.split(maxsplit=1)[1] for line in shown(invoke, quantised, "/set")}
+    sampling = {item.name.replace("_", "-") for item in fields(SamplingParams)} - {"logprobs", "dry-sequence-breakers"}
+    assert set(values) == sampling | {"max-tokens", "stop", "stop-token-id", "dry-sequence-breaker"}
+    wanted = {"temperature": "0.7", "seed": "1", "max-tokens": "12", "stop": "none", "logit-bias": "none"}
+    assert {name: values[name] for name in wanted} == wanted
+    assert [json.loads(word) for word in values["dry-sequence-breaker"].split()] == ["\n", ":", '"', "*"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("temperature 0.2", "temperature 0.2"),
+        ("--temperature=0.2", "temperature 0.2"),
+        ("top_k = 4", "top-k 4"),
+        ("dry_penalty_last_n -1", "dry-penalty-last-n -1"),
+        ("logit-bias 13=-5 14=2", "logit-bias 13=-5.0 14=2.0"),
+        ('stop "a b" c', 'stop "a b" "c"'),
+        ("stop-token-id 7", "stop-token-id 7"),
+        (r'dry-sequence-breaker "\n"', r'dry-sequence-breaker "\n"'),
+        ("dry-sequence-breaker none", "dry-sequence-breaker none"),
+        ("seed none", "seed none"),
+        ("max-tokens 5", "max-tokens 5"),
+    ],
+)
+def test_set_changes_an_option_and_default_brings_it_back(
+    invoke: Invoke, quantised: Path, line: str, said: str
+) -> None:
+    name = said.split()[0]
+    before, changed, asked, default = shown(
+        invoke, quantised, f"/set {name}", f"/set {line}", f"/set {name}", f"/set {name} default"
+    )
+    assert " ".join(changed.split()) == said
+    assert (asked, default) == (changed, before)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("temperature x", "temperature: 'x' is not a valid float"),
+        ("temperature -1", "temperature is -1.0"),
+        ("top-p 1.5", "top_p is 1.5"),
+        ("top-k 1.5", "top-k: '1.5' is not a valid int"),
+        ("top-k 1 2", "takes one value"),
+        ("max-tokens 0", "max_tokens is 0"),
+        ("seed x", "seed is 'x'"),
+        ("stop ''", "stop string ''"),
+        ("stop it's", "quotation mark"),
+        ("logit-bias x", "'x' is not ID=VALUE"),
+        ("temperature none", "'none' is not a valid float"),
+        ("temperature=", "takes one value"),
+        ("warmth 1", "there is no setting 'warmth'"),
+        ("help", "there is no setting 'help'"),
+    ],
+)
+def test_what_cannot_be_set_is_one_line_and_changes_nothing(
+    invoke: Invoke, quantised: Path, line: str, named: str
+) -> None:
+    lines = shown(invoke, quantised, "/set", f"/set {line}", "/set")
+    count = (len(lines) - 1) // 2
+    assert lines[:count] == lines[-count:]
+    assert lines[count].startswith("error: ")
+    assert named in lines[count]
+
+
+def test_what_is_set_is_used_from_then_on(invoke: Invoke, quantised: Path) -> None:
+    again = "/undo\nHello\n"
+    result = invoke(
+        "chat", quantised, "--seed", 1, "-n", 6, "-t", 2, input=f"Hello\n/set temperature 0\n/set max-tokens 8\n{again}"
+    )
+    with load(quantised) as model:
+        hello = [{"role": "user", "content": "Hello"}]
+        hot = model.chat(hello, max_tokens=6, sampling=SamplingParams(temperature=2, top_p=0.95, seed=1)).text
+        cold = model.chat(hello, max_tokens=8, sampling=SamplingParams()).text
+    assert result.stdout == f"{hot}\n{cold}\n"
+
+
+def test_a_text_of_several_lines_that_begins_with_a_slash_is_a_message(short_model: Mixtral) -> None:
+    session = Session(short_model, AnswerOptions(12, SamplingOptions(seed=1)), Conversation())
+    for message in ("/usr/bin/ld: no\nsuch file", "/system Be\nbrief."):
+        session.handle(message)
+    assert session.conversation.messages[0] == {"role": "system", "content": "Be\nbrief."}
+    assert session.conversation.messages[1]["content"] == "/usr/bin/ld: no\nsuch file"

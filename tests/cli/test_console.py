@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from mlx_mixtral.cli.console import print_table
+from mlx_mixtral.cli.console import note, print_table
 
 COLUMNS = ("what", "mlx-mixtral tok/s", "mlx-lm float32 tok/s", "ratio", "peak memory")
 ROWS = (
@@ -30,3 +30,20 @@ def test_no_figure_is_cut_at_any_width(
     for name in itertools.chain.from_iterable(name.split() for name in COLUMNS[1:]):
         assert name in text, name
     assert max(map(len, lines)) <= max(width, 4 + len("mlx-lm float32 tok/s"))
+
+
+@pytest.mark.parametrize(
+    ("width", "wrapped"),
+    [
+        (24, ["/save FILE  write what", "            was said", "/x", "Ctrl-C stops an answer", "and keeps it"]),
+        (20, ["/save FILE  write", "what was said", "/x", "Ctrl-C stops an", "answer and keeps it"]),
+        (80, ["/save FILE  write what was said", "/x", "Ctrl-C stops an answer and keeps it"]),
+    ],
+)
+def test_every_line_of_a_note_is_wrapped_on_its_own(
+    width: int, wrapped: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    note("/save FILE  write what was said\n/x\nCtrl-C stops an answer and keeps it")
+    assert capsys.readouterr().err.splitlines() == wrapped

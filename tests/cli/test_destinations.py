@@ -12,10 +12,11 @@ import matplotlib as mpl
 import mlx.core as mx
 import pytest
 
-from mlx_mixtral import Mixtral, SamplingParams
+from mlx_mixtral import Mixtral
 from mlx_mixtral.cli import destinations
 from mlx_mixtral.cli.chat.conversation import Conversation
 from mlx_mixtral.cli.chat.session import Session
+from mlx_mixtral.cli.chat.settings import AnswerOptions
 from mlx_mixtral.cli.destinations import FileKind, check_place
 from mlx_mixtral.errors import DestinationError, InvalidRequestError
 from mlx_mixtral.evaluation.routing.analysis import analyse
@@ -163,10 +164,10 @@ def test_a_conversation_saved_in_this_session_is_saved_again(
         session.handle(line)
         return capsys.readouterr().err
 
-    session = Session(short_model, SamplingParams(), 4, "Be brief.")
+    session = Session(short_model, AnswerOptions(), Conversation("Be brief."))
     assert "saved 1 messages" in said(session, f"/save {tmp_path / 'talk'}")
     assert "saved 1 messages" in said(session, f"/save {tmp_path / 'talk'}")
-    other = Session(short_model, SamplingParams(), 4, None)
+    other = Session(short_model, AnswerOptions(), Conversation())
     before = (tmp_path / "talk").read_bytes()
     assert "exists; give another name, or use --overwrite" in said(other, f"/save {tmp_path / 'talk'}")
     assert (tmp_path / "talk").read_bytes() == before
@@ -190,6 +191,21 @@ def test_a_saved_prompt_is_read_under_both_names_of_the_option(invoke: Invoke, s
     both = invoke("generate", short, "--from-prompt", file, "--saved-prompt", file, "--token-ids", "4")
     assert both.exit_code == 2
     assert "--saved-prompt " not in invoke("generate", "--help").stdout
+
+
+@pytest.mark.parametrize("key", ["\x03", "\x04"])
+def test_a_question_that_is_not_answered_is_a_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """Ctrl-C and Ctrl-D reach click as these exceptions."""
+
+    def asked(*_: object) -> str:
+        raise KeyboardInterrupt if key == "\x03" else EOFError
+
+    for stream in ("stdin", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.termui.visible_prompt_func", asked)
+    Conversation().save(tmp_path / "talk")
+    with pytest.raises(DestinationError, match="--overwrite to replace it"):
+        check_place("--output", tmp_path / "talk", destinations.CONVERSATION, overwrite=False)
 
 
 @pytest.mark.usefixtures("guarded_devices")

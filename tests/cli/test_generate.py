@@ -12,19 +12,9 @@ import pytest
 from mlx_mixtral import SamplingParams, load
 from mlx_mixtral.cli.console import terminal_safe
 
-from .conftest import SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
+from .conftest import SAYS_IT_BEGAN, SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
 
 PROMPT = "And it came to pass,"
-# With SLOW_TOKENS: a line on stderr with the third token.
-SAYS_IT_BEGAN = """
-import sys
-tokens, slow_token = iter(range(10**6)), loop.read_token
-def said(*arguments):
-    if next(tokens) == 2:
-        print("begun", file=sys.stderr, flush=True)
-    return slow_token(*arguments)
-loop.read_token = said
-"""
 
 
 def test_text_is_what_the_library_generates(invoke: Invoke, quantised: Path) -> None:
@@ -193,18 +183,8 @@ def test_ctrl_c_while_generating_keeps_the_text_so_far(spawn: Spawn, tiny: Path)
 
 
 def test_ctrl_c_keeps_the_text_of_the_json_result_too(spawn: Spawn, tiny: Path) -> None:
-    process = spawn(
-        "generate",
-        tiny,
-        "-p",
-        PROMPT,
-        "-n",
-        1000,
-        "--json",
-        "--logit-bias",
-        "2=-100",
-        before=SLOW_TOKENS + SAYS_IT_BEGAN,
-    )
+    flags = ("-n", 1000, "--json", "--logit-bias", "2=-100")
+    process = spawn("generate", tiny, "-p", PROMPT, *flags, before=SLOW_TOKENS + SAYS_IT_BEGAN)
     assert process.stderr is not None
     assert process.stderr.readline() == b"begun\n"
     process.send_signal(signal.SIGINT)
@@ -217,6 +197,29 @@ def test_ctrl_c_keeps_the_text_of_the_json_result_too(spawn: Spawn, tiny: Path) 
         sampling = SamplingParams(logit_bias={2: -100})
         alone = model.generate(PROMPT, max_tokens=len(result["token_ids"]), sampling=sampling)
     assert result["text"] == alone.text
+
+
+@pytest.mark.parametrize("count", [40, 9])
+def test_a_saved_prompt_is_continued_as_it_is(invoke: Invoke, short: Path, tmp_path: Path, count: int) -> None:
+    saved, ids = tmp_path / "prompt", ",".join(map(str, range(1, count + 1)))
+    assert invoke("generate", short, "--token-ids", ids, "-n", 1, "--save-prompt", saved).exit_code == 0
+    result = invoke("generate", short, "--from-prompt", saved, "-n", 6, "--json")
+    assert result.exit_code == 0, result.stderr
+    whole = invoke("generate", short, "--token-ids", ids, "-n", 6, "--json")
+    found, expected = json.loads(result.stdout), json.loads(whole.stdout)
+    assert found["token_ids"] == expected["token_ids"]
+    stats = found["stats"]
+    assert stats["prompt_tokens"] == count
+    line = " ".join(invoke("generate", short, "--from-prompt", saved, "-n", 6).stderr.split())
+    if count == 40:
+        assert count - 2 <= stats["reused_tokens"] < count
+        assert stats["not_reused"] is None
+        assert f"({stats['reused_tokens']} known)" in line
+    else:
+        assert stats["reused_tokens"] == 0
+        assert "and fewer than 16 are computed again" in stats["not_reused"]
+        assert f"(none known: {stats['not_reused']})" in line
+    assert invoke("generate", short).exit_code == 2
 
 
 def test_ctrl_c_while_loading_is_one_line(spawn: Spawn, tiny: Path) -> None:

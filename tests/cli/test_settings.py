@@ -178,6 +178,8 @@ def test_prompts_and_requirements_of_the_file_step_back(invoke: Invoke, write: W
     assert "absent: no such folder" in invoke("generate", "absent", "--token-ids", "1").stderr
     assert invoke("info", "8x7b").exit_code == 0
     assert "absent: no such folder" in invoke("evaluate", "absent", "--text", PAGE).stderr
+    write('[chat]\njson = true\nsystem-file = "gone"\n')
+    assert "absent: no such folder" in invoke("chat", "absent", "--system", "Be brief.").stderr
 
 
 def test_the_rules_name_options_that_there_are() -> None:

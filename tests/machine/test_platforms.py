@@ -131,7 +131,9 @@ def test_importing_without_mlx_is_an_import_error_that_says_what_to_install(tmp_
 
 
 @pytest.mark.parametrize("hiding", HIDINGS)
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "model", "-p", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "model", "-p", "x"], ["generate", "m", "-p", "--version"]]
+)
 def test_the_program_without_mlx_says_one_line_and_exits_with_1(
     tmp_path: Path, hiding: str, arguments: list[str]
 ) -> None:

@@ -5,28 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_mixtral import GenerationStats, Mixtral, SamplingParams
+from mlx_mixtral import GenerationStats, Mixtral
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cli.chat.conversation import Conversation
+from mlx_mixtral.cli.chat.settings import AnswerOptions, AnswerSettings
 from mlx_mixtral.cli.console import note, one_line, terminal_safe
 from mlx_mixtral.cli.destinations import CONVERSATION, check_place
-from mlx_mixtral.cli.options import StopOptions
 from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
 from mlx_mixtral.errors import ContextLengthError, MixtralError
 from mlx_mixtral.generation.request import Speculation
 
 __all__ = ["Session"]
 
+LEAVE = ("/exit", "/quit", "/bye")
 HELP = """\
 /reset         forget the conversation, keep the system prompt
 /undo          forget the last question and its answer
 /system TEXT   set the system prompt; without TEXT, remove it
 /save FILE     write the conversation to a file; /save --overwrite FILE replaces one
 /load FILE     go on with a saved conversation
+/set           list how answers are generated; /set NAME VALUE changes it: /set temperature 0.2
 /stats         tokens, speed and memory so far
 /help          this list
 /exit          leave (Ctrl-D too)
-A line ending with \\ goes on in the next; lines between two \"\"\" are one message.
+A line ending with \\ goes on in the next, as after Alt-Enter; lines between two \"\"\" are one message.
+A pasted text is one message, whatever its lines are. Tab completes commands and file names.
 Ctrl-C stops an answer and keeps what was said. A message that begins with / is written with a space before it."""
 
 
@@ -36,15 +39,14 @@ class Session:
     def __init__(
         self,
         model: Mixtral,
-        sampling: SamplingParams,
-        max_tokens: int,
-        system: str | None,
+        options: AnswerOptions,
+        conversation: Conversation,
         speculation: Speculation | None = None,
-        stopping: StopOptions | None = None,
     ) -> None:
-        self.model, self.sampling, self.max_tokens, self.speculation = model, sampling, max_tokens, speculation
-        self.stopping = stopping or StopOptions()
-        self.conversation = Conversation(system)
+        self.model, self.conversation, self.speculation = model, conversation, speculation
+        self.settings = AnswerSettings(options)
+        self.ask: Callable[[str], bool] | None = None
+        """Puts a question to the user, for True or False."""
         self._last: GenerationStats | None = None
         self._files: set[Path] = set()
         self._commands: dict[str, Callable[[str], None]] = {
@@ -53,9 +55,15 @@ class Session:
             "/system": self._system,
             "/save": self._save,
             "/load": self._load,
+            "/set": self._set,
             "/stats": self._stats,
             "/help": lambda _: note(HELP),
         }
+
+    @property
+    def commands(self) -> list[str]:
+        """What may be typed after a slash, the slash with it."""
+        return [*self._commands, LEAVE[0]]
 
     def check(self) -> None:
         """Raise what a first message would, before one is typed: no tokenizer, no chat format, no room.
@@ -72,32 +80,33 @@ class Session:
 
     def handle(self, message: str) -> bool:
         """Take one message or command; False when the session ends. Errors become one line and the session goes on."""
-        command, _, argument = message.strip().partition(" ")
-        if not message.strip():
+        text = message.strip()
+        if not text:
             return True
-        if message.startswith("/"):
-            if command in ("/exit", "/quit", "/bye"):
+        command, *argument = text.split(maxsplit=1)
+        # A text of several lines, a pasted one for instance, may begin with a slash that means nothing.
+        if message.startswith("/") and (command in self._commands or "\n" not in text):
+            if command in LEAVE:
                 return False
             try:
-                self._commands.get(command, self._unknown)(argument.strip() if command in self._commands else command)
+                self._commands.get(command, self._unknown)("".join(argument) if command in self._commands else command)
             except MixtralError as error:
                 note(f"error: {one_line(error)}")
             return True
-        self._ask(message.strip())
+        self._ask(text)
         return True
 
     def _ask(self, text: str) -> None:
-        talk = self.conversation
+        talk, options = self.conversation, self.settings.options
         talk.ask(text)
-        answer = ""
         try:
-            with Interruptible() as interrupt:
+            with Interruptible(asks_only=True) as interrupt:
                 stream = self.model.stream_chat(
                     talk.messages,
-                    sampling=self.sampling,
-                    max_tokens=self.max_tokens,
-                    stop=self.stopping.stop,
-                    stop_token_ids=self.stopping.stop_token_ids,
+                    sampling=options.sampling.params(),
+                    max_tokens=options.max_tokens,
+                    stop=options.stopping.stop,
+                    stop_token_ids=options.stopping.stop_token_ids,
                     cancelled=interrupt.cancelled,
                     on_prefill=interrupt.on_prefill,
                     speculation=self.speculation,
@@ -129,10 +138,10 @@ class Session:
         talk.answer(answer.strip())
         if interrupt.pressed:
             note("(stopped; what was said so far is kept)")
-        elif chunks[-1].finish_reason == "length" and len(chunks) < self.max_tokens:
+        elif chunks[-1].finish_reason == "length" and len(chunks) < options.max_tokens:
             note("(the context is full: /reset starts over, /undo forgets the last exchange)")
         elif chunks[-1].finish_reason == "length":
-            note(f"(cut off at --max-tokens {self.max_tokens})")
+            note(f"(cut off at --max-tokens {options.max_tokens}; /set max-tokens N changes it)")
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
@@ -153,7 +162,7 @@ class Session:
         name = rest.strip() if wanted == "--overwrite" else name
         # What this session wrote or read itself is its own to replace.
         kept = as_path("the file", name).resolve() in self._files
-        place = check_place("the file", name, CONVERSATION, overwrite=kept or wanted == "--overwrite")
+        place = check_place("the file", name, CONVERSATION, overwrite=kept or wanted == "--overwrite", ask=self.ask)
         self.conversation.save(place)
         self._files.add(place)
         note(f"(saved {len(self.conversation.messages)} messages to {one_line(name)})")
@@ -167,6 +176,14 @@ class Session:
         self._files.add(place.resolve())
         note(f"(loaded {len(self.conversation.messages)} messages)")
 
+    def _set(self, argument: str) -> None:
+        name, _, value = argument.partition(" ")
+        name, equals, beginning = name.partition("=")
+        value = f"{beginning} {value.strip().removeprefix('= ')}".strip()
+        lines = self.settings.set(name, value) if value or equals else self.settings.show(name or None)
+        for line in lines.splitlines():
+            note(line)
+
     def _stats(self, _: str) -> None:
         turns = self.conversation.messages
         limit = self.model.config.max_context_tokens
@@ -177,4 +194,6 @@ class Session:
             note(f"last answer: {stats_line(self._last)}")
 
     def _unknown(self, command: str) -> None:
-        note(f"error: {terminal_safe(command)} is not a command; /help lists them")
+        note(
+            f"error: {terminal_safe(command)} is not a command; /help lists them, and a space before it makes it a message"
+        )
