@@ -197,7 +197,7 @@ def parse_json(where: Path | str, data: bytes | str) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         found = f"U+{ord(error.object[error.start]):04X}"
         raise CheckpointError(
-            f"{where} is not valid JSON: a string holds a lone surrogate {found}, which is no text"
+            f"{where} is not valid JSON: a string holds a lone surrogate {found}, which is not text"
         ) from error
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON: {error}") from error

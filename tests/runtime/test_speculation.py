@@ -172,7 +172,7 @@ def test_a_draft_with_other_pieces_is_refused_by_the_first_that_differs(
 def test_a_draft_with_another_number_of_tokens_is_refused(model: Mixtral) -> None:
     with load(Path(__file__).parents[1] / "goldens" / "transformers" / "llama") as draft:
         size = draft.config.vocab_size
-        with pytest.raises(InvalidRequestError, match=f"vocabulary of {size} tokens and the model one of 4096"):
+        with pytest.raises(InvalidRequestError, match=f"vocabulary of {size} tokens, but the model's has 4096"):
             model.generate(PROMPT, max_tokens=4, speculation=drafted(draft))
 
 

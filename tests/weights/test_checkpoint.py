@@ -101,7 +101,7 @@ def test_an_absolute_path_to_a_file_of_the_folder_is_refused_too(sharded: Path) 
         Checkpoint(sharded)
 
 
-@pytest.mark.parametrize("name", ["model-00003-of-00003.safetensors", "x" * 5000, "\ud800.safetensors"])
+@pytest.mark.parametrize("name", ["model-00003-of-00003.safetensors", "x" * 5000])
 def test_an_absent_file_is_named(sharded: Path, name: str) -> None:
     _index(sharded, {"a": "model-00001-of-00002.safetensors", "b": name})
     with pytest.raises(CheckpointError, match="download it again") as caught:
