@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.constraints.vocabulary import Vocabulary
+from mlx_mixtral.constraints.token_table import TokenTable
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -38,7 +38,7 @@ class Closing:
         is_json: closing quotes and brackets are what ends them.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, is_json: bool) -> None:
+    def __init__(self, vocabulary: TokenTable, *, is_json: bool) -> None:
         self._vocabulary, self._is_json = vocabulary, is_json
         self._masks_left = 0
 

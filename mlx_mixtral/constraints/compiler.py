@@ -11,7 +11,7 @@ from mlx_mixtral.constraints.grammar import definition, is_json, match
 from mlx_mixtral.constraints.limits import MAX_COMPILE_S, MAX_COMPILED, MAX_STUCK
 from mlx_mixtral.constraints.matching import CompiledConstraint
 from mlx_mixtral.constraints.specs import ConstraintSpec
-from mlx_mixtral.constraints.vocabulary import Vocabulary
+from mlx_mixtral.constraints.token_table import TokenTable
 from mlx_mixtral.errors import BusyError, ConstraintError
 
 __all__ = ["Compiler"]
@@ -27,7 +27,7 @@ class Compiler:
         max_seconds: the deadline.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, max_seconds: float = MAX_COMPILE_S) -> None:
+    def __init__(self, vocabulary: TokenTable, *, max_seconds: float = MAX_COMPILE_S) -> None:
         self.vocabulary, self._max_seconds = vocabulary, max_seconds
         self._kept: OrderedDict[str, CompiledConstraint] = OrderedDict()
         self._lock = threading.Lock()

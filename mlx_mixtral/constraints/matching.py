@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.constraints.base import is_allowed
 from mlx_mixtral.constraints.closing import MAX_WAY_TOKENS, Closing, Way
-from mlx_mixtral.constraints.vocabulary import Vocabulary
+from mlx_mixtral.constraints.token_table import TokenTable
 from mlx_mixtral.errors import ConstraintError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class CompiledConstraint:
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: Vocabulary, *, is_json: bool, warnings: tuple[str, ...] = ()
+        self, matcher: LLMatcher, vocabulary: TokenTable, *, is_json: bool, warnings: tuple[str, ...] = ()
     ) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
         self._closing = Closing(vocabulary, is_json=is_json)
@@ -77,7 +77,7 @@ class GrammarConstraint:
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: Vocabulary, closing: Closing, way: Way | None, max_tokens: int
+        self, matcher: LLMatcher, vocabulary: TokenTable, closing: Closing, way: Way | None, max_tokens: int
     ) -> None:
         self._matcher, self._vocabulary, self._closing = matcher, vocabulary, closing
         self._way, self._left = way, max_tokens
