@@ -36,10 +36,12 @@ class Closing:
 
     Args:
         is_json: closing quotes and brackets are what ends them.
+        examples: texts that a part of them may be, of JSON strings between their quotes.
     """
 
-    def __init__(self, vocabulary: TokenTable, *, is_json: bool) -> None:
+    def __init__(self, vocabulary: TokenTable, *, is_json: bool, examples: Sequence[str] = ()) -> None:
         self._vocabulary, self._is_json = vocabulary, is_json
+        self._examples = [vocabulary.table.tokenize_str(text + '"' * is_json) for text in examples]
         self._masks_left = 0
 
     def find(self, matcher: LLMatcher, max_tokens: int, before: Way | None = None) -> Way | None:
@@ -98,10 +100,15 @@ class Closing:
             if len(way) >= limit:
                 return None
             token = self._step(at, used, is_fair)
-            if token is None or not at.consume_token(token):
+            if token is None:
+                return None
+            step = [token]
+            if not self._vocabulary.tokens[token].startswith((b'"', b"}", b"]")):
+                step = next((tokens for tokens in self._examples if at.validate_tokens(tokens) == len(tokens)), step)
+            if not at.consume_tokens(step):
                 return None
             used[self._vocabulary.first_bytes[token]] += 1
-            way.append(token)
+            way += step
 
     def allowed(self, matcher: LLMatcher) -> npt.NDArray[np.intp]:
         """Ids of tokens with text that may come next."""

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from mlx_mixtral.arguments import check_type
+from mlx_mixtral.constraints.examples import examples
 from mlx_mixtral.constraints.grammar import definition, is_json, match
 from mlx_mixtral.constraints.limits import MAX_COMPILE_S, MAX_COMPILED, MAX_STUCK
 from mlx_mixtral.constraints.matching import CompiledConstraint
@@ -63,7 +64,9 @@ class Compiler:
     def _compiled(self, text: str, spec: ConstraintSpec) -> CompiledConstraint:
         matcher = match(text, self.vocabulary, spec)
         warnings = tuple(" ".join(warning.split()) for warning in matcher.get_grammar_warnings())
-        return CompiledConstraint(matcher, self.vocabulary, is_json=is_json(spec), warnings=warnings)
+        return CompiledConstraint(
+            matcher, self.vocabulary, is_json=is_json(spec), examples=examples(spec), warnings=warnings
+        )
 
     def _within_deadline(self, work: Callable[[], CompiledConstraint]) -> CompiledConstraint:
         done = threading.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -29,18 +30,38 @@ FIRST_MASKS, NEXT_MASKS = 2000, 100
 class CompiledConstraint:
     """A grammar over a vocabulary, ready for any number of texts at once.
 
+    Args:
+        matcher: at its start.
+        is_json: whether its texts are JSON.
+        examples: see ``examples.examples``.
+
     Attributes:
         warnings: What of a schema is not kept, a sentence each.
         min_tokens: Tokens of the shortest text found; None where none was.
+
+    Raises:
+        ConstraintError: not even its first mask can be computed.
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: TokenTable, *, is_json: bool, warnings: tuple[str, ...] = ()
+        self,
+        matcher: LLMatcher,
+        vocabulary: TokenTable,
+        *,
+        is_json: bool,
+        examples: Sequence[str] = (),
+        warnings: tuple[str, ...] = (),
     ) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
-        self._closing = Closing(vocabulary, is_json=is_json)
+        self._closing = Closing(vocabulary, is_json=is_json, examples=examples)
         self._is_json = is_json
         self.warnings = warnings
+        tried = matcher.deep_copy()
+        tried.compute_bitmask()
+        if tried.is_error():
+            raise ConstraintError(
+                f"the constraint is too complex ({tried.get_error()}); make it simpler: smaller counts"
+            )
         self._way = self._closing.find(matcher, MAX_WAY_TOKENS)
         if self._way is None and not is_json:
             self.warnings += ("no way to the end was found: a text that max_tokens ends may be half of one",)
@@ -59,7 +80,7 @@ class CompiledConstraint:
             self._way = self._closing.shorten(self._matcher, self._way, max_tokens, FIRST_MASKS)
         if self._way is None and self._is_json:
             raise ConstraintError(
-                "the schema's shortest text is too long for any generation; ask for fewer items or characters"
+                f"no text of at most {MAX_WAY_TOKENS} tokens was found that keeps the schema; ask for fewer items or characters"
             )
         if self._way is not None and len(self._way) > max_tokens:
             raise ConstraintError(
@@ -147,7 +168,7 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintError(f"the constraint cannot be followed any further: {self._matcher.get_error()}")
+            raise ConstraintError(f"the constraint cannot be kept any further: {self._matcher.get_error()}")
 
     def _way_after(self, token: int) -> Way | None:
         """A way to the end after ``token`` that fits what is left; None where none is found, or the token may not come."""

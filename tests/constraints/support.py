@@ -54,7 +54,8 @@ class _Maker:
             return array | ({"maxItems": least + self._chance.randrange(3)} if self._chance.random() < 0.5 else {})
         if chance < 0.95:
             return {"anyOf": [self._any(depth - 1), {"type": "null"}, self._scalar()]}
-        return {"allOf": [self._object(0), self._object(0)]}
+        other = {"type": "object", "properties": {"both": self._scalar()}, "required": ["both"]}
+        return {"allOf": [self._object(0), other]}
 
     def _object(self, depth: int) -> dict[str, Any]:
         names = self._chance.sample(WORDS, self._chance.randrange(1, 5))

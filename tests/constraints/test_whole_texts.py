@@ -78,7 +78,7 @@ def test_a_text_is_whole_at_every_max_tokens(compiler: Compiler, table: TokenTab
 def test_no_token_is_replaced_where_the_text_fits(compiler: Compiler, table: TokenTable, spec: ConstraintSpec) -> None:
     # The tokens of a text that had room, under a limit of as many: the last of them must not be taken for too late.
     compiled = compiler.compile(spec)
-    for seed in range(10):
+    for seed in range(4):
         free = compiled.begin(100_000)
         tokens, _ = drawn_text(free, table, seed, 400)
         if not free.is_complete:
@@ -95,7 +95,7 @@ def test_too_few_tokens_for_any_text_are_refused(compiler: Compiler) -> None:
     assert compiled.min_tokens is not None
     with pytest.raises(ConstraintError, match=r"max_tokens is 4, and the shortest text found .* has \d+ tokens"):
         compiled.begin(4)
-    with pytest.raises(ConstraintError, match="more than 4096 tokens"):
+    with pytest.raises(ConstraintError, match="no text of at most 4096 tokens"):
         compiler.compile(JsonSchema({"type": "array", "items": {"type": "null"}, "minItems": 100_000})).begin(10**6)
 
 
@@ -110,7 +110,7 @@ def test_white_space_ends(compiler: Compiler, table: TokenTable) -> None:
         token = chance.choice(blank if blank and not in_string else allowed)
         text += table.tokens[constraint.accept(token)]
     jsonschema.validate(json.loads(text), ORDER)
-    between = re.sub(rb'"[^"]*"', b"", text)
+    between = re.sub(rb'"(?:\\.|[^"\\])*"', b"s", text)
     assert 10 < max(map(len, re.findall(rb"\s+", between))) <= 21
 
 
