@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.constraints.base import is_allowed
-from mlx_mixtral.constraints.closing import MAX_WAY_TOKENS, Closing, Way
+from mlx_mixtral.constraints.closing import MAX_WAY_TOKENS, Closing, ClosingRanks, Way
 from mlx_mixtral.constraints.token_table import TokenTable
 from mlx_mixtral.errors import ConstraintError
 
@@ -47,13 +47,14 @@ class CompiledConstraint:
         self,
         matcher: LLMatcher,
         vocabulary: TokenTable,
+        ranks: ClosingRanks,
         *,
         is_json: bool,
         examples: Sequence[str] = (),
         warnings: tuple[str, ...] = (),
     ) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
-        self._closing = Closing(vocabulary, is_json=is_json, examples=examples)
+        self._closing = Closing(vocabulary, ranks, is_json=is_json, examples=examples)
         self._is_json = is_json
         self.warnings = warnings
         tried = matcher.deep_copy()
