@@ -51,6 +51,7 @@ class Tokenizer(ABC):
         bos_token_id: Id that begins a sequence, or None.
         eos_token_id: Id that ends an assistant's turn, or None.
         eos_token_ids: Every id at which generation stops: those the files declare, and the chat format's end of a turn.
+        unk_token_id: Id that stands for text the vocabulary cannot spell, or None.
         adds_bos: Whether `encode` puts BOS in front of a text.
         chat_format: "mistral-v1", "mistral-v3", "template" (the checkpoint's own jinja), a family such as "chatml", or "none".
         chat_origin: Where the format is from: a file's name, "control tokens", "a guess", or what was given.
@@ -62,6 +63,7 @@ class Tokenizer(ABC):
     bos_token_id: int | None
     eos_token_id: int | None
     eos_token_ids: frozenset[int]
+    unk_token_id: int | None = None
     chat_origin: str = ""
     chat_note: str = ""
     notes: tuple[str, ...] = ()
