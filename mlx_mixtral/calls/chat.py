@@ -118,7 +118,7 @@ class ToolChat:
                 "be kept then: leave one of them out"
             )
         tokens = self._writer.ids(conversation, use.described_tools)
-        if not use.tools or self.name == "none":
+        if not use.tools or self.name == "none" or (use.mode == "none" and answer is not None):
             return ChatPrompt(tokens, answer, begun=conversation.begun)
         rules = self._markup.rules(use, None if answer is None else "answer")
         if answer is not None and use.mode != "required":

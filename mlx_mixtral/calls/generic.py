@@ -45,6 +45,7 @@ class GenericCalls(Markup):
         lines = [] if answer else [f"TEXT: {ANY_TEXT} & ~/\\s*\\{{\\s*{_KEY}(?s:.*)/"]
         if use.mode == "none" or not use.callable_tools:
             return "\n".join([f"start: {text}", *lines])
-        calls = f'ws "{{" ws {terminal(_KEY)} ws ":" ws "[" ws {repeated("call", 'ws "," ws', use)} ws "]" ws "}}"'
+        listed = repeated("call", 'ws "," ws', use)
+        calls = f'ws "{{" ws {terminal(_KEY)} ws ":" ws "[" ws {listed} ws "]" ws "}}"'
         start = calls if use.mode == "required" else f"{text} | {calls}"
         return "\n".join([f"start: {start}", *lines, call_rules(use)])

@@ -48,6 +48,7 @@ class MistralCalls(Markup):
         text = answer or ANY_TEXT
         if use.mode == "none" or not use.callable_tools:
             return f"start: {text}"
-        calls = f'<[{self._token_id}]> " "? "[" ws {repeated("call", 'ws "," ws', use)} ws "]"'
+        listed = repeated("call", 'ws "," ws', use)
+        calls = f'<[{self._token_id}]> " "? "[" ws {listed} ws "]"'
         start = f"start: {calls}" if use.mode == "required" else f"start: {text} | {calls}"
         return f"{start}\n{call_rules(use)}"
