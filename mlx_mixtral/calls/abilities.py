@@ -73,9 +73,7 @@ class ChatAbilities:
         )
 
 
-def _written(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None
-) -> str | None:
+def _written(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> str | None:
     """What the format makes of messages; None where it refuses them."""
     try:
         return tokenizer.render_chat(messages, tools)

@@ -159,7 +159,7 @@ def _list(name: str, value: object) -> Sequence[Any]:
 def _tool(place: str, given: object, is_legacy: bool) -> Tool:
     if not isinstance(given, Mapping):
         raise InvalidRequestError(f"{place} is {shown(given)}; it must be an object")
-    function = given
+    function: object = given
     if not is_legacy:
         if given.get("type", "function") != "function":
             raise InvalidRequestError(f'{place}.type is {shown(given["type"])}; only "function" is supported')

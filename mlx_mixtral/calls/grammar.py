@@ -8,18 +8,32 @@ from typing import Any
 
 from mlx_mixtral.arguments import check_type
 from mlx_mixtral.calls.definitions import MAX_DEFINITIONS_BYTES, Tool, ToolUse
-from mlx_mixtral.constraints.grammar import WHITESPACE
+from mlx_mixtral.constraints.grammar import WHITESPACE, check
 from mlx_mixtral.constraints.specs import ConstraintSpec, Grammar, JsonObject, JsonSchema, Regex
-from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.errors import ConstraintError, InvalidRequestError
 
-__all__ = ["ANY_TEXT", "AnswerGrammar", "answer_rule", "call_rules", "repeated", "terminal"]
+__all__ = [
+    "ANY_TEXT",
+    "COMMA",
+    "WHITESPACE",
+    "AnswerGrammar",
+    "answer_rule",
+    "call_rules",
+    "refusal",
+    "repeated",
+    "terminal",
+]
 
 ANY_TEXT = "/(?s:.*)/"
+COMMA = 'ws "," ws'
 
 
 @dataclass(frozen=True)
 class AnswerGrammar(Grammar):
     """A grammar made of checked parts, so that only their sum is bounded: a request may have a hundred tools."""
+
+    is_shown = False
+    is_loose = True
 
     def __post_init__(self) -> None:
         check_type("lark", self.lark, str, "a grammar, as text")
@@ -66,6 +80,19 @@ def answer_rule(name: str, answer: ConstraintSpec) -> str:
     if isinstance(answer, Grammar):
         return f'{name}: " "? {name}_lark\n{name}_lark: %lark {{\n{answer.lark}\n}}'
     raise AssertionError(f"unknown constraint {answer!r}")
+
+
+def refusal(tool: Tool) -> ConstraintError | None:
+    """Why the schema of a tool's arguments cannot be kept; None where it can.
+
+    Raises:
+        MissingDependencyError: llguidance is not installed.
+    """
+    try:
+        check(JsonSchema(tool.arguments_schema, strict=tool.strict))
+    except ConstraintError as error:
+        return error
+    return None
 
 
 def _either(stem: str, tools: tuple[Tool, ...]) -> str:

@@ -12,7 +12,7 @@ from mlx_mixtral.calls.markup import Delimiters
 from mlx_mixtral.calls.scanner import CallScanner, Found, FoundKind, Status
 from mlx_mixtral.calls.turns import ToolCall
 
-__all__ = ["ArgumentsDelta", "CallBegin", "CallEnd", "CallParser", "Event", "TextDelta"]
+__all__ = ["ArgumentsDelta", "CallBegin", "CallEnd", "CallEvent", "CallParser", "Event", "TextDelta"]
 
 _SPACE = " \t\n\r"
 
@@ -48,7 +48,8 @@ class CallEnd:
     index: int
 
 
-Event = TextDelta | CallBegin | ArgumentsDelta | CallEnd
+CallEvent = CallBegin | ArgumentsDelta | CallEnd
+Event = TextDelta | CallEvent
 
 
 class _Mode(Enum):
@@ -104,6 +105,12 @@ class CallParser:
         self._arguments: list[str] = []
         self._events: list[Event] = []
         self.calls: list[ToolCall] = []
+
+    @property
+    def barriers(self) -> frozenset[int]:
+        """Control tokens that have to come with all text before them: none of it may be held back beyond them."""
+        known = self._delimiters
+        return frozenset() if known is None else frozenset({known.begin_id, known.end_id} - {None})  # type: ignore[arg-type]
 
     def add(self, text: str, token_id: int | None = None) -> list[Event]:
         """Take more of the answer.

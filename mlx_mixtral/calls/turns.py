@@ -184,9 +184,7 @@ def _call(index: int, place: str, number: int, given: object) -> tuple[str, Tool
         fail(index, f'{place} must be {{"id": …, "function": {{"name": …, "arguments": …}}}}')
     known, name, arguments = given.get("id"), function.get("name"), function.get("arguments")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        fail(
-            index, f"{place}.function.name is {shown(name)}; it must be 1 to 64 of a-z, A-Z, 0-9, underscore and dash"
-        )
+        fail(index, f"{place}.function.name is {shown(name)}; it must be 1 to 64 of a-z, A-Z, 0-9, underscore and dash")
     if not isinstance(known, str | None):
         fail(index, f"{place}.id is {shown(known)}; it must be text")
     if not isinstance(arguments, str | Mapping | None):

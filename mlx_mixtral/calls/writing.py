@@ -59,8 +59,8 @@ class ChatWriter:
     def messages(
         self, conversation: Conversation, tools: Sequence[Tool]
     ) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
-        """Messages and definitions for ``encode_chat``: as they are; then, for formats that refuse some orders of roles, without
-        one after the other."""
+        """Messages and definitions for ``encode_chat``: as they are; then, for formats that refuse some orders of roles, with
+        the system prompts as one, with user and assistant in turn, and without a system prompt."""
         definitions = [tool.definition for tool in tools] if tools and self._defines else None
         turns = self._in_texts(list(conversation.turns))
         if tools and not self._defines:
@@ -88,7 +88,9 @@ class ChatWriter:
                 written.append(Turn(role, self._markup.write_results(results)))
             else:
                 written += [
-                    Turn(turn.role, _joined(turn.text, self._markup.write_calls(turn.calls)) if turn.calls else turn.text)
+                    Turn(
+                        turn.role, _joined(turn.text, self._markup.write_calls(turn.calls)) if turn.calls else turn.text
+                    )
                     for turn in run
                 ]
         return written

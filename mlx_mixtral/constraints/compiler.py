@@ -44,7 +44,7 @@ class Compiler:
             BusyError: too many compilations are stuck.
         """
         check_type("constraint", spec, ConstraintSpec, "JsonSchema, Regex, Grammar or JsonObject")
-        text = definition(spec, drops_first_space=from_start and self.vocabulary.strips_first_space)
+        text = definition(spec, drops_first_space=from_start and spec.is_shown and self.vocabulary.strips_first_space)
         with self._lock:
             if text in self._kept:
                 self._kept.move_to_end(text)
@@ -63,7 +63,9 @@ class Compiler:
     def _compiled(self, text: str, spec: ConstraintSpec) -> CompiledConstraint:
         matcher = match(text, self.vocabulary, spec)
         warnings = tuple(" ".join(warning.split()) for warning in matcher.get_grammar_warnings())
-        return CompiledConstraint(matcher, self.vocabulary, is_json=is_json(spec), warnings=warnings)
+        return CompiledConstraint(
+            matcher, self.vocabulary, is_json=is_json(spec), is_loose=spec.is_loose, warnings=warnings
+        )
 
     def _within_deadline(self, work: Callable[[], CompiledConstraint]) -> CompiledConstraint:
         done = threading.Event()

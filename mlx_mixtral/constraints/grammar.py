@@ -17,7 +17,7 @@ from mlx_mixtral.errors import ConstraintError
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-__all__ = ["definition", "is_json", "match"]
+__all__ = ["check", "definition", "is_json", "match"]
 
 # One space, or a line break and an indentation: a model that may write white space without end does.
 WHITESPACE = r" |\n[ \t]{0,20}"
@@ -51,6 +51,20 @@ def definition(spec: ConstraintSpec, *, drops_first_space: bool) -> str:
         body = {"json_schema": schema}
     first = '" "? ' if is_json(spec) else '" " ' if drops_first_space else ""
     return json.dumps({"grammars": [{"lark_grammar": f"{OPTIONS}start: {first}@body"}, body | {"name": "body"}]})
+
+
+def check(spec: ConstraintSpec) -> None:
+    """Refuse what can be refused without a vocabulary: all but a grammar, which may name tokens of one.
+
+    Raises:
+        ConstraintError, MissingDependencyError: as ``match``, and where llguidance is not installed.
+    """
+    from llguidance import LLMatcher
+
+    if not isinstance(spec, Grammar):
+        is_error, said = LLMatcher.validate_grammar_with_warnings(definition(spec, drops_first_space=False))
+        if is_error:
+            raise ConstraintError(_refusal(spec, said[0]))
 
 
 def match(text: str, vocabulary: Vocabulary, spec: ConstraintSpec) -> LLMatcher:

@@ -35,11 +35,17 @@ class CompiledConstraint:
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: Vocabulary, *, is_json: bool, warnings: tuple[str, ...] = ()
+        self,
+        matcher: LLMatcher,
+        vocabulary: Vocabulary,
+        *,
+        is_json: bool,
+        is_loose: bool = False,
+        warnings: tuple[str, ...] = (),
     ) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
-        self._closing = Closing(vocabulary, is_json=is_json)
-        self._is_json = is_json
+        self._closing = Closing(vocabulary, is_json=is_json or is_loose)
+        self._is_json, self._is_loose = is_json, is_loose
         self.warnings = warnings
         self._way = self._closing.find(matcher, MAX_WAY_TOKENS)
         if self._way is None and not is_json:
@@ -66,7 +72,10 @@ class CompiledConstraint:
                 f"max_tokens is {max_tokens}, and the shortest text found that keeps the constraint has {len(self._way)} "
                 "tokens; allow more"
             )
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary, self._closing, self._way, max_tokens)
+        matcher = self._matcher.deep_copy()
+        return GrammarConstraint(
+            matcher, self._vocabulary, self._closing, self._way, max_tokens, is_loose=self._is_loose
+        )
 
 
 class GrammarConstraint:
@@ -77,10 +86,18 @@ class GrammarConstraint:
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: Vocabulary, closing: Closing, way: Way | None, max_tokens: int
+        self,
+        matcher: LLMatcher,
+        vocabulary: Vocabulary,
+        closing: Closing,
+        way: Way | None,
+        max_tokens: int,
+        *,
+        is_loose: bool = False,
     ) -> None:
         self._matcher, self._vocabulary, self._closing = matcher, vocabulary, closing
         self._way, self._left = way, max_tokens
+        self._is_loose, self._is_lost = is_loose, False
         self._is_ended = self.was_cut = False
 
     @property
@@ -119,7 +136,7 @@ class GrammarConstraint:
             return token
         if self._way is not None:
             way = self._way_after(token)
-            if way is None:
+            if way is None and not (self._is_loose and self._is_lost):
                 self.was_cut = True
                 if not self._way:
                     return self._end()
