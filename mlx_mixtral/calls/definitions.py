@@ -12,7 +12,7 @@ from mlx_mixtral.arguments import shown
 from mlx_mixtral.constraints.specs import JsonSchema
 from mlx_mixtral.errors import ConstraintError, InvalidRequestError
 
-__all__ = ["MAX_CALLS", "MAX_TOOLS", "NO_TOOLS", "Mode", "Tool", "ToolUse", "read_tools"]
+__all__ = ["MAX_CALLS", "MAX_TOOLS", "NO_TOOLS", "Tool", "ToolMode", "ToolUse", "read_tools"]
 
 MAX_TOOLS = 128
 MAX_CALLS = 16
@@ -20,10 +20,10 @@ MAX_CALLS = 16
 MAX_DEFINITIONS_BYTES = 512_000
 """Of all definitions of a request together, as JSON."""
 
-Mode = Literal["auto", "none", "required"]
+ToolMode = Literal["auto", "none", "required"]
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_MODES: dict[str, Mode] = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
+_MODES: dict[str, ToolMode] = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
 # Keywords beside which a list of properties says nothing of what else an object may hold.
 _OPEN_KEYWORDS = (
     "additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "$ref", "allOf", "anyOf", "oneOf",
@@ -82,7 +82,7 @@ class ToolUse:
     """
 
     tools: tuple[Tool, ...] = ()
-    mode: Mode = "auto"
+    mode: ToolMode = "auto"
     callable_names: frozenset[str] = frozenset()
     max_calls: int = MAX_CALLS
     is_legacy: bool = False
@@ -205,7 +205,7 @@ def _check_size(where: str, tools: Sequence[Tool]) -> None:
         )
 
 
-def _choice(key: str, choice: object) -> tuple[Mode, set[str], bool]:
+def _choice(key: str, choice: object) -> tuple[ToolMode, set[str], bool]:
     """The mode, names of the tools it is limited to (all where none), and whether it is for one call."""
     if choice is None:
         return "auto", set(), False
@@ -231,7 +231,7 @@ def _named(choice: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _allowed(key: str, choice: object) -> tuple[Mode, set[str], bool]:
+def _allowed(key: str, choice: object) -> tuple[ToolMode, set[str], bool]:
     mode = choice.get("mode", "auto") if isinstance(choice, Mapping) else None
     listed = choice.get("tools") if isinstance(choice, Mapping) else None
     names = [_named(each) if isinstance(each, Mapping) else None for each in listed] if isinstance(listed, list) else []

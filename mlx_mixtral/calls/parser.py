@@ -58,7 +58,7 @@ class _Mode(Enum):
     END = auto()
 
 
-class _Fit(Enum):
+class _Match(Enum):
     NO = auto()
     BEGINS = auto()
     WHOLE = auto()
@@ -161,10 +161,10 @@ class CallParser:
                 return
             space = self._held[: len(self._held) - len(shown)]
             may_begin = self._delimiters.begin and (self._delimiters.anywhere or self._is_at_start)
-            fit = _fit(shown, self._delimiters.begin) if may_begin else _Fit.NO
-            if fit is _Fit.BEGINS:
+            fit = _fit(shown, self._delimiters.begin) if may_begin else _Match.NO
+            if fit is _Match.BEGINS:
                 return
-            if fit is _Fit.WHOLE:
+            if fit is _Match.WHOLE:
                 self._begin_calls(self._held)
                 return
             self._say(("" if self._is_behind_calls else space) + shown[0])
@@ -218,10 +218,10 @@ class CallParser:
         assert self._delimiters is not None
         self._held += char
         shown = self._held.lstrip(_SPACE)
-        fit = _fit(shown, self._delimiters.end) if shown else _Fit.BEGINS
-        if fit is _Fit.BEGINS:
+        fit = _fit(shown, self._delimiters.end) if shown else _Match.BEGINS
+        if fit is _Match.BEGINS:
             return
-        read = "" if fit is _Fit.WHOLE else self._held
+        read = "" if fit is _Match.WHOLE else self._held
         self._end_calls()
         for each in read:
             self._add(each)
@@ -248,13 +248,13 @@ class CallParser:
         return joined
 
 
-def _fit(text: str, pieces: tuple[str, ...]) -> _Fit:
+def _fit(text: str, pieces: tuple[str, ...]) -> _Match:
     """Whether a text is ``pieces`` one after the other, white space between any two, or the beginning of that."""
     for piece in pieces:
         text = text.lstrip(_SPACE)
         if len(text) < len(piece):
-            return _Fit.BEGINS if piece.startswith(text) else _Fit.NO
+            return _Match.BEGINS if piece.startswith(text) else _Match.NO
         if not text.startswith(piece):
-            return _Fit.NO
+            return _Match.NO
         text = text[len(piece) :]
-    return _Fit.NO if text else _Fit.WHOLE
+    return _Match.NO if text else _Match.WHOLE

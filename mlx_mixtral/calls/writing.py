@@ -11,7 +11,7 @@ from typing import Any
 from mlx_mixtral.calls.abilities import ArgumentsForm, ChatAbilities
 from mlx_mixtral.calls.definitions import Tool
 from mlx_mixtral.calls.markup import Markup
-from mlx_mixtral.calls.turns import Conversation, ToolCall, Turn
+from mlx_mixtral.calls.turns import ToolCall, Turn, Turns
 from mlx_mixtral.errors import ChatTemplateError
 from mlx_mixtral.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ class ChatWriter:
         self._defines = is_own and self._abilities.definitions
         self._arguments = self._abilities.calls if is_own else None
 
-    def ids(self, conversation: Conversation, tools: Sequence[Tool]) -> list[int]:
+    def ids(self, conversation: Turns, tools: Sequence[Tool]) -> list[int]:
         """Token ids from which the answer is generated.
 
         Raises:
@@ -57,7 +57,7 @@ class ChatWriter:
         return ids + self._tokenizer.encode_plain(conversation.begun, first=False)
 
     def messages(
-        self, conversation: Conversation, tools: Sequence[Tool]
+        self, conversation: Turns, tools: Sequence[Tool]
     ) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
         """Messages and definitions for ``encode_chat``: as they are; then, for formats that refuse some orders of roles, with
         the system prompts as one, with user and assistant in turn, and without a system prompt."""

@@ -60,16 +60,15 @@ class ChatRequests:
             given = options.get("stop", ())
             check_type("stop", given, (str, list, tuple), "text, or a list of texts")
             options["stop"] = [end, *([given] if isinstance(given, str) else given)]
-        made = Prompt(prompt.tokens)
-        is_answer = not prompt.begun
+        if prompt.constraint is not None:
+            options["constraint"] = prompt.constraint
         parser = prompt.parser() if use.callable_tools else None
         try:
-            return self._requests.request(
-                made, **options, constraint=prompt.constraint, is_answer=is_answer, parser=parser
-            )
+            return self._requests.request(Prompt(prompt.tokens), **options, is_answer=not prompt.begun, parser=parser)
         except MissingDependencyError:
             if answer is not None or use.mode == "required":
                 raise
-            return self._requests.request(made, **options, is_answer=is_answer, parser=parser)
+            options.pop("constraint", None)
+            return self._requests.request(Prompt(prompt.tokens), **options, is_answer=not prompt.begun, parser=parser)
         except ConstraintError as error:
             raise prompt.explained(error) from None

@@ -245,8 +245,9 @@ class Mixtral:
             ChatTemplateError: messages the format has no place for.
             InvalidRequestError: tools that are none, or that cannot be kept; see ``read_tools``.
         """
-        chosen = {"tools": tools, "tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
-        return self.stream_chat(messages, **chosen, **options).collect()  # type: ignore[misc]
+        return self.stream_chat(
+            messages, tools=tools, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls, **options
+        ).collect()
 
     @_with_options
     def stream_chat(

@@ -117,8 +117,8 @@ class Requests:
     ) -> TextRequest:
         """Check what ``GenerationOptions`` says, and put it with a prompt.
 
-        ``is_answer``: the text starts afresh, so the space SentencePiece puts before a first word is taken off. ``parser`` takes
-        calls of tools out of it.
+        ``is_answer``: the text starts afresh, so the space SentencePiece puts before a first word is taken off. ``parser``
+        takes calls of tools out of it.
 
         Raises:
             InvalidRequestError, ContextLengthError, ConstraintError, TokenizerError: as for ``Mixtral.generate``.

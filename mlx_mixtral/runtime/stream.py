@@ -47,8 +47,8 @@ class Chunk:
 class Generation:
     """A finished generation. ``token_ids`` holds every token produced, a stop token included; ``text`` leaves it out.
 
-    ``tool_calls`` are the calls of an answer that was given tools, their arguments whole JSON texts: what "length" ends within a
-    call has no such call.
+    ``tool_calls`` are the calls of an answer that was given tools, their arguments whole JSON texts: where "length" ends an
+    answer within a call, that call is not among them.
 
     Example:
         >>> out = model.generate("Mixtral is", max_tokens=64)
