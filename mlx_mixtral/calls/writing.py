@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 from mlx_mixtral.calls.abilities import ArgumentsForm, ChatAbilities
@@ -130,10 +130,15 @@ def _same(turns: list[Turn]) -> list[Turn]:
 
 
 def _system_first(turns: list[Turn]) -> list[Turn]:
-    """All system prompts as one at the beginning."""
-    text = _joined(*(turn.text for turn in turns if turn.role == "system"))
-    others = [turn for turn in turns if turn.role != "system"]
-    return [Turn("system", text), *others] if text else others
+    """All system prompts as one at the beginning; one behind the last answer is the user's, as something has to be answered."""
+    rest = [turn for turn in turns if turn.role != "system"]
+    after = list(takewhile(lambda turn: turn.role == "system", reversed(turns)))[::-1]
+    is_answered = bool(rest) and rest[-1].role == "assistant"
+    first = [turn for turn in turns[: len(turns) - len(after) * is_answered] if turn.role == "system"]
+    if is_answered or not rest:
+        rest.append(Turn("user", _joined(*(turn.text for turn in after)) if is_answered else ""))
+    text = _joined(*(turn.text for turn in first))
+    return [Turn("system", text), *rest] if text else rest
 
 
 def _alternating(turns: list[Turn]) -> list[Turn]:
