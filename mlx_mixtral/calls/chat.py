@@ -15,7 +15,7 @@ from mlx_mixtral.calls.mistral import MARKER, MistralCalls
 from mlx_mixtral.calls.parser import CallParser
 from mlx_mixtral.calls.turns import read_conversation
 from mlx_mixtral.calls.writing import ChatWriter
-from mlx_mixtral.constraints.specs import ConstraintSpec
+from mlx_mixtral.constraints.specs import ConstraintSpec, JsonSchema
 from mlx_mixtral.errors import ConstraintError, InvalidRequestError
 from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.base import Message
@@ -123,7 +123,11 @@ class ToolChat:
         rules = self._markup.rules(use, None if answer is None else "answer")
         if answer is not None and use.mode != "required":
             rules += "\n" + answer_rule("answer", answer)
-        return ChatPrompt(tokens, AnswerGrammar(rules), conversation.begun, use, self._markup.delimiters)
+        schemas = [tool.arguments for tool in use.callable_tools]
+        if isinstance(answer, JsonSchema):
+            schemas.append(answer)
+        grammar = AnswerGrammar(rules, tuple(schemas))
+        return ChatPrompt(tokens, grammar, conversation.begun, use, self._markup.delimiters)
 
 
 def own_markup(tokenizer: Tokenizer) -> str | None:

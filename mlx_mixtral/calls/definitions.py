@@ -54,6 +54,11 @@ class Tool:
         return {"type": "function", "function": function}
 
     @property
+    def arguments(self) -> JsonSchema:
+        """What a call's arguments keep."""
+        return JsonSchema(self.arguments_schema, strict=self.strict)
+
+    @property
     def arguments_schema(self) -> dict[str, Any]:
         """The schema that a call's arguments keep: an object.
 
@@ -180,7 +185,7 @@ def _tool(place: str, given: object, is_legacy: bool) -> Tool:
         raise InvalidRequestError(f"{place}.strict is {shown(strict)}; it must be true or false")
     tool = Tool(name, description or "", _parameters(place, function.get("parameters")), bool(strict), place)
     try:
-        JsonSchema(tool.arguments_schema, strict=tool.strict)
+        _ = tool.arguments
     except ConstraintError as error:
         raise InvalidRequestError(f"{place}.parameters: {error}") from None
     return tool

@@ -34,6 +34,11 @@ class AnswerGrammar(Grammar):
 
     is_shown = False
     is_loose = True
+    parts: tuple[JsonSchema, ...] = ()
+
+    @property
+    def schemas(self) -> tuple[JsonSchema, ...]:
+        return self.parts
 
     def __post_init__(self) -> None:
         check_type("lark", self.lark, str, "a grammar, as text")
@@ -89,7 +94,7 @@ def refusal(tool: Tool) -> ConstraintError | None:
         MissingDependencyError: llguidance is not installed.
     """
     try:
-        check(JsonSchema(tool.arguments_schema, strict=tool.strict))
+        check(tool.arguments)
     except ConstraintError as error:
         return error
     return None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.constraints.base import is_allowed
-from mlx_mixtral.constraints.closing import MAX_WAY_TOKENS, Closing, Way
-from mlx_mixtral.constraints.vocabulary import Vocabulary
+from mlx_mixtral.constraints.closing import MAX_WAY_TOKENS, Closing, ClosingRanks, Way
+from mlx_mixtral.constraints.token_table import TokenTable
 from mlx_mixtral.errors import ConstraintError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ __all__ = ["CompiledConstraint", "GrammarConstraint"]
 MAX_TRIED = 32
 # By which a way may be too long to be shortened.
 SPARE_TOKENS = 32
+# Tokens within which the end of something loose is found, or it is left open.
+LOST_TOKENS = 1024
 # Masks computed to shorten the way: of a whole text once, and after a token.
 FIRST_MASKS, NEXT_MASKS = 2000, 100
 
@@ -29,24 +32,40 @@ FIRST_MASKS, NEXT_MASKS = 2000, 100
 class CompiledConstraint:
     """A grammar over a vocabulary, ready for any number of texts at once.
 
+    Args:
+        matcher: at its start.
+        is_json: whether its texts are JSON.
+        examples: see ``examples.examples``.
+
     Attributes:
         warnings: What of a schema is not kept, a sentence each.
         min_tokens: Tokens of the shortest text found; None where none was.
+
+    Raises:
+        ConstraintError: not even its first mask can be computed.
     """
 
     def __init__(
         self,
         matcher: LLMatcher,
-        vocabulary: Vocabulary,
+        vocabulary: TokenTable,
+        ranks: ClosingRanks,
         *,
         is_json: bool,
         is_loose: bool = False,
+        examples: Sequence[str] = (),
         warnings: tuple[str, ...] = (),
     ) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
-        self._closing = Closing(vocabulary, is_json=is_json or is_loose)
+        self._closing = Closing(vocabulary, ranks, is_json=is_json or is_loose, examples=examples)
         self._is_json, self._is_loose = is_json, is_loose
         self.warnings = warnings
+        tried = matcher.deep_copy()
+        tried.compute_bitmask()
+        if tried.is_error():
+            raise ConstraintError(
+                f"the constraint is too complex ({tried.get_error()}); make it simpler: smaller counts"
+            )
         self._way = self._closing.find(matcher, MAX_WAY_TOKENS)
         if self._way is None and not is_json:
             self.warnings += ("no way to the end was found: a text that max_tokens ends may be half of one",)
@@ -65,7 +84,7 @@ class CompiledConstraint:
             self._way = self._closing.shorten(self._matcher, self._way, max_tokens, FIRST_MASKS)
         if self._way is None and self._is_json:
             raise ConstraintError(
-                "the schema's shortest text is too long for any generation; ask for fewer items or characters"
+                f"no text of at most {MAX_WAY_TOKENS} tokens was found that keeps the schema; ask for fewer items or characters"
             )
         if self._way is not None and len(self._way) > max_tokens:
             raise ConstraintError(
@@ -88,7 +107,7 @@ class GrammarConstraint:
     def __init__(
         self,
         matcher: LLMatcher,
-        vocabulary: Vocabulary,
+        vocabulary: TokenTable,
         closing: Closing,
         way: Way | None,
         max_tokens: int,
@@ -164,7 +183,7 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintError(f"the constraint cannot be followed any further: {self._matcher.get_error()}")
+            raise ConstraintError(f"the constraint cannot be kept any further: {self._matcher.get_error()}")
 
     def _way_after(self, token: int) -> Way | None:
         """A way to the end after ``token`` that fits what is left; None where none is found, or the token may not come."""
@@ -178,7 +197,9 @@ class GrammarConstraint:
             return end
         after = self._matcher.deep_copy()
         after.consume_token(token)
-        way = self._closing.find(after, left + SPARE_TOKENS, known)
+        limit = max(left + SPARE_TOKENS, LOST_TOKENS) if self._is_loose else left + SPARE_TOKENS
+        way = self._closing.find(after, limit, known)
+        self._is_lost = way is None
         if way is not None and len(way) > left:
             way = self._closing.shorten(after, way, left, NEXT_MASKS)
         return way if way is not None and len(way) <= left else None

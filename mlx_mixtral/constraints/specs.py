@@ -27,6 +27,11 @@ class ConstraintSpec:
     is_shown: ClassVar[bool] = True
     is_loose: ClassVar[bool] = False
 
+    @property
+    def schemas(self) -> tuple[JsonSchema, ...]:
+        """Schemas that parts of it keep."""
+        return ()
+
 
 @dataclass(frozen=True)
 class JsonSchema(ConstraintSpec):

@@ -12,7 +12,7 @@ from mlx_mixtral.calls.parser import CallParser
 from mlx_mixtral.constraints.base import Constraint
 from mlx_mixtral.constraints.compiler import Compiler
 from mlx_mixtral.constraints.specs import ConstraintSpec
-from mlx_mixtral.constraints.vocabulary import Vocabulary
+from mlx_mixtral.constraints.token_table import TokenTable
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError, TokenizerError
 from mlx_mixtral.generation.processors import LogitsProcessor, check_processors
 from mlx_mixtral.generation.request import PieceOf, Request, Speculation
@@ -158,7 +158,7 @@ class Requests:
             MissingDependencyError: the package that compiles them is not installed.
         """
         engine = self._engine
-        return Compiler(Vocabulary(self.tokenizer, engine.vocab_size, engine.config.eos_token_ids))
+        return Compiler(TokenTable(self.tokenizer, engine.vocab_size, engine.config.eos_token_ids))
 
     def _sampler(
         self, params: SamplingParams, tokens: list[int], stop_ids: Set[int], processors: Sequence[LogitsProcessor]

@@ -50,7 +50,8 @@ AS_TEXT = KNOWS_TOOLS.replace("ARGUMENTS", "call.function.arguments")
 # Knows user and assistant alone, and those in turn.
 STRICT = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) or m.role not in ['user', 'assistant'] %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{{ '<' + m.role + '>' + m.content }}{% endfor %}{{ '<assistant>' }}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+    "{{ '<assistant>' }}"
 )
 TALK = [
     says("system", "Be brief."),
@@ -87,7 +88,8 @@ def test_v3_prompts_are_those_of_mistral_common(entry: dict[str, Any], v3: Token
 
 def test_foreign_ids_are_mapped_in_calls_and_results(v3: Tokenizer) -> None:
     def talk(first: str, second: str) -> list[dict[str, Any]]:
-        return [ASK, calls(call("now", call_id=first), call("now", call_id=second), content=""), result("1", first), result("2", second)]  # fmt: skip
+        asked = calls(call("now", call_id=first), call("now", call_id=second), content="")
+        return [ASK, asked, result("1", first), result("2", second)]
 
     foreign = talk("call_KxV4aBcD", "toolu_01A09q90")
     mapped = talk(nine_characters("call_KxV4aBcD"), nine_characters("toolu_01A09q90"))
@@ -227,7 +229,7 @@ def test_an_answer_goes_on_from_the_assistants_text(make_folder: FolderMaker, na
     assert begun.tokens[: len(asked.tokens)] == asked.tokens
     assert (begun.begun, asked.begun) == ("It is", "")
     assert tokenizer.decode(begun.tokens[len(asked.tokens) :]) == "It is"
-    with pytest.raises(InvalidRequestError, match="^messages: the last one is the assistant's"):
+    with pytest.raises(InvalidRequestError, match=r"^messages: the last one is the assistant's"):
         chat.prompt([ASK, says("assistant", "It is ")], answer=JsonObject())
 
 
@@ -243,7 +245,8 @@ def test_the_way_of_writing_calls_follows_the_chat_format(
     v1: Tokenizer, v3: Tokenizer, chatml: MakeChatml, make_folder: FolderMaker
 ) -> None:
     assert [ToolChat(each).name for each in (v1, v3, chatml(), chatml(AS_OBJECT))] == ["generic", "mistral", "hermes", "hermes"]
-    assert [ToolChat(family(make_folder, name)).name for name in ("chatml", "llama-3", "alpaca")] == ["hermes", "generic", "generic"]
+    for name, way in (("chatml", "hermes"), ("llama-3", "generic"), ("alpaca", "generic")):
+        assert ToolChat(family(make_folder, name)).name == way
     assert [ToolChat(v3, way).name for way in ("hermes", "generic", "none")] == ["hermes", "generic", "none"]
     with pytest.raises(InvalidRequestError, match=r"tools mistral needs the control token \[TOOL_CALLS\]"):
         ToolChat(v1, "mistral")
@@ -261,7 +264,7 @@ def test_another_way_than_the_formats_own_goes_into_texts(v3: Tokenizer) -> None
 
 def test_without_tools_a_request_for_them_is_refused(v3: Tokenizer) -> None:
     chat = ToolChat(v3, "none")
-    with pytest.raises(InvalidRequestError, match="^tools: this model is served without tools"):
+    with pytest.raises(InvalidRequestError, match=r"^tools: this model is served without tools"):
         chat.prompt([ASK], read_tools(TOOLS))
     prompt = chat.prompt([ASK], read_tools(TOOLS, "none"))
     assert (prompt.tokens, prompt.constraint) == (v3.encode_chat([ASK]), None)
