@@ -37,7 +37,9 @@ def compiler(tokenizer: Tokenizer) -> Compiler:
     return Compiler(TokenTable(tokenizer), max_seconds=60)
 
 
-def prompt(v3: Tokenizer, way: str, tools: Any = TOOLS, answer: ConstraintSpec | None = None, **said: Any) -> ChatPrompt:
+def prompt(
+    v3: Tokenizer, way: str, tools: Any = TOOLS, answer: ConstraintSpec | None = None, **said: Any
+) -> ChatPrompt:
     return ToolChat(v3, way).prompt([ASK], read_tools(tools, **said), answer)
 
 
@@ -135,7 +137,9 @@ def test_text_keeps_its_own_format_beside_tools(
         made = prompt(v3, way, answer=answer, **said)
         assert is_taken(v3, made, ids(v3, way, text=right))
         assert not is_taken(v3, made, ids(v3, way, text=wrong))
-        assert is_taken(v3, made, ids(v3, way, PARIS)) == calls_too
+        # Calls as JSON are an object, too.
+        is_object = way == "generic" and isinstance(answer, JsonObject)
+        assert is_taken(v3, made, ids(v3, way, PARIS)) == (calls_too or is_object)
     forced = prompt(v3, way, answer=answer, tool_choice="required")
     assert not is_taken(v3, forced, ids(v3, way, text=right))
     assert is_taken(v3, forced, ids(v3, way, PARIS))
@@ -178,7 +182,9 @@ def test_whatever_is_drawn_is_read_as_calls_that_validate(v3: Tokenizer, way: st
         for _ in range(4):
             made = prompt(v3, way, tools, tool_choice="required")
             parser, decoder = made.parser(), v3.streaming_decoder()
-            events = [event for token in drawn(v3, made, max_tokens, chance) for event in parser.add(decoder.add(token), token)]
+            events = []
+            for token in drawn(v3, made, max_tokens, chance):
+                events += parser.add(decoder.add(token), token)
             events += parser.add(decoder.finish()) + parser.finish(was_cut=False)
             assert not [event for event in events if isinstance(event, TextDelta)]
             assert parser.calls
@@ -189,7 +195,10 @@ def test_whatever_is_drawn_is_read_as_calls_that_validate(v3: Tokenizer, way: st
 def test_a_schema_that_cannot_be_kept_names_its_tool(v3: Tokenizer) -> None:
     odd = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
     for tools, place in (
-        ([*TOOLS, tool("odd", odd, strict=True)], r"^tools\[2\]\.function\.parameters: the schema cannot be kept: .*uniqueItems"),
+        (
+            [*TOOLS, tool("odd", odd, strict=True)],
+            r"^tools\[2\]\.function\.parameters: .*cannot be kept: .*uniqueItems",
+        ),
         ([tool("never", {"properties": {"a": False}, "required": ["a"]})], r"^tools\[0\]\.function\.parameters: "),
     ):
         made = prompt(v3, "mistral", tools)
@@ -199,7 +208,8 @@ def test_a_schema_that_cannot_be_kept_names_its_tool(v3: Tokenizer) -> None:
         assert explained is not caught.value
         with pytest.raises(type(explained), match=place):
             raise explained
-    assert is_taken(v3, prompt(v3, "mistral", [tool("odd", odd)]), ids(v3, "mistral", '{"name": "odd", "arguments": {"a": [1, 1]}}'))
+    lenient = ids(v3, "mistral", '{"name": "odd", "arguments": {"a": [1, 1]}}')
+    assert is_taken(v3, prompt(v3, "mistral", [tool("odd", odd)]), lenient)
 
 
 def test_a_hundred_tools_are_one_grammar(v3: Tokenizer) -> None:

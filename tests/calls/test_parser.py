@@ -105,7 +105,9 @@ CALLS = st.lists(
     min_size=1,
     max_size=3,
 )
-TEXTS = st.text(st.characters(exclude_characters=BEGIN + END)).map(str.strip).filter(lambda text: "<tool_call>" not in text)
+TEXTS = (
+    st.text(st.characters(exclude_characters=BEGIN + END)).map(str.strip).filter(lambda text: "<tool_call>" not in text)
+)
 ODD_TEXTS = st.text(st.sampled_from('<tool_call>{}[]":,\\ \nabx/' + BEGIN + END), max_size=40)
 STYLES = st.fixed_dictionaries({"ensure_ascii": st.booleans(), "indent": st.sampled_from([None, 1])})
 
@@ -116,7 +118,13 @@ def cut(text: str, places: list[float]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@given(before=TEXTS, calls=CALLS, style=STYLES, after=st.sampled_from(["", "\n", " \n\n"]), places=st.lists(st.floats(0, 1)))
+@given(
+    before=TEXTS,
+    calls=CALLS,
+    style=STYLES,
+    after=st.sampled_from(["", "\n", " \n\n"]),
+    places=st.lists(st.floats(0, 1)),
+)
 def test_what_was_written_is_read_however_it_is_cut(
     kind: Delimiters, before: str, calls: list[dict[str, Any]], style: dict[str, Any], after: str, places: list[float]
 ) -> None:
@@ -227,7 +235,7 @@ def test_text_may_follow_calls() -> None:
     tags = written(TAGS, [EMPTY]) + "\n\nDone.\n" + written(TAGS, [EMPTY])
     assert read(TAGS, list(tags))[:2] == ("Done.", [("f", "{}")] * 2)
     assert read(BY_ID, list(written(BY_ID, [EMPTY]) + " Done."))[:2] == ("Done.", [("f", "{}")])
-    assert read(BY_ID, list(f'{BEGIN}[{json.dumps(EMPTY)}, nonsense'))[:2] == (", nonsense", [("f", "{}")])
+    assert read(BY_ID, list(f"{BEGIN}[{json.dumps(EMPTY)}, nonsense"))[:2] == (", nonsense", [("f", "{}")])
 
 
 def test_without_delimiters_all_is_text() -> None:

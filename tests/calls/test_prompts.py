@@ -244,7 +244,12 @@ def test_tool_choice_leaves_the_prompt_as_it_is_unless_it_is_none(v1: Tokenizer)
 def test_the_way_of_writing_calls_follows_the_chat_format(
     v1: Tokenizer, v3: Tokenizer, chatml: MakeChatml, make_folder: FolderMaker
 ) -> None:
-    assert [ToolChat(each).name for each in (v1, v3, chatml(), chatml(AS_OBJECT))] == ["generic", "mistral", "hermes", "hermes"]
+    assert [ToolChat(each).name for each in (v1, v3, chatml(), chatml(AS_OBJECT))] == [
+        "generic",
+        "mistral",
+        "hermes",
+        "hermes",
+    ]
     for name, way in (("chatml", "hermes"), ("llama-3", "generic"), ("alpaca", "generic")):
         assert ToolChat(family(make_folder, name)).name == way
     assert [ToolChat(v3, way).name for way in ("hermes", "generic", "none")] == ["hermes", "generic", "none"]
@@ -258,7 +263,7 @@ def test_another_way_than_the_formats_own_goes_into_texts(v3: Tokenizer) -> None
     text = shown(v3, ids(v3, TALK, [WEATHER], "hermes"))
     assert "[TOOL_CALLS]" not in text
     assert "[TOOL_RESULTS]" not in text
-    assert '</tool_call></s>[INST] Be brief.\n\nYou can call functions.' in text  # before the last question, in v3
+    assert "</tool_call></s>[INST] Be brief.\n\nYou can call functions." in text  # before the last question, in v3
     assert '<tool_response>\n{"name": "get_weather", "content": {"sky": "clear"}}' in text
 
 

@@ -34,7 +34,10 @@ def result(text: Any, call_id: str, **more: Any) -> Message:
 
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "Ville"}}, "required": ["city"]}
-WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Weather of a city", "parameters": CITY}}
+WEATHER = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "Weather of a city", "parameters": CITY},
+}
 NOW = {"type": "function", "function": {"name": "now", "description": "", "parameters": {}}}
 PARIS = ("get_weather", '{"city": "Paris"}', "abcdefghi")
 ROME = ("get_weather", '{"city": "Rome"}', "abcdefgh2")
