@@ -122,8 +122,8 @@ def read_tools(
     Args:
         tools: ``{"type": "function", "function": {"name", "description", "parameters", "strict"}}`` each; an empty list is
             none.
-        tool_choice: "auto", "none", "required" (or "any"), ``{"type": "function", "function": {"name": …}}``,
-            ``{"type": "allowed_tools", "allowed_tools": {"mode": …, "tools": […]}}``.
+        tool_choice: "auto", "none", "required" (or "any"), ``{"type": "function", "function": {"name": …}}`` (or ``{"type":
+            "tool", "name": …}``), ``{"type": "allowed_tools", "allowed_tools": {"mode": …, "tools": […]}}``.
         parallel_tool_calls: False: one call at most.
         functions, function_call: the older form; a list of functions, and "auto", "none" or ``{"name": …}``.
 
@@ -222,7 +222,7 @@ def _choice(key: str, choice: object) -> tuple[ToolMode, set[str], bool]:
             return _MODES[kind], set(), False
         if kind == "allowed_tools":
             return _allowed(key, choice.get("allowed_tools", choice))
-        if kind in (None, "function") and (name := _named(choice)) is not None:
+        if kind in (None, "function", "tool") and (name := _named(choice)) is not None:
             return "required", {name}, True
     raise InvalidRequestError(
         f'{key} is {shown(choice)}; it must be "auto", "none", "required", or '

@@ -26,6 +26,7 @@ NAMED = {"type": "function", "function": {"name": "now"}}
         ({"type": "required"}, "required", {"get_weather", "now"}, MAX_CALLS),
         (NAMED, "required", {"now"}, 1),
         ({"type": "function", "name": "now"}, "required", {"now"}, 1),
+        ({"type": "tool", "name": "now"}, "required", {"now"}, 1),
         ({"function": {"name": "now"}}, "required", {"now"}, 1),
         (
             {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}},

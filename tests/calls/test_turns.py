@@ -51,6 +51,12 @@ def test_ids_that_every_turn_counts_from_zero_answer_the_latest_call() -> None:
     assert answered == [("now", "first"), ("get_weather", "second")]
 
 
+def test_a_result_answers_the_latest_of_two_open_calls_of_its_id() -> None:
+    sent = [ASK, calls(call("now", call_id="0")), ASK, calls(call("get_weather", call_id="0")), result("sunny", "0")]
+    answered = [(turn.call.name, turn.text) for turn in read_conversation(sent).turns if turn.call is not None]
+    assert answered == [("now", NO_RESULT), ("get_weather", "sunny")]
+
+
 def test_results_without_ids_answer_by_name_or_order() -> None:
     pair = calls(call("now", call_id="one"), call("get_weather", call_id="two"))
     named = read_conversation([ASK, pair, result("w", None, name="get_weather"), result("n", None, name="now")]).turns
