@@ -122,7 +122,7 @@ class ToolChat:
             return ChatPrompt(tokens, answer, begun=conversation.begun)
         rules = self._markup.rules(use, None if answer is None else "answer")
         if answer is not None and use.mode != "required":
-            rules += "\n" + answer_rule("answer", answer)
+            rules += "\n" + answer_rule("answer", answer, reserved_key=self._markup.reserved_key)
         schemas = [tool.arguments for tool in use.callable_tools]
         if isinstance(answer, JsonSchema):
             schemas.append(answer)

@@ -20,6 +20,7 @@ class GenericCalls(Markup):
 
     name = "generic"
     delimiters = Delimiters(begin=("{", _KEY, ":"), end=("}",), anywhere=False)
+    reserved_key = "tool_calls"
     has_tool_role = False
 
     def instructions(self, tools: Sequence[Tool]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,17 +71,27 @@ def call_rules(use: ToolUse) -> str:
     return "\n".join(lines)
 
 
-def answer_rule(name: str, answer: ConstraintSpec) -> str:
-    """A rule for text that keeps a constraint of its own."""
+def answer_rule(name: str, answer: ConstraintSpec, *, reserved_key: str = "") -> str:
+    """A rule for text that keeps a constraint of its own; an object that does not list ``reserved_key`` itself has none."""
+    if isinstance(answer, JsonObject):
+        answer = JsonSchema({"type": "object"})
     if isinstance(answer, JsonSchema):
         document = answer.document
-        if isinstance(document, dict):
-            return f'{name}: " "? {name}_json\n{name}_json: {_json(document, is_strict=answer.strict)}'
-        return f"{name}: %json {json.dumps(document)}"
-    if isinstance(answer, JsonObject):
-        return f'{name}: " "? {name}_json\n{name}_json: {_json({"type": "object"}, is_strict=False)}'
+        if not isinstance(document, dict):
+            return f"{name}: %json {json.dumps(document)}"
+        properties = document.get("properties", {})
+        is_plain = isinstance(properties, dict) and not any(
+            key in document for key in ("$ref", "allOf", "anyOf", "oneOf")
+        )
+        if reserved_key and is_plain:
+            document = document | {"properties": {reserved_key: False} | properties}
+        return f'{name}: " "? {name}_json\n{name}_json: {_json(document, is_strict=answer.strict)}'
     if isinstance(answer, Regex):
-        pattern = answer.pattern.replace("/", "\\/").replace("\n", "\\n").replace("\r", "\\r")
+        # A slash would end it, unless it is escaped already.
+        pattern = re.sub(
+            r"\\.|/", lambda match: match[0] if match[0] != "/" else r"\/", answer.pattern, flags=re.DOTALL
+        )
+        pattern = pattern.replace("\n", r"\n").replace("\r", r"\r")
         return f'{name}: " "? /{pattern}/'
     if isinstance(answer, Grammar):
         return f'{name}: " "? {name}_lark\n{name}_lark: %lark {{\n{answer.lark}\n}}'
