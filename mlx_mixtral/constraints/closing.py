@@ -128,11 +128,11 @@ class Closing:
             way += step
 
     def allowed(self, matcher: LLMatcher) -> npt.NDArray[np.intp]:
-        """Ids of tokens with text that may come next."""
+        """Ids of tokens that may come next, those that end a text left out."""
         self._masks_left -= 1
         bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little").view(np.bool_)
-        is_text = self._vocabulary.is_text
-        return np.flatnonzero(bits[: len(is_text)] & is_text)
+        goes_on = self._vocabulary.goes_on
+        return np.flatnonzero(bits[: len(goes_on)] & goes_on)
 
     def _step(self, matcher: LLMatcher, used: npt.NDArray[np.int64], how: Steps) -> int | None:
         ids = self.allowed(matcher)

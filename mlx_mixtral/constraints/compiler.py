@@ -47,7 +47,7 @@ class Compiler:
             BusyError: too many compilations are stuck.
         """
         check_type("constraint", spec, ConstraintSpec, "JsonSchema, Regex, Grammar or JsonObject")
-        text = definition(spec, drops_first_space=from_start and self.vocabulary.strips_first_space)
+        text = definition(spec, drops_first_space=from_start and spec.is_shown and self.vocabulary.strips_first_space)
         with self._lock:
             if text in self._kept:
                 self._kept.move_to_end(text)
@@ -67,7 +67,13 @@ class Compiler:
         matcher = match(text, self.vocabulary, spec)
         warnings = tuple(" ".join(warning.split()) for warning in matcher.get_grammar_warnings())
         return CompiledConstraint(
-            matcher, self.vocabulary, self._ranks, is_json=is_json(spec), examples=examples(spec), warnings=warnings
+            matcher,
+            self.vocabulary,
+            self._ranks,
+            is_json=is_json(spec),
+            is_loose=spec.is_loose,
+            examples=examples(spec),
+            warnings=warnings,
         )
 
     def _within_deadline(self, work: Callable[[], CompiledConstraint]) -> CompiledConstraint:

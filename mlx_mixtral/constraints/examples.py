@@ -29,9 +29,8 @@ def examples(spec: ConstraintSpec) -> list[str]:
     if isinstance(spec, Regex):
         found = shortest_match(spec.pattern)
         return [] if found is None else [found]
-    if not isinstance(spec, JsonSchema):
-        return []
-    strings = dict.fromkeys(_of_schema(spec.document))
+    schemas = (spec,) if isinstance(spec, JsonSchema) else spec.schemas
+    strings = dict.fromkeys(text for schema in schemas for text in _of_schema(schema.document))
     return [json.dumps(text, ensure_ascii=False)[1:-1] for text in list(strings)[:MAX_EXAMPLES]]
 
 

@@ -26,6 +26,8 @@ MAX_TRIED = 32
 MAX_FIND_S = 2.0
 # By which a way may be too long to be shortened.
 SPARE_TOKENS = 32
+# Tokens within which the end of something loose is found, or it is left open.
+LOST_TOKENS = 1024
 # Masks computed to shorten the way: of a whole text once, and after a token.
 FIRST_MASKS, NEXT_MASKS = 2000, 100
 
@@ -53,12 +55,13 @@ class CompiledConstraint:
         ranks: ClosingRanks,
         *,
         is_json: bool,
+        is_loose: bool = False,
         examples: Sequence[str] = (),
         warnings: tuple[str, ...] = (),
     ) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
-        self._closing = Closing(vocabulary, ranks, is_json=is_json, examples=examples)
-        self._is_json = is_json
+        self._closing = Closing(vocabulary, ranks, is_json=is_json or is_loose, examples=examples)
+        self._is_json, self._is_loose = is_json, is_loose
         self.warnings = warnings
         tried = matcher.deep_copy()
         tried.compute_bitmask()
@@ -91,7 +94,10 @@ class CompiledConstraint:
                 f"max_tokens is {max_tokens}, and the shortest text found that keeps the constraint has {len(self._way)} "
                 "tokens; allow more"
             )
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary, self._closing, self._way, max_tokens)
+        matcher = self._matcher.deep_copy()
+        return GrammarConstraint(
+            matcher, self._vocabulary, self._closing, self._way, max_tokens, is_loose=self._is_loose
+        )
 
 
 class GrammarConstraint:
@@ -102,10 +108,18 @@ class GrammarConstraint:
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: TokenTable, closing: Closing, way: Way | None, max_tokens: int
+        self,
+        matcher: LLMatcher,
+        vocabulary: TokenTable,
+        closing: Closing,
+        way: Way | None,
+        max_tokens: int,
+        *,
+        is_loose: bool = False,
     ) -> None:
         self._matcher, self._vocabulary, self._closing = matcher, vocabulary, closing
         self._way, self._left = way, max_tokens
+        self._is_loose, self._is_lost = is_loose, False
         self._is_ended = self.was_cut = False
 
     @property
@@ -144,7 +158,7 @@ class GrammarConstraint:
             return token
         if self._way is not None:
             way = self._way_after(token)
-            if way is None:
+            if way is None and not (self._is_loose and self._is_lost):
                 self.was_cut = True
                 if not self._way:
                     return self._end()
@@ -186,7 +200,9 @@ class GrammarConstraint:
             return end
         after = self._matcher.deep_copy()
         after.consume_token(token)
-        way = self._closing.find(after, left + SPARE_TOKENS, known)
+        limit = max(left + SPARE_TOKENS, LOST_TOKENS) if self._is_loose else left + SPARE_TOKENS
+        way = self._closing.find(after, limit, known)
+        self._is_lost = way is None
         if way is not None and len(way) > left:
             way = self._closing.shorten(after, way, left, NEXT_MASKS)
         return way if way is not None and len(way) <= left else None

@@ -84,9 +84,9 @@ class TokenTable:
         self.strips_first_space = _strips_first_space(tokenizer)
 
     @cached_property
-    def is_text(self) -> npt.NDArray[np.bool_]:
-        """Which tokens have text, ``[V]``."""
-        return np.array([bool(data) and not data.startswith(MARKER) for data in self.tokens])
+    def goes_on(self) -> npt.NDArray[np.bool_]:
+        """Which tokens are there and do not end a text, ``[V]``: control tokens that a grammar names are among them."""
+        return np.array([bool(data) and token not in self.eos_token_ids for token, data in enumerate(self.tokens)])
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from typing import Any, TypedDict
 
 from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, checked, shown
+from mlx_mixtral.calls.parser import CallParser
 from mlx_mixtral.constraints.base import Constraint
 from mlx_mixtral.constraints.compiler import Compiler
 from mlx_mixtral.constraints.specs import ConstraintSpec
@@ -114,10 +115,12 @@ class Requests:
         speculation: Speculation | None = None,
         constraint: ConstraintSpec | None = None,
         is_answer: bool = False,
+        parser: CallParser | None = None,
     ) -> TextRequest:
         """Check what ``GenerationOptions`` says, and put it with a prompt.
 
-        ``is_answer``: the text starts afresh, so the space SentencePiece puts before a first word is taken off.
+        ``is_answer``: the text starts afresh, so the space SentencePiece puts before a first word is taken off. ``parser``
+        takes calls of tools out of it.
 
         Raises:
             InvalidRequestError, ContextLengthError, ConstraintError, TokenizerError: as for ``Mixtral.generate``.
@@ -140,7 +143,7 @@ class Requests:
             speculation.check(engine, self.piece_of)
         sampler = self._sampler(sampling or SamplingParams(), tokens, stop_ids, check_processors(logits_processors))
         decoder = None if own is None else own.streaming_decoder(continues=not is_answer)
-        text = TextAssembler(decoder, limit, frozenset(stop_ids), stops, cancelled)
+        text = TextAssembler(decoder, limit, frozenset(stop_ids), stops, cancelled, parser)
         stats = GenerationStats(prompt_special_tokens=prompt.special_tokens)
         state: Constraint | None = None
         if constraint is not None:
@@ -278,5 +281,5 @@ def _piece(tokenizer: Tokenizer, token: int) -> str | None:
 _SAMPLING = {
     field.name: f"give it as sampling=SamplingParams({field.name}=…)" for field in dataclasses.fields(SamplingParams)
 }
-with_options = checked(options=Requests.request, without=("prompt", "is_answer"), elsewhere=_SAMPLING)
+with_options = checked(options=Requests.request, without=("prompt", "is_answer", "parser"), elsewhere=_SAMPLING)
 """For methods that take ``GenerationOptions`` as ``**options``: see ``checked``."""

@@ -35,7 +35,9 @@ class ChatFormat(Protocol):
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None
     ) -> list[int]: ...
 
-    def render(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> str: ...
+    def render(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None
+    ) -> str: ...
 
     def end_of_turn(self, tokenizer: Tokenizer) -> int | str | None:
         """The token after an answer; text that looks like one and is none; None where there is neither."""
@@ -139,13 +141,13 @@ class Tokenizer(ABC):
         """
         return self._chat.encode(self, messages, tools)
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def render_chat(self, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> str:
         """What `encode_chat` gives, as text with its markers spelled out: for showing, and for naming a prompt.
 
         Raises:
             ChatTemplateError, InvalidRequestError: As for `encode_chat`.
         """
-        return self._chat.render(self, messages)
+        return self._chat.render(self, messages, tools)
 
     @property
     def chat_source(self) -> str:
