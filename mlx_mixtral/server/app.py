@@ -1,0 +1,36 @@
+"""The application: every path, behind the guards."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from starlette.requests import Request
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Send
+
+from mlx_mixtral.server.endpoints import about, chat
+from mlx_mixtral.server.guards import Guards
+from mlx_mixtral.server.service import Endpoint, Service
+
+__all__ = ["PATHS", "make_app"]
+
+PATHS: tuple[tuple[str, str, Callable[[Service, Request, Send], Awaitable[None]]], ...] = (
+    ("POST", "/v1/chat/completions", chat.chat_completions),
+    ("GET", "/v1/models", about.models),
+    ("GET", "/v1/models/{model:path}", about.model),
+    ("GET", "/v1/status", about.status),
+    ("GET", "/health", about.health),
+    ("GET", "/metrics", about.metrics),
+)
+"""Method, path, and who answers. Those that begin with /v1 are there without it, too."""
+
+
+def make_app(service: Service) -> ASGIApp:
+    """An ASGI application that serves ``service``."""
+    routes = []
+    for method, path, answer in PATHS:
+        endpoint = Endpoint(path, partial(answer, service))
+        for place in dict.fromkeys((path, path.removeprefix("/v1"))):
+            routes.append(Route(place, endpoint, methods=[method]))
+    return Guards(Router(routes, redirect_slashes=False), service.options, service.log, service.metrics)
