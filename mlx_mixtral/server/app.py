@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Send
 
-from mlx_mixtral.server.endpoints import about, chat
+from mlx_mixtral.server.endpoints import about, chat, completions, tokens
 from mlx_mixtral.server.guards import Guards
 from mlx_mixtral.server.service import Endpoint, Service
 
@@ -17,6 +17,10 @@ __all__ = ["PATHS", "make_app"]
 
 PATHS: tuple[tuple[str, str, Callable[[Service, Request, Send], Awaitable[None]]], ...] = (
     ("POST", "/v1/chat/completions", chat.chat_completions),
+    ("POST", "/v1/completions", completions.completions),
+    ("POST", "/tokenize", tokens.tokenize),
+    ("POST", "/detokenize", tokens.detokenize),
+    ("GET", "/tokenizer_info", tokens.tokenizer_info),
     ("GET", "/v1/models", about.models),
     ("GET", "/v1/models/{model:path}", about.model),
     ("GET", "/v1/status", about.status),

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_mixtral.runtime.stream import Chunk
+from mlx_mixtral.server.jobs import PromptScores
 from mlx_mixtral.tokenizer import Tokenizer
 
-__all__ = ["AnswerLogprobs", "LogprobEntry", "TokenSpeller", "chat_logprobs", "completion_logprobs"]
+__all__ = ["AnswerLogprobs", "LogprobEntry", "TokenSpeller", "chat_logprobs", "completion_logprobs", "prompt_entries"]
 
 UNLIKELY = -9999.0
 """What stands for minus infinity, which JSON cannot write; OpenAI's value."""
@@ -55,7 +56,7 @@ class TokenSpeller:
         """As ``spell``, and go on behind it."""
         self._decoder.finish()  # what it holds of a character was told already, as bytes
         spelled = self._spelled(token_id, self._decoder)
-        self._has_shown = self._has_shown or bool(spelled[1])
+        self._has_shown = self._has_shown or spelled[1] is not None
         return spelled
 
     def _spelled(self, token_id: int, decoder: Any) -> tuple[str, bytes | None]:
@@ -102,6 +103,17 @@ class AnswerLogprobs:
             LogprobEntry(*self._speller.spell(token), _finite(value)) for token, value in chunk.top_logprobs[: self._top]
         )
         return LogprobEntry(*self._speller.add(chunk.token_id), _finite(chunk.logprob), top)
+
+
+def prompt_entries(
+    tokenizer: Tokenizer, tokens: Sequence[int], scores: PromptScores, *, keeps_first_space: bool
+) -> list[LogprobEntry]:
+    """Entries of a prompt's tokens, the first without a log-probability."""
+    speller, entries = TokenSpeller(tokenizer, continues=keeps_first_space), []
+    for token, logprob, top in zip(tokens, scores.logprobs, scores.top, strict=True):
+        likeliest = tuple(LogprobEntry(*speller.spell(other), _finite(value)) for other, value in top)
+        entries.append(LogprobEntry(*speller.add(token), _finite(logprob), likeliest))
+    return entries
 
 
 def chat_logprobs(entries: Iterable[LogprobEntry]) -> list[dict[str, Any]]:
