@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlx_mixtral.cache.kv import KVCache
     from mlx_mixtral.config.mixtral import MixtralConfig
     from mlx_mixtral.config.quantization import QuantizationConfig, QuantizationSpec
+    from mlx_mixtral.constraints.specs import Grammar, JsonObject, JsonSchema, Regex
     from mlx_mixtral.errors import MixtralError
     from mlx_mixtral.evaluation.passkey import passkey
     from mlx_mixtral.evaluation.perplexity import evaluate
@@ -43,6 +44,9 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "GenerationStats",
+    "Grammar",
+    "JsonObject",
+    "JsonSchema",
     "KVCache",
     "LoadProgress",
     "Mixtral",
@@ -51,6 +55,7 @@ __all__ = [
     "PromptLookup",
     "QuantizationConfig",
     "QuantizationSpec",
+    "Regex",
     "SamplingParams",
     "Text",
     "TextStream",
@@ -71,6 +76,9 @@ _HOMES = {
     "Generation": "runtime.stream",
     "GenerationOptions": "runtime.requests",
     "GenerationStats": "generation.stats",
+    "Grammar": "constraints.specs",
+    "JsonObject": "constraints.specs",
+    "JsonSchema": "constraints.specs",
     "KVCache": "cache.kv",
     "LoadProgress": "runtime.load",
     "Mixtral": "runtime.mixtral",
@@ -79,6 +87,7 @@ _HOMES = {
     "PromptLookup": "runtime.speculation",
     "QuantizationConfig": "config.quantization",
     "QuantizationSpec": "config.quantization",
+    "Regex": "constraints.specs",
     "SamplingParams": "generation.sampling",
     "Text": "evaluation.texts",
     "TextStream": "runtime.stream",

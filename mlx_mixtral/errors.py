@@ -11,7 +11,8 @@
     ├── TokenizerError               no tokenizer, a broken one, or one that does not match the vocabulary
     │   └── ChatTemplateError        a chat template or a list of messages that cannot be rendered
     ├── InvalidRequestError          an argument of a wrong type or out of its range: sampling, sizes (also a ValueError)
-    │   └── ContextLengthError       prompt longer than the model's context
+    │   ├── ContextLengthError       prompt longer than the model's context
+    │   └── ConstraintError          a schema, regex or grammar that is refused, or cannot be kept
     ├── PromptCacheError             a saved prompt that is damaged, of another version, or of another model
     ├── BusyError                    two threads use one model at once
     ├── ClosedError                  the model was closed
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "ConfigError",
+    "ConstraintError",
     "ContextLengthError",
     "ConversionError",
     "DestinationError",
@@ -107,6 +109,10 @@ class InvalidRequestError(MixtralError, ValueError):
 
 class ContextLengthError(InvalidRequestError):
     """The prompt does not fit the model's context."""
+
+
+class ConstraintError(InvalidRequestError):
+    """A schema, regular expression or grammar is refused, or cannot be kept; nothing is generated without it."""
 
 
 class PromptCacheError(MixtralError):

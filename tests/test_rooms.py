@@ -21,9 +21,9 @@ CONVERTER = Path(mlx_mixtral_convert.__file__).parent
 
 ROOMS = (
     "errors", "arguments", "sizes", "reading", "leftovers", "files", "machine", "config", "hub", "weights", "cache",
-    "tokenizer", "layers", "budget", "experts", "model", "generation", "runtime", "info", "server", "evaluation", "bench", "demo",
-    "doctor", "convert.packing", "convert.output", "convert.sources", "convert.calibration", "convert.recipes", "convert",
-    "convert.export", "convert.upload", "cli", "__main__",
+    "tokenizer", "constraints", "calls", "layers", "budget", "experts", "model", "generation", "runtime", "info", "server",
+    "evaluation", "bench", "demo", "doctor", "convert.packing", "convert.output", "convert.sources", "convert.calibration",
+    "convert.recipes", "convert", "convert.export", "convert.upload", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from mlx_mixtral.generation.request import Request
 from mlx_mixtral.generation.sampling import Sampled
 from mlx_mixtral.generation.stats import Token
 
-__all__ = ["decode", "first_token", "read_token"]
+__all__ = ["decode", "first_logits", "first_token", "read_token"]
 
 
 def decode(context: DecodeContext, request: Request, cache: KVCache) -> Generator[Token, None, None]:
@@ -50,6 +50,14 @@ def decode(context: DecodeContext, request: Request, cache: KVCache) -> Generato
 
 def first_token(context: DecodeContext, request: Request, cache: KVCache) -> Sampled:
     """Compute what ``cache`` does not hold of the prompt, and schedule the token after it."""
+    with mx.stream(context.stream):
+        sampled = request.sampler(first_logits(context, request, cache))
+        mx.async_eval(sampled.arrays)
+    return sampled
+
+
+def first_logits(context: DecodeContext, request: Request, cache: KVCache) -> mx.array:
+    """Compute what ``cache`` does not hold of the prompt, and give the logits ``[1, V]`` after it."""
     before, total = cache.length, len(request.tokens)
     with mx.stream(context.stream):
         tokens = mx.array([list(request.tokens[before:])], mx.int32)
@@ -57,9 +65,7 @@ def first_token(context: DecodeContext, request: Request, cache: KVCache) -> Sam
             if hidden is None and request.on_prefill is not None:
                 request.on_prefill(before + done, total)
         assert hidden is not None
-        sampled = request.sampler(context.model.head(hidden[:, -1]))
-        mx.async_eval(sampled.arrays)
-    return sampled
+        return context.model.head(hidden[:, -1])
 
 
 def read_token(sampled: Sampled) -> Token:

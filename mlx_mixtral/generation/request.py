@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.constraints.base import Constraint
 from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.sampling import Sampler
 from mlx_mixtral.generation.speculation.cost import ForwardCost
@@ -24,13 +25,14 @@ PieceOf = Callable[[int], str | None]
 class Request:
     """One generation: a prompt to continue by up to ``max_tokens`` tokens, alone or in a batch.
 
-    ``sampler`` and ``stats`` have state: a request is carried out once.
+    ``sampler``, ``constraint`` and ``stats`` have state: a request is carried out once.
 
     Args:
         tokens: the prompt, at least one token.
         speculation: who proposes tokens; for a generation of its own.
         on_prefill: told ``(done, total)`` prompt tokens while the prompt is computed; raising from it cancels.
         stats: filled in as it goes.
+        constraint: which tokens may come; a loop that does not know of it must not carry out the request.
     """
 
     tokens: Sequence[int]
@@ -39,6 +41,7 @@ class Request:
     speculation: Speculation | None = None
     on_prefill: Callable[[int, int], None] | None = None
     stats: GenerationStats = field(default_factory=GenerationStats)
+    constraint: Constraint | None = None
 
 
 Decoder = Callable[[DecodeContext, Request, KVCache], Generator[Token, None, None]]

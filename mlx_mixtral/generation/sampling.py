@@ -106,8 +106,20 @@ class Sampler:
 
     def __call__(self, logits: mx.array) -> Sampled:
         """Sample from ``logits [1, V]``; lazily, so that the next step can be scheduled before this one is read."""
-        token = self.draw(self.adjusted(logits))
-        self.record(token)
+        sampled = self.drawn(logits)
+        self.record(sampled.token)
+        return sampled
+
+    def drawn(self, logits: mx.array, allowed: mx.array | None = None) -> Sampled:
+        """The same without ``record``: for who decides later whether the token stays.
+
+        ``allowed [1, V]`` boolean: other tokens cannot come, whatever penalties, bias and processors say.
+        """
+        adjusted = self.adjusted(logits)
+        return self.chosen(logits, self.draw(adjusted if allowed is None else mx.where(allowed, adjusted, -math.inf)))
+
+    def chosen(self, logits: mx.array, token: mx.array) -> Sampled:
+        """``token [1]``, and what is asked for of the ``logits [1, V]`` it comes from."""
         chosen, top, top_logprobs = self.logprobs(logits, token)
         return Sampled(
             token,

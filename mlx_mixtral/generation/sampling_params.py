@@ -21,7 +21,7 @@ class SamplingParams:
     """How the next token is chosen. The defaults are greedy: the most likely token.
 
     Applied in this order: repetition, presence and frequency penalties, ``logit_bias``, DRY, ``logits_processors`` of the
-    request, temperature, top-k, top-p, min-p, XTC.
+    request, its ``constraint``, temperature, top-k, top-p, min-p, XTC.
 
     Args:
         temperature: divides the logits; 0 is greedy.
@@ -46,7 +46,7 @@ class SamplingParams:
         dry_penalty_last_n: last tokens in which repetitions are looked for; -1 for all, 0 is off.
         seed: same seed, same prompt, same text; None draws one.
         logprobs: None for none, 0 for the chosen token's log-probability, n for the n likeliest beside it. They are the
-            model's own, before penalties, bias and temperature.
+            model's own, before penalties, bias, constraint and temperature.
 
     Raises:
         InvalidRequestError: a value out of its range.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mlx_mixtral.experts.store import Counters
 
@@ -14,11 +15,16 @@ __all__ = ["MIN_RATED_TOKENS", "GenerationStats", "SpeculationStats", "Token"]
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: its id, its log-probability and the likeliest ids with theirs, where asked for."""
+    """One generated token: its id, its log-probability and the likeliest ids with theirs, where asked for.
+
+    ``end`` is set where a constraint ends the text with it: "stop" where the text is whole, "length" where it was made whole
+    early so that it fits ``max_tokens``.
+    """
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    end: Literal["stop", "length"] | None = None
 
 
 @dataclass
@@ -81,6 +87,8 @@ class GenerationStats:
     """What the plan in force predicts for decoding."""
     speculation: SpeculationStats | None = None
     """What was proposed and accepted; None without speculation."""
+    warnings: tuple[str, ...] = ()
+    """What of a constraint is not kept, a sentence each."""
 
     @property
     def prompt_tok_s(self) -> float:

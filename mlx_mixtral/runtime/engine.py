@@ -18,6 +18,7 @@ from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import BusyError, ClosedError, ContextLengthError, InvalidRequestError
 from mlx_mixtral.experts.residency import AllocateBank, Residency
+from mlx_mixtral.generation.constrained import decode_constrained
 from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.loop import decode
 from mlx_mixtral.generation.prefill import prefill
@@ -221,12 +222,14 @@ class Engine:
             ClosedError: the model was closed.
             BusyError: with the first token: another generation is running.
             CheckpointError: an expert cannot be read.
+            ConstraintError: the request's constraint cannot be kept.
         """
         speculation, rope = request.speculation, self.config.rope
         longest = len(request.tokens) + request.max_tokens
         if rope.table_of(len(request.tokens)) != rope.table_of(longest):
             speculation = None  # every step has other rotary frequencies: several tokens cannot share a forward
-        decoder = decode if speculation is None else speculation.decoder(self, request)
+        plain = decode if request.constraint is None else decode_constrained
+        decoder = plain if speculation is None else speculation.decoder(self, request)
         steps = self.opened(self._generated(self.context, decoder, request))
         if speculation is not None:
             for other in speculation.engines:

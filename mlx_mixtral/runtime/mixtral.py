@@ -160,13 +160,15 @@ class Mixtral:
         Args:
             special: text that spells a control token, such as ``<|im_start|>``, becomes that token; False where the prompt
                 holds what somebody else wrote.
-            options: max_tokens, sampling, stop, stop_token_ids, cancelled, on_prefill, logits_processors, speculation: see
-                ``GenerationOptions``.
+            options: max_tokens, sampling, stop, stop_token_ids, cancelled, on_prefill, logits_processors, speculation,
+                constraint: see ``GenerationOptions``.
 
         Raises:
             InvalidRequestError: an empty prompt, a token id or an argument out of range.
             ContextLengthError: the prompt leaves no room in the model's context.
-            TokenizerError: text for a checkpoint without a tokenizer.
+            ConstraintError: a constraint that is refused, that no text within ``max_tokens`` keeps, or that cannot be kept.
+            TokenizerError: text, or a constraint, for a checkpoint without a tokenizer.
+            MissingDependencyError: a constraint without the extra ``constraints``.
             BusyError: another generation is running on this model.
         """
         return self.stream(prompt, special=special, **options).collect()

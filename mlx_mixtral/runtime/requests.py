@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypedDict
 
 from mlx_mixtral.arguments import check_callbacks, check_integer, check_type
+from mlx_mixtral.constraints.base import Constraint
+from mlx_mixtral.constraints.compiler import Compiler
+from mlx_mixtral.constraints.specs import ConstraintSpec
+from mlx_mixtral.constraints.vocabulary import Vocabulary
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError, TokenizerError
 from mlx_mixtral.generation.processors import LogitsProcessor, check_processors
 from mlx_mixtral.generation.request import PieceOf, Request, Speculation
@@ -50,6 +54,9 @@ class GenerationOptions(TypedDict, total=False):
     they return should follow from what they are given. For a batch also a list of them for each prompt."""
     speculation: Speculation | None
     """Propose tokens by ``PromptLookup`` or ``DraftModel`` and verify several at once; the text stays what it is without."""
+    constraint: ConstraintSpec | None
+    """What the text has to be: ``JsonSchema``, ``Regex``, ``Grammar`` or ``JsonObject``. It ends when it is whole, and is made
+    whole within ``max_tokens``; what cannot be kept ends with an error."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class Requests:
         on_prefill: Callable[[int, int], None] | None = None,
         logits_processors: Sequence[Any] | None = None,
         speculation: Speculation | None = None,
+        constraint: ConstraintSpec | None = None,
         is_answer: bool = False,
     ) -> TextRequest:
         """Check what ``GenerationOptions`` says, and put it with a prompt.
@@ -110,7 +118,7 @@ class Requests:
         ``is_answer``: the text starts afresh, so the space SentencePiece puts before a first word is taken off.
 
         Raises:
-            InvalidRequestError, ContextLengthError, TokenizerError: as for ``Mixtral.generate``.
+            InvalidRequestError, ContextLengthError, ConstraintError, TokenizerError: as for ``Mixtral.generate``.
         """
         check_integer("max_tokens", max_tokens, 1)
         check_type("sampling", sampling, (SamplingParams, type(None)), "SamplingParams, or None for greedy")
@@ -132,7 +140,22 @@ class Requests:
         decoder = None if own is None else own.streaming_decoder(continues=not is_answer)
         text = TextAssembler(decoder, limit, frozenset(stop_ids), stops, cancelled)
         stats = GenerationStats(prompt_special_tokens=prompt.special_tokens)
-        return TextRequest(Request(tokens, limit, sampler, speculation, on_prefill, stats), text)
+        state: Constraint | None = None
+        if constraint is not None:
+            compiled = self.constraints.compile(constraint, from_start=is_answer)
+            state, stats.warnings = compiled.begin(limit), compiled.warnings
+        return TextRequest(Request(tokens, limit, sampler, speculation, on_prefill, stats, state), text)
+
+    @cached_property
+    def constraints(self) -> Compiler:
+        """Compiles constraints for this model's vocabulary, and keeps them.
+
+        Raises:
+            TokenizerError: there is no tokenizer.
+            MissingDependencyError: the package that compiles them is not installed.
+        """
+        engine = self._engine
+        return Compiler(Vocabulary(self.tokenizer, engine.vocab_size, engine.config.eos_token_ids))
 
     def _sampler(
         self, params: SamplingParams, tokens: list[int], stop_ids: Set[int], processors: Sequence[LogitsProcessor]
@@ -170,6 +193,8 @@ class Requests:
         check_type("prompts", prompts, (list, tuple), "a list of texts, or of lists of token ids")
         if options.get("speculation") is not None:
             raise InvalidRequestError("speculation is for one text at a time; leave it out for a batch")
+        if options.get("constraint") is not None:
+            raise InvalidRequestError("a constraint is for one text at a time; leave it out for a batch")
         processors = options.get("logits_processors")
         is_listed = isinstance(processors, list | tuple) and any(isinstance(each, list | tuple) for each in processors)
         if is_listed and processors is not None and len(processors) != len(prompts):

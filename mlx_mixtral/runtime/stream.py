@@ -160,21 +160,19 @@ class TextAssembler:
     def chunk(self, token: Token) -> Chunk:
         """What there is to show with a token; the last chunk has the reason."""
         self._tokens += 1
-        text, reason = self._add(token.token_id)
+        text, reason = self._add(token.token_id, token.end)
         self.is_finished = reason is not None
         return Chunk(text, token.token_id, token.logprob, token.top_logprobs, reason)
 
-    def _add(self, token_id: int) -> tuple[str, FinishReason | None]:
+    def _add(self, token_id: int, end: FinishReason | None) -> tuple[str, FinishReason | None]:
         is_stop_token = token_id in self._stop_ids
         text = "" if is_stop_token or self._decoder is None else self._stops.add(self._decoder.add(token_id), token_id)
         if self._stops.is_stopped():
             return text, "stop"
-        reason: FinishReason | None = None
-        if is_stop_token:
-            reason = "stop"
-        elif self._tokens == self._max_tokens:
+        reason: FinishReason | None = end or ("stop" if is_stop_token else None)
+        if reason is None and self._tokens == self._max_tokens:
             reason = "length"
-        elif self._cancelled is not None and self._cancelled():
+        elif reason is None and self._cancelled is not None and self._cancelled():
             reason = "cancelled"
         if reason is not None and self._decoder is not None:
             text += self._stops.add(self._decoder.finish())

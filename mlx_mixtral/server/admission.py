@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from mlx_mixtral.server.engine_thread import EngineState, EngineThread
-from mlx_mixtral.server.jobs import Event, Failed, Job
+from mlx_mixtral.server.jobs import Failed, Job, JobEvent
 from mlx_mixtral.server.metrics import Metrics
 from mlx_mixtral.server.options import ServerOptions
 from mlx_mixtral.server.wire.errors import ApiError
@@ -89,7 +89,7 @@ class Admission:
             self._metrics.count("mlx_mixtral_requests_cancelled_total")
             self._engine.cancel(job)
 
-    def deliver(self, deliveries: Sequence[tuple[Job, Sequence[Event]]]) -> None:
+    def deliver(self, deliveries: Sequence[tuple[Job, Sequence[JobEvent]]]) -> None:
         """Give each job its events of a step."""
         for job, events in deliveries:
             if job not in self._open:
@@ -110,7 +110,17 @@ class Admission:
             self._metrics.count("mlx_mixtral_requests_refused_total", reason="queue_timeout")
             self._engine.cancel(job)
             waited_s = self._options.queue_timeout_s
-            job.deliver([Failed(ApiError(503, f"the request waited {waited_s:g} s for its turn; try again later", code="queue_timeout"))])
+            job.deliver(
+                [
+                    Failed(
+                        ApiError(
+                            503,
+                            f"the request waited {waited_s:g} s for its turn; try again later",
+                            code="queue_timeout",
+                        )
+                    )
+                ]
+            )
 
     def _retry_s(self) -> int:
         """About how long until a place is free."""

@@ -35,6 +35,6 @@ def make_app(service: Service) -> ASGIApp:
     routes = []
     for method, path, answer in PATHS:
         endpoint = Endpoint(path, partial(answer, service))
-        for place in dict.fromkeys((path, path.removeprefix("/v1"))):
-            routes.append(Route(place, endpoint, methods=[method]))
+        places = dict.fromkeys((path, path.removeprefix("/v1")))
+        routes += [Route(place, endpoint, methods=[method]) for place in places]
     return Guards(Router(routes, redirect_slashes=False), service.options, service.log, service.metrics)

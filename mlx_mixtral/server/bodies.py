@@ -116,5 +116,3 @@ def _check_text(text: str, place: str) -> None:
 def _head(place: str) -> str | None:
     """The field of the body a place is in."""
     return place.partition(".")[0].partition("[")[0] or None
-
-

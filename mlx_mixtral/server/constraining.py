@@ -1,24 +1,75 @@
-"""From what a body says of its answer's form to a constraint that a row keeps, compiled away from the loop."""
+"""From what a body says of its answer's form to a constraint that rows keep, compiled away from the loop and the engine."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_mixtral.constraints.matching import CompiledConstraint
+from mlx_mixtral.constraints.specs import ConstraintSpec, Grammar, JsonObject, JsonSchema, Regex
+from mlx_mixtral.errors import BusyError, MissingDependencyError, MixtralError
 from mlx_mixtral.server.service import Service
 from mlx_mixtral.server.wire.errors import ApiError
-from mlx_mixtral.server.wire.structure import wanted_structure
+from mlx_mixtral.server.wire.structure import WantedStructure, wanted_structure
 
-__all__ = ["constraint_for"]
+__all__ = ["compiled_constraint", "wanted_constraint"]
 
 
-async def constraint_for(service: Service, body: Mapping[str, Any], own: Any = None) -> Any:
-    """The compiled constraint of a body with ``STRUCTURE_FIELDS``; ``own`` where it says nothing; None for any text.
+def wanted_constraint(body: Mapping[str, Any]) -> ConstraintSpec | None:
+    """What a body with ``STRUCTURE_FIELDS`` asks for; None for any text.
 
     Raises:
-        ApiError: 400: it cannot be kept; 503: too many are being compiled.
+        ApiError: 400: it is no schema, or one beyond the limits; or there are several.
     """
     wanted = wanted_structure(body)
-    if wanted is None and own is None:
+    if wanted is None:
         return None
-    raise ApiError(400, "structured answers are not supported here; leave the field out", "response_format")
+    try:
+        return _spec(wanted)
+    except MixtralError as error:
+        raise ApiError(400, f"{wanted.param}: {error}", wanted.param, code="invalid_value") from None
+
+
+async def compiled_constraint(
+    service: Service, spec: ConstraintSpec | None, max_tokens: int, *, from_start: bool
+) -> CompiledConstraint | None:
+    """``spec``, compiled on one of the grammar threads.
+
+    Args:
+        max_tokens: of the answer, in which it must be possible to keep it.
+        from_start: see ``Compiler.compile``.
+
+    Raises:
+        ApiError: 400: it cannot be kept; 503: too many are stuck in being compiled; 501: the extra is not installed.
+    """
+    if spec is None:
+        return None
+
+    def compile_it() -> CompiledConstraint:
+        compiled = service.compiler.compile(spec, from_start=from_start)
+        compiled.begin(max_tokens)  # raises where no text is that short
+        return compiled
+
+    try:
+        return await asyncio.get_running_loop().run_in_executor(service.grammars, compile_it)
+    except BusyError as error:
+        raise ApiError(503, str(error), headers={"retry-after": "5"}) from None
+    except MissingDependencyError as error:
+        raise ApiError(501, str(error), "response_format") from None
+    except MixtralError as error:
+        raise ApiError(400, str(error), "response_format", code="invalid_value") from None
+
+
+def _spec(wanted: WantedStructure) -> ConstraintSpec:
+    if wanted.kind == "json_object":
+        return JsonObject()
+    if wanted.kind == "json":
+        given = wanted.definition
+        return JsonSchema(given if isinstance(given, str) else json.dumps(given), strict=wanted.is_strict)
+    if wanted.kind == "regex":
+        return Regex(wanted.definition)
+    if wanted.kind == "choice":
+        return Grammar("start: " + " | ".join(json.dumps(option, ensure_ascii=False) for option in wanted.definition))
+    return Grammar(wanted.definition)

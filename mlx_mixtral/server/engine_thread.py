@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from mlx_mixtral.errors import MixtralError
 from mlx_mixtral.runtime.mixtral import Mixtral
-from mlx_mixtral.server.jobs import Ended, Event, Failed, Job
+from mlx_mixtral.server.jobs import Ended, Failed, Job, JobEvent
 from mlx_mixtral.server.rows import EngineRows
 from mlx_mixtral.server.wire.errors import ApiError
 
@@ -28,7 +28,7 @@ MAX_FAILURES, FAILURE_WINDOW_S = 3, 60.0
 
 logger = logging.getLogger(__name__)
 
-Delivery = tuple[Job, list[Event]]
+Delivery = tuple[Job, list[JobEvent]]
 
 
 class EngineState(StrEnum):
@@ -103,7 +103,7 @@ class EngineThread:
         self._idle_unload_s = idle_unload_s
         self._inbox: queue.SimpleQueue[_Add | _Cancel | _Exclusive | _Close] = queue.SimpleQueue()
         self._open: dict[Job, None] = {}
-        self._pending: dict[Job, list[Event]] = {}
+        self._pending: dict[Job, list[JobEvent]] = {}
         self._deferred: list[_Exclusive] = []
         self._failures: deque[float] = deque(maxlen=MAX_FAILURES)
         self._model: Mixtral | None = None
@@ -224,7 +224,7 @@ class EngineThread:
             except Exception as error:
                 message.result.set_exception(error)
 
-    def _collect(self, job: Job, event: Event) -> None:
+    def _collect(self, job: Job, event: JobEvent) -> None:
         self._pending.setdefault(job, []).append(event)
 
     def _flush(self) -> None:

@@ -118,7 +118,8 @@ class Guards:
         if is_known or (self._takes_addresses and _address(host) is not None):
             return
         raise ApiError(
-            403, f"the host name {given[:100]!r} is not one of this server's; start it with --allow-host {host[:60] or 'NAME'}"
+            403,
+            f"the host name {given[:100]!r} is not one of this server's; start it with --allow-host {host[:60] or 'NAME'}",
         )
 
     def _check_origin(self, scope: Scope, headers: Headers) -> None:

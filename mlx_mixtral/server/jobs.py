@@ -6,14 +6,24 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from mlx_mixtral.constraints.matching import CompiledConstraint
 from mlx_mixtral.generation.sampling_params import SamplingParams
 from mlx_mixtral.runtime.stream import Chunk
 from mlx_mixtral.server.wire.errors import ApiError
 
 __all__ = [
-    "Began", "Ended", "Event", "Failed", "Job", "NewToken", "PromptScores", "RowSpec", "RowUsage", "Scored", "Scoring",
+    "Began",
+    "Ended",
+    "Failed",
+    "Job",
+    "JobEvent",
+    "NewToken",
+    "PromptScores",
+    "RowSpec",
+    "RowUsage",
+    "Scored",
+    "Scoring",
 ]  # fmt: skip
 
 
@@ -36,7 +46,7 @@ class RowSpec:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     is_answer: bool = False
-    constraint: Any = None
+    constraint: CompiledConstraint | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class Failed:
     error: ApiError
 
 
-Event = Began | NewToken | Scored | Ended | Failed
+JobEvent = Began | NewToken | Scored | Ended | Failed
 
 
 @dataclass(eq=False)
@@ -127,7 +137,7 @@ class Job:
     """Whether its reader is so slow that it had to be given up."""
 
     def __post_init__(self) -> None:
-        self._events: list[Event] = []
+        self._events: list[JobEvent] = []
         self._unsent_bytes = 0
         self._news = asyncio.Event()
 
@@ -136,7 +146,7 @@ class Job:
         """Places it takes in the queue."""
         return max(1, len(self.rows))
 
-    def deliver(self, events: Sequence[Event]) -> None:
+    def deliver(self, events: Sequence[JobEvent]) -> None:
         """Take events of the engine."""
         now = time.monotonic()
         for event in events:
@@ -160,7 +170,7 @@ class Job:
         self.is_abandoned = True
         self._news.set()
 
-    async def next(self, timeout_s: float | None) -> list[Event]:
+    async def next(self, timeout_s: float | None) -> list[JobEvent]:
         """All events there are, at least one; none after ``timeout_s``, or when the job was abandoned."""
         if not self._events and not self.is_abandoned:
             try:

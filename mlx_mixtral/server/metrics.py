@@ -12,8 +12,14 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 1
 
 METRICS: dict[str, tuple[str, str]] = {
     "mlx_mixtral_requests_total": ("counter", "Requests answered, by path and status."),
-    "mlx_mixtral_requests_refused_total": ("counter", "Generations refused, because the queue was full or the wait too long."),
-    "mlx_mixtral_requests_cancelled_total": ("counter", "Generations that ended because nobody waited for them any more."),
+    "mlx_mixtral_requests_refused_total": (
+        "counter",
+        "Generations refused, because the queue was full or the wait too long.",
+    ),
+    "mlx_mixtral_requests_cancelled_total": (
+        "counter",
+        "Generations that ended because nobody waited for them any more.",
+    ),
     "mlx_mixtral_engine_failures_total": ("counter", "Errors of the engine after which the model was loaded again."),
     "mlx_mixtral_prompt_tokens_total": ("counter", "Prompt tokens of finished generations."),
     "mlx_mixtral_cached_prompt_tokens_total": ("counter", "Of these, tokens that were kept from earlier prompts."),

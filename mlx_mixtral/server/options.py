@@ -28,6 +28,7 @@ class ServerOptions:
         idle_unload_s: the weights are released after so long without a request, and loaded again at the next; None: never.
         tls_cert, tls_key: PEM files; both or neither.
         grace_s: at SIGTERM open requests have so long to finish.
+        tools: how calls are written: see ``ToolChat``.
         header_timeout_s: a connection must have sent its request's head after so long, and again for each request.
         body_timeout_s: a request's body must be there after so long.
         keep_alive_s: a connection without a request is kept so long.
@@ -53,6 +54,7 @@ class ServerOptions:
     tls_cert: str | None = None
     tls_key: str | None = None
     grace_s: float = 10.0
+    tools: str = "auto"
     header_timeout_s: float = 10.0
     body_timeout_s: float = 60.0
     keep_alive_s: float = 75.0

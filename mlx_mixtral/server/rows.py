@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
-from mlx_mixtral.errors import MixtralError
+from mlx_mixtral.errors import InvalidRequestError, MixtralError
 from mlx_mixtral.generation.scheduler import Scheduler
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.runtime.requests import Prompt, Requests, TextRequest
-from mlx_mixtral.server.jobs import Began, Ended, Event, Failed, Job, NewToken, PromptScores, RowUsage, Scored
+from mlx_mixtral.server.jobs import Began, Ended, Failed, Job, JobEvent, NewToken, PromptScores, RowUsage, Scored
 from mlx_mixtral.server.scoring import prompt_scores
 from mlx_mixtral.server.wire.errors import ApiError
 
 __all__ = ["EngineRows"]
 
-Post = Callable[[Job, Event], None]
+Post = Callable[[Job, JobEvent], None]
 
 
 @dataclass(eq=False)
@@ -114,6 +114,8 @@ class EngineRows:
 
     def _request(self, opened: _Open, index: int) -> TextRequest:
         spec = opened.job.rows[index]
+        if spec.constraint is not None:
+            raise InvalidRequestError("structured answers wait for a scheduler that keeps constraints")
         return self._requests.request(
             Prompt(list(spec.tokens)),
             max_tokens=spec.max_tokens,

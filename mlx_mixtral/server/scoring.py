@@ -41,9 +41,7 @@ def prompt_scores(context: DecodeContext, tokens: Sequence[int], top: int) -> Ge
     return PromptScores(logprobs, likeliest)
 
 
-def _scored(
-    logits: mx.array, following: Sequence[int], top: int
-) -> tuple[list[float], list[list[tuple[int, float]]]]:
+def _scored(logits: mx.array, following: Sequence[int], top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
     """Of ``logits [L, V]``: the log-probability of each of ``following``, and the ``top`` likeliest ids with theirs."""
     logits = logits.astype(mx.float32)
     values = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

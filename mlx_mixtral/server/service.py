@@ -6,12 +6,15 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from mlx_mixtral.calls.chat import ToolChat
+from mlx_mixtral.constraints.compiler import Compiler
+from mlx_mixtral.constraints.vocabulary import Vocabulary
 from mlx_mixtral.server.admission import Admission
-from mlx_mixtral.server.calls.base import CallFormat
 from mlx_mixtral.server.engine_thread import EngineThread
 from mlx_mixtral.server.guards import notes_of
 from mlx_mixtral.server.log import RequestLog
@@ -34,12 +37,24 @@ class Service:
     admission: Admission
     metrics: Metrics
     log: RequestLog
-    calls: CallFormat
-    grammars: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(GRAMMAR_THREADS, "mlx-mixtral-grammar"))
+    chat: ToolChat
+    grammars: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(GRAMMAR_THREADS, "mlx-mixtral-grammar")
+    )
     """Compiles constraints; nothing else runs there."""
     connections: Callable[[], int] = lambda: 0
     """How many are open."""
     started_at: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def compiler(self) -> Compiler:
+        """Keeps what it compiled; the vocabulary's table is made at its first use.
+
+        Raises:
+            MissingDependencyError: llguidance is not installed.
+        """
+        served = self.served
+        return Compiler(Vocabulary(served.tokenizer, served.vocab_size, served.eos_token_ids))
 
 
 class Endpoint:

@@ -14,13 +14,13 @@ from types import FrameType
 
 import uvicorn
 
+from mlx_mixtral.calls.chat import ToolChat
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.server.admission import Admission
 from mlx_mixtral.server.app import make_app
-from mlx_mixtral.server.calls.base import CallFormat, NoCalls
 from mlx_mixtral.server.engine_thread import EngineState, EngineThread
-from mlx_mixtral.server.jobs import Event, Job
+from mlx_mixtral.server.jobs import Job, JobEvent
 from mlx_mixtral.server.log import RequestLog
 from mlx_mixtral.server.metrics import Metrics
 from mlx_mixtral.server.options import ServerOptions
@@ -43,7 +43,6 @@ class ModelServer:
     Args:
         load: makes the model; called on the engine's thread.
         log: one for each request; from the options when None.
-        calls: of tools; chosen from the model when None.
 
     Example:
         >>> server = ModelServer(lambda: load("mixtral-4bit"), ServerOptions(port=8080))
@@ -57,13 +56,12 @@ class ModelServer:
         options: ServerOptions,
         *,
         log: RequestLog | None = None,
-        calls: Callable[[Mixtral], CallFormat] | None = None,
     ) -> None:
         self.options = options
         self.engine = EngineThread(
             load, options.rows, self._post, self._state_changed, idle_unload_s=options.idle_unload_s
         )
-        self._log, self._calls = log or RequestLog(options.log_format), calls
+        self._log = log or RequestLog(options.log_format)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._socket: socket.socket | None = None
         self._uvicorn: _Uvicorn | None = None
@@ -111,10 +109,16 @@ class ModelServer:
             model = loaded.result()
             options, metrics = self.options, Metrics()
             served = ServedModel.of(model, options.name, options.aliases)
-            calls = NoCalls() if self._calls is None else self._calls(model)
             admission = Admission(self.engine, options, metrics)
             self._service = Service(
-                served, self.engine, options, admission, metrics, self._log, calls, connections=self._connections
+                served,
+                self.engine,
+                options,
+                admission,
+                metrics,
+                self._log,
+                ToolChat(served.tokenizer, options.tools),
+                connections=self._connections,
             )
         except BaseException:
             self.close()
@@ -169,7 +173,7 @@ class ModelServer:
     def _connections(self) -> int:
         return 0 if self._uvicorn is None else len(self._uvicorn.server_state.connections)
 
-    def _post(self, deliveries: Sequence[tuple[Job, list[Event]]]) -> None:
+    def _post(self, deliveries: Sequence[tuple[Job, list[JobEvent]]]) -> None:
         """On the engine's thread: one call into the loop for all events of a step."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended

@@ -35,7 +35,9 @@ class ChatFormat(Protocol):
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None
     ) -> list[int]: ...
 
-    def render(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> str: ...
+    def render(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None
+    ) -> str: ...
 
     def end_of_turn(self, tokenizer: Tokenizer) -> int | str | None:
         """The token after an answer; text that looks like one and is none; None where there is neither."""
@@ -49,6 +51,7 @@ class Tokenizer(ABC):
         bos_token_id: Id that begins a sequence, or None.
         eos_token_id: Id that ends an assistant's turn, or None.
         eos_token_ids: Every id at which generation stops: those the files declare, and the chat format's end of a turn.
+        unk_token_id: Id that stands for text the vocabulary cannot spell, or None.
         adds_bos: Whether `encode` puts BOS in front of a text.
         chat_format: "mistral-v1", "mistral-v3", "template" (the checkpoint's own jinja), a family such as "chatml", or "none".
         chat_origin: Where the format is from: a file's name, "control tokens", "a guess", or what was given.
@@ -60,6 +63,7 @@ class Tokenizer(ABC):
     bos_token_id: int | None
     eos_token_id: int | None
     eos_token_ids: frozenset[int]
+    unk_token_id: int | None = None
     chat_origin: str = ""
     chat_note: str = ""
     notes: tuple[str, ...] = ()
@@ -137,13 +141,13 @@ class Tokenizer(ABC):
         """
         return self._chat.encode(self, messages, tools)
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def render_chat(self, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> str:
         """What `encode_chat` gives, as text with its markers spelled out: for showing, and for naming a prompt.
 
         Raises:
             ChatTemplateError, InvalidRequestError: As for `encode_chat`.
         """
-        return self._chat.render(self, messages)
+        return self._chat.render(self, messages, tools)
 
     @property
     def chat_source(self) -> str:

@@ -95,6 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._rest: SentencePieceProcessor | None = None  # processor for text after a marker, when it differs
         self._prefix_after_marker = settings.prefix_after_marker
         self.vocab_size = max([model.size, *(token_id + 1 for token_id in self._by_id)])
+        self.unk_token_id = self._processor.unk_id()
         self.bos_token_id = self._named(settings.bos, self._processor.bos_id())
         model_eos = self._processor.eos_id()
         self.eos_token_id = self._named(settings.eos, model_eos)

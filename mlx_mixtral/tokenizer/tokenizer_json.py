@@ -50,6 +50,8 @@ class JsonTokenizer(Tokenizer):
             vocabulary = self._plain.get_vocab(with_added_tokens=False)
         self._pieces: dict[int, str] = {i: piece for piece, i in vocabulary.items()}
         self.vocab_size = max([0, *(i + 1 for i in self._pieces), *(i + 1 for i in self._added_ids)])
+        model = spec.get("model")
+        self.unk_token_id = self._named(model.get("unk_token")) if isinstance(model, Mapping) else None
         self.bos_token_id = self._named(settings.bos)
         self.eos_token_id = self._named(settings.eos)
         own = () if self.eos_token_id is None else (self.eos_token_id,)

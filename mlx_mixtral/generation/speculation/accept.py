@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -32,7 +33,7 @@ class VerifiedTokens:
         return [array for array in held if array is not None]
 
 
-def verify(sampler: Sampler, logits: mx.array, proposal: Proposal) -> VerifiedTokens:
+def verify(sampler: Sampler, logits: mx.array, proposal: Proposal, allowed: mx.array | None = None) -> VerifiedTokens:
     """Judge a proposal of k tokens by the logits ``[k + 1, V]`` of the token before them and of each of them.
 
     Let p be the distribution at a position (after penalties, temperature and truncation, the tokens proposed before it taken
@@ -43,8 +44,12 @@ def verify(sampler: Sampler, logits: mx.array, proposal: Proposal) -> VerifiedTo
     Where nothing was drawn (lookup, a greedy draft) q is 1 at x, x stays with probability p(x), and the residual is p without
     x. To draw y from p and to accept x if y = x is the same, and uses the very draw that plain decoding makes: the text is
     then not only as likely as without speculation, it is the same text for the same seed. Greedy is a case of it.
+
+    ``allowed [k + 1, V]`` boolean is what a constraint lets come at each position: p is 0 elsewhere.
     """
     adjusted = sampler.adjusted(logits, proposal.tokens)
+    if allowed is not None:
+        adjusted = mx.where(allowed, adjusted, -math.inf)
     if proposal.log_probabilities is None or sampler.params.is_greedy:
         tokens = sampler.draw(adjusted)
         stays = tokens[:-1] == proposal.tokens

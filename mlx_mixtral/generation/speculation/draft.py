@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_mixtral.constraints.base import Constraint
+from mlx_mixtral.generation.constrained import next_mask
 from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.prefill import last_hidden
 from mlx_mixtral.generation.sampling import Sampler
@@ -37,12 +41,15 @@ class DraftProposer:
         """None once the draft's context is full."""
         return Guess(0) if len(self._tokens) + self._max_proposed <= self._max_tokens else None
 
-    def propose(self, count: int, sampler: Sampler) -> Proposal:
+    def propose(self, count: int, sampler: Sampler, constraint: Constraint | None = None) -> Proposal:
         sampler = sampler.fork()
+        ahead = None if constraint is None else constraint.fork()
         logits = self._catch_up()
         tokens, log_q = [], []
         while True:
             adjusted = sampler.adjusted(logits)
+            if ahead is not None:
+                adjusted = mx.where(next_mask(ahead, logits.shape[-1]), adjusted, -math.inf)
             if sampler.params.is_greedy:
                 token = sampler.draw(adjusted)
             else:
@@ -54,6 +61,10 @@ class DraftProposer:
                 return Proposal(mx.concatenate(tokens), mx.concatenate(log_q) if log_q else None)
             # Begins now, while Python prepares the next step.
             mx.async_eval(token)
+            if ahead is not None:
+                # Where another token would take its place, or none follows, it does not matter what is proposed after it.
+                proposed = int(np.asarray(token)[0])
+                ahead = ahead if ahead.accept(proposed) == proposed and not ahead.is_complete else None
             sampler.record(token)
             logits = self._context.step(token[None], self.cache)[:, -1]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 
+from mlx_mixtral.constraints.base import Constraint
 from mlx_mixtral.generation.sampling import Sampler
 from mlx_mixtral.generation.speculation.proposal import Guess, Proposal
 
@@ -70,7 +71,7 @@ class LookupProposer:
         """The length of the match says how far to trust it."""
         return Guess(self._index.match, self._index.continuation(1)[0]) if self._index.match else None
 
-    def propose(self, count: int, sampler: Sampler) -> Proposal:
+    def propose(self, count: int, sampler: Sampler, constraint: Constraint | None = None) -> Proposal:
         return Proposal(mx.array(self._index.continuation(count), mx.int32))
 
     def take(self, tokens: Sequence[int], accepted: int = 0) -> None:

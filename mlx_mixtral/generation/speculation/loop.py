@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Generator
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.constraints.base import Constraint, mask_words, masks_along
+from mlx_mixtral.generation.constrained import allowed_tokens, next_mask, settled
 from mlx_mixtral.generation.context import DecodeContext
-from mlx_mixtral.generation.loop import first_token, read_token
+from mlx_mixtral.generation.loop import first_logits, read_token
 from mlx_mixtral.generation.meter import Meter
 from mlx_mixtral.generation.request import Request
-from mlx_mixtral.generation.sampling import Sampled, Sampler
+from mlx_mixtral.generation.sampling import Sampled
 from mlx_mixtral.generation.speculation.accept import VerifiedTokens, verify
 from mlx_mixtral.generation.speculation.economics import Economics
-from mlx_mixtral.generation.speculation.proposal import Guess, Proposer
+from mlx_mixtral.generation.speculation.proposal import Guess, Proposal, Proposer
 from mlx_mixtral.generation.stats import SpeculationStats, Token
 
 __all__ = ["speculate"]
@@ -44,22 +48,24 @@ def speculate(
         economics: proposes no more at once than a window of the cache can take back.
     """
     meter, done, max_tokens = Meter(context.model, request, cache.length), 0, request.max_tokens
-    rounds = _Rounds(context, request.sampler, cache, proposer, economics)
+    rounds = _Rounds(context, request, cache, proposer, economics)
     request.stats.speculation = rounds.stats
     try:
-        ahead = first_token(context, request, cache)
+        ahead = rounds.drawn(first_logits(context, request, cache))
         while True:
             guess, proposed = rounds.choose(max_tokens - done - 1)
             following = None
-            # What waits for experts, or for a function that wants this token, gains nothing by starting early.
-            waits = context.model.is_streamed or request.sampler.reads_tokens
+            # What waits for experts, or for who wants this token first, gains nothing by starting early.
+            waits = context.model.is_streamed or request.sampler.reads_tokens or request.constraint is not None
             if done + 1 < max_tokens and not proposed and not waits:
-                following = rounds.plain(ahead.token)
-            last = read_token(ahead)
+                following = rounds.plain(ahead.sampled.token)
+            last = rounds.read(ahead)
             rounds.take_plain(last.token_id, guess, is_first=done == 0)
             done += 1
             meter.count(done)
             yield last
+            if last.end is not None:
+                return
             rounds.resume()
             while following is None and done < max_tokens:
                 guess, proposed = rounds.choose(max_tokens - done)
@@ -70,6 +76,8 @@ def speculate(
                     done, last = done + 1, token
                     meter.count(done)
                     yield token
+                if last.end is not None:
+                    return
                 rounds.resume()
             if following is None:
                 return
@@ -80,14 +88,23 @@ def speculate(
             cache.trim(excess)
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A token of a plain step, and the logits ``[1, V]`` it was drawn from."""
+
+    logits: mx.array
+    sampled: Sampled
+
+
 class _Rounds:
     """Plain steps and rounds of one generation, and their bookkeeping."""
 
     def __init__(
-        self, context: DecodeContext, sampler: Sampler, cache: KVCache, proposer: Proposer, economics: Economics
+        self, context: DecodeContext, request: Request, cache: KVCache, proposer: Proposer, economics: Economics
     ) -> None:
         self._compute, self._stream = context.step, context.stream
-        self._sampler, self._cache, self._proposer, self._economics = sampler, cache, proposer, economics
+        self._sampler, self._constraint = request.sampler, request.constraint
+        self._cache, self._proposer, self._economics = cache, proposer, economics
         self.stats = SpeculationStats()
         self._resumed = time.perf_counter()
 
@@ -101,12 +118,27 @@ class _Rounds:
         # A round gives one token more than it proposes.
         return guess, 0 if guess is None or left < 2 else self._economics.choose(guess.kind, left - 1)
 
-    def plain(self, token: mx.array) -> Sampled:
+    def plain(self, token: mx.array) -> _Drawn:
         """Schedule the step after ``token [1]``."""
         with mx.stream(self._stream):
-            sampled = self._sampler(self._compute(token[None], self._cache)[:, -1])
+            logits = self._compute(token[None], self._cache)[:, -1]
+            mx.async_eval(logits)
+        return self.drawn(logits)
+
+    def drawn(self, logits: mx.array) -> _Drawn:
+        """Schedule the token after ``logits [1, V]``; the mask of a constraint is made while they are computed."""
+        allowed = None if self._constraint is None else next_mask(self._constraint, logits.shape[-1])
+        with mx.stream(self._stream):
+            sampled = self._sampler(logits) if allowed is None else self._sampler.drawn(logits, allowed)
             mx.async_eval(sampled.arrays)
-        return sampled
+        return _Drawn(logits, sampled)
+
+    def read(self, drawn: _Drawn) -> Token:
+        """The token, or the one that a constraint puts in its place."""
+        if self._constraint is None:
+            return read_token(drawn.sampled)
+        with mx.stream(self._stream):
+            return settled(self._sampler, self._constraint, drawn.logits, drawn.sampled)
 
     def take_plain(self, token: int, guess: Guess | None, *, is_first: bool) -> None:
         """A step's token was read; ``guess`` is what would have been proposed for it."""
@@ -121,14 +153,17 @@ class _Rounds:
     def run(self, last: int, guess: Guess, count: int) -> list[Token]:
         """Propose ``count`` tokens after ``last``, verify them, and return those that stay and the model's own after them."""
         with mx.stream(self._stream):
-            proposal = self._proposer.propose(count, self._sampler)
+            proposal = self._proposer.propose(count, self._sampler, self._constraint)
             tokens = mx.concatenate([mx.array([last], mx.int32), proposal.tokens])
             logits = self._compute(tokens[None], self._cache, last_only=False)[0]
-            verified = verify(self._sampler, logits, proposal)
+            verified = verify(self._sampler, logits, proposal, self._allowed(logits, proposal))
             mx.eval(verified.arrays)
             accepted = int(np.asarray(verified.accepted))
-            self._cache.trim(count - accepted)
             kept = _read(verified, accepted + 1)
+            if self._constraint is not None:
+                kept = self._settled(self._constraint, kept, logits)
+                accepted = min(accepted, len(kept) - 1)
+            self._cache.trim(count - accepted)
             ids = [token.token_id for token in kept]
             self._sampler.record(mx.array(ids, mx.int32))
             self._proposer.take(ids, accepted)
@@ -137,6 +172,28 @@ class _Rounds:
         self.stats.tokens += len(kept)
         self.stats.proposed += count
         self.stats.accepted += accepted
+        return kept
+
+    def _allowed(self, logits: mx.array, proposal: Proposal) -> mx.array | None:
+        """What a constraint lets come at each of the positions of ``logits [k + 1, V]``, made while they are computed."""
+        if self._constraint is None:
+            return None
+        mx.async_eval(logits)
+        masks = np.zeros((len(logits), mask_words(logits.shape[-1])), np.int32)
+        masks_along(self._constraint, np.asarray(proposal.tokens).tolist(), masks)
+        return allowed_tokens(masks, logits.shape[-1])
+
+    def _settled(self, constraint: Constraint, kept: list[Token], logits: mx.array) -> list[Token]:
+        """``kept`` as far as they stay under ``constraint``, with the token that it puts in the place of the next."""
+        for place, token in enumerate(kept):
+            stays = constraint.accept(token.token_id)
+            if stays != token.token_id:
+                other = mx.array([stays], mx.int32)
+                kept[place] = read_token(self._sampler.chosen(logits[place : place + 1], other))
+            if constraint.is_complete:
+                kept[place] = dataclasses.replace(kept[place], end="length" if constraint.was_cut else "stop")
+            if stays != token.token_id or constraint.is_complete:
+                return kept[: place + 1]
         return kept
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from mlx_mixtral.constraints.base import Constraint
 from mlx_mixtral.generation.sampling import Sampler
 
 __all__ = ["Guess", "Proposal", "Proposer"]
@@ -39,8 +40,12 @@ class Proposer(Protocol):
     def guess(self) -> Guess | None:
         """What ``propose`` would start with now; None when it has nothing to propose."""
 
-    def propose(self, count: int, sampler: Sampler) -> Proposal:
-        """``count`` tokens to follow what was taken so far; ``sampler`` is where the model's own sampling stands."""
+    def propose(self, count: int, sampler: Sampler, constraint: Constraint | None = None) -> Proposal:
+        """``count`` tokens to follow what was taken so far.
+
+        ``sampler`` and ``constraint`` are where the model's own sampling stands; they stay as they are. A token that
+        ``constraint`` does not allow may be proposed and is refused.
+        """
 
     def take(self, tokens: Sequence[int], accepted: int = 0) -> None:
         """The sequence goes on with ``tokens``, of which the first ``accepted`` were proposed just now."""

@@ -3,103 +3,122 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.types import Send
 
+from mlx_mixtral.calls.chat import ChatPrompt
+from mlx_mixtral.calls.definitions import ToolUse, read_tools
+from mlx_mixtral.constraints.specs import ConstraintSpec
+from mlx_mixtral.errors import MixtralError
 from mlx_mixtral.runtime.mixtral import CHAT_SAMPLING
 from mlx_mixtral.server.bodies import read_json_body
-from mlx_mixtral.server.calls.base import ToolUse
-from mlx_mixtral.server.constraining import constraint_for
-from mlx_mixtral.server.conversations import encode_conversation, plain_messages
+from mlx_mixtral.server.constraining import compiled_constraint, wanted_constraint
 from mlx_mixtral.server.endpoints.generating import generate, reply_head
 from mlx_mixtral.server.jobs import RowSpec
 from mlx_mixtral.server.service import Service
+from mlx_mixtral.server.wire.answers import AnswerReader
 from mlx_mixtral.server.wire.chat import CHAT_BODY, ChatReply
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs
 from mlx_mixtral.server.wire.sampling import check_stream, sampling_params, stops
 
-__all__ = ["LONG_CHARACTERS", "chat_completions", "tool_use"]
+__all__ = ["LONG_CHARACTERS", "chat_completions", "chat_prompt", "tools_of"]
 
 LONG_CHARACTERS = 20_000
 """Texts beyond it are tokenized on another thread, so that streams go on meanwhile."""
 
+_PLACE = re.compile(r"(?:[a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*)(?=[: ])")
+
 
 async def chat_completions(service: Service, request: Request, send: Send) -> None:
     """Answer one request. Raises ApiError."""
-    body = CHAT_BODY.read(await read_json_body(request, service.options.max_body_bytes))
-    model = service.served.check_name(body["model"])
+    given = await read_json_body(request, service.options.max_body_bytes)
+    body = CHAT_BODY.read(given)
+    served = service.served
+    model = served.check_name(body["model"])
     check_stream(body)
     if body["top_logprobs"] is not None and not body["logprobs"]:
         raise ApiError.field("top_logprobs", "needs logprobs: true")
     logprobs = (body["top_logprobs"] or 0) if body["logprobs"] else None
-    use = tool_use(body)
+    use = tools_of(given)
     service.admission.check(body["n"])
-    messages = plain_messages(body["messages"])
-    prepared = service.calls.prepare(messages, use)
-    size = sum(len(message["content"] or "") for message in messages)
-    encode = (service.served.tokenizer, prepared.messages, prepared.tools)
-    tokens = await asyncio.to_thread(encode_conversation, *encode) if size > LONG_CHARACTERS else encode_conversation(*encode)
-    room = service.served.check_room(len(tokens), "messages")
-    constraint = await constraint_for(service, body, prepared.constraint)
-    served = service.served
+    prompt = await chat_prompt(service, given["messages"], use, wanted_constraint(body))
+    room = served.check_room(len(prompt.tokens), "messages")
+    max_tokens = min(body["max_completion_tokens"] or body["max_tokens"] or service.options.max_tokens, room)
+    continues = bool(prompt.begun)
+    constraint = await compiled_constraint(
+        service, prompt.constraint, max_tokens, from_start=prompt.is_whole_answer and not continues
+    )
     end = served.tokenizer.end_of_turn_text
-    continues = body["messages"][-1]["role"] == "assistant"
     rows = [
         RowSpec(
-            tokens,
-            min(body["max_completion_tokens"] or body["max_tokens"] or service.options.max_tokens, room),
+            prompt.tokens,
+            max_tokens,
             sampling_params(
                 body, row, temperature=CHAT_SAMPLING.temperature, top_p=CHAT_SAMPLING.top_p, logprobs=logprobs
             ),
-            [*([end] if end else []), *stops(body), *prepared.stop],
+            [*([end] if end else []), *stops(body)],
             served.check_ids(body["stop_token_ids"], "stop_token_ids"),
             is_answer=not continues,
             constraint=constraint,
         )
         for row in range(body["n"])
     ]
-    for token in rows[0].sampling.logit_bias or ():
-        served.check_ids([token], "logit_bias")
-    is_told = bool(body["stream"] and (body["stream_options"] or {}).get("include_usage"))
+    served.check_ids(list(rows[0].sampling.logit_bias or ()), "logit_bias")
+    ends = served.eos_token_ids | {*body["stop_token_ids"]}
     reply = ChatReply(
         reply_head(service, "chatcmpl", model),
-        [service.calls.reader(use) for _ in rows],
+        [AnswerReader(prompt.parser(), is_legacy=use.is_legacy) for _ in rows],
         [
-            None
-            if logprobs is None
-            else AnswerLogprobs(
-                served.tokenizer, served.eos_token_ids | {*body["stop_token_ids"]}, logprobs, continues=continues
-            )
+            None if logprobs is None else AnswerLogprobs(served.tokenizer, ends, logprobs, continues=continues)
             for _ in rows
         ],
-        has_usage=is_told,
+        has_usage=bool(body["stream"] and (body["stream_options"] or {}).get("include_usage")),
+        warnings=() if constraint is None else constraint.warnings,
     )
-    await generate(service, request, send, rows, reply, prompts=[len(tokens)], is_stream=body["stream"])
+    await generate(service, request, send, rows, reply, prompts=[len(prompt.tokens)], is_stream=body["stream"])
 
 
-def tool_use(body: Mapping[str, Any]) -> ToolUse:
-    """What a body says of tools.
+def tools_of(body: Mapping[str, Any]) -> ToolUse:
+    """What a body says of tools. Raises ApiError 400."""
+    try:
+        return read_tools(
+            body.get("tools"),
+            body.get("tool_choice"),
+            body.get("parallel_tool_calls"),
+            functions=body.get("functions"),
+            function_call=body.get("function_call"),
+        )
+    except MixtralError as error:
+        raise placed(error, "tools") from None
+
+
+async def chat_prompt(
+    service: Service, messages: Sequence[Mapping[str, Any]], use: ToolUse, answer: ConstraintSpec | None = None
+) -> ChatPrompt:
+    """What the answer to ``messages`` is generated from.
 
     Raises:
-        ApiError: 400: a choice of what is not there.
+        ApiError: 400, with the message it is about.
     """
-    tools, given = body["tools"], body["tool_choice"]
-    names = [tool["function"]["name"] for tool in tools]
-    choice: str | tuple[str, str] = given if isinstance(given, str) else "auto"
-    if isinstance(given, dict):
-        name = (given["function"] or {}).get("name") or given["name"]
-        if given["type"] in ("function", "tool"):
-            if name not in names:
-                raise ApiError.field("tool_choice", f"names {name!r}, which is not among tools ({', '.join(names) or 'none'})")
-            choice = ("function", name)
-        else:
-            choice = given["type"]
-    if choice == "any":
-        choice = "required"
-    if choice == "required" and not tools:
-        raise ApiError.field("tool_choice", "is required, and there are no tools; give some")
-    return ToolUse(tools, choice, body["parallel_tool_calls"])
+    size = len(str(messages))
+    try:
+        if size > LONG_CHARACTERS:
+            return await asyncio.to_thread(service.chat.prompt, messages, use, answer)
+        return service.chat.prompt(messages, use, answer)
+    except MixtralError as error:
+        raise placed(error, "messages") from None
+
+
+def placed(error: MixtralError, usual: str) -> ApiError:
+    """An error of the library whose message may begin with the field it is about."""
+    found = _PLACE.match(str(error))
+    known = found is not None and found.group().partition("[")[0].partition(".")[0] in _FIELDS
+    return ApiError(400, str(error), found.group() if found is not None and known else usual, code="invalid_value")
+
+
+_FIELDS = {field.name for field in CHAT_BODY.fields}

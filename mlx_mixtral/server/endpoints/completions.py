@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from mlx_mixtral.server.bodies import read_json_body
-from mlx_mixtral.server.constraining import constraint_for
+from mlx_mixtral.server.constraining import compiled_constraint, wanted_constraint
 from mlx_mixtral.server.endpoints.chat import LONG_CHARACTERS
 from mlx_mixtral.server.endpoints.generating import generate, reply_head
 from mlx_mixtral.server.jobs import RowSpec, Scoring
@@ -33,12 +33,17 @@ async def completions(service: Service, request: Request, send: Send) -> None:
     check_stream(body)
     max_tokens = DEFAULT_MAX_TOKENS if body["max_tokens"] is None else body["max_tokens"]
     if not max_tokens and not body["echo"]:
-        raise ApiError.field("max_tokens", "is 0, and without echo there is nothing to give back; it must be at least 1")
+        raise ApiError.field(
+            "max_tokens", "is 0, and without echo there is nothing to give back; it must be at least 1"
+        )
     given = _prompts(body["prompt"])
     service.admission.check(len(given) * body["n"] if max_tokens else 1)
-    prompts = [await _encode(service, prompt, _place(body["prompt"], index), body) for index, prompt in enumerate(given)]
+    prompts = [
+        await _encode(service, prompt, _place(body["prompt"], index), body) for index, prompt in enumerate(given)
+    ]
     rooms = [served.check_room(len(prompt.tokens), _place(body["prompt"], n)) for n, prompt in enumerate(prompts)]
-    constraint = await constraint_for(service, body)
+    most = min([max_tokens, *rooms])
+    constraint = await compiled_constraint(service, wanted_constraint(body), most, from_start=False)
     rows = [
         RowSpec(
             prompt.tokens,

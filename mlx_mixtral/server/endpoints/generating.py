@@ -16,7 +16,6 @@ from mlx_mixtral.server.log import RequestNotes
 from mlx_mixtral.server.protocol import abort_connection
 from mlx_mixtral.server.replies import send_events, send_json, watching
 from mlx_mixtral.server.service import Service
-from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.sse import COMMENT, DONE, data_event
 
 __all__ = ["Reply", "generate", "reply_head", "usage_of"]

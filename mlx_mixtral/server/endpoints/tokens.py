@@ -9,8 +9,7 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from mlx_mixtral.server.bodies import read_json_body
-from mlx_mixtral.server.calls.base import ToolUse
-from mlx_mixtral.server.conversations import encode_conversation, plain_messages
+from mlx_mixtral.server.endpoints.chat import chat_prompt, tools_of
 from mlx_mixtral.server.replies import send_json
 from mlx_mixtral.server.service import Service
 from mlx_mixtral.server.wire.errors import ApiError
@@ -21,11 +20,15 @@ __all__ = ["detokenize", "tokenize", "tokenizer_info"]
 
 async def tokenize(service: Service, request: Request, send: Send) -> None:
     """Token ids of a text or a conversation, and how many there are. Raises ApiError."""
-    body = TOKENIZE_BODY.read(await read_json_body(request, service.options.max_body_bytes))
+    given = await read_json_body(request, service.options.max_body_bytes)
+    body = TOKENIZE_BODY.read(given)
     service.served.check_name(body["model"])
     if (body["prompt"] is None) == (body["messages"] is None):
         raise ApiError(400, "give either prompt or messages", "prompt")
-    tokens = await asyncio.to_thread(_tokens, service, body)
+    if body["messages"] is not None:
+        tokens = (await chat_prompt(service, given["messages"], tools_of(given))).tokens
+    else:
+        tokens = await asyncio.to_thread(_tokens, service, body)
     reply: dict[str, Any] = {
         "count": len(tokens),
         "max_model_len": service.served.context_tokens,
@@ -72,9 +75,4 @@ async def tokenizer_info(service: Service, request: Request, send: Send) -> None
 
 
 def _tokens(service: Service, body: dict[str, Any]) -> list[int]:
-    if body["prompt"] is not None:
-        return service.served.encode(
-            body["prompt"], "prompt", special=body["special"], bos=body["add_special_tokens"]
-        )
-    prepared = service.calls.prepare(plain_messages(body["messages"]), ToolUse(body["tools"]))
-    return encode_conversation(service.served.tokenizer, prepared.messages, prepared.tools)
+    return service.served.encode(body["prompt"], "prompt", special=body["special"], bos=body["add_special_tokens"])

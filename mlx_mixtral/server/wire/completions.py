@@ -31,13 +31,14 @@ COMPLETION_BODY = BodyTable((
     BodyField("max_tokens", Integer(0), "Most tokens to generate; 0, with echo, only scores the prompt."),
     *SAMPLING_FIELDS,
     BodyField("logprobs", Integer(0, MAX_TOP_LOGPROBS), "Log-probabilities of tokens and of so many likeliest ones."),
-    BodyField("echo", Flag(), "Give the prompt back before its continuation, with log-probabilities if they are wanted.", False),
+    BodyField("echo", Flag(), "Give the prompt back before its continuation, scored where logprobs are wanted.", False),
     BodyField("special", Flag(), "Control tokens that the text spells become these tokens.", True),
     *STREAM_FIELDS,
     *STRUCTURE_FIELDS,
     BodyField("best_of", None, "Choosing among several.", off=(1,), instead="use n for several answers, and choose yourself"),
     BodyField("suffix", None, "Text after the gap.", off=("",), instead="this model has not learned to fill in: leave it out"),
 ), "CompletionRequest")  # fmt: skip
+
 
 @dataclass
 class EchoedPrompt:
@@ -100,7 +101,9 @@ class CompletionReply:
             self._early.append(event)
             return []
         echoed = self._scored[event.index]
-        echoed.entries = prompt_entries(self._tokenizer, echoed.tokens, event.scores, keeps_first_space=not echoed.drops_first_space)
+        echoed.entries = prompt_entries(
+            self._tokenizer, echoed.tokens, event.scores, keeps_first_space=not echoed.drops_first_space
+        )
         self._unscored -= 1
         if self._unscored:
             return []

@@ -57,7 +57,9 @@ class BodyTable(Kind):
         """
         if not isinstance(value, dict):
             if not param:
-                raise ApiError(400, f"the body is a JSON {_json_name(value)}; it must be an object", code="invalid_value")
+                raise ApiError(
+                    400, f"the body is a JSON {_json_name(value)}; it must be an object", code="invalid_value"
+                )
             raise refuse(value, param, self.words)
         return {field.name: self._field(field, value, param) for field in self.fields}
 

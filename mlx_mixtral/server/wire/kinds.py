@@ -175,7 +175,9 @@ class ListOf(Kind):
 
     @property
     def words(self) -> str:
-        count = f" of {self.least} to {self.most}" if self.most is not None else " that is not empty, of" * bool(self.least)
+        count = (
+            f" of {self.least} to {self.most}" if self.most is not None else " that is not empty, of" * bool(self.least)
+        )
         return f"a list{count or ' of'} {_many(self.item.words)}".replace("to 1 ", "to 1, each ")
 
 
@@ -266,7 +268,12 @@ def _range(least: float | None, most: float | None) -> str:
 
 def _many(words: str) -> str:
     """Several of what ``words`` says of one."""
-    for one, many in (("an integer", "integers"), ("a number", "numbers"), ("a string", "strings"), ("an object", "objects")):
+    for one, many in (
+        ("an integer", "integers"),
+        ("a number", "numbers"),
+        ("a string", "strings"),
+        ("an object", "objects"),
+    ):
         if words.startswith(one):
             return many + words.removeprefix(one)
     return f"values that are {words}"

@@ -100,7 +100,8 @@ class AnswerLogprobs:
 
     def _entry(self, chunk: Chunk) -> LogprobEntry:
         top = tuple(
-            LogprobEntry(*self._speller.spell(token), _finite(value)) for token, value in chunk.top_logprobs[: self._top]
+            LogprobEntry(*self._speller.spell(token), _finite(value))
+            for token, value in chunk.top_logprobs[: self._top]
         )
         return LogprobEntry(*self._speller.add(chunk.token_id), _finite(chunk.logprob), top)
 

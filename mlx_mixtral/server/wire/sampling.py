@@ -30,7 +30,9 @@ SAMPLING_FIELDS = (
     BodyField("repetition_penalty", Number(above=0, most=100), "Divides the logits of earlier tokens; 1 is off.", 1.0),
     BodyField("presence_penalty", Number(-2, 2), "Lowers the logits of tokens that were generated.", 0.0),
     BodyField("frequency_penalty", Number(-2, 2), "The same for each time a token was generated.", 0.0),
-    BodyField("logit_bias", MapOf(Number(-100, 100), MAX_BIASES), "Added to the logits of token ids, which are the keys."),
+    BodyField(
+        "logit_bias", MapOf(Number(-100, 100), MAX_BIASES), "Added to the logits of token ids, which are the keys."
+    ),
     BodyField(
         "seed",
         Integer(-(2 ** (SEED_BITS - 1)), 2**SEED_BITS - 1),
@@ -42,7 +44,9 @@ SAMPLING_FIELDS = (
         "Text that ends the answer and is not part of it.",
         [],
     ),
-    BodyField("stop_token_ids", ListOf(Integer(0), most=MAX_STOPS), "Token ids that end it, beside the model's own.", []),
+    BodyField(
+        "stop_token_ids", ListOf(Integer(0), most=MAX_STOPS), "Token ids that end it, beside the model's own.", []
+    ),
     BodyField("n", Integer(1, MAX_CHOICES), "How many answers; the prompt is computed once.", 1),
 )
 

@@ -4,13 +4,14 @@ and choices."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, ListOf, Text
 
-__all__ = ["STRUCTURE_FIELDS", "wanted_structure"]
+__all__ = ["STRUCTURE_FIELDS", "WantedStructure", "wanted_structure"]
 
 _SCHEMA = Either((Anything(is_object=True), Flag(), Text(1)))
 
@@ -46,40 +47,56 @@ STRUCTURE_FIELDS = (
 )  # fmt: skip
 
 
-def wanted_structure(body: Mapping[str, Any]) -> tuple[str, Any, bool] | None:
-    """What a body with ``STRUCTURE_FIELDS`` asks for: kind, definition and whether it is strict; None for any text.
+@dataclass(frozen=True)
+class WantedStructure:
+    """What an answer has to be.
+
+    Args:
+        param: the field that says so.
+        kind: "json", "json_object", "regex", "choice" or "grammar".
+        definition: as it was given; None for "json_object".
+        is_strict: whether a schema that cannot be kept to the letter is refused.
+    """
+
+    param: str
+    kind: str
+    definition: Any = None
+    is_strict: bool = False
+
+
+def wanted_structure(body: Mapping[str, Any]) -> WantedStructure | None:
+    """What a body with ``STRUCTURE_FIELDS`` asks for; None for any text.
 
     Raises:
         ApiError: 400: several at once, or no schema.
     """
-    asked = [found for found in (_response_format(body["response_format"]), *_guided(body)) if found is not None]
+    asked = [*_response_format(body["response_format"]), *_guided(body)]
     if len(asked) > 1:
+        first, second = asked[:2]
         raise ApiError(
-            400, f"{asked[0][0]} and {asked[1][0]} say both what the answer is; give one of them", asked[1][0]
+            400, f"{first.param} and {second.param} say both what the answer is; give one of them", second.param
         )
-    return asked[0][1:] if asked else None
+    return asked[0] if asked else None
 
 
-def _response_format(given: Mapping[str, Any] | None) -> tuple[str, str, Any, bool] | None:
+def _response_format(given: Mapping[str, Any] | None) -> list[WantedStructure]:
     if given is None or given["type"] == "text":
-        return None
+        return []
     if given["type"] == "json_object":
-        return "response_format", "json_object", None, False
-    schema = (given["json_schema"] or {}).get("schema")
-    if schema is None:
-        place = "response_format.json_schema.schema"
+        return [WantedStructure("response_format", "json_object")]
+    described = given["json_schema"] or {}
+    place = "response_format.json_schema.schema"
+    if described.get("schema") is None:
         raise ApiError(400, f"{place} is missing; give a JSON schema", place)
-    return "response_format", "json", schema, given["json_schema"]["strict"]
+    return [WantedStructure(place, "json", described["schema"], described["strict"])]
 
 
-def _guided(body: Mapping[str, Any]) -> list[tuple[str, str, Any, bool] | None]:
-    found: list[tuple[str, str, Any, bool] | None] = []
+def _guided(body: Mapping[str, Any]) -> list[WantedStructure]:
+    newer = body["structured_outputs"] or {}
+    found = []
     for kind in ("json", "regex", "choice", "grammar"):
-        for place, value in (
-            (f"guided_{kind}", body[f"guided_{kind}"]),
-            (f"structured_outputs.{kind}", (body["structured_outputs"] or {}).get(kind)),
-        ):
-            found.append(None if value is None else (place, kind, value, False))
-    if (body["structured_outputs"] or {}).get("json_object"):
-        found.append(("structured_outputs.json_object", "json_object", None, False))
+        given = {f"guided_{kind}": body[f"guided_{kind}"], f"structured_outputs.{kind}": newer.get(kind)}
+        found += [WantedStructure(param, kind, value) for param, value in given.items() if value is not None]
+    if newer.get("json_object"):
+        found.append(WantedStructure("structured_outputs.json_object", "json_object"))
     return found

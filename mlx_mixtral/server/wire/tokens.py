@@ -12,7 +12,7 @@ TOKENIZE_BODY = BodyTable((
     BodyField("model", Text(), "Its name or an alias."),
     BodyField("prompt", Text(), "Text; or messages."),
     BodyField("messages", ListOf(MESSAGE, 1), "A conversation, written in the chat format."),
-    BodyField("tools", ListOf(TOOL, most=128), "Functions that are told with messages.", []),
+    BodyField("tools", ListOf(TOOL, most=128), "Functions that are told with messages."),
     BodyField("add_special_tokens", Flag(), "Put BOS before a text.", True),
     BodyField("special", Flag(), "Control tokens that the text spells become these tokens.", True),
     BodyField("return_token_strs", Flag(), "The vocabulary's spelling of each token.", False),

@@ -82,8 +82,8 @@ def check_order(messages: Sequence[Message], *, tools_known: bool) -> None:
                     index,
                     f"{abs(unanswered)} tool results too {'few' if unanswered > 0 else 'many'} before this message",
                 )
-            if bool(message.get("content")) == bool(calls):
-                fail(index, "an assistant message needs either content or tool_calls, not both and not neither")
+            if not message.get("content") and not calls:
+                fail(index, "an assistant message needs content or tool_calls")
             unanswered = len(_check_calls(index, calls)) if calls else 0
         elif role == "tool":
             unanswered -= 1

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_mixtral.errors import ChatTemplateError
 from mlx_mixtral.tokenizer.base import Message, Tokenizer
-from mlx_mixtral.tokenizer.chat.messages import check_messages, check_order, check_tools, fail
+from mlx_mixtral.tokenizer.chat.messages import check_messages, check_order, check_tools
 
 __all__ = ["MistralV1", "MistralV3", "NoChat"]
 
@@ -40,10 +40,12 @@ class _Native(ABC):
         """EOS ends an answer."""
         return tokenizer.eos_token_id
 
-    def render(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    def render(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None
+    ) -> str:
         """`<s> [INST] Hi [/INST]`."""
         text = ""
-        for hidden, run in groupby(self.encode(tokenizer, messages, None), lambda i: tokenizer.surface(i) is None):
+        for hidden, run in groupby(self.encode(tokenizer, messages, tools), lambda i: tokenizer.surface(i) is None):
             ids = list(run)
             text += "".join(map(tokenizer.id_to_piece, ids)) if hidden else tokenizer.decode(ids, continues=True)
         return text
@@ -104,7 +106,7 @@ class MistralV3(_Native):
                     text = f"{system}{_BLANK_LINE}{text}" if system else text
                 ids += _between(tokenizer, "[INST]", text, "[/INST]")
             elif role == "assistant":
-                ids += [*self._answer(tokenizer, turn, messages), _eos(tokenizer)]
+                ids += [*self._answer(tokenizer, turn), _eos(tokenizer)]
             else:
                 for message in turn:
                     result = {"content": _json(message["content"]), "call_id": message["tool_call_id"]}
@@ -116,19 +118,18 @@ class MistralV3(_Native):
             return []
         return _between(tokenizer, "[AVAILABLE_TOOLS]", _dumps(check_tools(tools)), "[/AVAILABLE_TOOLS]")
 
-    def _answer(self, tokenizer: Tokenizer, turn: Sequence[Message], messages: Sequence[Message]) -> list[int]:
+    def _answer(self, tokenizer: Tokenizer, turn: Sequence[Message]) -> list[int]:
+        """Text, then calls. Mistral's own v3 has one or the other; both stand in this order from its v7 on."""
         calls = [call for message in turn for call in message.get("tool_calls") or ()]
-        text = _joined(turn)
-        if calls and text:
-            index = next(i for i, message in enumerate(messages) if message is turn[-1])
-            fail(index, "consecutive assistant messages are one turn, which has either content or tool_calls, not both")
+        text = _joined(turn).rstrip(" ")
+        ids = tokenizer.encode(text, bos=False) if text or not calls else []
         if not calls:
-            return tokenizer.encode(text.rstrip(" "), bos=False)
+            return ids
         written = [
             {"name": call["function"]["name"], "arguments": _json(call["function"].get("arguments")), "id": call["id"]}
             for call in calls
         ]
-        return [_marker(tokenizer, "[TOOL_CALLS]"), *tokenizer.encode(_dumps(written), bos=False)]
+        return [*ids, _marker(tokenizer, "[TOOL_CALLS]"), *tokenizer.encode(_dumps(written), bos=False)]
 
 
 def _turns(messages: Sequence[Message]) -> tuple[str, list[tuple[str, list[Message]]]]:

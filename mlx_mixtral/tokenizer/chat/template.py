@@ -72,9 +72,11 @@ class JinjaChat:
     def source(self) -> str:
         return self._default()
 
-    def render(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    def render(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None
+    ) -> str:
         """What the template makes of the messages."""
-        render, given = self._prepared(tokenizer, messages, None)
+        render, given = self._prepared(tokenizer, messages, tools)
         return render(given)
 
     def end_of_turn(self, tokenizer: Tokenizer) -> int | str | None:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral import GenerationStats, SamplingParams
+from mlx_mixtral.constraints.base import Constraint
 from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.loop import decode
 from mlx_mixtral.generation.request import Request
@@ -96,7 +97,7 @@ class Told:
     def guess(self) -> Guess | None:
         return Guess(0)
 
-    def propose(self, count: int, sampler: Sampler) -> Proposal:
+    def propose(self, count: int, sampler: Sampler, constraint: Constraint | None = None) -> Proposal:
         tokens = []
         for at in range(self._done, self._done + count):
             right = at < len(self._truth) and self._random.random() < self._right

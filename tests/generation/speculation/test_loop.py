@@ -229,9 +229,9 @@ class Switching(Told):
         super().__init__(truth, 0.0, VOCAB)
         self._turn = turn
 
-    def propose(self, count: int, sampler: Sampler) -> Any:
+    def propose(self, count: int, sampler: Sampler, constraint: Any = None) -> Any:
         self._right = float(self._done >= self._turn)
-        return super().propose(count, sampler)
+        return super().propose(count, sampler, constraint)
 
     def guess(self) -> Guess | None:
         at = self._done

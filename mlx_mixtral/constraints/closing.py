@@ -1,0 +1,165 @@
+"""The way to the end: tokens that make a text whole from where it is, found by trying what closes.
+
+The search is greedy. It need not find the shortest way, only a way: a token stays where one is known behind it that fits what
+is left of ``max_tokens``. Of a way that is too long for that, other steps are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_mixtral.constraints.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+__all__ = ["MAX_WAY_TOKENS", "Closing"]
+
+MAX_WAY_TOKENS = 4096
+# Ends of the way known before that are tried after a token: it may be part of what is closed next, or close some of it.
+MAX_ENDS = 4
+MAX_LAST = 32
+"""Tokens tried as the last one at each step, where nothing is known of the grammar."""
+MAX_BRANCHES = 8
+"""Other steps tried at each place of a way that is too long."""
+
+Way = list[int]
+
+
+class Closing:
+    """Finds ways to the end of a grammar's texts.
+
+    Args:
+        is_json: closing quotes and brackets are what ends them.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, is_json: bool) -> None:
+        self._vocabulary, self._is_json = vocabulary, is_json
+        self._masks_left = 0
+
+    def find(self, matcher: LLMatcher, max_tokens: int, before: Way | None = None) -> Way | None:
+        """Tokens after which the text may end, at most ``max_tokens``; None where no way was found.
+
+        Args:
+            before: a way from the place one token earlier.
+        """
+        limit = min(max_tokens, MAX_WAY_TOKENS)
+        ends = [] if before is None else [before[start:] for start in range(min(MAX_ENDS, len(before)))]
+        for is_fair in (False, True) if self._is_json else (True,):
+            way = self._follow(matcher, limit, ends, is_fair)
+            if way is not None:
+                return way
+        return None
+
+    def shorten(self, matcher: LLMatcher, way: Way, max_tokens: int, max_masks: int) -> Way:
+        """``way``, or a shorter one among its neighbours, until it has at most ``max_tokens``.
+
+        Args:
+            max_masks: masks computed for it, some 20 microseconds each.
+        """
+        self._masks_left = max_masks
+        place = 0
+        while place < len(way) and len(way) > max_tokens and self._masks_left > 0:
+            at = matcher.deep_copy()
+            at.consume_tokens(way[:place])
+            for token in self._branches(at, way[place]):
+                tried = at.deep_copy()
+                tried.consume_token(token)
+                rest = self._follow(tried, len(way) - place - 2, [], is_fair=not self._is_json)
+                if rest is not None:
+                    way = [*way[:place], token, *rest]
+                if self._masks_left <= 0:
+                    break
+            place += 1
+        return way
+
+    def leads(self, matcher: LLMatcher, tokens: Sequence[int]) -> bool:
+        """Whether the text may end after ``tokens``."""
+        checked = [*tokens, self._vocabulary.end_token]
+        return matcher.validate_tokens(checked) == len(checked)
+
+    def _follow(self, matcher: LLMatcher, limit: int, ends: list[Way], is_fair: bool) -> Way | None:
+        """The way of always taking the likeliest step; the first of ``ends`` that leads on is taken with it."""
+        at = matcher.deep_copy()
+        way: Way = []
+        used = np.zeros(256, np.int64)
+        while True:
+            if at.is_accepting():
+                return way
+            for end in ends:
+                if self.leads(at, end):
+                    whole = [*way, *end]
+                    return whole if len(whole) <= limit else None
+            if len(way) >= limit:
+                return None
+            token = self._step(at, used, is_fair)
+            if token is None or not at.consume_token(token):
+                return None
+            used[self._vocabulary.first_bytes[token]] += 1
+            way.append(token)
+
+    def allowed(self, matcher: LLMatcher) -> npt.NDArray[np.intp]:
+        """Ids of tokens with text that may come next."""
+        self._masks_left -= 1
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        is_text = self._vocabulary.is_text
+        return np.flatnonzero(bits[: len(is_text)] & is_text)
+
+    def _step(self, matcher: LLMatcher, used: npt.NDArray[np.int64], is_fair: bool) -> int | None:
+        ids = self.allowed(matcher)
+        if not ids.size:
+            return None
+        known = self._vocabulary
+        if is_fair:
+            for last in self._shortest_of_each_byte(ids):
+                if self.leads(matcher, [last]):
+                    return last
+            # What was used least leads out of every loop in the end; long tokens lead to the end of what is long.
+            rank = used[known.first_bytes[ids]] * 1000 - known.lengths[ids]
+        else:
+            rank = self._ranks[int(ids.size > known.size // 4)][ids]
+        return int(ids[np.argmin(rank)])
+
+    def _shortest_of_each_byte(self, ids: npt.NDArray[np.intp]) -> list[int]:
+        """Of tokens that begin alike the shortest, for some beginnings."""
+        ids = ids[np.argsort(self._vocabulary.lengths[ids], kind="stable")]
+        _, firsts = np.unique(self._vocabulary.first_bytes[ids], return_index=True)
+        return [int(token) for token in ids[firsts[:MAX_LAST]]]
+
+    def _branches(self, matcher: LLMatcher, taken: int) -> list[int]:
+        """Other tokens than the one taken, the likeliest of each first byte."""
+        ids = self.allowed(matcher)
+        ids = ids[np.argsort(self._ranks[0][ids], kind="stable")]
+        _, firsts = np.unique(self._vocabulary.first_bytes[ids], return_index=True)
+        best = [int(ids[first]) for first in sorted(firsts)]
+        longest = int(ids[np.argmax(self._vocabulary.lengths[ids])]) if ids.size else taken
+        return [token for token in dict.fromkeys([*best[:MAX_BRANCHES], longest]) if token != taken]
+
+    @cached_property
+    def _ranks(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """How soon a token closes JSON, the least first: in most places, and in a string that may not end yet."""
+        tokens = self._vocabulary.tokens
+        ranks = np.array([_closing_rank(data) for data in tokens], np.int64)
+        ends_string = np.array([data.startswith(b'"') for data in tokens]) & (ranks < 0)
+        return ranks, np.where(ends_string, ranks, -self._vocabulary.lengths)
+
+
+def _closing_rank(data: bytes) -> int:
+    """Closing signs, then separators, digits, words and the rest; then what opens more; last what begins with white space."""
+    if data and not data.strip(b'"]}'):
+        return -1_000 * (1 + data.count(b"]") + data.count(b"}")) - len(data)
+    if not data.strip(b'"]}:'):
+        return -len(data)
+    if not data.strip(b'"]}:,'):
+        return 100 - len(data)
+    if data.isdigit():
+        return 200 + len(data) + (data != b"0")
+    if data[:1].isspace():
+        return 9_000
+    opened = data.count(b"[") + 2 * data.count(b"{")
+    return 2_000 + opened * 1_000 + (0 if data.isalpha() else 400) - len(data)
