@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("mlx_mixtral.cli.report.command:report", "Measure a model for its model card: Markdown and plots."),
     "generate": ("mlx_mixtral.cli.generate:generate", "Continue a prompt."),
     "chat": ("mlx_mixtral.cli.chat.command:chat", "Talk with an instruct model."),
+    "serve": ("mlx_mixtral.cli.serve.command:serve", "Serve a model to programs that speak OpenAI's protocol."),
 }
 
 WRONG_CALL = 2  # click's own for options that it does not know

@@ -75,6 +75,7 @@ async def status(service: Service, request: Request, send: Send) -> None:
             "is_draining": admission.is_draining,
             "context_tokens": served.context_tokens,
             "chat_format": served.tokenizer.chat_format,
+            "tool_format": service.chat.name,
             "rows": {"most": options.rows, "running": snapshot.running_rows, "waiting": admission.waiting_rows},
             "queue": {"most": options.queue, "timeout_seconds": options.queue_timeout_s},
             "requests_open": admission.open_jobs,
