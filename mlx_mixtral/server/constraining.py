@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_mixtral.constraints.matching import CompiledConstraint
@@ -14,10 +15,18 @@ from mlx_mixtral.server.service import Service
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.structure import WantedStructure, wanted_structure
 
-__all__ = ["compiled_constraint", "wanted_constraint"]
+__all__ = ["WantedConstraint", "compiled_constraint", "wanted_constraint"]
 
 
-def wanted_constraint(body: Mapping[str, Any]) -> ConstraintSpec | None:
+@dataclass(frozen=True)
+class WantedConstraint:
+    """What an answer has to be, and the field that says so."""
+
+    spec: ConstraintSpec
+    param: str
+
+
+def wanted_constraint(body: Mapping[str, Any]) -> WantedConstraint | None:
     """What a body with ``STRUCTURE_FIELDS`` asks for; None for any text.
 
     Raises:
@@ -27,17 +36,18 @@ def wanted_constraint(body: Mapping[str, Any]) -> ConstraintSpec | None:
     if wanted is None:
         return None
     try:
-        return _spec(wanted)
+        return WantedConstraint(_spec(wanted), wanted.param)
     except MixtralError as error:
         raise ApiError(400, f"{wanted.param}: {error}", wanted.param, code="invalid_value") from None
 
 
 async def compiled_constraint(
-    service: Service, spec: ConstraintSpec | None, max_tokens: int, *, from_start: bool
+    service: Service, spec: ConstraintSpec | None, param: str, max_tokens: int, *, from_start: bool
 ) -> CompiledConstraint | None:
     """``spec``, compiled on one of the grammar threads.
 
     Args:
+        param: the field that says so, for errors.
         max_tokens: of the answer, in which it must be possible to keep it.
         from_start: see ``Compiler.compile``.
 
@@ -57,9 +67,9 @@ async def compiled_constraint(
     except BusyError as error:
         raise ApiError(503, str(error), headers={"retry-after": "5"}) from None
     except MissingDependencyError as error:
-        raise ApiError(501, str(error), "response_format") from None
+        raise ApiError(501, str(error), param) from None
     except MixtralError as error:
-        raise ApiError(400, str(error), "response_format", code="invalid_value") from None
+        raise ApiError(400, f"{param}: {error}", param, code="invalid_value") from None
 
 
 def _spec(wanted: WantedStructure) -> ConstraintSpec:

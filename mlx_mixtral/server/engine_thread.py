@@ -239,7 +239,9 @@ class EngineThread:
 
     def _failed(self, error: Exception) -> None:
         """A step, or loading again, raised: end what is open, and build the engine anew."""
-        logger.error("the engine failed: %s: %s", type(error).__name__, _one_line(error))
+        # Our own errors and MLX's say nothing of a prompt; others might.
+        said = f": {_one_line(error)}" if isinstance(error, MixtralError) or type(error) is RuntimeError else ""
+        logger.error("the engine failed: %s%s", type(error).__name__, said)
         self.failures += 1
         self._failures.append(time.monotonic())
         too_many = len(self._failures) == MAX_FAILURES and self._failures[-1] - self._failures[0] < FAILURE_WINDOW_S

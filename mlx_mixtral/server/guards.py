@@ -79,7 +79,7 @@ class Guards:
         try:
             await self._answer(scope, headers, receive, tell)
         except ClientDisconnect:
-            notes.outcome = "disconnected"
+            notes.outcome = notes.outcome or "disconnected"
         except ApiError as error:
             notes.outcome = error.code or "error"
             await self._tell_error(notes, error, tell)

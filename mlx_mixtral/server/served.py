@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlx_mixtral import __version__
@@ -88,6 +88,12 @@ class ServedModel:
                     f"{param}[{index}]", f"is token id {token}; ids go from 0 to {self.vocab_size - 1}"
                 )
         return list(ids)
+
+    def check_biases(self, biases: Mapping[int, float] | None) -> None:
+        """That ``logit_bias`` names tokens of the vocabulary. Raises ApiError 400."""
+        for token in biases or ():
+            if token >= self.vocab_size:
+                raise ApiError.field(f"logit_bias.{token}", f"is beyond the last token id, {self.vocab_size - 1}")
 
     def check_room(self, prompt_tokens: int, param: str) -> int:
         """Tokens that can be generated after a prompt.

@@ -46,12 +46,14 @@ async def chat_completions(service: Service, request: Request, send: Send) -> No
     logprobs = (body["top_logprobs"] or 0) if body["logprobs"] else None
     use = tools_of(given)
     service.admission.check(body["n"])
-    prompt = await chat_prompt(service, given["messages"], use, wanted_constraint(body))
+    wanted = wanted_constraint(body)
+    prompt = await chat_prompt(service, given["messages"], use, None if wanted is None else wanted.spec)
     room = served.check_room(len(prompt.tokens), "messages")
     max_tokens = min(body["max_completion_tokens"] or body["max_tokens"] or service.options.max_tokens, room)
     continues = bool(prompt.begun)
+    param = "tools" if wanted is None else wanted.param
     constraint = await compiled_constraint(
-        service, prompt.constraint, max_tokens, from_start=prompt.is_whole_answer and not continues
+        service, prompt.constraint, param, max_tokens, from_start=prompt.is_whole_answer and not continues
     )
     end = served.tokenizer.end_of_turn_text
     rows = [
@@ -68,7 +70,7 @@ async def chat_completions(service: Service, request: Request, send: Send) -> No
         )
         for row in range(body["n"])
     ]
-    served.check_ids(list(rows[0].sampling.logit_bias or ()), "logit_bias")
+    served.check_biases(rows[0].sampling.logit_bias)
     ends = served.eos_token_ids | {*body["stop_token_ids"]}
     reply = ChatReply(
         reply_head(service, "chatcmpl", model),

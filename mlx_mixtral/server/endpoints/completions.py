@@ -43,7 +43,10 @@ async def completions(service: Service, request: Request, send: Send) -> None:
     ]
     rooms = [served.check_room(len(prompt.tokens), _place(body["prompt"], n)) for n, prompt in enumerate(prompts)]
     most = min([max_tokens, *rooms])
-    constraint = await compiled_constraint(service, wanted_constraint(body), most, from_start=False)
+    wanted = wanted_constraint(body)
+    constraint = None
+    if wanted is not None:
+        constraint = await compiled_constraint(service, wanted.spec, wanted.param, most, from_start=False)
     rows = [
         RowSpec(
             prompt.tokens,
@@ -56,8 +59,7 @@ async def completions(service: Service, request: Request, send: Send) -> None:
         for prompt, room in zip(prompts, rooms, strict=True)
         for row in range(body["n"] if max_tokens else 0)
     ]
-    for row_spec in rows[:1]:
-        served.check_ids(list(row_spec.sampling.logit_bias or ()), "logit_bias")
+    served.check_biases(rows[0].sampling.logit_bias if rows else None)
     has_logprobs = body["logprobs"] is not None
     ends = served.eos_token_ids | {*body["stop_token_ids"]}
     each = [prompt for prompt in prompts for _ in range(body["n"])]
