@@ -15,6 +15,7 @@
     │   └── ConstraintError          a schema, regex or grammar that is refused, or cannot be kept
     ├── PromptCacheError             a saved prompt that is damaged, of another version, or of another model
     ├── BusyError                    two threads use one model at once
+    ├── QueueTimeoutError            a request waited for its turn for longer than it was to
     ├── ClosedError                  the model was closed
     ├── MemoryBudgetError            the model does not fit the memory it was given
     └── ConversionError              a conversion that cannot start or finish
@@ -45,6 +46,7 @@ __all__ = [
     "MixtralError",
     "NonFiniteWeightsError",
     "PromptCacheError",
+    "QueueTimeoutError",
     "TokenizerError",
     "UnsupportedPlatformError",
 ]
@@ -121,6 +123,10 @@ class PromptCacheError(MixtralError):
 
 class BusyError(MixtralError):
     """The model is already generating on another thread."""
+
+
+class QueueTimeoutError(MixtralError):
+    """A request of a batch waited for its turn for longer than it was to."""
 
 
 class ClosedError(MixtralError):

@@ -116,13 +116,13 @@ class Ours:
 
     def batch(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing | None:
         engine = self.model.engine
-        scheduler = engine.scheduler(len(prompts))
+        scheduler = engine.scheduler(len(prompts), keeps_prompts=False)
         clock = BatchClock(len(prompts))
         for prompt in prompts:
             scheduler.submit(self._request(prompt, tokens + 1))
         with engine.running():
             while not scheduler.is_idle:
-                clock.count(len(scheduler.step()))
+                clock.count(sum(update.token is not None for update in scheduler.step()))
                 if scheduler.running < len(prompts) and clock.timing is None:
                     break  # the memory budget lets some wait
         return clock.timing

@@ -106,17 +106,20 @@ class KVCache:
         keys, queries = mx.arange(self._first_key, total), mx.arange(self.length, total)[None]
         return causal_mask(keys, queries, self.padding, window)
 
-    def chunk(self, rows: int, L: int, frequencies: mx.array | None = None) -> PrefillView | RingPrefillView:
+    def chunk(
+        self, rows: int, L: int, frequencies: mx.array | None = None, ends: tuple[int, ...] | None = None
+    ) -> PrefillView | RingPrefillView:
         """Begin a forward of ``L`` tokens in each of ``rows`` rows; ``advance`` ends it.
 
-        ``frequencies`` are rotary frequencies, where the base alone does not say them.
+        ``frequencies`` are rotary frequencies, where the base alone does not say them; ``ends`` says where rows end that
+        are shorter than others. None may be written over then.
         """
         self.reserve(rows, L)
         if self.window is not None and max(self.length + L, self._written) > self.window.columns:
             return RingPrefillView(self.storage, self.layers, self.window, self.length, L, self.padding, frequencies)
         positions = self.length if self.padding is None else self.length - self.padding
         return PrefillView(
-            self.storage, self.layers, self.length, L, positions, self._first_key, self.mask(L), frequencies
+            self.storage, self.layers, self.length, L, positions, self._first_key, self.mask(L), frequencies, ends
         )
 
     def reserve(self, rows: int, L: int) -> None:
@@ -198,9 +201,39 @@ class KVCache:
         other._written, other._lengths = self.length, None
         return other
 
-    def adopt(self, layers: Sequence[LayerArrays], tokens: int) -> None:
-        """Hold ``layers`` of ``tokens`` tokens, as ``fork`` left them."""
-        self.layers, self.length, self._written, self._lengths = list(layers), tokens, tokens, None
+    def row(self, row: int, tokens: int) -> KVCache:
+        """A cache of its own of the first ``tokens`` tokens of one row: a copy, which is lazy. There is no padding.
+
+        Raises:
+            InvalidRequestError: they are not the row's last ones, and some were overwritten.
+        """
+        assert self.padding is None
+        if tokens != self.length and not self.is_whole:
+            raise InvalidRequestError(f"cannot copy the first {tokens} tokens of a cache whose window is full")
+        other, used = copy.copy(self), min(tokens, self.capacity)
+        layers = [tuple(mx.contiguous(array[row : row + 1, :, :used]) for array in layer) for layer in self.layers]
+        other.adopt(layers, tokens, written=max(self._written, tokens) if tokens == self.length else tokens)
+        return other
+
+    def adopt(self, layers: Sequence[LayerArrays], tokens: int, *, written: int | None = None) -> None:
+        """Hold ``layers`` of ``tokens`` tokens, as ``fork`` left them; of ``written`` some were forgotten."""
+        self.layers, self.length, self._lengths = list(layers), tokens, None
+        self._written = tokens if written is None else written
+
+    @property
+    def written(self) -> int:
+        """The most tokens there were before some were forgotten."""
+        return self._written
+
+    @property
+    def parts(self) -> Sequence[KVCache]:
+        """What a step computes: all rows at once."""
+        return (self,)
+
+    @property
+    def orders(self) -> None:
+        """Rows lie in their own order."""
+        return
 
     @property
     def is_whole(self) -> bool:

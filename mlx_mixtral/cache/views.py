@@ -7,6 +7,8 @@ the same graph serves every step, and is compiled once for a size of the cache.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -14,7 +16,7 @@ import mlx.core as mx
 from mlx_mixtral.cache.storage import Kernel, KVStorage, LayerArrays, joined, written
 from mlx_mixtral.cache.window import Window, causal_mask
 
-__all__ = ["CacheView", "DecodeView", "PrefillView", "RingPrefillView"]
+__all__ = ["CacheView", "DecodeView", "GroupedDecodeView", "PrefillView", "RingPrefillView"]
 
 
 class CacheView(Protocol):
@@ -34,12 +36,17 @@ class CacheView(Protocol):
         """Put rotated keys and values ``[B, KV, L, d]`` into the cache; once a layer, before ``attend``."""
         ...
 
+    @property
+    def ends(self) -> tuple[int, ...] | None:
+        """Which token is the last of each row; None where all rows end with the last one."""
+        ...
+
     def attend(
         self, layer: int, queries: mx.array, scale: float, attention: Kernel, *, last_only: bool = False
     ) -> mx.array:
         """Attention of rotated ``queries [B, H, L, d]`` over all they may see, by ``attention``.
 
-        ``last_only`` gives the last token's.
+        ``last_only`` gives the last token's; ``queries`` may be its alone then.
         """
         ...
 
@@ -50,6 +57,8 @@ class PrefillView:
     Args:
         first: columns before this one are out of every token's sight.
         mask: over the columns from ``first`` on.
+        ends: the last token of each row, where something follows it that only makes rows equally long. There are no sinks or
+            padding then.
     """
 
     def __init__(
@@ -62,8 +71,9 @@ class PrefillView:
         first: int,
         mask: mx.array | str | None,
         frequencies: mx.array | None,
+        ends: tuple[int, ...] | None = None,
     ) -> None:
-        self.positions, self.frequencies = positions, frequencies
+        self.positions, self.frequencies, self.ends = positions, frequencies, ends
         self._storage, self._layers = storage, layers
         self._start, self._end = start, start + length
         self._first, self._mask = first, mask
@@ -75,10 +85,26 @@ class PrefillView:
         self, layer: int, queries: mx.array, scale: float, attention: Kernel, *, last_only: bool = False
     ) -> mx.array:
         mask = self._mask
+        if last_only and self.ends is not None:
+            return self._attend_ends(self._layers[layer], queries, scale, attention, self.ends)
         if last_only:
             queries = queries[:, :, -1:]
             mask = mask[..., -1:, :] if isinstance(mask, mx.array) else None
         return self._storage.attend(self._layers[layer], self._first, self._end, queries, scale, mask, attention)
+
+    def _attend_ends(
+        self, held: LayerArrays, queries: mx.array, scale: float, attention: Kernel, ends: tuple[int, ...]
+    ) -> mx.array:
+        """Each row's last token by itself, over as many columns as it would have alone: sums round by how many there are."""
+        rows = []
+        for row, end in enumerate(ends):
+            own = tuple(array[row : row + 1] for array in held)
+            at = 0 if queries.shape[2] == 1 else end
+            seen = self._start + end + 1 - self._first
+            mask = self._mask[:, :, end : end + 1, :seen] if isinstance(self._mask, mx.array) else None
+            query = queries[row : row + 1, :, at : at + 1]
+            rows.append(self._storage.attend(own, self._first, self._start + end + 1, query, scale, mask, attention))
+        return mx.concatenate(rows)
 
 
 class RingPrefillView:
@@ -99,7 +125,7 @@ class RingPrefillView:
         frequencies: mx.array | None,
     ) -> None:
         self.positions: int | mx.array = start if padding is None else start - padding
-        self.frequencies = frequencies
+        self.frequencies, self.ends = frequencies, None
         self._storage, self._layers, self._window = storage, layers, window
         self._start, self._length = start, length
         self._seen: LayerArrays = ()
@@ -148,7 +174,7 @@ class DecodeView:
         frequencies: mx.array | None,
     ) -> None:
         self.positions: mx.array = lengths if padding is None else lengths - padding
-        self.frequencies = frequencies
+        self.frequencies, self.ends = frequencies, None
         self._storage, self.layers = storage, layers
         self._capacity = layers[0][0].shape[2]
         places = lengths[:, None] + mx.arange(length)
@@ -168,3 +194,28 @@ class DecodeView:
         if last_only:
             queries, mask = queries[:, :, -1:], mask[:, :, -1:]
         return self._storage.attend(self.layers[layer], 0, self._capacity, queries, scale, mask, attention)
+
+
+class GroupedDecodeView:
+    """Rows of several ``views``, one behind the other: each group's attention is over its own arrays."""
+
+    def __init__(self, views: Sequence[DecodeView]) -> None:
+        self.positions: mx.array = mx.concatenate([view.positions for view in views])
+        self.frequencies, self.ends = views[0].frequencies, None
+        self._views = views
+        ends = list(itertools.accumulate(view.positions.shape[0] for view in views))
+        self._spans = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        for view, span in zip(self._views, self._spans, strict=True):
+            view.update(layer, keys[span], values[span])
+
+    def attend(
+        self, layer: int, queries: mx.array, scale: float, attention: Kernel, *, last_only: bool = False
+    ) -> mx.array:
+        return mx.concatenate(
+            [
+                view.attend(layer, queries[span], scale, attention, last_only=last_only)
+                for view, span in zip(self._views, self._spans, strict=True)
+            ]
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from mlx_mixtral.experts.store import Counters
 from mlx_mixtral.generation.request import Request
@@ -18,18 +19,37 @@ class Meter:
 
     Args:
         reused_tokens: of the prompt, what the cache holds already.
+        clock: seconds that only go up.
     """
 
-    def __init__(self, model: MixtralModel, request: Request, reused_tokens: int = 0) -> None:
-        self._stats, self._on_prefill = request.stats, request.on_prefill
+    def __init__(
+        self,
+        model: MixtralModel,
+        request: Request,
+        reused_tokens: int = 0,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._stats, self._on_prefill, self._clock = request.stats, request.on_prefill, clock
         self._counters = model.counters if model.is_streamed else None
         self._before = None if self._counters is None else self._counters.copy()
         self._prompt_experts: Counters | None = None
-        self._started = self._first_token_at = time.perf_counter()
+        self._started = self._first_token_at = clock()
         self._stats.prompt_tokens, self._stats.reused_tokens = len(request.tokens), reused_tokens
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds since this was made."""
+        return self._clock() - self._started
+
+    def admit(self, reused_tokens: int) -> None:
+        """It has waited since this was made, and begins now."""
+        self._stats.queue_s, self._stats.reused_tokens = self.waited_s, reused_tokens
+        if self._counters is not None:
+            self._before = self._counters.copy()
+
     def count(self, tokens: int) -> None:
-        stats, now = self._stats, time.perf_counter()
+        stats, now = self._stats, self._clock()
         if tokens == 1:
             self._first_token_at = now
             stats.time_to_first_token_s = now - self._started

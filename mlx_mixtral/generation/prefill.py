@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -21,23 +21,37 @@ class Prefilled(NamedTuple):
 
 
 def prefill(
-    model: MixtralModel, tokens: mx.array, cache: KVCache, chunk_tokens: int, *, first: int | None = None
+    model: MixtralModel,
+    tokens: mx.array,
+    cache: KVCache,
+    chunk_tokens: int | Callable[[], int],
+    *,
+    first: int | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Iterator[Prefilled]:
     """Take ``tokens [B, L]`` (int32) into ``cache``, at most ``chunk_tokens`` of each row at a time.
 
     Hidden states are given from position ``first`` on, of the last token alone when None. A chunk is evaluated before the next
     one begins; the last one is lazy, so that what follows from it can be scheduled with it.
+
+    Args:
+        chunk_tokens: a number, or what is asked before each chunk. Where the end of a prompt would be rounded as a decode step
+            is, for it has next to no tokens, the chunk before it is shorter, or as much longer.
+        lengths: tokens of each row where some are shorter than ``L``, filled up behind their ends: these lie in one chunk.
     """
     length, done = tokens.shape[1], 0
-    total = cache.length + length
+    total, least = cache.length + length, model.min_prompt_tokens
+    # What is left for the last chunk begins here at the latest.
+    latest = (length if lengths is None else min(lengths)) - least
     while done < length:
-        start, done = done, min(done + chunk_tokens, length)
-        # Too short a last chunk would be rounded as a decode step is: the one before it is shorter then.
-        if 0 < length - done < model.min_prompt_tokens:
-            done = max(length - model.min_prompt_tokens, start + 1)
+        start, wanted = done, chunk_tokens() if callable(chunk_tokens) else chunk_tokens
+        done = min(start + max(wanted, least), length)
+        if latest < done < length:
+            done = latest if latest - start >= least else length
         part = tokens[:, start:done]
         if done == length and first is None:
-            yield Prefilled(done, model.hidden(part, cache, last_only=True, total=total))
+            ends = None if lengths is None else tuple(end - 1 - start for end in lengths)
+            yield Prefilled(done, model.hidden(part, cache, last_only=True, total=total, ends=ends))
         elif first is None or done <= first:
             model.remember(part, cache, total=total)
             mx.eval(cache.arrays)

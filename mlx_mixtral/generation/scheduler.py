@@ -1,249 +1,345 @@
 """Several generations at once: they join and leave between steps, each ends on its own, and one forward serves them all.
 
-A step of a batch reads the weights once for all its rows, and each expert once for all rows that chose it. Requests wait in
-one queue and are admitted in its order: one that does not fit yet is not overtaken, so that none waits for ever. Prompts are
-computed a chunk between two steps, so a long one delays the others by a chunk at a time.
+A step of a batch reads the weights once for all its rows, and each expert once for all rows that chose it. What a row gets is
+what it would get alone: who runs beside it, how its prompt was cut into chunks, and whether it was put back into the queue and
+came again change nothing.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from mlx_mixtral.cache.batch import BatchCache
-from mlx_mixtral.cache.kv import KVCache
-from mlx_mixtral.errors import ContextLengthError
+from mlx_mixtral.errors import MixtralError, QueueTimeoutError
 from mlx_mixtral.generation.context import DecodeContext
-from mlx_mixtral.generation.loop import read_token
 from mlx_mixtral.generation.meter import Meter
-from mlx_mixtral.generation.prefill import Prefilled, prefill
+from mlx_mixtral.generation.prompts import ChunkPace, PromptJob, taken
 from mlx_mixtral.generation.request import Request
-from mlx_mixtral.generation.sampling import Sampled
-from mlx_mixtral.generation.stats import Token
+from mlx_mixtral.generation.room import Room
+from mlx_mixtral.generation.rows import BatchRow, Prefixes, RowUpdate, SharedPrompt
+from mlx_mixtral.generation.running import RunningRows
+from mlx_mixtral.generation.waiting import MAX_OVERTAKEN, WaitingLine
 
-__all__ = ["Scheduler"]
+__all__ = ["DEFAULT_MAX_STALL_S", "Scheduler"]
 
-# Prompts of different lengths are computed together when padding adds no more than this share, or so many tokens a row.
-PADDING_SHARE, PADDING_TOKENS = 0.25, 64
-MIN_CHUNK_TOKENS = 32
-
-
-@dataclass
-class _Row:
-    ticket: int
-    request: Request
-    meter: Meter
-    unread: Sampled | None = None
-    made: int = 0
-    is_finished: bool = False
-    columns: int = 0
-    """Columns of cache it takes by its end, padding included, in whole steps."""
-    is_alone: bool = False
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether a token follows the one that is read next."""
-        return not self.is_finished and self.made + 1 < self.request.max_tokens
-
-
-@dataclass
-class _Prefill:
-    """Prompts that are being computed together, aligned at their ends."""
-
-    rows: list[_Row]
-    length: int
-    """Tokens of the longest prompt."""
-    cache: KVCache
-    chunks: Iterator[Prefilled]
+DEFAULT_MAX_STALL_S = 0.25
+# A prompt is set aside for one of less than this share of what is left of it.
+SHORT_SHARE = 0.25
 
 
 class Scheduler:
     """Carries out requests on one model. Use it from one thread at a time, and nothing else of the model meanwhile.
 
+    Requests wait in one queue. A short one goes ahead of one that needs more room than there is, or whose prompt is being
+    computed, up to ``MAX_OVERTAKEN`` times. Room is given as rows grow: one that may become long keeps nobody waiting before it
+    is. When there is none left, the row that was admitted last goes back into the queue; when its turn comes again its prompt
+    is computed and the tokens it made are fed again, one a step, so that its numbers stay what they were.
+
     Args:
         max_rows: generations at once.
         max_columns: rows times columns of cache, as a memory budget allows; None for no limit.
         max_tokens: tokens of a sequence that room is made for at once; None for no limit.
+        max_stall_s: how long a chunk of a prompt may take while rows wait for it.
+        prefixes: what earlier prompts left, and what these leave; None to keep nothing.
+        clock: seconds that only go up.
     """
 
     def __init__(
-        self, context: DecodeContext, *, max_rows: int, max_columns: int | None = None, max_tokens: int | None = None
+        self,
+        context: DecodeContext,
+        *,
+        max_rows: int,
+        max_columns: int | None = None,
+        max_tokens: int | None = None,
+        max_stall_s: float = DEFAULT_MAX_STALL_S,
+        prefixes: Prefixes | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._context, self._model = context, context.model
-        self._max_rows, self._max_columns, self._max_tokens = max_rows, max_columns, max_tokens
-        window = self._model.kv.window(self._model.config)
-        # Sinks are the first tokens of each row, and have to lie in the same columns.
-        self._pads = window is None or not window.sinks
-        self._waiting: deque[_Row] = deque()
-        self._prefilling: _Prefill | None = None
-        self._rows: list[_Row] = []
-        self._cache: BatchCache | None = None
-        self._last = mx.zeros(0, mx.int32)
-        self._tickets = 0
+        self._max_tokens, self._clock, self._prefixes = max_tokens, clock, prefixes
+        self._room = Room(self._model, max_rows, max_columns, prefixes)
+        self._pace = ChunkPace(max_stall_s, context.chunk_tokens, is_whole=self._model.is_streamed, clock=clock)
+        self._line = WaitingLine()
+        self._jobs: list[PromptJob] = []
+        self._running = RunningRows(context)
+        self._tickets = self._admitted = 0
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing left to do."""
-        return not self._waiting and not self._rows and self._prefilling is None
+        return not self._line and not self._running.rows and not self._jobs
 
     @property
     def running(self) -> int:
         """Rows that are being generated or whose prompts are being computed."""
-        return len(self._rows) + (len(self._prefilling.rows) if self._prefilling else 0)
+        return len(self._running.rows) + sum(not row.is_finished for job in self._jobs for row in job.rows)
 
-    def submit(self, request: Request) -> int:
-        """Put a request at the end of the queue; returns its ticket.
+    @property
+    def waiting(self) -> int:
+        """Rows in the queue."""
+        return sum(1 + len(row.siblings) for row in self._line)
+
+    def submit(self, request: Request, *, timeout_s: float | None = None) -> int:
+        """Put a request at the end of the queue; returns its ticket. As ``submit_group`` for one."""
+        return self.submit_group([request], timeout_s=timeout_s)[0]
+
+    def submit_group(self, requests: Sequence[Request], *, timeout_s: float | None = None) -> list[int]:
+        """Put requests that continue one prompt at the end of the queue; returns their tickets. It is computed once.
+
+        Args:
+            timeout_s: how long they may wait until the prompt is begun; None for ever.
 
         Raises:
-            ContextLengthError: it would not fit even alone.
+            ContextLengthError: one would not fit even alone.
         """
-        # The last token is never fed.
-        columns = self._columns(len(request.tokens) + request.max_tokens - 1)
-        if self._max_columns is not None and columns > self._max_columns:
-            raise ContextLengthError(
-                f"a row of {len(request.tokens)} prompt tokens and up to {request.max_tokens} more needs KV cache for "
-                f"{columns}; the memory budget holds {self._max_columns}: reserve more with context=, or generate fewer"
-            )
-        self._tickets += 1
-        self._waiting.append(_Row(self._tickets, request, Meter(self._model, request)))
-        return self._tickets
+        assert all(request.tokens == requests[0].tokens for request in requests)
+        for request in requests:
+            self._room.check(request)
+        deadline_s = None if timeout_s is None else self._clock() + timeout_s
+        rows = []
+        for request in requests:
+            self._tickets += 1
+            meter = Meter(self._model, request, clock=self._clock)
+            rows.append(BatchRow(self._tickets, request, meter, deadline_s, is_alone=self._room.is_alone(request)))
+        rows[0].siblings = rows[1:]
+        self._line.add(rows[0])
+        return [row.ticket for row in rows]
 
     def finish(self, ticket: int) -> None:
-        """End a generation before its last token: it leaves before the next step. Unknown tickets are ignored."""
-        self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
-        computing = self._prefilling.rows if self._prefilling else []
-        for row in (*self._rows, *computing):
-            if row.ticket == ticket:
-                row.is_finished = True
+        """End a generation before its last token: it leaves before the next step. Unknown tickets are ignored.
 
-    def step(self) -> list[tuple[int, Token]]:
-        """A token of every running row, with its ticket; rows that got their last one are gone.
-
-        Raises:
-            CheckpointError: an expert cannot be read; the scheduler is of no more use.
+        Wherever it is: in the queue, in a prompt that is computed, or running. What it has in the cache is kept for prompts
+        that begin alike.
         """
+        computing = [row for job in self._jobs for row in job.rows]
+        for row in [*self._line, *computing, *self._running.rows]:
+            for member in (row, *row.siblings):
+                if member.ticket == ticket:
+                    member.is_finished = True
+
+    def step(self) -> list[RowUpdate]:
+        """A token of every running row; rows that got their last one are gone, and those that ended with an error.
+
+        While nothing runs yet it computes a chunk of a prompt and gives nothing. What cannot be computed ends the rows it was
+        for: an expert that cannot be read all rows of that step, what a request's own functions raise that row.
+        """
+        updates: list[RowUpdate] = []
+        running = self._running
         with mx.stream(self._context.stream):
-            self._keep([place for place, row in enumerate(self._rows) if not row.is_finished])
-            if self._rows and self._rows[0].unread is None:
-                self._advance()
-            self._prefill()
-            reading = [(row, row.unread) for row in self._rows if not row.is_finished]
-            self._keep([place for place, row in enumerate(self._rows) if row.goes_on])
+            self._leave(updates)
+            self._catch_up(updates)
+            self._prompts(updates)
+            self._leave_failed(updates)
+            reading = running.reading
+            running.keep(lambda row: row.goes_on, self._keep)
             # A forward that waits for experts would wait for these tokens too: nothing is gained by starting it early.
-            if self._model.is_streamed or any(row.request.sampler.reads_tokens for row in self._rows):
-                for row in self._rows:
-                    row.unread = None
-            elif self._rows:
-                self._advance()
-        return [(row.ticket, self._read(row, sampled)) for row, sampled in reading if sampled is not None]
+            if self._model.is_streamed:
+                running.is_drawn = not running.rows
+            elif running.rows:
+                self._make_room()
+                running.forward()
+                if not running.waits_for_masks:
+                    running.draw()
+                elif running.logits is not None:
+                    mx.async_eval(running.logits)
+            updates += [running.read(row, sampled) for row, sampled in reading]
+            # Masks are filled while the forward computes. Functions of a request's own wait for its logits: at the next step.
+            if running.logits is not None and not running.waits_for_logits:
+                running.draw()
+        return updates
 
-    @staticmethod
-    def _read(row: _Row, sampled: Sampled) -> Token:
-        token = read_token(sampled)
-        row.made += 1
-        row.meter.count(row.made)
-        return token
+    def close(self) -> None:
+        """Drop everything: nothing that was submitted goes on, and nothing of it is kept."""
+        self._line, self._jobs = WaitingLine(), []
+        self._running.reset()
 
-    def _is_alone(self, request: Request) -> bool:
-        """Whether a row may get so long that its rotary frequencies are others than those of the rows beside it."""
-        return self._model.config.rope.table_of(len(request.tokens) + request.max_tokens) != 0
-
-    def _columns(self, tokens: int) -> int:
-        return self._model.kv.columns(self._model.config, tokens)
-
-    def _keep(self, places: Sequence[int]) -> None:
-        """Drop all rows but these."""
-        if len(places) == len(self._rows):
+    def _catch_up(self, updates: list[RowUpdate]) -> None:
+        """Draw the next token of every row, where that was left to this step."""
+        running = self._running
+        if running.is_drawn:
             return
-        self._rows = [self._rows[place] for place in places]
-        self._last = self._last[mx.array(list(places))] if places else mx.zeros(0, mx.int32)
-        assert self._cache is not None
-        self._cache.keep(places)
+        try:
+            if running.logits is None:
+                self._make_room()
+                running.forward()
+            running.draw()
+        except MixtralError as error:
+            # What is in their caches is of no use.
+            updates += [RowUpdate(row.ticket, None, True, error) for row in running.rows]
+            running.reset()
 
-    def _advance(self) -> None:
-        """Schedule the next token of every row."""
-        assert self._cache is not None
-        logits = self._context.step(self._last[:, None], self._cache)[:, -1]
-        self._last = self._sample(self._rows, logits)
-        mx.async_eval(self._last, *[array for row in self._rows if row.unread for array in row.unread.arrays])
+    # Rows that leave
 
-    @staticmethod
-    def _sample(rows: Sequence[_Row], logits: mx.array) -> mx.array:
-        """A token for each row of ``logits [B, V]``; returns them, ``[B]``. Rows that want the likeliest share a kernel."""
-        is_plain = [row.request.sampler.is_plain for row in rows]
-        likeliest = mx.argmax(logits.astype(mx.float32), axis=-1) if any(is_plain) else None
-        for place, row in enumerate(rows):
-            if likeliest is not None and is_plain[place]:
-                row.unread = Sampled(likeliest[place : place + 1])
-            else:
-                row.unread = row.request.sampler(logits[place : place + 1])
-        if likeliest is not None and all(is_plain):
-            return likeliest
-        return mx.concatenate([row.unread.token for row in rows if row.unread is not None])
+    def _leave(self, updates: list[RowUpdate]) -> None:
+        """Rows that ended since the last step, wherever they are, and those that have waited too long."""
+        for row in self._line.remove_expired(self._clock()):
+            for member in (row, *row.siblings):
+                error = QueueTimeoutError(
+                    f"the request waited {member.meter.waited_s:.1f} s for its turn, as long as it was to; try again later, or "
+                    "give it more time"
+                )
+                updates.append(RowUpdate(member.ticket, None, True, error))
+        self._line.remove_finished()
+        self._leave_failed(updates)
+        for job in [*self._jobs]:
+            job.rows = [row.successor() for row in job.rows]
+            if job.is_abandoned:
+                self._drop(job)
+        self._running.keep(lambda row: not row.is_finished, self._keep)
 
-    def _prefill(self) -> None:
-        """Compute a chunk of the prompts whose turn it is, or all of them while nobody waits for a step."""
-        while True:
-            if self._prefilling is None:
-                self._prefilling = self._admit()
-            if self._prefilling is None:
+    def _leave_failed(self, updates: list[RowUpdate]) -> None:
+        for row in [*self._running.rows, *(row for job in self._jobs for row in job.rows)]:
+            if row.error is not None:
+                updates.append(RowUpdate(row.ticket, None, True, row.error))
+                row.error = None
+
+    def _keep(self, row: BatchRow, place: int) -> None:
+        """What a row that leaves has in the cache, for later prompts."""
+        cache = self._running.cache
+        held = cache.taken[place]
+        if self._prefixes is not None and self._room.keeps(cache, held):
+            self._prefixes.put(row.sequence[:held], cache.extract(place))
+
+    def _keep_prompt(self, job: PromptJob, place: int) -> None:
+        """What there is of a row's prompt, for later ones."""
+        row = job.rows[place]
+        held = job.held(row)
+        if self._prefixes is not None and self._room.keeps(self._running.cache, held):
+            self._prefixes.put(row.tokens[:held], job.cache.row(place, held))
+
+    def _drop(self, job: PromptJob) -> None:
+        """Compute no more of these prompts."""
+        self._jobs.remove(job)
+        for place in range(len(job.rows)):
+            if job.cache.length:
+                self._keep_prompt(job, place)
+
+    def _make_room(self) -> None:
+        """Put rows back into the queue until the others have room for a token more: those that were admitted last."""
+        while self._room.claim(self._running.cache, self._jobs, self._line.shared_tokens):
+            if self._line.drop_shared():
+                continue
+            youngest = max(self._running.rows, key=lambda row: row.admitted)
+            if self._jobs:
+                job = self._jobs[-1]
+                self._drop(job)
+                for row in job.rows:
+                    self._line.put_back(row)
+                continue
+            if len(self._running.rows) == 1:
                 return
-            self._compute_chunk(self._prefilling)
-            if self._rows:
-                return
+            self._running.keep(lambda row, gone=youngest: row is not gone, self._keep)  # type: ignore[misc]
+            youngest.replay.clear()
+            self._line.put_back(youngest)
 
-    def _compute_chunk(self, prompts: _Prefill) -> None:
-        done, hidden = next(prompts.chunks)
+    # Prompts
+
+    def _prompts(self, updates: list[RowUpdate]) -> None:
+        """Let rows in whose prompts are there, and compute a chunk of one whose turn it is."""
+        while (row := self._line.take_ready(self._fits)) is not None:
+            assert row.ready is not None
+            shared, row.ready = row.ready, None
+            self._admit(row, len(row.tokens))
+            self._running.join([row], shared.logits, shared.cache, [0], keep=self._line.shares(shared))
+        if (job := self._next_job()) is None:
+            return
+        is_waited_for = bool(self._running.rows)
+        if is_waited_for:
+            # The step under way is not part of the chunk's time.
+            mx.eval(self._running.last)
+        tokens = self._pace.tokens(is_waited_for=is_waited_for)
+        try:
+            self._pace.timed(lambda: self._compute(job, tokens, is_waited_for))
+        except MixtralError as error:
+            self._jobs.remove(job)
+            for row in job.rows:
+                updates += [RowUpdate(member.ticket, None, True, error) for member in (row, *row.siblings)]
+
+    def _compute(self, job: PromptJob, tokens: int, is_waited_for: bool) -> int:
+        """A chunk; how many tokens it was, 0 where they may still be computing."""
+        computed, hidden = job.compute(tokens)
         if hidden is None:
-            for row in prompts.rows:
-                if row.request.on_prefill is not None:
-                    total = len(row.request.tokens)
-                    row.request.on_prefill(max(0, total - (prompts.length - done)), total)
+            job.report()
+            return computed
+        # As in a step, one token a row: more would be multiplied, and rounded, as a prompt is.
+        self._begin_rows(job, self._model.head(hidden)[:, -1])
+        if is_waited_for:
+            mx.eval(self._running.last)
+        return computed if is_waited_for else 0
+
+    def _begin_rows(self, job: PromptJob, logits: mx.array) -> None:
+        """The prompts are computed: their rows run now, and as many of their siblings as there is room for."""
+        self._jobs.remove(job)
+        running = self._running
+        rows: list[BatchRow] = []
+        places: list[int] = []
+        for place, row in enumerate(job.rows):
+            if row.is_finished:
+                continue
+            self._keep_prompt(job, place)
+            rows.append(row)
+            places.append(place)
+            shared = None
+            siblings, row.siblings = row.siblings, []
+            for sibling in siblings:
+                sibling.admitted = row.admitted
+                # Those that join with it are not in the cache yet.
+                coming = self._line.shared_tokens + sum(len(other.tokens) for other in rows)
+                if self._room.fits(running.cache, [*running.rows, *rows], self._jobs, coming, [sibling]):
+                    sibling.meter.admit(len(sibling.tokens))
+                    rows.append(sibling)
+                    places.append(place)
+                    continue
+                if shared is None:
+                    shared = SharedPrompt(job.cache.row(place, len(row.tokens)), logits[place : place + 1])
+                    mx.eval(shared.logits, shared.cache.arrays)
+                sibling.ready = shared
+                self._line.put_back(sibling)
+        if rows:
+            self._running.join(rows, logits[mx.array(places)], job.cache, places)
+
+    def _next_job(self) -> PromptJob | None:
+        """The prompt to compute a chunk of: one that is under way, or a much shorter one that goes ahead of it."""
+        if self._jobs:
+            job = self._jobs[-1]
+            if len(self._jobs) == 1 and job.overtaken < MAX_OVERTAKEN:
+                chosen = self._line.take(self._fit, most_tokens=int(SHORT_SHARE * job.left))
+                job.overtaken += bool(chosen)
+                self._begin_job(chosen)
+            return self._jobs[-1]
+        self._begin_job(self._line.take(self._fit))
+        return self._jobs[-1] if self._jobs else None
+
+    def _begin_job(self, rows: list[BatchRow]) -> None:
+        """Begin to compute prompts, from where an earlier one has them."""
+        if not rows:
             return
-        tokens = self._sample(prompts.rows, self._model.head(hidden[:, -1]))
-        mx.async_eval(tokens)
-        self._prefilling = None
-        if self._cache is None:
-            self._cache = BatchCache(prompts.cache.storage, prompts.cache.window)
-        self._cache.join(prompts.cache)
-        self._last = mx.concatenate([self._last, tokens]) if self._rows else tokens
-        self._rows += prompts.rows
+        cache = taken(self._prefixes, rows[0], self._model.min_prompt_tokens) if len(rows) == 1 else None
+        if cache is None:
+            cache = self._model.make_cache(max_tokens=self._max_tokens)
+        for row in rows:
+            self._admit(row, min(cache.length, len(row.tokens)))
+        row = rows[0]
+        if cache.length < len(row.tokens):
+            self._jobs.append(PromptJob(self._model, rows, cache))
+            self._room.claim(self._running.cache, self._jobs, self._line.shared_tokens)
+            return
+        # It was put back, and all of its prompt was kept: the tokens it made since are fed again.
+        held = cache.length
+        row.replay.extend(row.sequence[held + 1 :])
+        row.unread = None
+        self._running.add([row], mx.array(row.sequence[held : held + 1], mx.int32), cache, [(0, held)])
 
-    def _admit(self) -> _Prefill | None:
-        """The next requests that fit, as many as go together well; None when the first in the queue has to wait."""
-        chosen: list[_Row] = []
-        while self._waiting and self._fits([*chosen, self._waiting[0]]):
-            chosen.append(self._waiting.popleft())
-        if not chosen:
-            return None
-        longest = max(len(row.request.tokens) for row in chosen)
-        padding = [longest - len(row.request.tokens) for row in chosen]
-        for row in chosen:
-            row.columns = self._columns(longest + row.request.max_tokens - 1)
-            row.is_alone = self._is_alone(row.request)
-        padded = [[0] * pad + list(row.request.tokens) for pad, row in zip(padding, chosen, strict=True)]
-        cache = self._model.make_cache(padding, max_tokens=self._max_tokens)
-        chunk = max(MIN_CHUNK_TOKENS, self._context.chunk_tokens // len(chosen))
-        return _Prefill(chosen, longest, cache, prefill(self._model, mx.array(padded, mx.int32), cache, chunk))
+    def _admit(self, row: BatchRow, reused: int) -> None:
+        self._admitted += 1
+        row.admitted = self._admitted
+        if not row.made:
+            row.meter.admit(reused)
 
-    def _fits(self, joining: Sequence[_Row]) -> bool:
-        count = len(self._rows) + len(joining)
-        if count > 1 and (
-            any(row.is_alone for row in self._rows) or any(self._is_alone(row.request) for row in joining)
-        ):
-            return False
-        lengths = [len(row.request.tokens) for row in joining]
-        waste = len(lengths) * max(lengths) - sum(lengths)
-        if waste and not self._pads:
-            return False
-        if waste > max(PADDING_SHARE * sum(lengths), PADDING_TOKENS * (len(lengths) - 1)):
-            return False
-        if self._max_columns is None:
-            return count <= self._max_rows
-        # All rows have the columns of the longest; padding counts.
-        most = self._columns(max(row.request.max_tokens for row in joining) + max(lengths) - 1)
-        columns = max([most, *(row.columns for row in self._rows)])
-        return count <= self._max_rows and count * columns <= self._max_columns
+    def _fits(self, row: BatchRow) -> bool:
+        return self._fit([row])
+
+    def _fit(self, rows: list[BatchRow]) -> bool:
+        return self._room.fits(self._running.cache, self._running.rows, self._jobs, self._line.shared_tokens, rows)

@@ -74,6 +74,8 @@ class GenerationStats:
     prompt_special_tokens: int = 0
     """Control tokens that the text of a completion's prompt spelled."""
     tokens: int = 0
+    queue_s: float = 0.0
+    """In a batch: how long it waited until its prompt was begun; part of the time to the first token."""
     time_to_first_token_s: float = 0.0
     decode_s: float = 0.0
     """From the first token to the last."""
@@ -92,8 +94,8 @@ class GenerationStats:
 
     @property
     def prompt_tok_s(self) -> float:
-        """Prompt tokens that were computed over the time to the first token."""
-        return _rate(self.prompt_tokens - self.reused_tokens, self.time_to_first_token_s)
+        """Prompt tokens that were computed over the time to the first token, without the time it waited."""
+        return _rate(self.prompt_tokens - self.reused_tokens, self.time_to_first_token_s - self.queue_s)
 
     @property
     def decode_tok_s(self) -> float:
@@ -106,6 +108,7 @@ class GenerationStats:
             "reused_tokens": self.reused_tokens,
             "prompt_special_tokens": self.prompt_special_tokens,
             "tokens": self.tokens,
+            "queue_s": self.queue_s,
             "time_to_first_token_s": self.time_to_first_token_s,
             "prompt_tok_s": self.prompt_tok_s or None,
             "decode_s": self.decode_s,

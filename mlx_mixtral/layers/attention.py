@@ -10,7 +10,12 @@ from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.layers.linear import MLX, Linear, Products
 from mlx_mixtral.layers.rotary import Rotary
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "last_of"]
+
+
+def last_of(x: mx.array, view: CacheView) -> mx.array:
+    """The last token of each row of ``x [B, L, D]``, ``[B, 1, D]``."""
+    return x[:, -1:] if view.ends is None else mx.take_along_axis(x, mx.array(view.ends)[:, None, None], axis=1)
 
 
 class Attention(Module):
@@ -63,8 +68,9 @@ class Attention(Module):
     def _update_for_last(self, x: mx.array, layer: int, view: CacheView) -> mx.array:
         """Queries ``[B, H, 1, d]`` of the last token alone; keys and values of all are put into the cache."""
         self._update_keys(x, layer, view)
-        queries = self._heads_of(self._rows_of_qkv(x[:, -1:], 0, self.heads))
-        return self.rotary(queries, view.positions + (x.shape[1] - 1), view.frequencies)
+        queries = self._heads_of(self._rows_of_qkv(last_of(x, view), 0, self.heads))
+        ends = x.shape[1] - 1 if view.ends is None else mx.array(view.ends, mx.int32)
+        return self.rotary(queries, view.positions + ends, view.frequencies)
 
     def _update_keys(self, x: mx.array, layer: int, view: CacheView) -> None:
         both = self._heads_of(self._rows_of_qkv(x, self.heads, self.heads + 2 * self.kv_heads))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
 from mlx_mixtral.cache.storage import KVStorage, LayerArrays
-from mlx_mixtral.cache.views import DecodeView
+from mlx_mixtral.cache.views import CacheView, DecodeView, GroupedDecodeView
 from mlx_mixtral.cache.window import Window
 from mlx_mixtral.layers.compiled import Compiled
 from mlx_mixtral.model.transformer import MixtralModel
@@ -22,6 +22,7 @@ class DecodeStep:
 
     Where a token is in the cache is an array to it, not a number: the graph of one step is the graph of all, until the cache
     grows. The cache's arrays go in and come out, and nothing else holds them when MLX computes, so they are written in place.
+    Rows of a batch that lie in several groups of arrays are attended to group by group, and share everything else.
 
     Where MLX computes on the CPU it would call a C++ compiler for each of the two dozen groups of operations that it fuses, for
     half a minute before the first token, to save Python a few milliseconds a token where matrix products take all the time:
@@ -43,9 +44,13 @@ class DecodeStep:
         cache.reserve(rows, L)
         run = self._run(Kind(cache.storage, cache.window, last_only))
         table = model.frequencies(cache.length + L)
-        logits, cache.layers, lengths = run(tokens, cache.layers, cache.lengths, cache.padding, table)
-        cache.advance(L, lengths)
-        return logits
+        parts, orders = cache.parts, cache.orders
+        held = [(part.layers, part.lengths, part.padding) for part in parts]
+        logits, after = run(tokens if orders is None else tokens[orders[0]], held, table)
+        for part, (layers, lengths) in zip(parts, after, strict=True):
+            part.layers = layers
+            part.advance(L, lengths)
+        return logits if orders is None else logits[orders[1]]
 
     def _run(self, kind: Kind) -> StepFunction:
         run = partial(_step, self._model, kind)
@@ -56,10 +61,22 @@ class DecodeStep:
         return self._compiled[kind]
 
 
-class StepCache(Protocol):
-    """What a step asks of a cache: ``KVCache`` and ``BatchCache`` both."""
+class StepPart(Protocol):
+    """Rows that lie in the same arrays."""
 
     layers: list[LayerArrays]
+
+    @property
+    def lengths(self) -> mx.array: ...
+
+    @property
+    def padding(self) -> mx.array | None: ...
+
+    def advance(self, L: int, lengths: mx.array | None = None) -> None: ...
+
+
+class StepCache(Protocol):
+    """What a step asks of a cache: ``KVCache`` and ``BatchCache`` both."""
 
     @property
     def storage(self) -> KVStorage: ...
@@ -71,14 +88,12 @@ class StepCache(Protocol):
     def length(self) -> int: ...
 
     @property
-    def lengths(self) -> mx.array: ...
+    def parts(self) -> Sequence[StepPart]: ...
 
     @property
-    def padding(self) -> mx.array | None: ...
+    def orders(self) -> tuple[mx.array, mx.array] | None: ...
 
     def reserve(self, rows: int, L: int) -> None: ...
-
-    def advance(self, L: int, lengths: mx.array | None = None) -> None: ...
 
 
 class Kind(NamedTuple):
@@ -89,22 +104,21 @@ class Kind(NamedTuple):
     last_only: bool
 
 
+HeldPart = tuple[list[LayerArrays], mx.array, mx.array | None]
 StepFunction = Callable[
-    [mx.array, list[LayerArrays], mx.array, mx.array | None, mx.array | None],
-    tuple[mx.array, list[LayerArrays], mx.array],
+    [mx.array, list[HeldPart], mx.array | None],
+    tuple[mx.array, list[tuple[list[LayerArrays], mx.array]]],
 ]
 
 
 def _step(
-    model: MixtralModel,
-    kind: Kind,
-    tokens: mx.array,
-    layers: list[LayerArrays],
-    lengths: mx.array,
-    padding: mx.array | None,
-    table: mx.array | None,
-) -> tuple[mx.array, list[LayerArrays], mx.array]:
+    model: MixtralModel, kind: Kind, tokens: mx.array, parts: list[HeldPart], table: mx.array | None
+) -> tuple[mx.array, list[tuple[list[LayerArrays], mx.array]]]:
     length = tokens.shape[1]
-    step = DecodeView(kind.storage, list(layers), lengths, padding, length, kind.window, table)
-    logits = model.head(model.through_layers(tokens, step, last_only=kind.last_only))
-    return logits, step.layers, lengths + length
+    views = [
+        DecodeView(kind.storage, list(layers), lengths, padding, length, kind.window, table)
+        for layers, lengths, padding in parts
+    ]
+    view: CacheView = views[0] if len(views) == 1 else GroupedDecodeView(views)
+    logits = model.head(model.through_layers(tokens, view, last_only=kind.last_only))
+    return logits, [(view.layers, lengths + length) for view, (_, lengths, _) in zip(views, parts, strict=True)]

@@ -14,7 +14,7 @@ from mlx_mixtral.cache.views import CacheView
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.experts.gather import GatheredExperts
 from mlx_mixtral.experts.store import Counters
-from mlx_mixtral.layers.attention import Attention
+from mlx_mixtral.layers.attention import Attention, last_of
 from mlx_mixtral.layers.expert_bank import FeedForward
 from mlx_mixtral.layers.linear import Linear
 from mlx_mixtral.layers.norm import RMSNorm
@@ -38,7 +38,7 @@ class DecoderLayer(Module):
     def __call__(self, x: mx.array, layer: int, view: CacheView, *, last_only: bool = False) -> mx.array:
         """``x [B, L, D]`` to ``[B, L, D]``, or with ``last_only`` to the last token's ``[B, 1, D]``."""
         attended = self.attention(self.input_norm(x), layer, view, last_only=last_only)
-        h = (x[:, -1:] if last_only else x) + attended
+        h = (last_of(x, view) if last_only else x) + attended
         normed = self.post_attention_norm(h)
         return self.moe(normed, h) if isinstance(self.moe, SparseMoe) else h + self.moe(normed)
 
@@ -87,15 +87,21 @@ class MixtralModel(Module):
         )
 
     def hidden(
-        self, tokens: mx.array, cache: KVCache, *, last_only: bool = False, total: int | None = None
+        self,
+        tokens: mx.array,
+        cache: KVCache,
+        *,
+        last_only: bool = False,
+        total: int | None = None,
+        ends: tuple[int, ...] | None = None,
     ) -> mx.array:
         """Hidden states before the final norm, ``[B, L, D]``, of ``tokens [B, L]`` (int32); the cache moves on by L.
 
         ``last_only`` gives ``[B, 1, D]``: in the last layer no token but the last needs its query, nor its experts. ``total``
         is the length of the prompt these tokens are a chunk of, by which some rope scalings turn all of it; None where they
-        are its end.
+        are its end. ``ends`` is the last token of each row, where shorter ones were filled up behind it.
         """
-        x = self.through_layers(tokens, self._chunk(tokens, cache, total), last_only=last_only)
+        x = self.through_layers(tokens, self._chunk(tokens, cache, total, ends), last_only=last_only)
         cache.advance(tokens.shape[1])
         return x
 
@@ -115,9 +121,11 @@ class MixtralModel(Module):
         """Rotary frequencies of a sequence of ``length`` tokens, where the base alone does not say them."""
         return self.layers[0].attention.rotary.table(length)
 
-    def _chunk(self, tokens: mx.array, cache: KVCache, total: int | None) -> CacheView:
+    def _chunk(
+        self, tokens: mx.array, cache: KVCache, total: int | None, ends: tuple[int, ...] | None = None
+    ) -> CacheView:
         rows, length = tokens.shape
-        return cache.chunk(rows, length, self.frequencies(max(cache.length + length, total or 0)))
+        return cache.chunk(rows, length, self.frequencies(max(cache.length + length, total or 0)), ends)
 
     def _before_last(self, tokens: mx.array, view: CacheView) -> mx.array:
         x = self.embed_tokens.rows(tokens, self.dtype)

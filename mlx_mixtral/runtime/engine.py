@@ -7,11 +7,10 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 
-from mlx_mixtral.arguments import check_integer, is_integer, shown
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.cache.kv import KVCache
@@ -23,7 +22,7 @@ from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.loop import decode
 from mlx_mixtral.generation.prefill import prefill
 from mlx_mixtral.generation.request import Decoder, Request
-from mlx_mixtral.generation.scheduler import Scheduler
+from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S, Scheduler
 from mlx_mixtral.generation.speculation.cost import ForwardCost
 from mlx_mixtral.generation.stats import Token
 from mlx_mixtral.machine.device import Device, wired
@@ -31,8 +30,10 @@ from mlx_mixtral.machine.streams import StreamLease
 from mlx_mixtral.model.prefetch import PrefetchControl
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.model.transformer import MixtralModel
-from mlx_mixtral.runtime.prompt_cache import PromptCache
-from mlx_mixtral.runtime.steps import Steps
+from mlx_mixtral.runtime.prompt_cache import PromptCache, RowPrefixes
+from mlx_mixtral.runtime.rows import check_limits, default_rows
+from mlx_mixtral.runtime.steps import Closable, Steps
+from mlx_mixtral.runtime.token_ids import checked_ids
 
 __all__ = ["Engine"]
 
@@ -83,7 +84,7 @@ class Engine:
         self._lease, self.stream = lease, lease.stream
         self.planner, self.prefetch, self._allocate = planner, prefetch, allocate
         self._busy = threading.Lock()
-        self._open: weakref.WeakSet[Steps[Any]] = weakref.WeakSet()
+        self._open: weakref.WeakSet[Closable] = weakref.WeakSet()
         self._step: DecodeStep | None = None
         self._module: MixtralModel | None = module
         self._begin(module)
@@ -150,21 +151,7 @@ class Engine:
         Raises:
             InvalidRequestError: something else, or out of the vocabulary; ``what`` names them.
         """
-        # Bytes are a sequence of small integers to Python, and undecoded text to the caller.
-        if isinstance(ids, bytes | bytearray) or not isinstance(ids, Iterable):
-            raise InvalidRequestError(f"{what} is {type(ids).__name__}, not text or a list of token ids")
-        if (ndim := getattr(ids, "ndim", 1)) != 1:
-            raise InvalidRequestError(f"{what} is an array of {ndim} dimensions; give one row of token ids")
-        tokens = []
-        # Arrays, and scalars of them in a list, have their numbers as Python's.
-        for given in ids.tolist() if hasattr(ids, "tolist") else ids:
-            token = given.tolist() if hasattr(given, "tolist") else given
-            if not is_integer(token) or not 0 <= token < self.vocab_size:
-                raise InvalidRequestError(
-                    f"{what} holds token id {shown(token)}; ids go from 0 to {self.vocab_size - 1}"
-                )
-            tokens.append(token)
-        return tokens
+        return checked_ids(ids, what, self.vocab_size)
 
     def forward_cost(self) -> ForwardCost:
         """What a forward over several tokens costs, as far as the plan in force tells."""
@@ -242,20 +229,33 @@ class Engine:
         self.remember(steps)
         return steps
 
-    def remember(self, steps: Steps[Any]) -> None:
+    def remember(self, steps: Closable) -> None:
         """End ``steps`` when this engine is closed."""
         self._open.add(steps)
 
-    def scheduler(self, max_rows: int) -> Scheduler:
+    def scheduler(
+        self, max_rows: int | None = None, *, max_stall_s: float = DEFAULT_MAX_STALL_S, keeps_prompts: bool = True
+    ) -> Scheduler:
         """For several requests at once, within the memory budget. Use it in a block of ``running`` only.
 
+        Args:
+            max_rows: generations at once; ``default_rows`` of the plan when None.
+            max_stall_s: how long a chunk of a prompt may take while rows wait for it.
+            keeps_prompts: rows go on from earlier prompts that begin alike, and leave theirs.
+
         Raises:
-            InvalidRequestError: not a number of rows.
+            InvalidRequestError: not a number of rows, or of seconds.
             ClosedError: the model was closed.
         """
-        check_integer("max_rows", max_rows, 1)
-        columns = None if self.plan.budget_bytes is None else self.plan.kv_columns
-        return Scheduler(self.context, max_rows=max_rows, max_columns=columns, max_tokens=self.context_limit)
+        check_limits(max_rows, max_stall_s)
+        return Scheduler(
+            self.context,
+            max_rows=default_rows(self.plan, self.forward_cost()) if max_rows is None else max_rows,
+            max_columns=None if self.plan.budget_bytes is None else self.plan.kv_columns,
+            max_tokens=self.context_limit,
+            max_stall_s=max_stall_s,
+            prefixes=RowPrefixes(self.prompt_cache) if keeps_prompts else None,
+        )
 
     def logits(self, tokens: Sequence[int]) -> mx.array:
         """Logits ``[L, V]`` (in the compute type, evaluated) for every position of ``tokens``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -18,10 +19,11 @@ from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.generation.request import PieceOf
 from mlx_mixtral.generation.sampling import SamplingParams
+from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S
 from mlx_mixtral.machine.device import Device
 from mlx_mixtral.model.routing import record_routing
 from mlx_mixtral.model.transformer import MixtralModel
-from mlx_mixtral.runtime.batch import DEFAULT_ROWS, collect_batch, stream_batch
+from mlx_mixtral.runtime.batch import Batch, collect_batch, stream_batch
 from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.requests import GenerationOptions, Prompt, Requests, TextRequest
 from mlx_mixtral.runtime.steps import Steps
@@ -186,38 +188,60 @@ class Mixtral:
         self,
         prompts: Sequence[str | Sequence[int]],
         *,
-        max_rows: int = DEFAULT_ROWS,
+        max_rows: int | None = None,
+        n: int = 1,
+        each: Sequence[GenerationOptions] | None = None,
         special: bool = True,
         **options: Unpack[GenerationOptions],
     ) -> list[Generation]:
         """Continue several prompts at once, each as ``generate`` would; weights are read once a step for all of them.
 
-        A row's text is the one it would have alone, as far as rounding goes (about 1e-6 in float32), with a seed too.
+        A row's text is the one it would have alone, with a seed too: to the bit on the CPU, as far as rounding goes on GPUs.
+        Prompts that begin like earlier ones are computed from where they differ.
 
         Args:
             prompts: text or token ids each.
             max_rows: generations at once; the rest wait, and join when one has ended or, under a memory budget, when its KV
-                cache has room for them.
+                cache has room for them. When None it is 8, or fewer where experts are streamed (``Engine.default_rows``).
+            n: continuations of each prompt, which is computed once; the first ``n`` results are the first prompt's. With a
+                seed the i-th, from 0, is the text of that seed plus i.
+            each: options of each prompt, where they differ from ``options``.
             special: as for ``generate``.
             options: for all of them: see ``GenerationOptions``.
 
         Raises:
             InvalidRequestError, ContextLengthError, TokenizerError, BusyError: as for ``generate``, the prompt's number named.
         """
-        requests, chunks = self._batch(prompts, max_rows, special, options)
-        return collect_batch(chunks, requests)
+        requests, chunks = self._batch(prompts, max_rows, special, options, n, each)
+        return collect_batch(chunks, [made for group in requests for made in group])
 
     @_with_options
     def stream_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
         *,
-        max_rows: int = DEFAULT_ROWS,
+        max_rows: int | None = None,
+        n: int = 1,
+        each: Sequence[GenerationOptions] | None = None,
         special: bool = True,
         **options: Unpack[GenerationOptions],
     ) -> Steps[tuple[int, Chunk]]:
-        """As ``generate_batch``, by pairs of a prompt's number and its next chunk; busy until the last, or until closed."""
-        return self._batch(prompts, max_rows, special, options)[1]
+        """As ``generate_batch``, by pairs of a result's number and its next chunk; busy until the last, or until closed."""
+        return self._batch(prompts, max_rows, special, options, n, each)[1]
+
+    @checked()
+    def batch(self, *, max_rows: int | None = None, max_stall_s: float = DEFAULT_MAX_STALL_S) -> Batch:
+        """A batch whose generations come and go while others run; the model is busy until it is closed.
+
+        Args:
+            max_rows: as for ``generate_batch``.
+            max_stall_s: how long a chunk of a prompt may take while others wait for their next token.
+
+        Raises:
+            InvalidRequestError: an argument out of range.
+            BusyError: another generation is running on this model.
+        """
+        return Batch(self.engine, self._requests, max_rows=max_rows, max_stall_s=max_stall_s)
 
     @_with_options
     def chat(
@@ -309,8 +333,16 @@ class Mixtral:
         return TextStream(self.engine.generate(made.request), made.text, made.request.stats)
 
     def _batch(
-        self, prompts: Sequence[str | Sequence[int]], max_rows: int, special: bool, options: GenerationOptions
-    ) -> tuple[list[TextRequest], Steps[tuple[int, Chunk]]]:
-        scheduler = self.engine.scheduler(max_rows)
-        requests = self._requests.batch(prompts, options, special=special)
-        return requests, stream_batch(self.engine, scheduler, requests)
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_rows: int | None,
+        special: bool,
+        options: GenerationOptions,
+        n: int,
+        each: Sequence[GenerationOptions] | None,
+    ) -> tuple[list[list[TextRequest]], Steps[tuple[int, Chunk]]]:
+        engine = self.engine
+        engine.scheduler(max_rows)  # arguments are checked here; work starts with the first step
+        requests = self._requests.batch(prompts, options, each=each, n=n, special=special)
+        begin = partial(Batch, engine, self._requests, max_rows=max_rows)
+        return requests, engine.opened(stream_batch(begin, requests))

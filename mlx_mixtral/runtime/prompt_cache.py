@@ -17,7 +17,7 @@ import numpy as np
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.kv import KVCache
-from mlx_mixtral.cache.prefixes import PrefixStore
+from mlx_mixtral.cache.prefixes import MIN_TOKENS, PrefixStore
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, PromptCacheError
 from mlx_mixtral.files import atomic_write, check_destination, check_kind, is_special
 from mlx_mixtral.generation.context import DecodeContext
@@ -27,7 +27,7 @@ from mlx_mixtral.reading import open_descriptor, open_file, parse_json
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
-__all__ = ["DEFAULT_KEPT_BYTES", "PromptCache", "check_saved", "is_saved_prompt"]
+__all__ = ["DEFAULT_KEPT_BYTES", "PromptCache", "RowPrefixes", "check_saved", "is_saved_prompt"]
 
 DEFAULT_KEPT_BYTES = 10**9
 FORMAT, VERSION = "mlx-mixtral-prompt", "1"
@@ -75,14 +75,18 @@ class PromptCache:
 
         ``left`` tokens at least are left to compute.
         """
-        return self.kept.take(tokens, left) if self._serves(tokens) else None
+        found = self.kept.take(tokens, left) if self.serves(tokens) else None
+        self.free()
+        return found
 
     def put(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Keep ``cache``, which holds just ``tokens``; the caller must not use it any more."""
-        if self._serves(tokens):
+        if self.serves(tokens):
+            self.free()
             self.kept.put(tokens, cache)
 
-    def _serves(self, tokens: Sequence[int]) -> bool:
+    def serves(self, tokens: Sequence[int]) -> bool:
+        """Whether the keys of ``tokens`` are those that another sequence has which begins with them."""
         return self._max_tokens is None or len(tokens) <= self._max_tokens
 
     def free(self) -> None:
@@ -102,7 +106,7 @@ class PromptCache:
             DestinationError, DiskSpaceError: it cannot be written, or something that is no saved prompt lies there.
         """
         place, module = check_destination("path", path), context.model
-        if not self._serves(tokens):
+        if not self.serves(tokens):
             raise InvalidRequestError(
                 f"a prompt of {len(tokens)} tokens cannot be saved: past {self._max_tokens} tokens this model's rope scaling "
                 "depends on the length of the whole text; save at most so many"
@@ -113,7 +117,7 @@ class PromptCache:
             raise InvalidRequestError(
                 f"a prompt of {len(tokens)} tokens does not fit a KV cache of {window.size}; load it with a larger kv_size"
             )
-        cache = self.kept.take(tokens, module.min_prompt_tokens) or module.make_cache(max_tokens=len(tokens))
+        cache = self.take(tokens, module.min_prompt_tokens) or module.make_cache(max_tokens=len(tokens))
         rest = mx.array([list(tokens[cache.length :])], mx.int32)
         mx.eval(last_hidden(module, rest, cache, context.chunk_tokens))
         arrays = {
@@ -130,7 +134,7 @@ class PromptCache:
                 # What MLX makes of a write that failed.
                 full = shutil.disk_usage(tempfile.gettempdir() if is_special(place) else place.parent).free < nbytes
                 raise OSError(errno.ENOSPC if full else errno.EIO, "a write failed") from error
-        self.kept.put(tokens, cache)
+        self.put(tokens, cache)
 
     def load(self, path: str | Path, module: MixtralModel) -> list[int]:
         """Keep a saved prompt, and return its tokens; a prompt that begins with them is computed from there on.
@@ -144,7 +148,7 @@ class PromptCache:
         for key, expected in self._about(cache).items():
             _compare(place, key, about.get(key, "" if key == "settings" else None), expected)
         tokens = _read_tokens(place, infos, module)
-        if not self._serves(tokens):
+        if not self.serves(tokens):
             raise PromptCacheError(
                 f"{place} holds {len(tokens)} tokens, which no prompt of this model has; save it again"
             )
@@ -169,7 +173,7 @@ class PromptCache:
         nbytes = sum(info.nbytes for info in infos.values())
         if nbytes <= self.kept.limit_bytes:
             cache.adopt(_read_layers(place, names), len(tokens))
-            self.kept.put(tokens, cache)
+            self.put(tokens, cache)
         if not len(self.kept):
             raise PromptCacheError(
                 f"{place} takes {nbytes} bytes, and {self.kept.limit_bytes} may be kept; load the model with a larger "
@@ -187,6 +191,30 @@ class PromptCache:
     def _about(self, cache: KVCache) -> dict[str, str]:
         model = {"model": self._identity, "settings": self._settings}
         return {"format": FORMAT, "version": VERSION, **model, "storage": repr(cache.storage)}
+
+
+class RowPrefixes:
+    """What a batch takes of a ``PromptCache``, and leaves in it. Under a budget that is the memory of rows which do not run."""
+
+    def __init__(self, prompts: PromptCache) -> None:
+        self._prompts = prompts
+
+    @property
+    def is_borrowed(self) -> bool:
+        return not self._prompts.kept.has_memory
+
+    def reusable(self, tokens: Sequence[int], left: int) -> int:
+        return self._prompts.kept.reusable(tokens, left) if self._prompts.serves(tokens) else 0
+
+    def take(self, tokens: Sequence[int], left: int) -> KVCache | None:
+        return self._prompts.kept.take(tokens, left) if self._prompts.serves(tokens) else None
+
+    def put(self, tokens: Sequence[int], cache: KVCache) -> None:
+        if len(tokens) >= MIN_TOKENS and self._prompts.serves(tokens):
+            self._prompts.kept.put(tokens, cache)
+
+    def shrink(self, nbytes: int) -> None:
+        self._prompts.kept.shrink(nbytes)
 
 
 _DIFFERENCES = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypedDict
 
-from mlx_mixtral.arguments import check_callbacks, check_integer, check_type
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, shown
 from mlx_mixtral.constraints.base import Constraint
 from mlx_mixtral.constraints.compiler import Compiler
 from mlx_mixtral.constraints.specs import ConstraintSpec
@@ -26,6 +27,7 @@ from mlx_mixtral.tokenizer.breakers import completing_sequences
 __all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Prompt", "Requests", "TextRequest"]
 
 DEFAULT_MAX_TOKENS = 256
+MAX_SAMPLES = 128
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -186,29 +188,54 @@ class Requests:
                 ) from None
         return self._known_breakers[1]
 
-    def batch(
-        self, prompts: Sequence[str | Sequence[int]], options: GenerationOptions, *, special: bool = True
-    ) -> list[TextRequest]:
-        """A request for each of ``prompts``; an error names the prompt it is about by its number, from 0."""
-        check_type("prompts", prompts, (list, tuple), "a list of texts, or of lists of token ids")
+    def samples(self, prompt: Prompt, n: int, options: GenerationOptions) -> list[TextRequest]:
+        """``n`` requests that continue one prompt; the i-th, from 0, has the seed plus i where there is one."""
+        check_integer("n", n, 1, MAX_SAMPLES)
         if options.get("speculation") is not None:
             raise InvalidRequestError("speculation is for one text at a time; leave it out for a batch")
-        if options.get("constraint") is not None:
-            raise InvalidRequestError("a constraint is for one text at a time; leave it out for a batch")
+        sampling = options.get("sampling")
+        made = []
+        for i in range(n):
+            own = GenerationOptions(**options)
+            if i and isinstance(sampling, SamplingParams) and sampling.seed is not None:
+                own["sampling"] = dataclasses.replace(sampling, seed=sampling.seed + i)
+            made.append(self.request(prompt, **own))
+        return made
+
+    def batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        options: GenerationOptions,
+        *,
+        each: Sequence[GenerationOptions] | None = None,
+        n: int = 1,
+        special: bool = True,
+    ) -> list[list[TextRequest]]:
+        """``n`` requests for each of ``prompts``; an error names the prompt it is about by its number, from 0.
+
+        ``each`` are options of each prompt, which go before ``options``.
+        """
+        check_type("prompts", prompts, (list, tuple), "a list of texts, or of lists of token ids")
+        check_type("each", each, (list, tuple, type(None)), "a list of options, a dict for each prompt")
         processors = options.get("logits_processors")
-        is_listed = isinstance(processors, list | tuple) and any(isinstance(each, list | tuple) for each in processors)
-        if is_listed and processors is not None and len(processors) != len(prompts):
-            raise InvalidRequestError(
-                f"logits_processors has {len(processors)} lists for {len(prompts)} prompts; give one for each, or functions "
-                "for all of them"
-            )
+        is_listed = isinstance(processors, list | tuple) and any(isinstance(item, list | tuple) for item in processors)
+        for name, given, kind in (
+            ("logits_processors", processors if is_listed else None, "lists"),
+            ("each", each, "dicts"),
+        ):
+            if given is not None and len(given) != len(prompts):
+                advice = "functions for all of them" if kind == "lists" else "leave it out"
+                raise InvalidRequestError(
+                    f"{name} has {len(given)} {kind} for {len(prompts)} prompts; give one for each, or {advice}"
+                )
         requests = []
         for index, prompt in enumerate(prompts):
             own = GenerationOptions(**options)
             if is_listed and processors is not None:
                 own["logits_processors"] = processors[index]  # type: ignore[typeddict-item]
             try:
-                requests.append(self.request(self.prompt(prompt, special=special), **own))
+                own.update(GenerationOptions() if each is None else _own_options(each[index]))
+                requests.append(self.samples(self.prompt(prompt, special=special), n, own))
             except (InvalidRequestError, ContextLengthError) as error:
                 raise type(error)(f"prompt {index}: {error}") from None
         return requests
@@ -230,6 +257,17 @@ class Requests:
         if tokens := self._engine.checked_ids(ids, "the prompt"):
             return Prompt(tokens, count)
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
+
+
+def _own_options(given: object) -> GenerationOptions:
+    """Raises InvalidRequestError for what is no dict of options."""
+    check_type("each", given, dict, "a dict of options for each prompt")
+    assert isinstance(given, dict)
+    known = [name for name in GenerationOptions.__annotations__ if name != "speculation"]
+    for name in given:
+        if name not in known:
+            raise InvalidRequestError(f"each holds {shown(name)}; options of a prompt are {', '.join(known)}")
+    return GenerationOptions(**given)  # type: ignore[typeddict-item]
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> str | None:

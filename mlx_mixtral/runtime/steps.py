@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator
-from typing import Generic, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 from mlx_mixtral.errors import BusyError
 
-__all__ = ["Steps"]
+__all__ = ["Closable", "Steps"]
 
 T = TypeVar("T")
+
+
+class Closable(Protocol):
+    """What generates, and ends when it is closed."""
+
+    def close(self) -> None: ...
 
 
 class Steps(Iterator[T], Generic[T]):

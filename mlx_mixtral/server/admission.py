@@ -58,7 +58,7 @@ class Admission:
             raise ApiError(503, "the server is shutting down; send the request again when it is back")
         if self._engine.state is EngineState.DEAD:
             raise ApiError(503, "the engine failed too often and is down; start the server again")
-        most = self._options.rows + self._options.queue
+        most = self._engine.rows + self._options.queue
         if self.open_rows + size > most:
             self._metrics.count("mlx_mixtral_requests_refused_total", reason="queue_full")
             raise ApiError(
@@ -124,5 +124,5 @@ class Admission:
 
     def _retry_s(self) -> int:
         """About how long until a place is free."""
-        rounds = self.waiting_rows / max(1, self._options.rows)
+        rounds = self.waiting_rows / max(1, self._engine.rows)
         return min(MAX_RETRY_S, max(1, math.ceil(rounds * self._usual_s)))

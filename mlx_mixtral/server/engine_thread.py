@@ -17,7 +17,9 @@ from enum import StrEnum
 import mlx.core as mx
 
 from mlx_mixtral.errors import MixtralError
+from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S
 from mlx_mixtral.runtime.mixtral import Mixtral
+from mlx_mixtral.runtime.rows import MAX_ROWS, default_rows
 from mlx_mixtral.server.jobs import Ended, Failed, Job, JobEvent
 from mlx_mixtral.server.rows import EngineRows
 from mlx_mixtral.server.wire.errors import ApiError
@@ -84,22 +86,25 @@ class EngineThread:
 
     Args:
         load: makes the model; called on the thread, and again after a failure or idle time.
-        max_rows: generations at once.
+        max_rows: generations at once; what the plan in force allows when None: see ``default_rows``.
         post: told the events of a step, in one call, on the thread.
         changed: told that the state changed, on the thread.
+        max_stall_s: how long a chunk of a prompt may take while rows wait for it.
         idle_unload_s: the weights are released after so long without a job; None: never.
     """
 
     def __init__(
         self,
         load: Callable[[], Mixtral],
-        max_rows: int,
+        max_rows: int | None,
         post: Callable[[Sequence[Delivery]], None],
         changed: Callable[[EngineState], None] = lambda state: None,
         *,
+        max_stall_s: float = DEFAULT_MAX_STALL_S,
         idle_unload_s: float | None = None,
     ) -> None:
         self._load, self._max_rows, self._post, self._changed = load, max_rows, post, changed
+        self._max_stall_s = max_stall_s
         self._idle_unload_s = idle_unload_s
         self._inbox: queue.SimpleQueue[_Add | _Cancel | _Exclusive | _Close] = queue.SimpleQueue()
         self._open: dict[Job, None] = {}
@@ -114,6 +119,8 @@ class EngineThread:
         self.snapshot = Snapshot()
         self.failures = 0
         """Failures so far."""
+        self.rows = max_rows or MAX_ROWS
+        """Generations at once, from the first load on."""
 
     def start(self) -> Future[Mixtral]:
         """Begin to load; the result is the loaded model, of which other threads may use the tokenizer and plain facts."""
@@ -144,6 +151,9 @@ class EngineThread:
     def _main(self) -> None:
         try:
             self._model = self._load()
+            if self._max_rows is None:
+                engine = self._model.engine
+                self.rows = default_rows(engine.plan, engine.forward_cost())
         except BaseException as error:
             self._become(EngineState.DEAD)
             self._first.set_exception(error)
@@ -168,8 +178,8 @@ class EngineThread:
             self._run_deferred()
             if self._open:
                 model = self._loaded()
-                with model.engine.running():
-                    self._generate(model)
+                with EngineRows(model, self.rows, self._max_stall_s, self._collect) as rows:
+                    self._generate(rows)
             self._flush()
 
     def _wait(self) -> None:
@@ -185,9 +195,8 @@ class EngineThread:
             self._take(message, None)
             self._flush()
 
-    def _generate(self, model: Mixtral) -> None:
+    def _generate(self, rows: EngineRows) -> None:
         """Steps until nothing is open. Messages are taken between two of them."""
-        rows = EngineRows(model, self._max_rows, self._collect)
         for job in list(self._open):
             rows.add(job)
         while True:

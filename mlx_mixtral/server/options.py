@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S
+
 __all__ = ["MAX_CHOICES", "ServerOptions"]
 
 MAX_CHOICES = 8
@@ -18,10 +20,11 @@ class ServerOptions:
         host, port: where it listens; port 0 takes a free one.
         api_keys: one of them is needed for every path but /health; none: no key is asked for.
         name, aliases: what requests may call the model.
-        rows: generations at once.
+        rows: generations at once; what the plan in force allows when None.
         queue: generations that may wait beside them; a request beyond is answered 429.
         queue_timeout_s: a generation that waited so long is answered 503.
         max_tokens: tokens of an answer when the request says nothing.
+        max_stall_s: how long a chunk of a prompt may hold up the tokens of others.
         cors_origins: origins of other pages that may use the server from a browser; "*" for all.
         allowed_hosts: names beside the loopback ones by which it may be called.
         max_body_bytes: a longer body is answered 413.
@@ -43,10 +46,11 @@ class ServerOptions:
     api_keys: tuple[str, ...] = ()
     name: str = "mixtral"
     aliases: tuple[str, ...] = ()
-    rows: int = 8
+    rows: int | None = None
     queue: int = 64
     queue_timeout_s: float = 120.0
     max_tokens: int = 2048
+    max_stall_s: float = DEFAULT_MAX_STALL_S
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 2_000_000

@@ -1,15 +1,30 @@
-"""The scheduler as the engine thread sees it: rows of several jobs, made, stepped and ended."""
+"""The batch as the engine thread sees it: rows of several jobs, begun, stepped and ended."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from itertools import groupby
+from types import TracebackType
+from typing import Self
 
-from mlx_mixtral.errors import InvalidRequestError, MixtralError
-from mlx_mixtral.generation.scheduler import Scheduler
+from mlx_mixtral.errors import BusyError, InvalidRequestError, MixtralError
+from mlx_mixtral.runtime.batch import Batch, BatchUpdate
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.runtime.requests import Prompt, Requests, TextRequest
-from mlx_mixtral.server.jobs import Began, Ended, Failed, Job, JobEvent, NewToken, PromptScores, RowUsage, Scored
+from mlx_mixtral.server.jobs import (
+    Began,
+    Ended,
+    Failed,
+    Job,
+    JobEvent,
+    NewToken,
+    PromptScores,
+    RowSpec,
+    RowUsage,
+    Scored,
+)
 from mlx_mixtral.server.scoring import prompt_scores
 from mlx_mixtral.server.wire.errors import ApiError
 
@@ -31,44 +46,57 @@ class _Open:
 
 
 class EngineRows:
-    """Carries out jobs on one loaded model. Used by the engine thread alone, within a block of ``engine.running``.
+    """Carries out jobs on one loaded model, which is busy until ``close``. Used by the engine thread alone.
 
     Args:
         max_rows: generations at once.
+        max_stall_s: how long a chunk of a prompt may take while rows wait for it.
         post: told each event of each job; called between steps.
     """
 
-    def __init__(self, model: Mixtral, max_rows: int, post: Post) -> None:
+    def __init__(self, model: Mixtral, max_rows: int, max_stall_s: float, post: Post) -> None:
         self._model, self._post = model, post
         self._requests = Requests(model.engine, model.tokenizer)
-        self._scheduler: Scheduler = model.engine.scheduler(max_rows)
+        self._batch = Batch(model.engine, self._requests, max_rows=max_rows, max_stall_s=max_stall_s)
         self._jobs: list[_Open] = []
         self._of_ticket: dict[int, _Open] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for opened in self._jobs:
+            if opened.scoring is not None:
+                opened.scoring.close()
+        self._batch.close()
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._jobs and self._scheduler.is_idle
+        return not self._jobs and self._batch.is_idle
 
     @property
     def running(self) -> int:
         """Rows that are being computed."""
-        return self._scheduler.running + sum(opened.scoring is not None for opened in self._jobs)
+        return self._batch.running + sum(opened.scoring is not None for opened in self._jobs)
 
     def add(self, job: Job) -> None:
         """Begin a job; one that cannot be carried out fails by itself."""
         opened = _Open(job)
         try:
-            made = [self._request(opened, spec_index) for spec_index in range(len(job.rows))]
-            for index, request in enumerate(made):
-                ticket = self._scheduler.submit(request.request)
-                opened.rows[ticket] = (index, request)
-                self._of_ticket[ticket] = opened
+            # Rows of one prompt have one list of its tokens: it is computed once.
+            for _, group in groupby(enumerate(job.rows), key=lambda pair: id(pair[1].tokens)):
+                numbered = list(group)
+                made = [self._request(opened, spec) for _, spec in numbered]
+                tickets = self._batch.add_requests(made)
+                for ticket, (index, _), request in zip(tickets, numbered, made, strict=True):
+                    opened.rows[ticket] = (index, request)
+                    self._of_ticket[ticket] = opened
         except MixtralError as error:
-            for ticket in opened.rows:
-                self._scheduler.finish(ticket)
-                del self._of_ticket[ticket]
-            self._post(job, Failed(ApiError(400, str(error))))
+            self._drop(opened)
+            self._post(job, Failed(_told(error)))
             return
         if job.scoring is not None:
             opened.scoring = self._scores(job)
@@ -77,15 +105,11 @@ class EngineRows:
     def cancel(self, job: Job) -> None:
         """End a job: its rows are free from the next step on. Unknown ones are ignored."""
         for opened in [each for each in self._jobs if each.job is job]:
-            for ticket in opened.rows:
-                self._scheduler.finish(ticket)
-                del self._of_ticket[ticket]
-            if opened.scoring is not None:
-                opened.scoring.close()
+            self._drop(opened)
             self._jobs.remove(opened)
 
     def step(self) -> None:
-        """One chunk of each prompt that is scored, and one token of each running row."""
+        """One chunk of each prompt that is scored, and what every running row got next."""
         for opened in list(self._jobs):
             if opened.scoring is not None:
                 try:
@@ -93,30 +117,42 @@ class EngineRows:
                 except StopIteration:
                     opened.scoring = None
                     self._end_if_done(opened)
-        for ticket, token in [] if self._scheduler.is_idle else self._scheduler.step():
-            opened_row = self._of_ticket.get(ticket)
-            if opened_row is None:
-                continue
-            index, made = opened_row.rows[ticket]
-            chunk = made.text.chunk(token)
-            self._post(opened_row.job, NewToken(index, chunk))
-            if made.text.is_finished:
-                self._scheduler.finish(ticket)
-                stats = made.request.stats
-                opened_row.usage[index] = RowUsage(stats.prompt_tokens, stats.reused_tokens, stats.tokens)
-                del opened_row.rows[ticket], self._of_ticket[ticket]
-                self._end_if_done(opened_row)
+        for update in [] if self._batch.is_idle else self._batch.step():
+            opened_row = self._of_ticket.get(update.ticket)
+            if opened_row is not None:
+                self._take(opened_row, update)
+
+    def _take(self, opened: _Open, update: BatchUpdate) -> None:
+        index, made = opened.rows[update.ticket]
+        if update.error is not None or update.chunk is None:
+            del opened.rows[update.ticket], self._of_ticket[update.ticket]
+            self._drop(opened)
+            self._jobs.remove(opened)
+            self._post(opened.job, Failed(_told(update.error)))
+            return
+        self._post(opened.job, NewToken(index, update.chunk))
+        if update.chunk.finish_reason is not None:
+            stats = made.request.stats
+            opened.usage[index] = RowUsage(stats.prompt_tokens, stats.reused_tokens, stats.tokens)
+            del opened.rows[update.ticket], self._of_ticket[update.ticket]
+            self._end_if_done(opened)
+
+    def _drop(self, opened: _Open) -> None:
+        for ticket in opened.rows:
+            self._batch.cancel(ticket)
+            del self._of_ticket[ticket]
+        opened.rows.clear()
+        if opened.scoring is not None:
+            opened.scoring.close()
+            opened.scoring = None
 
     def _end_if_done(self, opened: _Open) -> None:
         if not opened.rows and opened.scoring is None:
             self._jobs.remove(opened)
             self._post(opened.job, Ended([opened.usage[index] for index in sorted(opened.usage)]))
 
-    def _request(self, opened: _Open, index: int) -> TextRequest:
-        spec = opened.job.rows[index]
-        if spec.constraint is not None:
-            raise InvalidRequestError("structured answers wait for a scheduler that keeps constraints")
-        return self._requests.request(
+    def _request(self, opened: _Open, spec: RowSpec) -> TextRequest:
+        made = self._requests.request(
             Prompt(list(spec.tokens)),
             max_tokens=spec.max_tokens,
             sampling=spec.sampling,
@@ -125,6 +161,10 @@ class EngineRows:
             is_answer=spec.is_answer,
             on_prefill=lambda done, total: self._begin(opened),
         )
+        if spec.constraint is None:
+            return made
+        state = spec.constraint.begin(made.request.max_tokens)
+        return dataclasses.replace(made, request=dataclasses.replace(made.request, constraint=state))
 
     def _begin(self, opened: _Open) -> None:
         if not opened.has_begun:
@@ -136,3 +176,13 @@ class EngineRows:
         for index, prompt in enumerate(job.scoring.prompts):
             scores: PromptScores = yield from prompt_scores(self._model.engine.context, prompt, job.scoring.top)
             self._post(job, Scored(index, scores))
+
+
+def _told(error: Exception | None) -> ApiError:
+    """What a client is told of an error that ended its row and no other."""
+    if isinstance(error, InvalidRequestError):
+        return ApiError(400, str(error))
+    if isinstance(error, BusyError):
+        return ApiError(503, str(error))
+    said = f": {error}" if isinstance(error, MixtralError) else ""
+    return ApiError(500, f"this answer could not be computed{said}", code="engine_failed")

@@ -59,7 +59,12 @@ class ModelServer:
     ) -> None:
         self.options = options
         self.engine = EngineThread(
-            load, options.rows, self._post, self._state_changed, idle_unload_s=options.idle_unload_s
+            load,
+            options.rows,
+            self._post,
+            self._state_changed,
+            max_stall_s=options.max_stall_s,
+            idle_unload_s=options.idle_unload_s,
         )
         self._log = log or RequestLog(options.log_format)
         self._loop: asyncio.AbstractEventLoop | None = None

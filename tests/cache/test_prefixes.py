@@ -240,6 +240,10 @@ def test_of_more_than_the_limit_the_oldest_go(model: Mixtral) -> None:
     for tokens in sequences:
         store.put(tokens, _kept_cache(model, tokens))
     assert [kept.tokens for kept in store._kept] == sequences[1:]
+    # What could never be kept is refused before anything makes room for it.
+    large = _ids(model, 50, seed=9)
+    store.put(large, _kept_cache(model, large))
+    assert [kept.tokens for kept in store._kept] == sequences[1:]
     too_small = PrefixStore(each - 1)
     too_small.put(sequences[0], _kept_cache(model, sequences[0]))
     assert len(too_small) == 0
@@ -253,6 +257,28 @@ def test_a_short_beginning_is_not_taken_from_a_longer_sequence(model: Mixtral) -
     found = store.take([*tokens[:MIN_TOKENS], 3, 4])
     assert found is not None
     assert found.length == MIN_TOKENS
+
+
+def test_what_can_be_had_is_said_without_taking_it(model: Mixtral) -> None:
+    store, tokens = PrefixStore(10**8), _ids(model, 100)
+    store.put(tokens, _kept_cache(model, tokens))
+    for wanted in (tokens, [*tokens, 4, 5], [*tokens[:30], 3, 4], tokens[:10]):
+        said = store.reusable(wanted, 2)
+        found = store.take(wanted, 2)
+        assert said == (0 if found is None else found.length)
+        if found is not None and len(store) == 0:
+            store.put(tokens[: found.length], found)
+            tokens = tokens[: found.length]
+    store.shrink(0)
+    assert (len(store), store.reusable(tokens)) == (0, 0)
+
+
+@given(st.lists(st.integers(0, 1), max_size=40), st.lists(st.integers(0, 1), max_size=40))
+def test_common_prefix_is_what_a_loop_finds(a: list[int], b: list[int]) -> None:
+    same = 0
+    while same < min(len(a), len(b)) and a[same] == b[same]:
+        same += 1
+    assert common_prefix(a, b) == common_prefix(tuple(a), b) == same
 
 
 def test_common_prefix() -> None:

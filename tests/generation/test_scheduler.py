@@ -14,11 +14,8 @@ from hypothesis import strategies as st
 
 from mlx_mixtral import Mixtral, SamplingParams, load
 from mlx_mixtral.errors import BusyError, ContextLengthError, InvalidRequestError
-from mlx_mixtral.generation.context import DecodeContext
-from mlx_mixtral.generation.request import Request
-from mlx_mixtral.generation.sampling import Sampler
-from mlx_mixtral.generation.scheduler import Scheduler
 from mlx_mixtral.model.step import DecodeStep
+from tests.generation.support import WatchedScheduler
 
 RECORDED = Path(__file__).parents[1] / "goldens" / "transformers"
 LENGTHS = (3, 40, 7, 150, 11, 2, 90, 5)
@@ -50,21 +47,27 @@ def _alone(model: Mixtral, prompt: Sequence[int], **options: Any) -> tuple[int, 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 8])
 def test_rows_equal_rows_alone(each: Mixtral, max_rows: int) -> None:
+    """To the bit: log-probabilities are compared as they are."""
+    sampling = SamplingParams(logprobs=0)
     prompts = [_prompt(each, length) for length in LENGTHS if length + 12 < each.config.max_position_embeddings]
-    together = each.generate_batch(prompts, max_tokens=12, max_rows=max_rows)
-    assert [row.token_ids for row in together] == [_alone(each, prompt, max_tokens=12) for prompt in prompts]
-    assert [row.stats.prompt_tokens for row in together] == [len(prompt) for prompt in prompts]
-    assert all(row.finish_reason in ("length", "stop") for row in together)
+    together = each.generate_batch(prompts, max_tokens=12, max_rows=max_rows, sampling=sampling)
+    each.engine.prompt_cache.clear()
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = each.generate(prompt, max_tokens=12, sampling=sampling)
+        each.engine.prompt_cache.clear()
+        assert (row.token_ids, row.logprobs) == (alone.token_ids, alone.logprobs)
+        assert row.stats.prompt_tokens == len(prompt)
+        assert row.finish_reason in ("length", "stop")
 
 
 def test_seeded_rows_draw_as_if_alone(model: Mixtral) -> None:
     prompts = [_prompt(model, length) for length in (4, 9, 30)]
     sampling = SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, seed=5, logprobs=2)
     together = model.generate_batch(prompts, max_tokens=10, sampling=sampling)
+    model.engine.prompt_cache.clear()
     for prompt, row in zip(prompts, together, strict=True):
         alone = model.generate(prompt, max_tokens=10, sampling=sampling)
-        assert row.token_ids == alone.token_ids
-        np.testing.assert_allclose(row.logprobs or (), alone.logprobs or (), atol=1e-4)
+        assert (row.token_ids, row.logprobs) == (alone.token_ids, alone.logprobs)
 
 
 def test_text_stops_and_streams_like_rows_alone(short_model: Mixtral) -> None:
@@ -112,40 +115,6 @@ def test_bad_batches_name_the_prompt(short_model: Mixtral) -> None:
         short_model.generate_batch(["a"], max_rows=0)
 
 
-class _Watched:
-    """A scheduler, and who ran in each of its steps."""
-
-    def __init__(self, model: Mixtral, **limits: Any) -> None:
-        self.model, self.tokens = model, dict[int, list[int]]()
-        self.running: list[tuple[int, ...]] = []
-        context = DecodeContext(
-            model.module,
-            limits.pop("step", DecodeStep(model.module, compiled=False)),
-            mx.default_stream(mx.default_device()),
-            limits.pop("prefill_chunk", 1024),
-        )
-        self.scheduler = Scheduler(context, **{"max_rows": 8} | limits)
-
-    def submit(self, prompt: Sequence[int], max_tokens: int, **params: Any) -> int:
-        sampler = Sampler(SamplingParams(**params), prompt, self.model.config.vocab_size)
-        ticket = self.scheduler.submit(Request(prompt, max_tokens, sampler))
-        self.tokens[ticket] = []
-        return ticket
-
-    def step(self) -> None:
-        found = self.scheduler.step()
-        self.running.append(tuple(ticket for ticket, _ in found))
-        for ticket, token in found:
-            self.tokens[ticket].append(token.token_id)
-
-    def run(self) -> None:
-        for _ in range(1000):
-            if self.scheduler.is_idle:
-                return
-            self.step()
-        pytest.fail("the scheduler does not end")
-
-
 @given(
     plan=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12), st.integers(0, 5)), min_size=1, max_size=7),
     max_rows=st.integers(1, 4),
@@ -156,7 +125,7 @@ class _Watched:
 def test_whoever_joins_and_leaves(
     model: Mixtral, plan: list[tuple[int, int, int]], max_rows: int, leaves: set[int]
 ) -> None:
-    watched, wanted = _Watched(model, max_rows=max_rows, prefill_chunk=32), dict[int, tuple[int, ...]]()
+    watched, wanted = WatchedScheduler(model, max_rows=max_rows, prefill_chunk=32), dict[int, tuple[int, ...]]()
     for index, (length, max_tokens, wait) in enumerate(plan):
         prompt = _prompt(model, length, seed=index)
         ticket = watched.submit(prompt, max_tokens)
@@ -174,43 +143,6 @@ def test_whoever_joins_and_leaves(
         assert tuple(watched.tokens[ticket][: len(tokens)]) == tokens
 
 
-def test_the_first_in_the_queue_is_not_overtaken(model: Mixtral) -> None:
-    watched = _Watched(model, max_columns=512)
-    small = watched.submit(_prompt(model, 5), 6)
-    large = watched.submit(_prompt(model, 5, seed=1), 300)
-    late = watched.submit(_prompt(model, 5, seed=2), 3)
-    watched.run()
-    first_seen = {
-        ticket: next(i for i, row in enumerate(watched.running) if ticket in row) for ticket in (small, large, late)
-    }
-    # The large one needs all columns: it waits until the small one is gone, and the late one waits behind it.
-    assert first_seen[small] < first_seen[large] < first_seen[late]
-    assert all(len(row) == 1 for row in watched.running if large in row)
-    assert [len(watched.tokens[ticket]) for ticket in (small, large, late)] == [6, 300, 3]
-
-
-def test_rows_share_the_columns_of_a_budget(model: Mixtral) -> None:
-    watched = _Watched(model, max_columns=768)
-    tickets = [watched.submit(_prompt(model, 5, seed=seed), 20) for seed in range(5)]
-    watched.run()
-    assert max(map(len, watched.running)) == 3
-    assert all(len(watched.tokens[ticket]) == 20 for ticket in tickets)
-    with pytest.raises(ContextLengthError, match=r"5 prompt tokens and up to 900 more.*1024.*budget holds 768"):
-        watched.submit(_prompt(model, 5), 900)
-
-
-def test_a_long_prompt_delays_others_by_a_chunk_at_a_time(model: Mixtral) -> None:
-    watched = _Watched(model, prefill_chunk=32)
-    first = watched.submit(_prompt(model, 5), 30)
-    watched.step()
-    watched.submit(_prompt(model, 200), 2)
-    for _ in range(6):
-        watched.step()
-    assert watched.running == [(first,)] * 7
-    watched.step()
-    assert len(watched.running[-1]) == 2
-
-
 def test_no_step_is_computed_for_rows_that_have_all_they_asked_for(model: Mixtral) -> None:
     computed: list[int] = []
     step = DecodeStep(model.module, compiled=False)
@@ -219,7 +151,7 @@ def test_no_step_is_computed_for_rows_that_have_all_they_asked_for(model: Mixtra
         computed.append(tokens.shape[0])
         return step(tokens, cache)
 
-    watched = _Watched(model, step=counted)
+    watched = WatchedScheduler(model, step=counted)
     for max_tokens in (1, 2, 4):
         watched.submit(_prompt(model, 6, seed=max_tokens), max_tokens)
     watched.run()
@@ -227,46 +159,22 @@ def test_no_step_is_computed_for_rows_that_have_all_they_asked_for(model: Mixtra
 
 
 def test_under_a_budget_there_are_no_more_rows_than_asked_for(small_model: Mixtral) -> None:
-    watched = _Watched(small_model, max_rows=2, max_columns=10 * 256)
+    watched = WatchedScheduler(small_model, max_rows=2, max_columns=10 * 256)
     for index in range(4):
         watched.submit(_prompt(small_model, 5, seed=index), 4)
     watched.run()
     assert max(map(len, watched.running)) == 2
 
 
-def test_a_row_that_is_ended_while_its_prompt_is_computed_gives_no_token(model: Mixtral) -> None:
-    watched = _Watched(model, prefill_chunk=32)
-    first = watched.submit(_prompt(model, 5), 12)
-    watched.step()
-    leaving, staying = watched.submit(_prompt(model, 90), 5), watched.submit(_prompt(model, 100), 5)
-    watched.step()
-    assert watched.scheduler.running == 3
-    watched.scheduler.finish(leaving)
-    watched.run()
-    assert watched.tokens[leaving] == []
-    assert [len(watched.tokens[ticket]) for ticket in (first, staying)] == [12, 5]
-    assert tuple(watched.tokens[staying]) == _alone(model, _prompt(model, 100), max_tokens=5, stop_token_ids=[])
-
-
-def test_a_row_that_is_ended_while_it_waits_is_never_computed(model: Mixtral) -> None:
-    watched = _Watched(model, max_rows=1)
-    first, waiting = watched.submit(_prompt(model, 5), 3), watched.submit(_prompt(model, 6), 3)
-    watched.step()
-    watched.scheduler.finish(waiting)
-    assert watched.scheduler.running == 1
-    for _ in range(2):
-        watched.step()
-    assert watched.scheduler.is_idle
-    assert [len(watched.tokens[ticket]) for ticket in (first, waiting)] == [3, 0]
-
-
 @pytest.mark.parametrize(
     ("lengths", "together"),
     [
-        ((10, 74), 2),  # 64 tokens of padding are always allowed
-        ((10, 75), 1),  # 65 are not, of 85
-        ((300, 400), 2),  # 100 are, of 700: a quarter
-        ((100, 300), 1),  # 200 of 400 are more
+        ((10, 74), 2),  # 64 tokens of padding are allowed
+        ((10, 75), 1),  # 65 are not
+        ((300, 364), 2),
+        ((400, 300), 1),
+        ((1, 1), 2),
+        ((1, 2), 1),  # a single token would be rounded as a decode step is
         ((10, 74, 74), 3),
         ((10, 10, 80), 2),  # a pair goes, the third would pad both
     ],
@@ -275,10 +183,10 @@ def test_a_row_that_is_ended_while_it_waits_is_never_computed(model: Mixtral) ->
 def test_prompts_are_computed_together_while_padding_stays_small(
     model: Mixtral, lengths: tuple[int, ...], together: int
 ) -> None:
-    watched = _Watched(model)
+    watched = WatchedScheduler(model)
     for index, length in enumerate(lengths):
         watched.submit(_prompt(model, length, seed=index), 2)
-    admitted = watched.scheduler._admit()
+    admitted = watched.scheduler._next_job()
     assert admitted is not None
     assert len(admitted.rows) == together
 
@@ -299,7 +207,7 @@ def test_greedy_rows_that_ask_for_one_thing_more_get_it(model: Mixtral, params: 
     prompts = [_prompt(model, 6), _prompt(model, 7)]
     sampling = SamplingParams(**params)
     alone = model.generate(prompts[1], max_tokens=12, sampling=sampling, stop_token_ids=[])
-    watched = _Watched(model)
+    watched = WatchedScheduler(model)
     watched.submit(prompts[0], 12)
     ticket = watched.submit(prompts[1], 12, **params)
     watched.run()
@@ -309,31 +217,3 @@ def test_greedy_rows_that_ask_for_one_thing_more_get_it(model: Mixtral, params: 
     else:
         found = model.generate_batch(prompts, max_tokens=3, sampling=sampling)
         assert all(row.logprobs is not None for row in found)
-
-
-def test_a_short_row_beside_long_ones_counts_their_columns(model: Mixtral) -> None:
-    """All rows of a batch have the columns of the longest: whoever runs, and whoever joins."""
-    watched = _Watched(model, max_columns=3 * 256)
-    watched.submit(_prompt(model, 5), 300)  # 512 columns
-    watched.step()
-    late = watched.submit(_prompt(model, 5, seed=1), 3)
-    for _ in range(3):
-        watched.step()
-    assert watched.tokens[late] == []
-    watched = _Watched(model, max_columns=3 * 256)
-    watched.submit(_prompt(model, 5), 30)
-    watched.step()
-    late = watched.submit(_prompt(model, 5, seed=1), 300)
-    for _ in range(3):
-        watched.step()
-    assert watched.tokens[late] == []
-
-
-def test_padding_counts_among_the_columns_a_row_takes(model: Mixtral) -> None:
-    watched = _Watched(model, max_columns=3 * 512 - 1)
-    watched.submit(_prompt(model, 200), 40)
-    watched.submit(_prompt(model, 240), 10)
-    admitted = watched.scheduler._admit()
-    assert admitted is not None
-    # 240 columns and 39 more for the first, though it has 200 tokens itself.
-    assert [row.columns for row in admitted.rows] == [512, 256]

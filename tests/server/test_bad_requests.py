@@ -47,11 +47,15 @@ def test_a_body_that_is_no_json_object(server: Running, data: bytes, said: str) 
 
 
 def test_a_lone_surrogate_is_placed(server: Running) -> None:
-    reply = server.client.post(CHAT, content=json.dumps({"messages": [{"role": "user", "content": "a\ud800"}]}), headers=JSON)
+    reply = server.client.post(
+        CHAT, content=json.dumps({"messages": [{"role": "user", "content": "a\ud800"}]}), headers=JSON
+    )
     assert reply.json()["error"]["param"] == "messages[0].content"
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/xml", ""])
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/xml", ""]
+)
 def test_other_content_types_are_415(server: Running, kind: str) -> None:
     """A form of another site can send those without asking first; JSON it cannot."""
     reply = server.client.post(CHAT, content=json.dumps({"messages": [USER]}), headers={"content-type": kind})

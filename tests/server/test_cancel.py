@@ -13,7 +13,12 @@ from mlx_mixtral.generation.scheduler import Scheduler
 from tests.server.conftest import PATIENCE_S, Running, Serve, wait_until
 
 CHAT = "/v1/chat/completions"
-LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 900, "temperature": 1, "seed": 1}
+LONG: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Go on."}],
+    "max_tokens": 900,
+    "temperature": 1,
+    "seed": 1,
+}
 
 
 def _request(body: dict[str, Any]) -> bytes:
@@ -60,7 +65,9 @@ def test_a_client_that_goes_takes_nobody_along(server: Running) -> None:
     alone = server.post(CHAT, body).json()["choices"][0]["message"]["content"]
     texts: list[str] = []
     neighbours = [
-        threading.Thread(target=lambda: texts.append(server.post(CHAT, body).json()["choices"][0]["message"]["content"]))
+        threading.Thread(
+            target=lambda: texts.append(server.post(CHAT, body).json()["choices"][0]["message"]["content"])
+        )
         for _ in range(4)
     ]
     for neighbour in neighbours:
@@ -127,7 +134,9 @@ def test_one_that_waited_too_long_is_answered_503(serve: Serve) -> None:
         wait_until(server.is_idle, "all is free")
 
 
-def test_a_stream_has_its_head_at_once_and_comments_while_it_waits(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_has_its_head_at_once_and_comments_while_it_waits(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """12."""
     gate = threading.Event()
     step = Scheduler.step

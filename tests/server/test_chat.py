@@ -186,7 +186,9 @@ def test_an_answer_that_was_begun_goes_on(server: Running) -> None:
     whole = server.chat(ASK, max_tokens=10, logprobs=True)["choices"][0]
     text = whole["message"]["content"]
     begun = "".join(entry["token"] for entry in whole["logprobs"]["content"][:5])
-    rest = server.chat([*ASK, {"role": "assistant", "content": begun}], max_tokens=4)["choices"][0]["message"]["content"]
+    rest = server.chat([*ASK, {"role": "assistant", "content": begun}], max_tokens=4)["choices"][0]["message"][
+        "content"
+    ]
     assert rest and not rest.startswith(begun), text
 
 

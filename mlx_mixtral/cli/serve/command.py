@@ -82,7 +82,7 @@ def _facts(server: ModelServer, model: Mixtral) -> Iterator[str]:
     experts = "" if plan.residency is None else ", other experts read from disk"
     yield (
         f"{one_line(served.name)}: {format_bytes(model.residency.resident_bytes)} of weights in memory{experts}; context "
-        f"{served.context_tokens} tokens, up to {options.rows} answers at once, {options.queue} waiting"
+        f"{served.context_tokens} tokens, up to {server.engine.rows} answers at once, {options.queue} waiting"
     )
     yield f"chat format {served.tokenizer.chat_format}, tools {server.service.chat.name}"
     key = "with a key" if options.api_keys else "without a key"

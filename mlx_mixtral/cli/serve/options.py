@@ -45,6 +45,11 @@ class ServeOptions:
     queue: int = option("--queue N", "Generations that may wait; more are answered 429.", default=64)
     queue_timeout: float = option("--queue-timeout SECONDS", "How long one may wait.", default=120.0)
     max_tokens: int = option("-n, --max-tokens", "Tokens of an answer when a request says nothing.", default=2048)
+    max_stall: float = option(
+        "--max-stall SECONDS",
+        "Most that a part of a prompt may hold up the answers that are being written.",
+        default=0.25,
+    )
     tools: str = option(
         "--tools",
         "How the model writes calls of tools; auto chooses by its chat format.",
@@ -93,8 +98,9 @@ class ServeOptions:
         check_integer("port", self.port, 0, 65535)
         check_integer("queue", self.queue, 0, 100_000)
         check_integer("max_tokens", self.max_tokens, 1)
-        check_integer("rows", self.rows, 1, MAX_ROWS)
-        for name, least in (("queue_timeout", 1.0), ("grace", 0.0), ("idle_unload", 1.0)):
+        if self.rows is not None:
+            check_integer("rows", self.rows, 1, MAX_ROWS)
+        for name, least in (("queue_timeout", 1.0), ("grace", 0.0), ("idle_unload", 1.0), ("max_stall", 0.001)):
             value = getattr(self, name)
             if value is not None and not least <= value <= 10**7:
                 raise InvalidRequestError(f"{name} is {value:g}; it must be a number of seconds of at least {least:g}")
@@ -122,6 +128,7 @@ class ServeOptions:
             queue=self.queue,
             queue_timeout_s=self.queue_timeout,
             max_tokens=self.max_tokens,
+            max_stall_s=self.max_stall,
             cors_origins=self.cors_origins,
             allowed_hosts=self.allowed_hosts,
             max_body_bytes=parse_size(self.max_body),

@@ -76,7 +76,7 @@ async def status(service: Service, request: Request, send: Send) -> None:
             "context_tokens": served.context_tokens,
             "chat_format": served.tokenizer.chat_format,
             "tool_format": service.chat.name,
-            "rows": {"most": options.rows, "running": snapshot.running_rows, "waiting": admission.waiting_rows},
+            "rows": {"most": engine.rows, "running": snapshot.running_rows, "waiting": admission.waiting_rows},
             "queue": {"most": options.queue, "timeout_seconds": options.queue_timeout_s},
             "requests_open": admission.open_jobs,
             "memory": {

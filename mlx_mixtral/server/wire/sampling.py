@@ -109,9 +109,8 @@ def sampling_params(
 
 
 def seed_of_row(seed: int | None, row: int) -> int | None:
-    """The seed of one of several answers: the first has the request's own."""
-    # An odd multiplier (2^64 over the golden ratio) keeps neighbouring seeds' rows apart.
-    return seed if seed is None or row == 0 else (seed + row * 0x9E3779B97F4A7C15) % 2**SEED_BITS
+    """The seed of one of several answers: the first has the request's own, each the next one, as ``Mixtral.batch`` has it."""
+    return None if seed is None else seed + row
 
 
 def stops(body: Mapping[str, Any]) -> list[str]:

@@ -65,7 +65,9 @@ class Chain:
     def make_cache(self, max_tokens: int | None = None) -> ChainCache:
         return ChainCache()
 
-    def hidden(self, tokens: mx.array, cache: ChainCache, *, last_only: bool = False, total: int = 0) -> mx.array:
+    def hidden(
+        self, tokens: mx.array, cache: ChainCache, *, last_only: bool = False, total: int = 0, ends: None = None
+    ) -> mx.array:
         self.forwards.append(tokens.shape[1])
         cache.advance(tokens.shape[1])
         return tokens[:, -1:, None] if last_only else tokens[..., None]
