@@ -43,6 +43,7 @@ class Running:
     client: httpx.Client
     thread: threading.Thread | None = None
     statuses: list[int] = field(default_factory=list)
+    connections: list[socket.socket] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -81,8 +82,9 @@ class Running:
         return not status["requests_open"] and not status["rows"]["running"]
 
     def raw(self, request: bytes = b"") -> socket.socket:
-        """A connection on which ``request`` was sent."""
+        """A connection on which ``request`` was sent; closed with the server at the latest."""
         connection = socket.create_connection(self.address, timeout=PATIENCE_S)
+        self.connections.append(connection)
         connection.sendall(request)
         return connection
 
@@ -104,7 +106,8 @@ def running(folder: Path, loading: Callable[[], Mixtral] | None = None, **option
     server = ModelServer(loading or (lambda: load(folder)), given, log=RequestLog(given.log_format, log))
     model = server.start()
     headers = {"authorization": f"Bearer {given.api_keys[0]}"} if given.api_keys else {}
-    with httpx.Client(base_url=server.url, timeout=PATIENCE_S, headers=headers) as client:
+    verify = not given.tls_cert
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S, headers=headers, verify=verify) as client:
         found = Running(server, model, log, client)
         found.thread = threading.Thread(target=lambda: found.statuses.append(server.run()))
         found.thread.start()
@@ -113,6 +116,8 @@ def running(folder: Path, loading: Callable[[], Mixtral] | None = None, **option
             client.get("/health")
             yield found
         finally:
+            for connection in found.connections:
+                connection.close()
             server.stop()
             server.stop()
             found.thread.join(PATIENCE_S)

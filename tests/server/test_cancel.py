@@ -128,7 +128,8 @@ def test_one_that_waited_too_long_is_answered_503(serve: Serve) -> None:
         assert late.status_code == 503
         assert late.json()["error"]["code"] == "queue_timeout"
         events = server.client.post(CHAT, json=LONG | {"max_tokens": 1, "stream": True}).text
-        assert '"queue_timeout"' in events and events.endswith("data: [DONE]\n\n")
+        assert '"queue_timeout"' in events
+        assert events.endswith("data: [DONE]\n\n")
         assert server.status()["rows"]["running"] == 1
         running.close()
         wait_until(server.is_idle, "all is free")
@@ -165,7 +166,8 @@ def test_a_plain_reply_is_not_padded(serve: Serve, monkeypatch: pytest.MonkeyPat
     with serve(comment_s=0.01) as server:
         reply = server.post(CHAT, LONG | {"max_tokens": 40})
         assert reply.status_code == 200
-        assert reply.content.startswith(b"{") and reply.content.endswith(b"}")
+        assert reply.content.startswith(b"{")
+        assert reply.content.endswith(b"}")
         assert int(reply.headers["content-length"]) == len(reply.content)
 
 

@@ -51,7 +51,8 @@ def test_bodies_and_chunks_are_of_the_openai_packages_type(server: Running, fiel
         for choice in event["choices"]:
             choice["finish_reason"] = choice["finish_reason"] or "stop"  # its type knows no unfinished chunks
         Completion.model_validate(event, strict=True)
-    assert events[-1]["choices"] == [] and events[-1]["usage"]["prompt_tokens"] > 0
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"]["prompt_tokens"] > 0
 
 
 def test_echoed_scores_are_the_librarys(server: Running) -> None:
@@ -63,7 +64,8 @@ def test_echoed_scores_are_the_librarys(server: Running) -> None:
         found = choice["logprobs"]
         assert choice["text"].startswith(PROMPT)
         assert len(found["tokens"]) == len(tokens) + 2
-        assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+        assert found["token_logprobs"][0] is None
+        assert found["top_logprobs"][0] is None
         for place in range(1, len(tokens)):
             row = expected[place - 1]
             assert abs(found["token_logprobs"][place] - row[tokens[place]]) < 1e-4

@@ -40,13 +40,18 @@ def _is_valid(table: BodyTable, body: Any) -> bool:
     return bool(validator.is_valid(body))
 
 
-def _reads(table: BodyTable, body: Any) -> bool:
+def _refusal(table: BodyTable, body: Any) -> ApiError | None:
     try:
         table.read(body)
     except ApiError as error:
-        assert error.status == 400
-        return False
-    return True
+        return error
+    return None
+
+
+def _reads(table: BodyTable, body: Any) -> bool:
+    refusal = _refusal(table, body)
+    assert refusal is None or refusal.status == 400
+    return refusal is None
 
 
 @pytest.mark.parametrize(("table", "field"), FIELDS, ids=[f"{table.name}.{field.name}" for table, field in FIELDS])
@@ -58,17 +63,14 @@ def test_a_field_takes_what_its_schema_takes(table: BodyTable, field: BodyField)
 
 @pytest.mark.parametrize(("table", "field"), FIELDS, ids=[f"{table.name}.{field.name}" for table, field in FIELDS])
 def test_a_refusal_names_the_field(table: BodyTable, field: BodyField) -> None:
-    refused = 0
-    for value in OF_EVERY_TYPE:
-        try:
-            table.read(LEAST[table.name] | {field.name: value})
-        except ApiError as error:
-            refused += 1
-            assert error.param is not None
-            assert error.param.startswith(field.name), (error.param, field.name)
-            assert error.message.startswith(error.param)
-            assert len(error.message) < 700
-    assert refused or field.name == "metadata"
+    refusals = [_refusal(table, LEAST[table.name] | {field.name: value}) for value in OF_EVERY_TYPE]
+    told = [refusal for refusal in refusals if refusal is not None]
+    assert told or field.name == "metadata"
+    for refusal in told:
+        assert refusal.param is not None
+        assert refusal.param.startswith(field.name), (refusal.param, field.name)
+        assert refusal.message.startswith(refusal.param)
+        assert len(refusal.message) < 700
 
 
 JSON = st.recursive(

@@ -142,7 +142,8 @@ def test_a_request_leaves_one_line_without_its_words(server: Running) -> None:
     assert len(lines) == 6
     assert marker not in server.log.getvalue()
     assert " 200 POST /v1/chat/completions " in lines[0]
-    assert "prompt=" in lines[0] and "generated=1" in lines[0]
+    assert "prompt=" in lines[0]
+    assert "generated=1" in lines[0]
 
 
 def test_the_log_can_be_json(serve: Serve) -> None:
