@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from mlx_mixtral.server.engine_thread import EngineState, EngineThread
-from mlx_mixtral.server.jobs import Failed, Job, JobEvent
+from mlx_mixtral.server.jobs import Failed, JobEvent, ServerJob
 from mlx_mixtral.server.metrics import Metrics
 from mlx_mixtral.server.options import ServerOptions
 from mlx_mixtral.server.wire.errors import ApiError
@@ -29,9 +29,9 @@ class Admission:
 
     def __init__(self, engine: EngineThread, options: ServerOptions, metrics: Metrics) -> None:
         self._engine, self._options, self._metrics = engine, options, metrics
-        self._timers: dict[Job, asyncio.TimerHandle] = {}
-        self._on_overflow: dict[Job, Callable[[], None]] = {}
-        self._open: dict[Job, None] = {}
+        self._timers: dict[ServerJob, asyncio.TimerHandle] = {}
+        self._on_overflow: dict[ServerJob, Callable[[], None]] = {}
+        self._open: dict[ServerJob, None] = {}
         self._usual_s = USUAL_JOB_S
         self.is_draining = False
         """Whether nobody may join any more."""
@@ -67,7 +67,7 @@ class Admission:
                 headers={"retry-after": str(self._retry_s())},
             )
 
-    def join(self, job: Job, on_overflow: Callable[[], None]) -> None:
+    def join(self, job: ServerJob, on_overflow: Callable[[], None]) -> None:
         """Begin a job, which ``leave`` must end; ``on_overflow`` is called when its reader is too slow. Raises as ``check``."""
         self.check(job.size)
         self._open[job] = None
@@ -76,7 +76,7 @@ class Admission:
         self._timers[job] = loop.call_later(self._options.queue_timeout_s, self._waited_too_long, job)
         self._engine.add(job)
 
-    def leave(self, job: Job) -> None:
+    def leave(self, job: ServerJob) -> None:
         """The job's reply is done, or nobody waits for it: what is left of it is cancelled."""
         if job not in self._open:
             return
@@ -89,7 +89,7 @@ class Admission:
             self._metrics.count("mlx_mixtral_requests_cancelled_total")
             self._engine.cancel(job)
 
-    def deliver(self, deliveries: Sequence[tuple[Job, Sequence[JobEvent]]]) -> None:
+    def deliver(self, deliveries: Sequence[tuple[ServerJob, Sequence[JobEvent]]]) -> None:
         """Give each job its events of a step."""
         for job, events in deliveries:
             if job not in self._open:
@@ -105,7 +105,7 @@ class Admission:
                 self._engine.cancel(job)
                 job.deliver([Failed(error)])
 
-    def _waited_too_long(self, job: Job) -> None:
+    def _waited_too_long(self, job: ServerJob) -> None:
         if job.began_at is None and not job.is_over:
             self._metrics.count("mlx_mixtral_requests_refused_total", reason="queue_timeout")
             self._engine.cancel(job)

@@ -20,7 +20,7 @@ from mlx_mixtral.errors import MixtralError
 from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.runtime.rows import MAX_ROWS, default_rows
-from mlx_mixtral.server.jobs import Ended, Failed, Job, JobEvent
+from mlx_mixtral.server.jobs import Ended, Failed, JobEvent, ServerJob
 from mlx_mixtral.server.rows import EngineRows
 from mlx_mixtral.server.wire.errors import ApiError
 
@@ -30,7 +30,7 @@ MAX_FAILURES, FAILURE_WINDOW_S = 3, 60.0
 
 logger = logging.getLogger(__name__)
 
-Delivery = tuple[Job, list[JobEvent]]
+Delivery = tuple[ServerJob, list[JobEvent]]
 
 
 class EngineState(StrEnum):
@@ -60,12 +60,12 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class _Add:
-    job: Job
+    job: ServerJob
 
 
 @dataclass(frozen=True)
 class _Cancel:
-    job: Job
+    job: ServerJob
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class EngineThread:
         self._max_stall_s = max_stall_s
         self._idle_unload_s = idle_unload_s
         self._inbox: queue.SimpleQueue[_Add | _Cancel | _Exclusive | _Close] = queue.SimpleQueue()
-        self._open: dict[Job, None] = {}
-        self._pending: dict[Job, list[JobEvent]] = {}
+        self._open: dict[ServerJob, None] = {}
+        self._pending: dict[ServerJob, list[JobEvent]] = {}
         self._deferred: list[_Exclusive] = []
         self._failures: deque[float] = deque(maxlen=MAX_FAILURES)
         self._model: Mixtral | None = None
@@ -127,11 +127,11 @@ class EngineThread:
         self._thread.start()
         return self._first
 
-    def add(self, job: Job) -> None:
+    def add(self, job: ServerJob) -> None:
         """Carry out a job; its events are posted. Any thread."""
         self._inbox.put(_Add(job))
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: ServerJob) -> None:
         """End a job before the next step; nothing more is posted of it. Any thread."""
         self._inbox.put(_Cancel(job))
 
@@ -233,7 +233,7 @@ class EngineThread:
             except Exception as error:
                 message.result.set_exception(error)
 
-    def _collect(self, job: Job, event: JobEvent) -> None:
+    def _collect(self, job: ServerJob, event: JobEvent) -> None:
         self._pending.setdefault(job, []).append(event)
 
     def _flush(self) -> None:

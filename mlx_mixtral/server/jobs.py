@@ -16,14 +16,14 @@ __all__ = [
     "Began",
     "Ended",
     "Failed",
-    "Job",
     "JobEvent",
     "NewToken",
     "PromptScores",
     "RowSpec",
     "RowUsage",
-    "Scored",
+    "ScoredPrompt",
     "Scoring",
+    "ServerJob",
 ]  # fmt: skip
 
 
@@ -79,7 +79,7 @@ class PromptScores:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredPrompt:
     """Prompt ``index`` of the job's ``Scoring``."""
 
     index: int
@@ -109,11 +109,11 @@ class Failed:
     error: ApiError
 
 
-JobEvent = Began | NewToken | Scored | Ended | Failed
+JobEvent = Began | NewToken | ScoredPrompt | Ended | Failed
 
 
 @dataclass(eq=False)
-class Job:
+class ServerJob:
     """One request's rows, in the hands of the loop's thread; ``deliver`` and ``next`` are called there only.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import Receive, Send
 
-from mlx_mixtral.server.jobs import Job
+from mlx_mixtral.server.jobs import ServerJob
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.sse import SSE_HEADERS, compact_json
 
@@ -42,7 +42,7 @@ async def send_events(parts: AsyncIterator[bytes], send: Send) -> None:
 
 
 @contextlib.asynccontextmanager
-async def watching(receive: Receive, jobs: Iterable[Job]) -> AsyncIterator[None]:
+async def watching(receive: Receive, jobs: Iterable[ServerJob]) -> AsyncIterator[None]:
     """Abandon ``jobs`` as soon as the client goes away; its request must have been read."""
 
     async def watch() -> None:

@@ -17,27 +17,27 @@ from mlx_mixtral.server.jobs import (
     Began,
     Ended,
     Failed,
-    Job,
     JobEvent,
     NewToken,
     PromptScores,
     RowSpec,
     RowUsage,
-    Scored,
+    ScoredPrompt,
+    ServerJob,
 )
 from mlx_mixtral.server.scoring import prompt_scores
 from mlx_mixtral.server.wire.errors import ApiError
 
 __all__ = ["EngineRows"]
 
-Post = Callable[[Job, JobEvent], None]
+Post = Callable[[ServerJob, JobEvent], None]
 
 
 @dataclass(eq=False)
 class _Open:
     """A job that is being carried out."""
 
-    job: Job
+    job: ServerJob
     rows: dict[int, tuple[int, TextRequest]] = field(default_factory=dict)
     """Rows that go on, by ticket: each one's number and request."""
     usage: dict[int, RowUsage] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class EngineRows:
         """Rows that are being computed."""
         return self._batch.running + sum(opened.scoring is not None for opened in self._jobs)
 
-    def add(self, job: Job) -> None:
+    def add(self, job: ServerJob) -> None:
         """Begin a job; one that cannot be carried out fails by itself."""
         opened = _Open(job)
         try:
@@ -102,7 +102,7 @@ class EngineRows:
             opened.scoring = self._scores(job)
         self._jobs.append(opened)
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: ServerJob) -> None:
         """End a job: its rows are free from the next step on. Unknown ones are ignored."""
         for opened in [each for each in self._jobs if each.job is job]:
             self._drop(opened)
@@ -171,11 +171,11 @@ class EngineRows:
             opened.has_begun = True
             self._post(opened.job, Began())
 
-    def _scores(self, job: Job) -> Generator[None, None, None]:
+    def _scores(self, job: ServerJob) -> Generator[None, None, None]:
         assert job.scoring is not None
         for index, prompt in enumerate(job.scoring.prompts):
             scores: PromptScores = yield from prompt_scores(self._model.engine.context, prompt, job.scoring.top)
-            self._post(job, Scored(index, scores))
+            self._post(job, ScoredPrompt(index, scores))
 
 
 def _told(error: Exception | None) -> ApiError:

@@ -20,7 +20,7 @@ from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.server.admission import Admission
 from mlx_mixtral.server.app import make_app
 from mlx_mixtral.server.engine_thread import EngineState, EngineThread
-from mlx_mixtral.server.jobs import Job, JobEvent
+from mlx_mixtral.server.jobs import JobEvent, ServerJob
 from mlx_mixtral.server.log import RequestLog
 from mlx_mixtral.server.metrics import Metrics
 from mlx_mixtral.server.options import ServerOptions
@@ -178,7 +178,7 @@ class ModelServer:
     def _connections(self) -> int:
         return 0 if self._uvicorn is None else len(self._uvicorn.server_state.connections)
 
-    def _post(self, deliveries: Sequence[tuple[Job, list[JobEvent]]]) -> None:
+    def _post(self, deliveries: Sequence[tuple[ServerJob, list[JobEvent]]]) -> None:
         """On the engine's thread: one call into the loop for all events of a step."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended

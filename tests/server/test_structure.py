@@ -93,7 +93,8 @@ def test_a_keyword_that_cannot_be_kept_is_told_or_refused(server: Running) -> No
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look_up"}}])
 def test_a_call_that_is_required_is_made(server: Running, choice: Any) -> None:
-    reply = server.post(CHAT, {"messages": ASK, "tools": [TOOL], "tool_choice": choice, "max_tokens": 120, "seed": 1})
+    body = {"messages": ASK, "tools": [TOOL], "tool_choice": choice, "max_tokens": 300, "parallel_tool_calls": False}
+    reply = server.post(CHAT, body | {"seed": 1})
     assert reply.status_code == 200, reply.text
     read = ChatCompletion.model_validate(reply.json(), strict=True).choices[0]
     assert read.finish_reason == "tool_calls"
@@ -108,7 +109,7 @@ def test_a_call_that_is_required_is_made(server: Running, choice: Any) -> None:
 def test_a_streamed_call_is_the_plain_one(server: Running) -> None:
     """19."""
     body = {
-        "messages": ASK, "tools": [TOOL], "tool_choice": "required", "max_tokens": 120, "seed": 1, "parallel_tool_calls": False,
+        "messages": ASK, "tools": [TOOL], "tool_choice": "required", "max_tokens": 300, "seed": 1, "parallel_tool_calls": False,
     }  # fmt: skip
     plain = server.post(CHAT, body).json()["choices"][0]
     events = server.events(CHAT, body)
@@ -133,7 +134,7 @@ def test_a_result_is_answered(server: Running) -> None:
 
 
 def test_the_older_form_of_tools_is_answered_in_it(server: Running) -> None:
-    body = {"messages": ASK, "functions": [TOOL["function"]], "function_call": {"name": "look_up"}, "max_tokens": 120}
+    body = {"messages": ASK, "functions": [TOOL["function"]], "function_call": {"name": "look_up"}, "max_tokens": 300}
     choice = server.post(CHAT, body).json()["choices"][0]
     assert choice["finish_reason"] == "function_call"
     jsonschema.validate(json.loads(choice["message"]["function_call"]["arguments"]), CITY)

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Send
 
 from mlx_mixtral.server.guards import notes_of
-from mlx_mixtral.server.jobs import Ended, Failed, Job, NewToken, RowSpec, RowUsage, Scored, Scoring
+from mlx_mixtral.server.jobs import Ended, Failed, NewToken, RowSpec, RowUsage, ScoredPrompt, Scoring, ServerJob
 from mlx_mixtral.server.log import RequestNotes
 from mlx_mixtral.server.protocol import abort_connection
 from mlx_mixtral.server.replies import send_events, send_json, watching
@@ -24,7 +24,7 @@ __all__ = ["Reply", "generate", "reply_head", "usage_of"]
 class Reply(Protocol):
     """Builds what is sent for one request."""
 
-    def add(self, event: NewToken | Scored) -> list[dict[str, Any]]:
+    def add(self, event: NewToken | ScoredPrompt) -> list[dict[str, Any]]:
         """Take an event; the chunks to send with it."""
 
     def last(self, usage: dict[str, Any]) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ async def generate(
         ApiError: instead of a reply; of a stream that has begun it is an event.
         ClientDisconnect: the client went away.
     """
-    job = Job(rows, scoring, max_unsent_bytes=service.options.max_unsent_bytes)
+    job = ServerJob(rows, scoring, max_unsent_bytes=service.options.max_unsent_bytes)
     notes = notes_of(request.scope)
     notes.is_stream, notes.rows, notes.prompt_tokens = is_stream, len(rows), sum(prompts)
     service.admission.join(job, on_overflow=lambda: abort_connection(request.scope))
@@ -102,10 +102,10 @@ async def generate(
         _note(service, job, notes)
 
 
-async def _collect(job: Job, reply: Reply, prompts: Sequence[int]) -> dict[str, Any]:
+async def _collect(job: ServerJob, reply: Reply, prompts: Sequence[int]) -> dict[str, Any]:
     while True:
         for event in await job.next(None):
-            if isinstance(event, NewToken | Scored):
+            if isinstance(event, NewToken | ScoredPrompt):
                 reply.add(event)
             elif isinstance(event, Ended):
                 return usage_of(prompts, event.usage)
@@ -116,14 +116,14 @@ async def _collect(job: Job, reply: Reply, prompts: Sequence[int]) -> dict[str, 
 
 
 async def _parts(
-    service: Service, job: Job, reply: Reply, prompts: Sequence[int], notes: RequestNotes
+    service: Service, job: ServerJob, reply: Reply, prompts: Sequence[int], notes: RequestNotes
 ) -> AsyncIterator[bytes]:
     """Events as they are sent; those that came with one step are one part."""
     while not job.is_abandoned:
         events = await job.next(service.options.comment_s)
         part = b"" if events or job.is_abandoned else COMMENT
         for event in events:
-            if isinstance(event, NewToken | Scored):
+            if isinstance(event, NewToken | ScoredPrompt):
                 part += b"".join(map(data_event, reply.add(event)))
             elif isinstance(event, Ended):
                 usage = usage_of(prompts, event.usage)
@@ -137,7 +137,7 @@ async def _parts(
             yield part
 
 
-def _note(service: Service, job: Job, notes: RequestNotes) -> None:
+def _note(service: Service, job: ServerJob, notes: RequestNotes) -> None:
     metrics, now = service.metrics, time.monotonic()
     notes.generated_tokens = job.tokens
     notes.cached_tokens = job.cached_tokens

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_mixtral.server.jobs import NewToken, Scored
+from mlx_mixtral.server.jobs import NewToken, ScoredPrompt
 from mlx_mixtral.server.wire.answers import AnswerReader
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
-from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, Integer, ListOf, Text
+from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, Integer, ListOf
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, chat_logprobs
 from mlx_mixtral.server.wire.sampling import COMMON_FIELDS, MAX_TOP_LOGPROBS, SAMPLING_FIELDS, STREAM_FIELDS
 from mlx_mixtral.server.wire.structure import STRUCTURE_FIELDS
@@ -20,36 +20,36 @@ MAX_MESSAGES = 10_000
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 _FUNCTION_FIELDS = (
-    BodyField("name", Text(1, 64), "Its name.", required=True),
-    BodyField("description", Text(), "What it does."),
+    BodyField("name", String(1, 64), "Its name.", required=True),
+    BodyField("description", String(), "What it does."),
     BodyField("parameters", Anything(is_object=True), "A JSON schema of its arguments."),
     BodyField("strict", Flag(), "Refuse a schema that cannot be kept to the letter."),
 )
 
 CONTENT_PART = BodyTable((
     BodyField("type", Choice(("text", "input_text", "output_text", "refusal")), "What it is.", "text"),
-    BodyField("text", Text(), "The text."),
-    BodyField("refusal", Text(), "The text of a refusal."),
+    BodyField("text", String(), "The text."),
+    BodyField("refusal", String(), "The text of a refusal."),
 ), "ContentPart")  # fmt: skip
 
 CALLED_FUNCTION = BodyTable((
-    BodyField("name", Text(1), "Its name.", required=True),
-    BodyField("arguments", Either((Text(), Anything(is_object=True))), "Its arguments, as JSON text."),
+    BodyField("name", String(1), "Its name.", required=True),
+    BodyField("arguments", Either((String(), Anything(is_object=True))), "Its arguments, as JSON text."),
 ))  # fmt: skip
 
 TOOL_CALL = BodyTable((
-    BodyField("id", Text(), "Tells calls apart."),
+    BodyField("id", String(), "Tells calls apart."),
     BodyField("type", Choice(("function",)), "What is called."),
     BodyField("function", CALLED_FUNCTION, "The function.", required=True),
 ), "ToolCall")  # fmt: skip
 
 MESSAGE = BodyTable((
     BodyField("role", Choice(ROLES), "Who speaks.", required=True),
-    BodyField("content", Either((Text(), ListOf(Either((Text(), CONTENT_PART))))), "Text, or a list of texts."),
-    BodyField("name", Text(), "Of a tool, whose result it is."),
+    BodyField("content", Either((String(), ListOf(Either((String(), CONTENT_PART))))), "Text, or a list of texts."),
+    BodyField("name", String(), "Of a tool, whose result it is."),
     BodyField("tool_calls", ListOf(TOOL_CALL), "Calls of the assistant's."),
     BodyField("function_call", CALLED_FUNCTION, "The older form of tool_calls."),
-    BodyField("tool_call_id", Text(), "Of a tool: the call it answers."),
+    BodyField("tool_call_id", String(), "Of a tool: the call it answers."),
 ), "ChatMessage")  # fmt: skip
 
 TOOL = BodyTable((
@@ -57,7 +57,7 @@ TOOL = BodyTable((
     BodyField("function", BodyTable(_FUNCTION_FIELDS), "The function.", required=True),
 ), "Tool")  # fmt: skip
 
-_CHOSEN_FUNCTION = BodyTable((BodyField("name", Text(1), "The function's name.", required=True),))
+_CHOSEN_FUNCTION = BodyTable((BodyField("name", String(1), "The function's name.", required=True),))
 
 _CHOICE_KINDS = ("function", "allowed_tools", "auto", "none", "required", "any", "tool")
 
@@ -66,7 +66,7 @@ TOOL_CHOICE = Either((
     BodyTable((
         BodyField("type", Choice(_CHOICE_KINDS), "What is chosen.", required=True),
         BodyField("function", _CHOSEN_FUNCTION, "The function."),
-        BodyField("name", Text(1), "The same, as some clients write it."),
+        BodyField("name", String(1), "The same, as some clients write it."),
         BodyField("allowed_tools", BodyTable((
             BodyField("mode", Choice(("auto", "required")), "Whether one must be called.", required=True),
             BodyField("tools", ListOf(Anything(is_object=True)), "Which.", required=True),
@@ -128,9 +128,9 @@ class ChatReply:
         self._head, self._has_usage, self._warnings = dict(head), has_usage, list(warnings)
         self._answers = [_Answer(*parts) for parts in zip(readers, logprobs, strict=True)]
 
-    def add(self, event: NewToken | Scored) -> list[dict[str, Any]]:
+    def add(self, event: NewToken | ScoredPrompt) -> list[dict[str, Any]]:
         """Take a token; the chunks to send with it."""
-        if isinstance(event, Scored):
+        if isinstance(event, ScoredPrompt):
             return []
         answer = self._answers[event.row]
         part = answer.reader.add(event.chunk)

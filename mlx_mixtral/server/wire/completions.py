@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_mixtral.server.jobs import NewToken, Scored
+from mlx_mixtral.server.jobs import NewToken, ScoredPrompt
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
-from mlx_mixtral.server.wire.kinds import Either, Flag, Integer, ListOf, Text
+from mlx_mixtral.server.wire.kinds import Either, Flag, Integer, ListOf
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, completion_logprobs, prompt_entries
 from mlx_mixtral.server.wire.sampling import COMMON_FIELDS, MAX_TOP_LOGPROBS, SAMPLING_FIELDS, STREAM_FIELDS
 from mlx_mixtral.server.wire.structure import STRUCTURE_FIELDS
@@ -23,7 +23,7 @@ _IDS = ListOf(Integer(0), 1)
 COMPLETION_BODY = BodyTable((
     BodyField(
         "prompt",
-        Either((Text(), _IDS, ListOf(Text(), 1, MAX_PROMPTS), ListOf(_IDS, 1, MAX_PROMPTS))),
+        Either((String(), _IDS, ListOf(String(), 1, MAX_PROMPTS), ListOf(_IDS, 1, MAX_PROMPTS))),
         "Text or token ids, or a list of several.",
         required=True,
     ),
@@ -93,7 +93,7 @@ class CompletionReply:
         self._scored, self._unscored = scored, len(scored)
         self._early: list[NewToken] = []
 
-    def add(self, event: NewToken | Scored) -> list[dict[str, Any]]:
+    def add(self, event: NewToken | ScoredPrompt) -> list[dict[str, Any]]:
         """Take an event; the chunks to send with it. Tokens wait until every prompt that is given back is scored."""
         if isinstance(event, NewToken):
             if not self._unscored:

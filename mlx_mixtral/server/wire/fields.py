@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_mixtral.server.wire.errors import ApiError
-from mlx_mixtral.server.wire.kinds import Kind, refuse
+from mlx_mixtral.server.wire.kinds import ValueKind, refuse
 
 __all__ = ["BodyField", "BodyTable"]
 
@@ -30,7 +30,7 @@ class BodyField:
     """
 
     name: str
-    kind: Kind | None
+    kind: ValueKind | None
     about: str
     default: Any = None
     required: bool = False
@@ -39,7 +39,7 @@ class BodyField:
 
 
 @dataclass(frozen=True)
-class BodyTable(Kind):
+class BodyTable(ValueKind):
     """An object with known fields.
 
     Args:

@@ -11,10 +11,22 @@ from typing import Any
 from mlx_mixtral.arguments import is_integer, is_number, shown
 from mlx_mixtral.server.wire.errors import ApiError
 
-__all__ = ["Anything", "Choice", "Either", "Flag", "Integer", "Kind", "ListOf", "MapOf", "Number", "Text", "refuse"]
+__all__ = [
+    "Anything",
+    "Choice",
+    "Either",
+    "Flag",
+    "Integer",
+    "ListOf",
+    "MapOf",
+    "Number",
+    "String",
+    "ValueKind",
+    "refuse",
+]
 
 
-class Kind(ABC):
+class ValueKind(ABC):
     """One kind of value."""
 
     @abstractmethod
@@ -41,7 +53,7 @@ def refuse(value: Any, param: str, words: str) -> ApiError:
 
 
 @dataclass(frozen=True)
-class Flag(Kind):
+class Flag(ValueKind):
     """True or false."""
 
     def read(self, value: Any, param: str) -> bool:
@@ -58,7 +70,7 @@ class Flag(Kind):
 
 
 @dataclass(frozen=True)
-class Integer(Kind):
+class Integer(ValueKind):
     """An integer; one that JSON writes as 3.0 counts."""
 
     least: int | None = None
@@ -80,7 +92,7 @@ class Integer(Kind):
 
 
 @dataclass(frozen=True)
-class Number(Kind):
+class Number(ValueKind):
     """A finite number."""
 
     least: float | None = None
@@ -110,7 +122,7 @@ class Number(Kind):
 
 
 @dataclass(frozen=True)
-class Text(Kind):
+class String(ValueKind):
     """A string."""
 
     least: int = 0
@@ -135,7 +147,7 @@ class Text(Kind):
 
 
 @dataclass(frozen=True)
-class Choice(Kind):
+class Choice(ValueKind):
     """One of a few words."""
 
     options: tuple[str, ...]
@@ -154,10 +166,10 @@ class Choice(Kind):
 
 
 @dataclass(frozen=True)
-class ListOf(Kind):
+class ListOf(ValueKind):
     """A list of one kind."""
 
-    item: Kind
+    item: ValueKind
     least: int = 0
     most: int | None = None
 
@@ -182,10 +194,10 @@ class ListOf(Kind):
 
 
 @dataclass(frozen=True)
-class MapOf(Kind):
+class MapOf(ValueKind):
     """An object whose values are of one kind."""
 
-    value: Kind
+    value: ValueKind
     most: int | None = None
 
     def read(self, value: Any, param: str) -> dict[str, Any]:
@@ -205,7 +217,7 @@ class MapOf(Kind):
 
 
 @dataclass(frozen=True)
-class Anything(Kind):
+class Anything(ValueKind):
     """Any JSON value, or an object."""
 
     is_object: bool = False
@@ -224,10 +236,10 @@ class Anything(Kind):
 
 
 @dataclass(frozen=True)
-class Either(Kind):
+class Either(ValueKind):
     """One of several kinds; the first whose JSON type fits says what is wrong within it."""
 
-    kinds: Sequence[Kind]
+    kinds: Sequence[ValueKind]
 
     def read(self, value: Any, param: str) -> Any:
         deepest: ApiError | None = None

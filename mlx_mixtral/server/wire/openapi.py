@@ -10,7 +10,7 @@ from mlx_mixtral import __version__
 from mlx_mixtral.server.wire.chat import CHAT_BODY
 from mlx_mixtral.server.wire.completions import COMPLETION_BODY
 from mlx_mixtral.server.wire.fields import BodyTable
-from mlx_mixtral.server.wire.kinds import Either, Kind, ListOf, MapOf
+from mlx_mixtral.server.wire.kinds import Either, ListOf, MapOf, ValueKind
 from mlx_mixtral.server.wire.replies_schema import REPLY_SCHEMAS
 from mlx_mixtral.server.wire.tokens import DETOKENIZE_BODY, TOKENIZE_BODY
 
@@ -119,7 +119,7 @@ def _ref(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _named_tables(kind: Kind | None) -> Iterator[BodyTable]:
+def _named_tables(kind: ValueKind | None) -> Iterator[BodyTable]:
     """Tables that schemas refer to by name, within ``kind``."""
     if isinstance(kind, BodyTable):
         if kind.name:

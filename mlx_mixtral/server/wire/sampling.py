@@ -10,7 +10,7 @@ from mlx_mixtral.generation.sampling_params import SamplingParams
 from mlx_mixtral.server.options import MAX_CHOICES
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
-from mlx_mixtral.server.wire.kinds import Anything, Either, Flag, Integer, ListOf, MapOf, Number, Text
+from mlx_mixtral.server.wire.kinds import Anything, Either, Flag, Integer, ListOf, MapOf, Number
 
 __all__ = [
     "COMMON_FIELDS", "MAX_TOP_LOGPROBS", "SAMPLING_FIELDS", "STREAM_FIELDS", "check_stream", "sampling_params", "seed_of_row",
@@ -40,7 +40,7 @@ SAMPLING_FIELDS = (
     ),
     BodyField(
         "stop",
-        Either((Text(1), ListOf(Text(1), most=MAX_STOPS))),
+        Either((String(1), ListOf(String(1), most=MAX_STOPS))),
         "Text that ends the answer and is not part of it.",
         [],
     ),
@@ -63,8 +63,8 @@ STREAM_FIELDS = (
 )  # fmt: skip
 
 COMMON_FIELDS = (
-    BodyField("model", Text(), "Its name or an alias; the model there is when it is left out."),
-    BodyField("user", Text(), "Ignored."),
+    BodyField("model", String(), "Its name or an alias; the model there is when it is left out."),
+    BodyField("user", String(), "Ignored."),
     BodyField("metadata", Anything(), "Ignored."),
     BodyField("store", None, "Nothing is stored.", off=(False,), instead="nothing is stored: leave it out"),
     BodyField("min_tokens", None, "Answers of a least length.", off=(0,)),

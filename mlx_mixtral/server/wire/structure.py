@@ -9,11 +9,11 @@ from typing import Any
 
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
-from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, ListOf, Text
+from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, ListOf
 
 __all__ = ["STRUCTURE_FIELDS", "WantedStructure", "wanted_structure"]
 
-_SCHEMA = Either((Anything(is_object=True), Flag(), Text(1)))
+_SCHEMA = Either((Anything(is_object=True), Flag(), String(1)))
 
 STRUCTURE_FIELDS = (
     BodyField(
@@ -21,8 +21,8 @@ STRUCTURE_FIELDS = (
         BodyTable((
             BodyField("type", Choice(("text", "json_object", "json_schema")), "What the answer is.", required=True),
             BodyField("json_schema", BodyTable((
-                BodyField("name", Text(), "Ignored.", ""),
-                BodyField("description", Text(), "Ignored."),
+                BodyField("name", String(), "Ignored.", ""),
+                BodyField("description", String(), "Ignored."),
                 BodyField("schema", Either((Anything(is_object=True), Flag())), "The schema."),
                 BodyField("strict", Flag(), "Refuse a schema that cannot be kept to the letter.", False),
             )), "With json_schema."),
@@ -30,16 +30,16 @@ STRUCTURE_FIELDS = (
         "JSON, or JSON of a schema.",
     ),
     BodyField("guided_json", _SCHEMA, "A JSON schema, as an object or as text."),
-    BodyField("guided_regex", Text(1), "A regular expression for the whole answer."),
-    BodyField("guided_choice", ListOf(Text(1), 1, 1024), "The answer is one of these."),
-    BodyField("guided_grammar", Text(1), "A grammar in llguidance's variant of Lark's notation."),
+    BodyField("guided_regex", String(1), "A regular expression for the whole answer."),
+    BodyField("guided_choice", ListOf(String(1), 1, 1024), "The answer is one of these."),
+    BodyField("guided_grammar", String(1), "A grammar in llguidance's variant of Lark's notation."),
     BodyField(
         "structured_outputs",
         BodyTable((
             BodyField("json", _SCHEMA, "As guided_json."),
-            BodyField("regex", Text(1), "As guided_regex."),
-            BodyField("choice", ListOf(Text(1), 1, 1024), "As guided_choice."),
-            BodyField("grammar", Text(1), "As guided_grammar."),
+            BodyField("regex", String(1), "As guided_regex."),
+            BodyField("choice", ListOf(String(1), 1, 1024), "As guided_choice."),
+            BodyField("grammar", String(1), "As guided_grammar."),
             BodyField("json_object", Flag(), "Any JSON object.", False),
         )),
         "The newer names of these.",
