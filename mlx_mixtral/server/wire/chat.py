@@ -9,7 +9,7 @@ from typing import Any
 from mlx_mixtral.server.jobs import NewToken, ScoredPrompt
 from mlx_mixtral.server.wire.answers import AnswerReader
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
-from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, Integer, ListOf
+from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, Integer, ListOf, String
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, chat_logprobs
 from mlx_mixtral.server.wire.sampling import COMMON_FIELDS, MAX_TOP_LOGPROBS, SAMPLING_FIELDS, STREAM_FIELDS
 from mlx_mixtral.server.wire.structure import STRUCTURE_FIELDS

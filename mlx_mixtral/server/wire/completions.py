@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_mixtral.server.jobs import NewToken, ScoredPrompt
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
-from mlx_mixtral.server.wire.kinds import Either, Flag, Integer, ListOf
+from mlx_mixtral.server.wire.kinds import Either, Flag, Integer, ListOf, String
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, completion_logprobs, prompt_entries
 from mlx_mixtral.server.wire.sampling import COMMON_FIELDS, MAX_TOP_LOGPROBS, SAMPLING_FIELDS, STREAM_FIELDS
 from mlx_mixtral.server.wire.structure import STRUCTURE_FIELDS

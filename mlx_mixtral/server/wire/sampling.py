@@ -10,7 +10,7 @@ from mlx_mixtral.generation.sampling_params import SamplingParams
 from mlx_mixtral.server.options import MAX_CHOICES
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
-from mlx_mixtral.server.wire.kinds import Anything, Either, Flag, Integer, ListOf, MapOf, Number
+from mlx_mixtral.server.wire.kinds import Anything, Either, Flag, Integer, ListOf, MapOf, Number, String
 
 __all__ = [
     "COMMON_FIELDS", "MAX_TOP_LOGPROBS", "SAMPLING_FIELDS", "STREAM_FIELDS", "check_stream", "sampling_params", "seed_of_row",

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
-from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, ListOf
+from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, ListOf, String
 
 __all__ = ["STRUCTURE_FIELDS", "WantedStructure", "wanted_structure"]
 

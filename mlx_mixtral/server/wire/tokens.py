@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlx_mixtral.server.wire.chat import MESSAGE, TOOL
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
-from mlx_mixtral.server.wire.kinds import Flag, Integer, ListOf
+from mlx_mixtral.server.wire.kinds import Flag, Integer, ListOf, String
 
 __all__ = ["DETOKENIZE_BODY", "TOKENIZE_BODY"]
 
