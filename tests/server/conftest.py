@@ -57,6 +57,13 @@ class Running:
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         return self.client.post(path, json=body, **options) if body is not None else self.client.post(path, **options)
 
+    def line_of(self, reply: httpx.Response) -> str:
+        """The one line of log that a request left; it is written behind the reply."""
+        own = f"id={reply.headers['x-request-id']}"
+        wait_until(lambda: own in self.log.getvalue(), "the line is written")
+        (line,) = [line for line in self.log.getvalue().splitlines() if own in line]
+        return line
+
     def chat(self, content: Any = "Hello", **fields: Any) -> Any:
         """The reply to one user's message, which must be a 200."""
         messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
@@ -143,6 +150,8 @@ def shared_server(short: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def server(shared_server: Running) -> Running:
+    """The shared one, its log empty but for what earlier requests still write."""
+    wait_until(shared_server.is_idle, "what an earlier test asked is done")
     shared_server.log.seek(0)
     shared_server.log.truncate()
     return shared_server
