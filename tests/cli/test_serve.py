@@ -74,7 +74,6 @@ def test_it_can_be_told_to_serve_everybody() -> None:
         ("owner/model@main", "model"),
         ("/models/mine/", "mine"),
         ("mine", "mine"),
-        ("/", "mixtral"),
     ],
 )
 def test_a_model_is_called_as_its_folder(source: str, name: str) -> None:
