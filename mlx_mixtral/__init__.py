@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mlx_mixtral.evaluation.texts import Text, read_texts
     from mlx_mixtral.generation.sampling import SamplingParams
     from mlx_mixtral.generation.stats import GenerationStats
+    from mlx_mixtral.runtime.batch import Batch, BatchUpdate
     from mlx_mixtral.runtime.load import LoadProgress, load
     from mlx_mixtral.runtime.mixtral import Mixtral
     from mlx_mixtral.runtime.requests import GenerationOptions
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from mlx_mixtral.tokenizer import Tokenizer
 
 __all__ = [
+    "Batch",
+    "BatchUpdate",
     "Chunk",
     "DraftModel",
     "Evaluation",
@@ -70,6 +73,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Batch": "runtime.batch",
+    "BatchUpdate": "runtime.batch",
     "Chunk": "runtime.stream",
     "DraftModel": "runtime.speculation",
     "Evaluation": "evaluation.results",

@@ -284,7 +284,7 @@ class Scheduler:
             shared = None
             siblings, row.siblings = row.siblings, []
             for sibling in siblings:
-                sibling.admitted = row.admitted
+                sibling.admitted, sibling.deadline_s = row.admitted, None
                 # Those that join with it are not in the cache yet.
                 coming = self._line.shared_tokens + sum(len(other.tokens) for other in rows)
                 if self._room.fits(running.cache, [*running.rows, *rows], self._jobs, coming, [sibling]):
@@ -334,7 +334,7 @@ class Scheduler:
 
     def _admit(self, row: BatchRow, reused: int) -> None:
         self._admitted += 1
-        row.admitted = self._admitted
+        row.admitted, row.deadline_s = self._admitted, None
         if not row.made:
             row.meter.admit(reused)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from mlx_mixtral.model.routing import record_routing
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.batch import Batch, collect_batch, stream_batch
 from mlx_mixtral.runtime.engine import Engine
-from mlx_mixtral.runtime.requests import GenerationOptions, Prompt, Requests, TextRequest
+from mlx_mixtral.runtime.requests import GenerationOptions, Prompt, Requests, TextRequest, with_options
 from mlx_mixtral.runtime.steps import Steps
 from mlx_mixtral.runtime.stream import Chunk, Generation, TextStream
 from mlx_mixtral.sizes import format_bytes
@@ -33,12 +32,6 @@ from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.base import Message
 
 __all__ = ["CHAT_SAMPLING", "Mixtral"]
-
-# What people know from other libraries by its name alone.
-_SAMPLING = {
-    field.name: f"give it as sampling=SamplingParams({field.name}=…)" for field in dataclasses.fields(SamplingParams)
-}
-_with_options = checked(options=Requests.request, without=("prompt", "is_answer"), elsewhere=_SAMPLING)
 
 CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
@@ -153,7 +146,7 @@ class Mixtral:
         """
         self.engine.set_memory(memory, context=context)
 
-    @_with_options
+    @with_options
     def generate(
         self, prompt: str | Sequence[int], *, special: bool = True, **options: Unpack[GenerationOptions]
     ) -> Generation:
@@ -175,7 +168,7 @@ class Mixtral:
         """
         return self.stream(prompt, special=special, **options).collect()
 
-    @_with_options
+    @with_options
     def stream(
         self, prompt: str | Sequence[int], *, special: bool = True, **options: Unpack[GenerationOptions]
     ) -> TextStream:
@@ -183,7 +176,7 @@ class Mixtral:
         _ = self.module  # a closed model says so before anything else
         return self._stream(self._requests.request(self._requests.prompt(prompt, special=special), **options))
 
-    @_with_options
+    @with_options
     def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -215,7 +208,7 @@ class Mixtral:
         requests, chunks = self._batch(prompts, max_rows, special, options, n, each)
         return collect_batch(chunks, [made for group in requests for made in group])
 
-    @_with_options
+    @with_options
     def stream_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -243,7 +236,7 @@ class Mixtral:
         """
         return Batch(self.engine, self._requests, max_rows=max_rows, max_stall_s=max_stall_s)
 
-    @_with_options
+    @with_options
     def chat(
         self,
         messages: Sequence[Message],
@@ -263,7 +256,7 @@ class Mixtral:
         """
         return self.stream_chat(messages, tools=tools, **options).collect()
 
-    @_with_options
+    @with_options
     def stream_chat(
         self,
         messages: Sequence[Message],

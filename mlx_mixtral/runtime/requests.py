@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypedDict
 
-from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, shown
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, checked, shown
 from mlx_mixtral.constraints.base import Constraint
 from mlx_mixtral.constraints.compiler import Compiler
 from mlx_mixtral.constraints.specs import ConstraintSpec
@@ -24,7 +24,7 @@ from mlx_mixtral.runtime.stream import TextAssembler
 from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.breakers import completing_sequences
 
-__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Prompt", "Requests", "TextRequest"]
+__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Prompt", "Requests", "TextRequest", "with_options"]
 
 DEFAULT_MAX_TOKENS = 256
 MAX_SAMPLES = 128
@@ -272,3 +272,11 @@ def _own_options(given: object) -> GenerationOptions:
 
 def _piece(tokenizer: Tokenizer, token: int) -> str | None:
     return tokenizer.id_to_piece(token) if token < tokenizer.vocab_size else None
+
+
+# What people know from other libraries by its name alone.
+_SAMPLING = {
+    field.name: f"give it as sampling=SamplingParams({field.name}=…)" for field in dataclasses.fields(SamplingParams)
+}
+with_options = checked(options=Requests.request, without=("prompt", "is_answer"), elsewhere=_SAMPLING)
+"""For methods that take ``GenerationOptions`` as ``**options``: see ``checked``."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_mixtral import Mixtral, SamplingParams
+from mlx_mixtral import Mixtral, PromptLookup, SamplingParams
 from mlx_mixtral.errors import BusyError, ClosedError, ContextLengthError, InvalidRequestError
 from mlx_mixtral.runtime.batch import Batch, BatchUpdate
 
@@ -232,7 +232,14 @@ def test_requests_that_cannot_be_are_refused_and_nothing_is_added(short_model: M
         with pytest.raises(InvalidRequestError, match="the prompt is empty"):
             batch.add("")
         with pytest.raises(InvalidRequestError, match="speculation is for one text"):
-            from mlx_mixtral import PromptLookup
-
             batch.add("x", speculation=PromptLookup())
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"timeout_s": 0}, "timeout_s is 0; it must be a number of seconds above 0"),
+            ({"timeout_s": "x"}, "timeout_s is 'x'"),
+            ({"n": 0}, "n is 0"),
+            ({"temperature": 1}, "add: there is no argument 'temperature'; give it as sampling=SamplingParams"),
+        ]
+        for options, said in wrong:
+            with pytest.raises(InvalidRequestError, match=said):
+                batch.add("x", **options)
         assert batch.is_idle
