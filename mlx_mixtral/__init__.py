@@ -79,9 +79,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ArgumentsDelta": "calls.parser",
     "Batch": "runtime.batch",
     "BatchUpdate": "runtime.batch",
-    "ArgumentsDelta": "calls.parser",
     "CallBegin": "calls.parser",
     "CallEnd": "calls.parser",
     "Chunk": "runtime.stream",

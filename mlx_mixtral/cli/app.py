@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("mlx_mixtral.cli.convert.command:convert", "Convert a checkpoint to quantised MLX weights."),
     "chat": ("mlx_mixtral.cli.chat.command:chat", "Chat with an instruct model."),
     "generate": ("mlx_mixtral.cli.generate:generate", "Continue a prompt."),
+    "serve": ("mlx_mixtral.cli.serve.command:serve", "Serve a model to programs that use the OpenAI API."),
     "verify": ("mlx_mixtral.cli.verify:verify", "Check a converted folder: hashes, shapes, no NaN."),
     "calibrate": ("mlx_mixtral.cli.calibrate:calibrate", "Measure a checkpoint on a text, for better conversions."),
     "bench": ("mlx_mixtral.cli.bench.command:bench", "Measure speed, alone or next to mlx-lm."),

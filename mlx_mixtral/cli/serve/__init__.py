@@ -1,0 +1,1 @@
+"""``mlx-mixtral serve``."""

@@ -1,0 +1,100 @@
+"""``mlx-mixtral serve``: a local server in OpenAI's protocol."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_mixtral.cli.console import note, one_line
+from mlx_mixtral.cli.fields import takes
+from mlx_mixtral.cli.serve.options import ServeOptions
+from mlx_mixtral.errors import MissingDependencyError, MixtralError, TokenizerError
+
+if TYPE_CHECKING:
+    from mlx_mixtral import Mixtral
+    from mlx_mixtral.server.serving import ModelServer
+
+__all__ = ["serve"]
+
+WANTED_FILES = 4096
+
+
+@click.command()
+@takes(ServeOptions)
+def serve(given: ServeOptions) -> None:
+    """Serve MODEL, a folder or a hub repository, to programs that speak OpenAI's protocol.
+
+    Only this machine's own programs reach it unless --host says otherwise. It ends at Ctrl-C or SIGTERM, when the requests
+    that are open have had their --grace.
+    """
+    try:
+        from mlx_mixtral.server.serving import ModelServer
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"serve needs the package {error.name}: `pip install 'mlx-mixtral[server]'`"
+        ) from None
+
+    from mlx_mixtral import load
+    from mlx_mixtral.cli.progress import byte_progress, fetch
+
+    options = given.server()
+    _ = given.loading.overrides.checked
+    folder = fetch(given.model, revision=given.loading.revision)
+    is_first = True
+
+    def loaded() -> Mixtral:
+        # The bar is for whoever waits at the terminal; later loads happen while the log is written.
+        nonlocal is_first
+        with byte_progress("loading") if is_first else contextlib.nullcontext() as show:
+            is_first = False
+            return load(
+                folder,
+                progress=None if show is None else lambda at: show(at.done_bytes, at.total_bytes),
+                chat_template=given.chat_template,
+                device=given.loading.device,
+                **given.loading.arguments(),
+            )
+
+    _raise_file_limit()
+    server = ModelServer(loaded, options)
+    server.bind()
+    model = server.start()
+    with contextlib.suppress(TokenizerError):
+        for message in (*model.tokenizer.notes, *filter(None, [model.tokenizer.chat_note])):
+            note(f"note: {one_line(message)}")
+    for line in _facts(server, model):
+        note(line)
+    del model
+    if server.run():
+        raise MixtralError("the engine failed too often; the lines above say why")
+    note("the server has ended")
+
+
+def _facts(server: ModelServer, model: Mixtral) -> Iterator[str]:
+    """What there is to know before the first request."""
+    from mlx_mixtral.sizes import format_bytes
+
+    options, served = server.options, server.service.served
+    plan = model.engine.plan
+    experts = "" if plan.residency is None else ", other experts read from disk"
+    yield (
+        f"{one_line(served.name)}: {format_bytes(model.residency.resident_bytes)} of weights in memory{experts}; context "
+        f"{served.context_tokens} tokens, up to {server.engine.rows} answers at once, {options.queue} waiting"
+    )
+    yield f"chat format {served.tokenizer.chat_format}, tools {server.service.chat.name}"
+    key = "with a key" if options.api_keys else "without a key"
+    yield f"listening at {server.url}/v1 {key}; Ctrl-C ends it"
+
+
+def _raise_file_limit() -> None:
+    """Each connection is a file, and macOS allows a process 256."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

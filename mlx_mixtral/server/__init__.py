@@ -1,0 +1,1 @@
+"""A local server in OpenAI's protocol: one engine thread computes, asyncio talks."""

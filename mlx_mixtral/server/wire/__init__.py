@@ -1,0 +1,1 @@
+"""What goes over the wire: fields of bodies, replies, events, errors."""
