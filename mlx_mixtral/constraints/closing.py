@@ -33,7 +33,7 @@ MAX_BRANCHES = 8
 Way = list[int]
 
 
-class Steps(Enum):
+class Manner(Enum):
     """Which token is taken next."""
 
     CLOSING = "what closes most"
@@ -68,7 +68,7 @@ class Closing:
         self._until_s = until_s
         limit = min(max_tokens, MAX_WAY_TOKENS)
         ends = [] if before is None else [before[start:] for start in range(min(MAX_ENDS, len(before)))]
-        for how in Steps if self._is_json else (Steps.LEAST_USED,):
+        for how in Manner if self._is_json else (Manner.LEAST_USED,):
             way = self._follow(matcher, limit, ends, how)
             if way is not None:
                 return way
@@ -88,7 +88,7 @@ class Closing:
             for token in self._branches(at, way[place]):
                 tried = at.deep_copy()
                 tried.consume_token(token)
-                how = Steps.CLOSING if self._is_json else Steps.LEAST_USED
+                how = Manner.CLOSING if self._is_json else Manner.LEAST_USED
                 rest = self._follow(tried, len(way) - place - 2, [], how)
                 if rest is not None:
                     way = [*way[:place], token, *rest]
@@ -102,7 +102,7 @@ class Closing:
         checked = [*tokens, self._vocabulary.end_token]
         return matcher.validate_tokens(checked) == len(checked)
 
-    def _follow(self, matcher: LLMatcher, limit: int, ends: list[Way], how: Steps) -> Way | None:
+    def _follow(self, matcher: LLMatcher, limit: int, ends: list[Way], how: Manner) -> Way | None:
         """The way of always taking the likeliest step; the first of ``ends`` that leads on is taken with it."""
         at = matcher.deep_copy()
         way: Way = []
@@ -134,14 +134,14 @@ class Closing:
         goes_on = self._vocabulary.goes_on
         return np.flatnonzero(bits[: len(goes_on)] & goes_on)
 
-    def _step(self, matcher: LLMatcher, used: npt.NDArray[np.int64], how: Steps) -> int | None:
+    def _step(self, matcher: LLMatcher, used: npt.NDArray[np.int64], how: Manner) -> int | None:
         ids = self.allowed(matcher)
         if not ids.size:
             return None
         known = self._vocabulary
-        if how is Steps.CLOSING_BYTES and (single := ids[known.lengths[ids] == 1]).size:
+        if how is Manner.CLOSING_BYTES and (single := ids[known.lengths[ids] == 1]).size:
             ids = single
-        if how is Steps.LEAST_USED:
+        if how is Manner.LEAST_USED:
             for last in self._shortest_of_each_byte(ids):
                 if self.leads(matcher, [last]):
                     return last

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.constraints.base import mask_words
 from mlx_mixtral.errors import MissingDependencyError
+from mlx_mixtral.installing import how_to_install
 from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.streaming import SPACE
 
@@ -30,7 +31,7 @@ def check_package() -> None:
         importlib.import_module("llguidance")
     except ImportError as error:
         raise MissingDependencyError(
-            "a constraint needs the llguidance package: `pip install 'mlx-mixtral[constraints]'`"
+            f"a constraint needs the llguidance package: {how_to_install('llguidance', 'constraints')}"
         ) from error
 
 

@@ -426,11 +426,11 @@ def test_a_saved_prompt_is_measured_before_it_is_read(own: Mixtral, tmp_path: Pa
     header = json.loads(data[8 : 8 + length])
     for bend, said in (
         (lambda entries: entries.update(more=header["tokens"]), "holds more than this model's layers"),
-        (lambda entries: entries.pop("layers.0.0"), "layer 0 is not what 8 tokens leave"),
+        (lambda entries: entries.pop("layers.0.0"), "layer 0 is not what 8 tokens produce"),
         (lambda entries: entries["tokens"].update(dtype="U32"), "holds 0 tokens"),
         (
             lambda entries: entries["layers.0.0"].update(dtype="F32", shape=[5, 2**30]),
-            "layer 0 is not what 8 tokens leave",
+            "layer 0 is not what 8 tokens produce",
         ),
     ):
         entries = json.loads(json.dumps(header))

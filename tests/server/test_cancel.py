@@ -53,7 +53,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
 def test_a_row_is_free_when_its_client_goes(server: Running, stream: bool, steps: list[None]) -> None:
-    """2: 900 tokens were asked for; of these few are generated."""
+    """900 tokens were asked for; of these few are generated."""
     connection = _open(server, stream=stream)
     wait_until(lambda: _generating(server, 1), "it generates")
     connection.close()
@@ -64,7 +64,6 @@ def test_a_row_is_free_when_its_client_goes(server: Running, stream: bool, steps
 
 
 def test_eight_cut_streams_leave_nothing(server: Running, steps: list[None]) -> None:
-    """2 and 5."""
     connections = [_open(server, stream=True, seed=seed) for seed in range(8)]
     wait_until(lambda: _generating(server, 8), "all generate")
     for connection in connections:
@@ -76,7 +75,7 @@ def test_eight_cut_streams_leave_nothing(server: Running, steps: list[None]) -> 
 
 
 def test_a_client_that_goes_takes_nobody_along(server: Running) -> None:
-    """4: of one that generates, and of one that waits, the neighbours' texts stay to the letter."""
+    """Of one that generates, and of one that waits, the neighbours' texts stay to the letter."""
     body = LONG | {"max_tokens": 60}
     alone = server.post(CHAT, body).json()["choices"][0]["message"]["content"]
     texts: list[str] = []
@@ -98,7 +97,7 @@ def test_a_client_that_goes_takes_nobody_along(server: Running) -> None:
 
 
 def test_one_that_waits_leaves_the_queue(serve: Serve) -> None:
-    """4: the row that runs goes on, and the next in the queue gets its place."""
+    """The row that runs goes on, and the next in the queue gets its place."""
     with serve(rows=1) as server:
         running = _open(server, stream=True)
         wait_until(lambda: _generating(server, 1), "one generates")
@@ -112,7 +111,6 @@ def test_one_that_waits_leaves_the_queue(serve: Serve) -> None:
 
 
 def test_one_that_is_computed_as_a_prompt_can_be_cut(server: Running) -> None:
-    """3."""
     long = server.model.tokenizer.decode(list(range(300, 1150)))
     connection = _open(server, messages=[{"role": "user", "content": long[:2500]}], stream=True)
     connection.close()
@@ -154,7 +152,6 @@ def test_one_that_waited_too_long_is_answered_503(serve: Serve) -> None:
 def test_a_stream_has_its_head_at_once_and_comments_while_it_waits(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """12."""
     gate = threading.Event()
     step = Scheduler.step
 
@@ -178,7 +175,7 @@ def test_a_stream_has_its_head_at_once_and_comments_while_it_waits(
 
 
 def test_a_plain_reply_is_not_padded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """13: nothing is sent before it is whole."""
+    """Nothing is sent before it is whole."""
     with serve(comment_s=0.01) as server:
         reply = server.post(CHAT, LONG | {"max_tokens": 40})
         assert reply.status_code == 200

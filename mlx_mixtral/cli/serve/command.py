@@ -12,6 +12,7 @@ from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.fields import takes
 from mlx_mixtral.cli.serve.options import ServeOptions
 from mlx_mixtral.errors import MissingDependencyError, MixtralError, TokenizerError
+from mlx_mixtral.installing import how_to_install
 
 if TYPE_CHECKING:
     from mlx_mixtral import Mixtral
@@ -31,10 +32,11 @@ def serve(given: ServeOptions) -> None:
     that are open have had their --grace.
     """
     try:
+        from mlx_mixtral.server.prefixes import widen_prefixes
         from mlx_mixtral.server.serving import ModelServer
     except ImportError as error:
         raise MissingDependencyError(
-            f"serve needs the package {error.name}: `pip install 'mlx-mixtral[server]'`"
+            f"serve needs the package {error.name}: {how_to_install('starlette', 'server')}"
         ) from None
 
     from mlx_mixtral import load
@@ -50,13 +52,16 @@ def serve(given: ServeOptions) -> None:
         nonlocal is_first
         with byte_progress("loading") if is_first else contextlib.nullcontext() as show:
             is_first = False
-            return load(
+            model = load(
                 folder,
                 progress=None if show is None else lambda at: show(at.done_bytes, at.total_bytes),
                 chat_template=given.chat_template,
                 device=given.loading.device,
                 **given.loading.arguments(),
             )
+        if given.loading.prefix_cache is None:
+            widen_prefixes(model.engine)
+        return model
 
     _raise_file_limit()
     server = ModelServer(loaded, options)
