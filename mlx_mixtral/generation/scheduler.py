@@ -40,7 +40,6 @@ class Scheduler:
     Args:
         max_rows: generations at once.
         max_columns: rows times columns of cache, as a memory budget allows; None for no limit.
-        max_tokens: tokens of a sequence that room is made for at once; None for no limit.
         max_stall_s: how long a chunk of a prompt may take while rows wait for it.
         prefixes: what earlier prompts left, and what these leave; None to keep nothing.
         clock: seconds that only go up.
@@ -52,13 +51,12 @@ class Scheduler:
         *,
         max_rows: int,
         max_columns: int | None = None,
-        max_tokens: int | None = None,
         max_stall_s: float = DEFAULT_MAX_STALL_S,
         prefixes: Prefixes | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._context, self._model = context, context.model
-        self._max_tokens, self._clock, self._prefixes = max_tokens, clock, prefixes
+        self._clock, self._prefixes = clock, prefixes
         self._room = Room(self._model, max_rows, max_columns, prefixes)
         self._pace = ChunkPace(max_stall_s, context.chunk_tokens, is_whole=self._model.is_streamed, clock=clock)
         self._line = WaitingLine()
@@ -318,7 +316,7 @@ class Scheduler:
             return
         cache = taken(self._prefixes, rows[0], self._model.min_prompt_tokens) if len(rows) == 1 else None
         if cache is None:
-            cache = self._model.make_cache(max_tokens=self._max_tokens)
+            cache = self._model.make_cache(max_tokens=max(len(row.tokens) for row in rows))
         for row in rows:
             self._admit(row, min(cache.length, len(row.tokens)))
         row = rows[0]

@@ -147,6 +147,7 @@ class Batch:
 
         Raises:
             ClosedError: the batch was closed.
+            RuntimeError: MLX's own, such as memory that is not there: close the batch then, and make another.
         """
         with self._turn:
             self._check()

@@ -117,6 +117,15 @@ def test_wrong_options_of_a_batch(short_model: Mixtral, options: dict[str, Any],
         assert batch.is_idle, "the model is free"
 
 
+def test_a_text_that_ends_early_leaves_before_the_next_step(short_model: Mixtral) -> None:
+    with short_model.batch() as batch:
+        batch.add(PROMPTS[0], max_tokens=100, stop=["e", "a", "o", " "])
+        while not any(update.chunk is not None and update.chunk.finish_reason for update in batch.step()):
+            assert not batch.is_idle
+        assert batch.step() == []
+        assert (batch.is_idle, batch.running) == (True, 0)
+
+
 def test_what_is_cancelled_says_nothing_more(short_model: Mixtral) -> None:
     alone = short_model.generate(PROMPTS[0], max_tokens=12)
     with short_model.batch(max_rows=2) as batch:
