@@ -6,6 +6,8 @@ is left of ``max_tokens``. Of a way that is too long for that, other steps are t
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -52,14 +54,18 @@ class Closing:
     ) -> None:
         self._vocabulary, self._ranks, self._is_json = vocabulary, ranks, is_json
         self._examples = [vocabulary.table.tokenize_str(text + '"' * is_json) for text in examples]
-        self._masks_left = 0
+        self._masks_left, self._until_s = 0, math.inf
 
-    def find(self, matcher: LLMatcher, max_tokens: int, before: Way | None = None) -> Way | None:
+    def find(
+        self, matcher: LLMatcher, max_tokens: int, before: Way | None = None, *, until_s: float = math.inf
+    ) -> Way | None:
         """Tokens after which the text may end, at most ``max_tokens``; None where no way was found.
 
         Args:
             before: a way from the place one token earlier.
+            until_s: when to give up, as ``time.monotonic`` tells it.
         """
+        self._until_s = until_s
         limit = min(max_tokens, MAX_WAY_TOKENS)
         ends = [] if before is None else [before[start:] for start in range(min(MAX_ENDS, len(before)))]
         for how in Steps if self._is_json else (Steps.LEAST_USED,):
@@ -108,7 +114,7 @@ class Closing:
                 if self.leads(at, end):
                     whole = [*way, *end]
                     return whole if len(whole) <= limit else None
-            if len(way) >= limit:
+            if len(way) >= limit or time.monotonic() > self._until_s:
                 return None
             token = self._step(at, used, how)
             if token is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -21,6 +22,8 @@ __all__ = ["CompiledConstraint", "GrammarConstraint"]
 
 # Tokens tried one by one where each has to leave a way to the end; of more than these the way itself is taken.
 MAX_TRIED = 32
+# For the way of a whole text: a fraction of what a compilation may take.
+MAX_FIND_S = 2.0
 # By which a way may be too long to be shortened.
 SPARE_TOKENS = 32
 # Tokens within which the end of something loose is found, or it is left open.
@@ -66,7 +69,7 @@ class CompiledConstraint:
             raise ConstraintError(
                 f"the constraint is too complex ({tried.get_error()}); make it simpler: smaller counts"
             )
-        self._way = self._closing.find(matcher, MAX_WAY_TOKENS)
+        self._way = self._closing.find(matcher, MAX_WAY_TOKENS, until_s=time.monotonic() + MAX_FIND_S)
         if self._way is None and not is_json:
             self.warnings += ("no way to the end was found: a text that max_tokens ends may be half of one",)
 
