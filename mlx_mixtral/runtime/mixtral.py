@@ -18,7 +18,6 @@ from mlx_mixtral.errors import BusyError, TokenizerError
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.generation.request import PieceOf
-from mlx_mixtral.generation.sampling import SamplingParams
 from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S
 from mlx_mixtral.machine.device import Device
 from mlx_mixtral.model.routing import record_routing
@@ -34,7 +33,6 @@ from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.base import Message
 
 __all__ = ["CHAT_SAMPLING", "Mixtral"]
-
 
 
 class Mixtral:
