@@ -154,8 +154,6 @@ def test_an_answer_is_the_text_to_the_character(short: Path) -> None:
 def test_what_cannot_be_constrained_is_refused(small_model: Mixtral, short_model: Mixtral) -> None:
     with pytest.raises(TokenizerError):
         small_model.generate([1, 2], constraint=JsonObject())
-    with pytest.raises(InvalidRequestError, match="one text at a time"):
-        short_model.generate_batch([PROMPT], constraint=JsonObject())
     with pytest.raises(InvalidRequestError, match="JsonSchema, Regex"):
         short_model.generate(PROMPT, constraint={"type": "object"})  # type: ignore[arg-type]
 
