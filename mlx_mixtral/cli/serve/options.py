@@ -74,6 +74,7 @@ class ServeOptions:
     tls_cert: str | None = option("--tls-cert FILE", "Certificate chain (PEM), for https.")
     tls_key: str | None = option("--tls-key FILE", "Its private key (PEM).")
     grace: float = option("--grace SECONDS", "At the end, time for open requests to finish.", default=10.0)
+    no_page: bool = flag("--no-page", "Leave out the page at / to talk with the model in a browser.")
     log_format: str = option(
         "--log-format",
         "Of the line that each request leaves on stderr.",
@@ -137,6 +138,7 @@ class ServeOptions:
             tls_key=self.tls_key,
             grace_s=self.grace,
             tools=self.tools,
+            has_page=not self.no_page,
             log_format=self.log_format,
         )
 
