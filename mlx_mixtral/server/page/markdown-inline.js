@@ -3,6 +3,8 @@
 
 const MAX_INLINE_DEPTH = 12;
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
+const ENTITY = /&(?:(amp|lt|gt|quot|apos|nbsp)|#(\d{1,7})|#[xX]([\da-fA-F]{1,6}));/y;
+const NAMED_ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0" };
 const WEB_ADDRESS = /https?:\/\/[^\s<>"`]+/y;
 
 /** The address if it is one of the web, else null: no other scheme becomes a link. */
@@ -60,6 +62,12 @@ function inlineNodes(text, depth = 0, isLink = false) {
       while (text[at] === " ") at++;
       continue;
     }
+    if (mark === "&") {
+      const [letter, end] = entity(text, at);
+      plain += letter;
+      at = end;
+      continue;
+    }
     if (mark === "`") found = codeSpan(text, at, hopeless);
     else if (depth < MAX_INLINE_DEPTH) {
       if (mark === "*" || mark === "_" || mark === "~") found = emphasis(text, at, hopeless, depth, isLink);
@@ -78,6 +86,17 @@ function inlineNodes(text, depth = 0, isLink = false) {
   }
   flush();
   return nodes;
+}
+
+/** The character that &lt; and its like stand for, as text. @returns {[string, number]} and where it ends */
+function entity(text, at) {
+  ENTITY.lastIndex = at;
+  const found = ENTITY.exec(text);
+  if (!found) return ["&", at + 1];
+  const [, name, decimal, hex] = found;
+  const code = decimal ? parseInt(decimal, 10) : parseInt(hex, 16);
+  const isLetter = code > 0 && code <= 0x10ffff && !(code >= 0xd800 && code <= 0xdfff);
+  return [name ? NAMED_ENTITIES[name] : isLetter ? String.fromCodePoint(code) : "\ufffd", ENTITY.lastIndex];
 }
 
 function runLength(text, at) {

@@ -8,6 +8,7 @@ const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*?))??(?:[ \t]+#+)?[ \t]*$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?:( {1,4}(?! )| (?= {4}))(.*)|[ \t]*)$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
+const INDENTED = /^ {4,}\S/;
 const DELIMITERS = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
 
 /**
@@ -26,6 +27,7 @@ function markdownBlocks(text, depth = 0) {
     }
     const [block, end] = readBlock(lines, at, depth);
     block.source = lines.slice(at, end).join("\n");
+    block.isAfterBlank = at > 0 && !lines[at - 1].trim();
     blocks.push(block);
     at = end;
   }
@@ -34,6 +36,7 @@ function markdownBlocks(text, depth = 0) {
 
 function readBlock(lines, at, depth) {
   const line = lines[at];
+  if (INDENTED.test(line)) return readIndented(lines, at);
   const fence = FENCE.exec(line);
   if (fence) return readFence(lines, at, fence);
   const heading = HEADING.exec(line);
@@ -41,7 +44,7 @@ function readBlock(lines, at, depth) {
   if (RULE.test(line)) return [{ kind: "rule" }, at + 1];
   if (depth < MAX_BLOCK_DEPTH) {
     if (QUOTE.test(line)) return readQuote(lines, at);
-    if (ITEM.test(line)) return readList(lines, at);
+    if (ITEM.test(line)) return readList(lines, at, depth);
   }
   if (isTable(lines, at)) return readTable(lines, at);
   return readParagraph(lines, at);
@@ -56,6 +59,15 @@ function readFence(lines, at, [, indent, mark, info]) {
   return [{ kind: "code", language: info.trim().split(/\s/)[0], text: code.join("\n"), isWhole }, isWhole ? end + 1 : end];
 }
 
+function readIndented(lines, at) {
+  let end = at;
+  for (let next = at; next < lines.length && (!lines[next].trim() || INDENTED.test(lines[next])); next++) {
+    if (lines[next].trim()) end = next + 1;
+  }
+  const text = lines.slice(at, end).map((line) => line.slice(4)).join("\n");
+  return [{ kind: "code", language: "", text, isWhole: end < lines.length }, end];
+}
+
 function readQuote(lines, at) {
   const inner = [];
   let end = at;
@@ -68,7 +80,7 @@ function readQuote(lines, at) {
   return [{ kind: "quote", text: inner.join("\n") }, end];
 }
 
-function readList(lines, at) {
+function readList(lines, at, depth) {
   const first = ITEM.exec(lines[at]);
   const type = first[2].at(-1);
   const items = [];
@@ -86,16 +98,16 @@ function readList(lines, at) {
         blank = true;
         inner.push("");
       } else if (line.search(/\S/) >= indent) {
-        isLoose ||= blank && inner.some((each) => each.trim()) && !isInFence(inner);
         blank = false;
         inner.push(line.slice(indent));
-      } else if (!blank && inner.at(-1).trim() && !beginsBlock(lines, end) && !isInFence(inner)) {
+      } else if (!blank && inner.at(-1).trim() && !ITEM.test(line) && !beginsBlock(lines, end) && !isInFence(inner)) {
         inner.push(line.trimStart());
       } else break;
     }
-    while (inner.length && !inner.at(-1).trim()) inner.pop();
+    const blocks = markdownBlocks(inner.join("\n"), depth + 1);
+    isLoose ||= blocks.some((block, index) => index > 0 && block.isAfterBlank);
     isLoose ||= blank && end < lines.length && ITEM.exec(lines[end])?.[2].at(-1) === type && !RULE.test(lines[end]);
-    items.push(inner.join("\n"));
+    items.push(blocks);
   }
   const isOrdered = /\d/.test(first[2]);
   return [{ kind: "list", isOrdered, start: isOrdered ? parseInt(first[2], 10) : 1, items, isLoose }, end];
@@ -188,8 +200,8 @@ function blockElement(block, depth = 0) {
 }
 
 function listElement(block, depth) {
-  const items = block.items.map((text) => {
-    const children = markdownBlocks(text, depth + 1).flatMap((inner) =>
+  const items = block.items.map((blocks) => {
+    const children = blocks.flatMap((inner) =>
       inner.kind === "paragraph" && !block.isLoose ? inlineNodes(inner.text) : [blockElement(inner, depth + 1)]);
     return element("li", {}, ...children);
   });

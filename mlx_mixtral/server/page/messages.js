@@ -112,7 +112,7 @@ function drawFoot(item, conversation, node, actions, isRunning) {
 
 function messageElement(conversation, node, actions, isRunning = false) {
   const item = element("li", { className: `message ${node.role}` },
-    element("h3", { className: "unseen", textContent: node.role === "user" ? "You" : "Answer" }),
+    element("h2", { className: "unseen", textContent: node.role === "user" ? "You" : "Answer" }),
     element("div", { className: "body" }), element("div", { className: "foot" }));
   item.dataset.node = node.id;
   drawText(item, node);
