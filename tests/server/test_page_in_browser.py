@@ -197,6 +197,20 @@ def test_conversations_are_kept_and_can_be_deleted(server: Running, opened: Open
     assert page.run("Object.keys(localStorage).filter((key) => key.startsWith(PREFIX)).length") == 0
 
 
+def test_a_conversation_that_is_deleted_is_not_written_further(server: Running, opened: Opened) -> None:
+    page = opened(server)
+    page.run("current.settings = { temperature: 0, max_tokens: 900 }")
+    page.write("Tell me everything")
+    page.press("Enter")
+    page.wait("current.nodes[1]?.text.length > 5")
+    click(page, "Delete Tell me everything")
+    click(page, "Delete", 'byId("confirm")')
+    page.wait("conversations.size === 0 && current.nodes.length === 0")
+    wait_until(server.is_idle, "the server is idle")
+    assert ask(page, "Next")
+    assert page.run("Object.keys(localStorage).filter((key) => key.startsWith(PREFIX)).length") == 1
+
+
 def test_a_full_or_broken_storage_is_said_and_stops_nothing(server: Running, opened: Opened) -> None:
     page = opened(server)
     page.run("localStorage.setItem(PREFIX + 'broken', '{')")
@@ -226,6 +240,12 @@ def test_two_tabs_share_a_conversation(server: Running, opened: Opened) -> None:
     ask(one, "From the first again")
     other.wait("current.nodes.length === 6")
     one.call("Page.bringToFront")
+    # Written by a tab that this one has not heard of yet: a page hears nothing of what it stores itself.
+    one.run("""(() => { const kept = parseConversation(localStorage.getItem(PREFIX + current.id));
+        addNode(kept, kept.leaf, "user", "unheard"); localStorage.setItem(PREFIX + kept.id, JSON.stringify(kept)); })()""")
+    ask(one, "And again")
+    assert one.run("current.nodes.filter((node) => node.text === 'unheard').length") == 1
+    assert one.run("parseConversation(localStorage.getItem(PREFIX + current.id)).nodes.length") == 9
     click(one, "Delete From the first tab")
     click(one, "Delete", 'byId("confirm")')
     other.wait("conversations.size === 0 && current.nodes.length === 0")
@@ -332,6 +352,9 @@ def test_an_answer_is_drawn_and_spoken_block_by_block(server: Running, opened: O
     )
     assert ask(page, "Again") == "Half"
     assert page.run("branch(current).at(-1).error") == "The connection ended before the answer was whole."
+    page.run("window.fetch = async () => new Response('data: {\"error\": {\"message\": \"the engine failed\"}}\\n\\n')")
+    assert ask(page, "Again") == ""
+    assert page.run("document.querySelector('.assistant:last-child .wrong').textContent") == "The engine failed."
 
 
 class Tree(HTMLParser):
