@@ -19,6 +19,10 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 PATIENCE_S = 20.0
 """Until something that must happen soon counts as never: no measurement."""
 
+IDLE = "running.size === 0"
+READY = 'byId("model").options.length > 0'
+"""Conditions of the page: no answer is being written; it knows the server's model."""
+
 _KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
 SHIFT = 8
 
@@ -145,8 +149,9 @@ def chromium(profile: Path) -> Iterator[Browser]:
     # The protocol is on descriptors 3 and 4.
     pipes = f'exec "$0" "$@" 3</dev/fd/{hears} 4>/dev/fd/{says}'
     options = (
-        "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", f"--user-data-dir={profile}",
+        "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--no-first-run", "--disable-background-networking", "--disable-component-update",
+        "--hide-scrollbars", f"--user-data-dir={profile}",
     )  # fmt: skip
     process = subprocess.Popen(
         ["sh", "-c", pipes, CHROMIUM, *options],
@@ -168,3 +173,19 @@ def chromium(profile: Path) -> Iterator[Browser]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def ask(page: Page, text: str, **settings: Any) -> str:
+    """Send a message as one does at the keyboard; the answer, once it is whole."""
+    page.run(f"current.settings = {json.dumps({'temperature': 0, 'max_tokens': 8} | settings)}")
+    page.run('byId("draft").focus()')
+    page.write(text)
+    page.press("Enter")
+    page.wait(f"{IDLE} && branch(current).at(-1)?.role === 'assistant'")
+    return str(page.run("branch(current).at(-1).text"))
+
+
+def click(page: Page, label: str, place: str = "document") -> None:
+    """The last button that is called so."""
+    found = f"[...{place}.querySelectorAll('button')].findLast((each) => (each.ariaLabel ?? each.textContent) === {label!r})"
+    page.run(f"{found}.click()")

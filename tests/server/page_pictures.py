@@ -20,8 +20,8 @@ ASKED = "How does a router choose its experts?"
 SAMPLE = """A router scores **all experts** and keeps the `k` best:
 
 ```python
-scores = softmax(top_k(x @ gate, k=2))
-y = sum(s * expert(x) for s, expert in scores)
+scores, chosen = top_k(x @ gate, k=2)
+y = sum(s * experts[i](x) for s, i in zip(softmax(scores), chosen))
 ```
 
 | | experts | active |
@@ -44,11 +44,13 @@ def main() -> None:
         page.open(f"{server.url}/")
         page.wait('byId("model").options.length > 0')
         for title in OTHERS:
-            page.run(f"(() => {{ const made = makeConversation(); addNode(made, null, 'user', {title!r}); keep(made); }})()")
+            page.run(
+                f"(() => {{ const made = makeConversation(); addNode(made, null, 'user', {title!r}); keep(made); }})()"
+            )
         page.run(f"addNode(current, null, 'user', {ASKED!r})")
         page.run(f"addNode(current, current.leaf, 'assistant', {json.dumps(SAMPLE)}); keep(current); draw()")
-        page.run("current.settings = { temperature: 0, max_tokens: 60 }")
-        page.write("And it came to pass")
+        page.run("current.settings = { temperature: 0, max_tokens: 40 }")
+        page.write("Und Gott sprach:")
         page.press("Enter")
         page.wait("running.size === 0 && current.nodes.length === 4")
         for name, width, height in (("page", 1280, 860), ("page-phone", 390, 844)):

@@ -25,25 +25,29 @@ function openDialog(dialog, accept = () => "") {
   const form = dialog.querySelector("form");
   const wrong = dialog.querySelector(".wrong");
   if (wrong) wrong.textContent = "";
+  const closers = dialog.querySelectorAll("[data-close]");
   return new Promise((resolve) => {
-    let isAccepted = false;
+    const finish = (isAccepted) => {
+      form.removeEventListener("submit", submit);
+      closers.forEach((button) => button.removeEventListener("click", refuse));
+      dialog.removeEventListener("close", closed);
+      dialog.close();
+      resolve(isAccepted);
+    };
+    const refuse = () => finish(false);
     const submit = (event) => {
       event.preventDefault();
       const said = accept();
       if (wrong) wrong.textContent = said;
-      if (said) return;
-      isAccepted = true;
-      dialog.close();
+      if (!said) finish(true);
     };
-    const cancel = () => dialog.close();
-    const closers = dialog.querySelectorAll("[data-close]");
+    const closed = () => {
+      // Escape; the event comes late, and may be that of an earlier opening.
+      if (!dialog.open) finish(false);
+    };
     form.addEventListener("submit", submit);
-    closers.forEach((button) => button.addEventListener("click", cancel));
-    dialog.addEventListener("close", () => {
-      form.removeEventListener("submit", submit);
-      closers.forEach((button) => button.removeEventListener("click", cancel));
-      resolve(isAccepted);
-    }, { once: true });
+    closers.forEach((button) => button.addEventListener("click", refuse));
+    dialog.addEventListener("close", closed);
     dialog.showModal();
   });
 }

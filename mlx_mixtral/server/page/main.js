@@ -218,6 +218,7 @@ async function loadModels() {
   try {
     const models = await listModels();
     byId("model").replaceChildren(...models.map(({ id }) => element("option", { value: id, textContent: id })));
+    byId("model").toggleAttribute("data-single", models.length === 1);
     const room = models[0]?.max_model_len;
     byId("model-facts").textContent = room ? `${models[0].id} has room for ${room.toLocaleString("en")} tokens.` : "";
     if (byId("notice").dataset.about === "models") notice("");

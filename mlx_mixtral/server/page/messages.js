@@ -91,7 +91,7 @@ function drawFoot(item, conversation, node, actions, isRunning) {
   if (node.error) children.push(element("p", { className: "wrong", role: "alert", textContent: node.error }));
   const facts = factsOf(node);
   if (isRunning && !node.text) children.push(element("p", { className: "waiting", textContent: "Waiting for the first word" }));
-  else if (!isRunning && node.role === "assistant" && !node.text && !node.error) {
+  else if (!isRunning && node.role === "assistant" && !node.text.trim() && !node.error) {
     children.push(element("p", { className: "muted", textContent: "The answer is empty." }));
   }
   if (facts) children.push(element("p", { className: "facts muted", textContent: facts }));
