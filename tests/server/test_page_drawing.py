@@ -1,4 +1,4 @@
-"""How the page draws streams and markdown, and whether it can be read, heard and used by keys, in both themes and on a phone."""
+"""How the page draws streams and markdown, and whether it can be read, heard and used by keys, in themes and on phones."""
 
 from __future__ import annotations
 
