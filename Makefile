@@ -4,6 +4,7 @@
 # make bench  side by side with mlx-lm   make clean   remove what these targets made
 # make fuzz   convert 20,000 mutated files
 # make soak   2,000 generations with changing budgets and failing disks
+# make structured   200 schemas, greedy and sampled: every text has to validate
 #
 # Needs Python 3.11 or later and nothing else: a virtual environment is made in .venv, with uv when it is there, with venv and
 # pip when not. On Linux MLX_BACKEND chooses MLX's backend: cpu (default) or cuda, never both.
@@ -20,7 +21,7 @@ TEST_EXTRAS := $(if $(EXTRAS),[$(MLX_BACKEND)$(comma)tokenizers],[tokenizers])
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 
-.PHONY: demo test test-device lint bench fuzz soak clean
+.PHONY: demo test test-device lint bench fuzz soak structured clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -45,6 +46,9 @@ fuzz: $(VENV)/.tests
 
 soak: $(VENV)/.tests
 	PYTHONPATH=.:convert $(BIN)/python -m tests.soak.run $(SOAK_ARGS)
+
+structured: $(VENV)/.tests
+	PYTHONPATH=.:convert $(BIN)/python -m tests.constraints.run $(STRUCTURED_ARGS)
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/it"; exit 1; }

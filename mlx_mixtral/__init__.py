@@ -20,6 +20,8 @@ from mlx_mixtral.machine.platforms import backend_problem
 
 if TYPE_CHECKING:
     from mlx_mixtral.cache.kv import KVCache
+    from mlx_mixtral.calls.parser import ArgumentsDelta, CallBegin, CallEnd
+    from mlx_mixtral.calls.turns import ToolCall
     from mlx_mixtral.config.mixtral import MixtralConfig
     from mlx_mixtral.config.quantization import QuantizationConfig, QuantizationSpec
     from mlx_mixtral.constraints.specs import Grammar, JsonObject, JsonSchema, Regex
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from mlx_mixtral.evaluation.texts import Text, read_texts
     from mlx_mixtral.generation.sampling import SamplingParams
     from mlx_mixtral.generation.stats import GenerationStats
+    from mlx_mixtral.runtime.batch import Batch, BatchUpdate
     from mlx_mixtral.runtime.load import LoadProgress, load
     from mlx_mixtral.runtime.mixtral import Mixtral
     from mlx_mixtral.runtime.requests import GenerationOptions
@@ -38,6 +41,11 @@ if TYPE_CHECKING:
     from mlx_mixtral.tokenizer import Tokenizer
 
 __all__ = [
+    "ArgumentsDelta",
+    "Batch",
+    "BatchUpdate",
+    "CallBegin",
+    "CallEnd",
     "Chunk",
     "DraftModel",
     "Evaluation",
@@ -60,6 +68,7 @@ __all__ = [
     "Text",
     "TextStream",
     "Tokenizer",
+    "ToolCall",
     "errors",
     "evaluate",
     "load",
@@ -70,6 +79,11 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ArgumentsDelta": "calls.parser",
+    "Batch": "runtime.batch",
+    "BatchUpdate": "runtime.batch",
+    "CallBegin": "calls.parser",
+    "CallEnd": "calls.parser",
     "Chunk": "runtime.stream",
     "DraftModel": "runtime.speculation",
     "Evaluation": "evaluation.results",
@@ -92,6 +106,7 @@ _HOMES = {
     "Text": "evaluation.texts",
     "TextStream": "runtime.stream",
     "Tokenizer": "tokenizer",
+    "ToolCall": "calls.turns",
     "evaluate": "evaluation.perplexity",
     "load": "runtime.load",
     "passkey": "evaluation.passkey",

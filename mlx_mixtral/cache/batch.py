@@ -66,11 +66,11 @@ class BatchCache:
     """Keys and values of all layers for rows of different lengths: a row's next token goes behind its own last one.
 
     Rows are told apart by their place, which changes when others leave. In one array every row has the columns of the longest:
-    seven rows of 500 tokens beside one of 16,384 would take 6.6 times what they hold, and attention would read it all. So rows
+    seven rows of 500 tokens beside one of 16,384 would take 6.7 times what they hold, and attention would read it all. So rows
     lie in groups by the power of two that their columns fall under, each an array of its own, and a step computes attention
-    group by group. An array for each row would save little more, and pay with as many kernels as there are rows; rows of one
-    length, the usual case, are one group (``tests/benchmarks/rows.py``). Joining, leaving and growing copy the groups they
-    concern, layer by layer.
+    group by group. An array a row would save little more, and pay with kernels for every row where all are of one length, the
+    usual case, which is one group: see docs/architecture.md. Joining, leaving and growing copy the groups they concern, a layer
+    at a time.
 
     Args:
         storage, window: as of the caches that will join.

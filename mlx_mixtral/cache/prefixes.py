@@ -19,10 +19,11 @@ MAX_LOST_TOKENS = 32
 
 @dataclass(frozen=True)
 class KeptPrefix:
-    """A sequence and its cache, which holds just its tokens."""
+    """A sequence and its cache, which holds just its tokens, in ``nbytes``."""
 
     tokens: list[int]
     cache: KVCache
+    nbytes: int
 
 
 class PrefixStore:
@@ -47,7 +48,7 @@ class PrefixStore:
     @property
     def nbytes(self) -> int:
         """Bytes of all caches kept."""
-        return sum(kept.cache.nbytes for kept in self._kept)
+        return sum(kept.nbytes for kept in self._kept)
 
     def reusable(self, tokens: Sequence[int], left: int = 1) -> int:
         """How many tokens ``take`` would give."""
@@ -82,7 +83,7 @@ class PrefixStore:
         mx.eval(cache.arrays)
         # What the new one begins with, it replaces.
         self._kept = [kept for kept in self._kept if common_prefix(kept.tokens, tokens) < len(kept.tokens)]
-        self._kept.append(KeptPrefix(list(tokens), cache))
+        self._kept.append(KeptPrefix(list(tokens), cache, cache.nbytes))
         self.shrink(self.limit_bytes)
 
     def shrink(self, nbytes: int) -> None:

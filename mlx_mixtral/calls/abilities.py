@@ -62,20 +62,17 @@ class ChatAbilities:
     def of(cls, tokenizer: Tokenizer) -> ChatAbilities:
         """Those of the tokenizer's chat format."""
         definitions = _written(tokenizer, [_says("user", "one")], tools=[_DEFINITION])
+        talk = [_says("user", "one"), _says("assistant", "two")]
         return cls(
             definitions=definitions is not None and all(word in definitions for word in (_TOOL, _TEXT, _KEY)),
             calls=_arguments_form(tokenizer),
-            tool_role=_is_told_apart(tokenizer, "tool", [_says("user", "one"), _says("assistant", "two")]),
+            tool_role=_is_told_apart(tokenizer, "tool", talk),
             system=_is_told_apart(tokenizer, "system", []),
-            # Native formats refuse a place that a system prompt cannot have.
-            late_system=tokenizer.chat_is_native
-            or _is_told_apart(tokenizer, "system", [_says("user", "one"), _says("assistant", "two")]),
+            late_system=tokenizer.chat_is_native or _has_late_system(tokenizer, talk),
         )
 
 
-def _written(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None
-) -> str | None:
+def _written(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> str | None:
     """What the format makes of messages; None where it refuses them."""
     try:
         return tokenizer.render_chat(messages, tools)
@@ -102,3 +99,9 @@ def _is_told_apart(tokenizer: Tokenizer, role: str, before: list[dict[str, Any]]
     if written is None or _TEXT not in written:
         return False
     return written != _written(tokenizer, [*before, _says("assistant", _TEXT), *after])
+
+
+def _has_late_system(tokenizer: Tokenizer, before: list[dict[str, Any]]) -> bool:
+    """Whether system prompts are turns of their own. Native formats say so where one cannot be."""
+    alone = _written(tokenizer, [_says("system", _TEXT)])
+    return alone is not None and _TEXT in alone and _is_told_apart(tokenizer, "system", before)

@@ -8,15 +8,15 @@ from functools import cached_property
 
 from mlx_mixtral.calls.definitions import NO_TOOLS, ToolUse
 from mlx_mixtral.calls.generic import GenericCalls
-from mlx_mixtral.calls.grammar import AnswerGrammar, answer_rule
+from mlx_mixtral.calls.grammar import AnswerGrammar, answer_rule, refusal
 from mlx_mixtral.calls.hermes import BEGIN, HermesCalls
 from mlx_mixtral.calls.markup import Delimiters, Markup
 from mlx_mixtral.calls.mistral import MARKER, MistralCalls
 from mlx_mixtral.calls.parser import CallParser
 from mlx_mixtral.calls.turns import read_conversation
 from mlx_mixtral.calls.writing import ChatWriter
-from mlx_mixtral.constraints.specs import ConstraintSpec
-from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.constraints.specs import ConstraintSpec, JsonSchema
+from mlx_mixtral.errors import ConstraintError, InvalidRequestError
 from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.base import Message
 
@@ -32,8 +32,6 @@ class ChatPrompt:
     Attributes:
         tokens: of the prompt.
         constraint: what the answer keeps; None: nothing.
-        is_whole_answer: whether the constraint describes the answer as it is shown, from its first character; otherwise it
-            describes what the model writes, with the space that SentencePiece puts before a first word.
         begun: text that the prompt ends with, which the answer goes on from.
         use: tools, and what was asked of them.
         delimiters: what the parser looks for; None: all is text.
@@ -41,7 +39,6 @@ class ChatPrompt:
 
     tokens: list[int]
     constraint: ConstraintSpec | None = None
-    is_whole_answer: bool = True
     begun: str = ""
     use: ToolUse = NO_TOOLS
     delimiters: Delimiters | None = None
@@ -51,11 +48,12 @@ class ChatPrompt:
         names = frozenset(tool.name for tool in self.use.callable_tools)
         return CallParser(self.delimiters if names else None, names, max_calls=self.use.max_calls)
 
-    @property
-    def barriers(self) -> frozenset[int]:
-        """Control tokens that the parser has to see where they stand: text before them is not held back beyond them."""
-        known = self.delimiters
-        return frozenset() if known is None else frozenset({known.begin_id, known.end_id} - {None})  # type: ignore[arg-type]
+    def explained(self, error: ConstraintError) -> InvalidRequestError:
+        """``error``, or which tool it is about, where its constraint was refused: "tools[0].function.parameters: …"."""
+        for tool in self.use.callable_tools:
+            if (refused := refusal(tool)) is not None:
+                return InvalidRequestError(f"{tool.place}.parameters: {refused}")
+        return error
 
 
 class ToolChat:
@@ -110,7 +108,9 @@ class ToolChat:
             InvalidRequestError: tools where there are to be none.
         """
         if use.callable_tools and self.name == "none":
-            raise InvalidRequestError('tools: this model is served without tools; leave them out, or give "none" as choice')
+            raise InvalidRequestError(
+                'tools: this model is served without tools; leave them out, or give "none" as choice'
+            )
         conversation = read_conversation(messages)
         if conversation.begun and answer is not None:
             raise InvalidRequestError(
@@ -122,10 +122,12 @@ class ToolChat:
             return ChatPrompt(tokens, answer, begun=conversation.begun)
         rules = self._markup.rules(use, None if answer is None else "answer")
         if answer is not None and use.mode != "required":
-            rules += "\n" + answer_rule("answer", answer)
-        return ChatPrompt(
-            tokens, AnswerGrammar(rules), False, conversation.begun, use, self._markup.delimiters
-        )
+            rules += "\n" + answer_rule("answer", answer, reserved_key=self._markup.reserved_key)
+        schemas = [tool.arguments for tool in use.callable_tools]
+        if isinstance(answer, JsonSchema):
+            schemas.append(answer)
+        grammar = AnswerGrammar(rules, tuple(schemas))
+        return ChatPrompt(tokens, grammar, conversation.begun, use, self._markup.delimiters)
 
 
 def own_markup(tokenizer: Tokenizer) -> str | None:

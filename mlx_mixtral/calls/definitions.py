@@ -12,7 +12,7 @@ from mlx_mixtral.arguments import shown
 from mlx_mixtral.constraints.specs import JsonSchema
 from mlx_mixtral.errors import ConstraintError, InvalidRequestError
 
-__all__ = ["MAX_CALLS", "MAX_TOOLS", "NO_TOOLS", "Mode", "Tool", "ToolUse", "read_tools"]
+__all__ = ["MAX_CALLS", "MAX_TOOLS", "NO_TOOLS", "Tool", "ToolMode", "ToolUse", "read_tools"]
 
 MAX_TOOLS = 128
 MAX_CALLS = 16
@@ -20,10 +20,10 @@ MAX_CALLS = 16
 MAX_DEFINITIONS_BYTES = 512_000
 """Of all definitions of a request together, as JSON."""
 
-Mode = Literal["auto", "none", "required"]
+ToolMode = Literal["auto", "none", "required"]
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_MODES: dict[str, Mode] = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
+_MODES: dict[str, ToolMode] = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
 # Keywords beside which a list of properties says nothing of what else an object may hold.
 _OPEN_KEYWORDS = (
     "additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "$ref", "allOf", "anyOf", "oneOf",
@@ -54,6 +54,11 @@ class Tool:
         return {"type": "function", "function": function}
 
     @property
+    def arguments(self) -> JsonSchema:
+        """What a call's arguments keep."""
+        return JsonSchema(self.arguments_schema, strict=self.strict)
+
+    @property
     def arguments_schema(self) -> dict[str, Any]:
         """The schema that a call's arguments keep: an object.
 
@@ -82,7 +87,7 @@ class ToolUse:
     """
 
     tools: tuple[Tool, ...] = ()
-    mode: Mode = "auto"
+    mode: ToolMode = "auto"
     callable_names: frozenset[str] = frozenset()
     max_calls: int = MAX_CALLS
     is_legacy: bool = False
@@ -117,8 +122,8 @@ def read_tools(
     Args:
         tools: ``{"type": "function", "function": {"name", "description", "parameters", "strict"}}`` each; an empty list is
             none.
-        tool_choice: "auto", "none", "required" (or "any"), ``{"type": "function", "function": {"name": …}}``,
-            ``{"type": "allowed_tools", "allowed_tools": {"mode": …, "tools": […]}}``.
+        tool_choice: "auto", "none", "required" (or "any"), ``{"type": "function", "function": {"name": …}}`` (or ``{"type":
+            "tool", "name": …}``), ``{"type": "allowed_tools", "allowed_tools": {"mode": …, "tools": […]}}``.
         parallel_tool_calls: False: one call at most.
         functions, function_call: the older form; a list of functions, and "auto", "none" or ``{"name": …}``.
 
@@ -159,7 +164,7 @@ def _list(name: str, value: object) -> Sequence[Any]:
 def _tool(place: str, given: object, is_legacy: bool) -> Tool:
     if not isinstance(given, Mapping):
         raise InvalidRequestError(f"{place} is {shown(given)}; it must be an object")
-    function = given
+    function: object = given
     if not is_legacy:
         if given.get("type", "function") != "function":
             raise InvalidRequestError(f'{place}.type is {shown(given["type"])}; only "function" is supported')
@@ -180,7 +185,7 @@ def _tool(place: str, given: object, is_legacy: bool) -> Tool:
         raise InvalidRequestError(f"{place}.strict is {shown(strict)}; it must be true or false")
     tool = Tool(name, description or "", _parameters(place, function.get("parameters")), bool(strict), place)
     try:
-        JsonSchema(tool.arguments_schema, strict=tool.strict)
+        _ = tool.arguments
     except ConstraintError as error:
         raise InvalidRequestError(f"{place}.parameters: {error}") from None
     return tool
@@ -205,7 +210,7 @@ def _check_size(where: str, tools: Sequence[Tool]) -> None:
         )
 
 
-def _choice(key: str, choice: object) -> tuple[Mode, set[str], bool]:
+def _choice(key: str, choice: object) -> tuple[ToolMode, set[str], bool]:
     """The mode, names of the tools it is limited to (all where none), and whether it is for one call."""
     if choice is None:
         return "auto", set(), False
@@ -217,7 +222,7 @@ def _choice(key: str, choice: object) -> tuple[Mode, set[str], bool]:
             return _MODES[kind], set(), False
         if kind == "allowed_tools":
             return _allowed(key, choice.get("allowed_tools", choice))
-        if kind in (None, "function") and (name := _named(choice)) is not None:
+        if kind in (None, "function", "tool") and (name := _named(choice)) is not None:
             return "required", {name}, True
     raise InvalidRequestError(
         f'{key} is {shown(choice)}; it must be "auto", "none", "required", or '
@@ -231,7 +236,7 @@ def _named(choice: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _allowed(key: str, choice: object) -> tuple[Mode, set[str], bool]:
+def _allowed(key: str, choice: object) -> tuple[ToolMode, set[str], bool]:
     mode = choice.get("mode", "auto") if isinstance(choice, Mapping) else None
     listed = choice.get("tools") if isinstance(choice, Mapping) else None
     names = [_named(each) if isinstance(each, Mapping) else None for each in listed] if isinstance(listed, list) else []

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from mlx_mixtral.calls.definitions import Tool, ToolUse
-from mlx_mixtral.calls.grammar import ANY_TEXT, call_rules, repeated, terminal
+from mlx_mixtral.calls.grammar import ANY_TEXT, COMMA, WHITESPACE, call_rules, repeated, terminal
 from mlx_mixtral.calls.markup import Delimiters, Markup, json_value
 from mlx_mixtral.calls.turns import ToolCall
 
@@ -20,6 +20,7 @@ class GenericCalls(Markup):
 
     name = "generic"
     delimiters = Delimiters(begin=("{", _KEY, ":"), end=("}",), anywhere=False)
+    reserved_key = "tool_calls"
     has_tool_role = False
 
     def instructions(self, tools: Sequence[Tool]) -> str:
@@ -42,10 +43,15 @@ class GenericCalls(Markup):
 
     def rules(self, use: ToolUse, answer: str | None) -> str:
         text = answer or "TEXT"
-        lines = [] if answer else [f"TEXT: {ANY_TEXT} & ~/\\s*\\{{\\s*{_KEY}(?s:.*)/"]
+        text_rule = [] if answer else [f"TEXT: {ANY_TEXT} & ~/\\s*\\{{\\s*{_KEY}(?s:.*)/"]
         if use.mode == "none" or not use.callable_tools:
-            return "\n".join([f"start: {text}", *lines])
-        listed = repeated("call", 'ws "," ws', use)
-        calls = f'ws "{{" ws {terminal(_KEY)} ws ":" ws "[" ws {listed} ws "]" ws "}}"'
-        start = calls if use.mode == "required" else f"{text} | {calls}"
-        return "\n".join([f"start: {start}", *lines, call_rules(use)])
+            return "\n".join([f"start: {text}", *text_rule])
+        calls = f'ws ":" ws "[" ws {repeated("call", COMMA, use)} ws "]" ws "}}"'
+        begin = f'ws "{{" ws {terminal(_KEY)}'
+        if use.mode == "required":
+            return "\n".join([f"start: {begin} {calls}", call_rules(use)])
+        if answer is not None:
+            return "\n".join([f"start: {text} | {begin} {calls}", call_rules(use)])
+        # One terminal, as text is: the longer of two is taken, and text goes on where "{" alone ends.
+        head = f"head[lazy]: /({WHITESPACE})?\\{{({WHITESPACE})?{_KEY}/"
+        return "\n".join([f"start: TEXT | head {calls}", *text_rule, head, call_rules(use)])

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_mixtral.arguments import check_type
 from mlx_mixtral.calls.definitions import MAX_DEFINITIONS_BYTES, Tool, ToolUse
-from mlx_mixtral.constraints.grammar import WHITESPACE
+from mlx_mixtral.constraints.grammar import WHITESPACE, check
 from mlx_mixtral.constraints.specs import ConstraintSpec, Grammar, JsonObject, JsonSchema, Regex
-from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.errors import ConstraintError, InvalidRequestError
 
-__all__ = ["ANY_TEXT", "AnswerGrammar", "answer_rule", "call_rules", "repeated", "terminal"]
+__all__ = [
+    "ANY_TEXT",
+    "COMMA",
+    "WHITESPACE",
+    "AnswerGrammar",
+    "answer_rule",
+    "call_rules",
+    "refusal",
+    "repeated",
+    "terminal",
+]
 
 ANY_TEXT = "/(?s:.*)/"
+COMMA = 'ws "," ws'
 
 
 @dataclass(frozen=True)
 class AnswerGrammar(Grammar):
     """A grammar made of checked parts, so that only their sum is bounded: a request may have a hundred tools."""
+
+    is_shown = False
+    is_loose = True
+    parts: tuple[JsonSchema, ...] = ()
+
+    @property
+    def schemas(self) -> tuple[JsonSchema, ...]:
+        return self.parts
 
     def __post_init__(self) -> None:
         check_type("lark", self.lark, str, "a grammar, as text")
@@ -51,21 +71,44 @@ def call_rules(use: ToolUse) -> str:
     return "\n".join(lines)
 
 
-def answer_rule(name: str, answer: ConstraintSpec) -> str:
-    """A rule for text that keeps a constraint of its own."""
+def answer_rule(name: str, answer: ConstraintSpec, *, reserved_key: str = "") -> str:
+    """A rule for text that keeps a constraint of its own; an object that does not list ``reserved_key`` itself has none."""
+    if isinstance(answer, JsonObject):
+        answer = JsonSchema({"type": "object"})
     if isinstance(answer, JsonSchema):
         document = answer.document
-        if isinstance(document, dict):
-            return f'{name}: " "? {name}_json\n{name}_json: {_json(document, is_strict=answer.strict)}'
-        return f"{name}: %json {json.dumps(document)}"
-    if isinstance(answer, JsonObject):
-        return f'{name}: " "? {name}_json\n{name}_json: {_json({"type": "object"}, is_strict=False)}'
+        if not isinstance(document, dict):
+            return f"{name}: %json {json.dumps(document)}"
+        properties = document.get("properties", {})
+        is_plain = isinstance(properties, dict) and not any(
+            key in document for key in ("$ref", "allOf", "anyOf", "oneOf")
+        )
+        if reserved_key and is_plain:
+            document = document | {"properties": {reserved_key: False} | properties}
+        return f'{name}: " "? {name}_json\n{name}_json: {_json(document, is_strict=answer.strict)}'
     if isinstance(answer, Regex):
-        pattern = answer.pattern.replace("/", "\\/").replace("\n", "\\n").replace("\r", "\\r")
+        # A slash would end it, unless it is escaped already.
+        pattern = re.sub(
+            r"\\.|/", lambda match: match[0] if match[0] != "/" else r"\/", answer.pattern, flags=re.DOTALL
+        )
+        pattern = pattern.replace("\n", r"\n").replace("\r", r"\r")
         return f'{name}: " "? /{pattern}/'
     if isinstance(answer, Grammar):
         return f'{name}: " "? {name}_lark\n{name}_lark: %lark {{\n{answer.lark}\n}}'
     raise AssertionError(f"unknown constraint {answer!r}")
+
+
+def refusal(tool: Tool) -> ConstraintError | None:
+    """Why the schema of a tool's arguments cannot be kept; None where it can.
+
+    Raises:
+        MissingDependencyError: llguidance is not installed.
+    """
+    try:
+        check(tool.arguments)
+    except ConstraintError as error:
+        return error
+    return None
 
 
 def _either(stem: str, tools: tuple[Tool, ...]) -> str:

@@ -54,21 +54,23 @@ class HermesCalls(Markup):
     def rules(self, use: ToolUse, answer: str | None) -> str:
         begin = terminal(BEGIN) if self._begin_id is None else f"<[{self._begin_id}]>"
         end = terminal(END) if self._end_id is None else f"<[{self._end_id}]>"
-        no_calls = answer or ("TEXT" if self._begin_id is None else ANY_TEXT)
-        lines = [f"TEXT: {ANY_TEXT} & ~/(?s:.*){BEGIN}(?s:.*)/"] if no_calls == "TEXT" else []
+        text = answer or ("TEXT" if self._begin_id is None else ANY_TEXT)
+        text_rule = [f"TEXT: {ANY_TEXT} & ~/(?s:.*){BEGIN}(?s:.*)/"] if text == "TEXT" else []
         if use.mode == "none" or not use.callable_tools:
-            return "\n".join([f"start: {no_calls}", *lines])
-        calls = f"rest {'' if use.max_calls == 1 else f'(ws {begin} rest){{0,{use.max_calls - 1}}}'}"
-        lines += [f"rest: ws call ws {end}", call_rules(use)]
-        if use.mode == "required" or answer is not None:
-            with_calls = f"ws {begin} {calls}"
-        elif self._begin_id is None:
-            with_calls = f"until_call {calls}"
-            lines.append(f"until_call[lazy]: /(?s:.*){BEGIN}/")
+            return "\n".join([f"start: {text}", *text_rule])
+        # A line for each: where calls may follow each other at once, a token that ends one and begins the next hides the end.
+        more = "" if use.max_calls == 1 else f" (GAP {begin} rest){{0,{use.max_calls - 1}}}"
+        calls = [f"rest: ws call ws {end}", "GAP: /\\n[ \\t\\n]{0,20}/", call_rules(use)]
+        if use.mode == "required":
+            return "\n".join([f"start: ws {begin} rest{more}", *calls])
+        if answer is not None:
+            begun = f"ws {begin}"
+        elif self._begin_id is not None:
+            begun = f"{ANY_TEXT} {begin}"
         else:
-            with_calls = f"{ANY_TEXT} {begin} {calls}"
-        start = with_calls if use.mode == "required" else f"{no_calls} | {with_calls}"
-        return "\n".join([f"start: {start}", *lines])
+            begun = "until_call"
+            calls.append(f"until_call[lazy]: /(?s:.*){BEGIN}/")
+        return "\n".join([f"start: {text} | {begun} rest{more}", *text_rule, *calls])
 
 
 def _hidden(tokenizer: Tokenizer, content: str) -> int | None:

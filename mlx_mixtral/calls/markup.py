@@ -41,11 +41,13 @@ class Markup(ABC):
     Attributes:
         name: as ``--tools`` takes it.
         delimiters: what the parser looks for.
+        reserved_key: what an object that is no call may not have, where calls are objects too; "" where they are told apart.
         has_tool_role: whether results are turns of the role "tool" where the chat format has it; otherwise they are the user's.
     """
 
     name: str
     delimiters: Delimiters
+    reserved_key = ""
     has_tool_role = True
 
     @abstractmethod

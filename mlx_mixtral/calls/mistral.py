@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from mlx_mixtral.calls.definitions import Tool, ToolUse
-from mlx_mixtral.calls.grammar import ANY_TEXT, call_rules, repeated
+from mlx_mixtral.calls.grammar import ANY_TEXT, COMMA, call_rules, repeated
 from mlx_mixtral.calls.markup import Delimiters, Markup, json_value
 from mlx_mixtral.calls.turns import ToolCall
 from mlx_mixtral.errors import InvalidRequestError
@@ -29,7 +29,9 @@ class MistralCalls(Markup):
     def __init__(self, tokenizer: Tokenizer) -> None:
         token_id = tokenizer.special_id(MARKER)
         if token_id is None:
-            raise InvalidRequestError(f"tools mistral needs the control token {MARKER}, which is not there; use generic")
+            raise InvalidRequestError(
+                f"tools mistral needs the control token {MARKER}, which is not there; use generic"
+            )
         self._token_id = token_id
         self.delimiters = Delimiters(begin_id=token_id)
 
@@ -48,7 +50,7 @@ class MistralCalls(Markup):
         text = answer or ANY_TEXT
         if use.mode == "none" or not use.callable_tools:
             return f"start: {text}"
-        listed = repeated("call", 'ws "," ws', use)
+        listed = repeated("call", COMMA, use)
         calls = f'<[{self._token_id}]> " "? "[" ws {listed} ws "]"'
         start = f"start: {calls}" if use.mode == "required" else f"start: {text} | {calls}"
         return f"{start}\n{call_rules(use)}"

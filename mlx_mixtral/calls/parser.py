@@ -12,7 +12,7 @@ from mlx_mixtral.calls.markup import Delimiters
 from mlx_mixtral.calls.scanner import CallScanner, Found, FoundKind, Status
 from mlx_mixtral.calls.turns import ToolCall
 
-__all__ = ["ArgumentsDelta", "CallBegin", "CallEnd", "CallParser", "Event", "TextDelta"]
+__all__ = ["ArgumentsDelta", "CallBegin", "CallEnd", "CallEvent", "CallParser", "Event", "TextDelta"]
 
 _SPACE = " \t\n\r"
 
@@ -48,7 +48,8 @@ class CallEnd:
     index: int
 
 
-Event = TextDelta | CallBegin | ArgumentsDelta | CallEnd
+CallEvent = CallBegin | ArgumentsDelta | CallEnd
+Event = TextDelta | CallEvent
 
 
 class _Mode(Enum):
@@ -57,7 +58,7 @@ class _Mode(Enum):
     END = auto()
 
 
-class _Fit(Enum):
+class _Match(Enum):
     NO = auto()
     BEGINS = auto()
     WHOLE = auto()
@@ -104,6 +105,12 @@ class CallParser:
         self._arguments: list[str] = []
         self._events: list[Event] = []
         self.calls: list[ToolCall] = []
+
+    @property
+    def barriers(self) -> frozenset[int]:
+        """Control tokens that have to come with all text before them: none of it may be held back beyond them."""
+        known = self._delimiters
+        return frozenset() if known is None else frozenset({known.begin_id, known.end_id} - {None})  # type: ignore[arg-type]
 
     def add(self, text: str, token_id: int | None = None) -> list[Event]:
         """Take more of the answer.
@@ -154,10 +161,10 @@ class CallParser:
                 return
             space = self._held[: len(self._held) - len(shown)]
             may_begin = self._delimiters.begin and (self._delimiters.anywhere or self._is_at_start)
-            fit = _fit(shown, self._delimiters.begin) if may_begin else _Fit.NO
-            if fit is _Fit.BEGINS:
+            fit = _fit(shown, self._delimiters.begin) if may_begin else _Match.NO
+            if fit is _Match.BEGINS:
                 return
-            if fit is _Fit.WHOLE:
+            if fit is _Match.WHOLE:
                 self._begin_calls(self._held)
                 return
             self._say(("" if self._is_behind_calls else space) + shown[0])
@@ -211,10 +218,10 @@ class CallParser:
         assert self._delimiters is not None
         self._held += char
         shown = self._held.lstrip(_SPACE)
-        fit = _fit(shown, self._delimiters.end) if shown else _Fit.BEGINS
-        if fit is _Fit.BEGINS:
+        fit = _fit(shown, self._delimiters.end) if shown else _Match.BEGINS
+        if fit is _Match.BEGINS:
             return
-        read = "" if fit is _Fit.WHOLE else self._held
+        read = "" if fit is _Match.WHOLE else self._held
         self._end_calls()
         for each in read:
             self._add(each)
@@ -241,13 +248,13 @@ class CallParser:
         return joined
 
 
-def _fit(text: str, pieces: tuple[str, ...]) -> _Fit:
+def _fit(text: str, pieces: tuple[str, ...]) -> _Match:
     """Whether a text is ``pieces`` one after the other, white space between any two, or the beginning of that."""
     for piece in pieces:
         text = text.lstrip(_SPACE)
         if len(text) < len(piece):
-            return _Fit.BEGINS if piece.startswith(text) else _Fit.NO
+            return _Match.BEGINS if piece.startswith(text) else _Match.NO
         if not text.startswith(piece):
-            return _Fit.NO
+            return _Match.NO
         text = text[len(piece) :]
-    return _Fit.NO if text else _Fit.WHOLE
+    return _Match.NO if text else _Match.WHOLE

@@ -129,9 +129,7 @@ class CallScanner:
         return found
 
     def _streams(self, value: _Value) -> bool:
-        return (
-            self._place is _Place.VALUE and self._key in _ARGUMENTS and value.is_object and self.is_in_call
-        )
+        return self._place is _Place.VALUE and self._key in _ARGUMENTS and value.is_object and self.is_in_call
 
     def _step(self, char: str) -> list[Found]:
         place = self._place

@@ -14,7 +14,7 @@ from mlx_mixtral.errors import ChatTemplateError
 from mlx_mixtral.tokenizer.base import Message
 from mlx_mixtral.tokenizer.chat.messages import fail
 
-__all__ = ["Conversation", "ToolCall", "Turn", "read_conversation"]
+__all__ = ["ToolCall", "Turn", "Turns", "read_conversation"]
 
 NO_RESULT = "There is no result."
 """Stands where a client sent none: formats with tools want one for each call."""
@@ -51,7 +51,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Turns:
     """Turns up to the one that is to be written, and what of that is already there.
 
     Attributes:
@@ -62,7 +62,7 @@ class Conversation:
     begun: str = ""
 
 
-def read_conversation(messages: Sequence[Message]) -> Conversation:
+def read_conversation(messages: Sequence[Message]) -> Turns:
     """Read messages of OpenAI's form.
 
     ``developer`` is the system; parts of text are joined; ids of calls become nine letters or digits. Each result stands behind
@@ -74,7 +74,7 @@ def read_conversation(messages: Sequence[Message]) -> Conversation:
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise ChatTemplateError(f"messages is {shown(messages)}; it must be a list of at least one message")
-    reader = _Reader()
+    reader = _TurnReader()
     for index, message in enumerate(messages):
         reader.add(index, message)
     turns = reader.finished()
@@ -83,10 +83,10 @@ def read_conversation(messages: Sequence[Message]) -> Conversation:
         begun = turns.pop().text.rstrip(" ")
     if all(turn.role == "assistant" for turn in turns):
         turns.insert(0, Turn("user"))
-    return Conversation(tuple(turns), begun)
+    return Turns(tuple(turns), begun)
 
 
-class _Reader:
+class _TurnReader:
     def __init__(self) -> None:
         # Turns without results, and for each turn with calls the results of them, in the order they came.
         self._turns: list[Turn] = []
@@ -184,9 +184,7 @@ def _call(index: int, place: str, number: int, given: object) -> tuple[str, Tool
         fail(index, f'{place} must be {{"id": …, "function": {{"name": …, "arguments": …}}}}')
     known, name, arguments = given.get("id"), function.get("name"), function.get("arguments")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        fail(
-            index, f"{place}.function.name is {shown(name)}; it must be 1 to 64 of a-z, A-Z, 0-9, underscore and dash"
-        )
+        fail(index, f"{place}.function.name is {shown(name)}; it must be 1 to 64 of a-z, A-Z, 0-9, underscore and dash")
     if not isinstance(known, str | None):
         fail(index, f"{place}.id is {shown(known)}; it must be text")
     if not isinstance(arguments, str | Mapping | None):

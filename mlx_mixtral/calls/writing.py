@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 from mlx_mixtral.calls.abilities import ArgumentsForm, ChatAbilities
 from mlx_mixtral.calls.definitions import Tool
 from mlx_mixtral.calls.markup import Markup
-from mlx_mixtral.calls.turns import Conversation, ToolCall, Turn
+from mlx_mixtral.calls.turns import ToolCall, Turn, Turns
 from mlx_mixtral.errors import ChatTemplateError
 from mlx_mixtral.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ class ChatWriter:
         self._defines = is_own and self._abilities.definitions
         self._arguments = self._abilities.calls if is_own else None
 
-    def ids(self, conversation: Conversation, tools: Sequence[Tool]) -> list[int]:
+    def ids(self, conversation: Turns, tools: Sequence[Tool]) -> list[int]:
         """Token ids from which the answer is generated.
 
         Raises:
@@ -57,10 +57,10 @@ class ChatWriter:
         return ids + self._tokenizer.encode_plain(conversation.begun, first=False)
 
     def messages(
-        self, conversation: Conversation, tools: Sequence[Tool]
+        self, conversation: Turns, tools: Sequence[Tool]
     ) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
-        """Messages and definitions for ``encode_chat``: as they are; then, for formats that refuse some orders of roles, without
-        one after the other."""
+        """Messages and definitions for ``encode_chat``: as they are; then, for formats that refuse some orders of roles, with
+        the system prompts as one, with user and assistant in turn, and without a system prompt."""
         definitions = [tool.definition for tool in tools] if tools and self._defines else None
         turns = self._in_texts(list(conversation.turns))
         if tools and not self._defines:
@@ -88,7 +88,9 @@ class ChatWriter:
                 written.append(Turn(role, self._markup.write_results(results)))
             else:
                 written += [
-                    Turn(turn.role, _joined(turn.text, self._markup.write_calls(turn.calls)) if turn.calls else turn.text)
+                    Turn(
+                        turn.role, _joined(turn.text, self._markup.write_calls(turn.calls)) if turn.calls else turn.text
+                    )
                     for turn in run
                 ]
         return written
@@ -128,10 +130,15 @@ def _same(turns: list[Turn]) -> list[Turn]:
 
 
 def _system_first(turns: list[Turn]) -> list[Turn]:
-    """All system prompts as one at the beginning."""
-    text = _joined(*(turn.text for turn in turns if turn.role == "system"))
-    others = [turn for turn in turns if turn.role != "system"]
-    return [Turn("system", text), *others] if text else others
+    """All system prompts as one at the beginning; one behind the last answer is the user's, as something has to be answered."""
+    rest = [turn for turn in turns if turn.role != "system"]
+    after = list(takewhile(lambda turn: turn.role == "system", reversed(turns)))[::-1]
+    is_answered = bool(rest) and rest[-1].role == "assistant"
+    first = [turn for turn in turns[: len(turns) - len(after) * is_answered] if turn.role == "system"]
+    if is_answered or not rest:
+        rest.append(Turn("user", _joined(*(turn.text for turn in after)) if is_answered else ""))
+    text = _joined(*(turn.text for turn in first))
+    return [Turn("system", text), *rest] if text else rest
 
 
 def _alternating(turns: list[Turn]) -> list[Turn]:

@@ -11,6 +11,7 @@ import click
 
 from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.console import emit_json, note
+from mlx_mixtral.cli.constraints import ConstraintOptions
 from mlx_mixtral.cli.fields import argument, group, option, takes
 from mlx_mixtral.cli.options import (
     LoadOptions,
@@ -44,6 +45,7 @@ class GenerateOptions:
     max_tokens: int = option("-n, --max-tokens", "Most tokens to generate.", default=256)
     sampling: SamplingOptions = group(SamplingOptions)
     stopping: StopOptions = group(StopOptions)
+    constraint: ConstraintOptions = group(ConstraintOptions)
     special: bool = option(
         "--special/--no-special",
         "Read control tokens that the prompt spells, such as <|im_start|>, as these tokens.",
@@ -76,13 +78,14 @@ def generate(given: GenerateOptions) -> None:
 
     from mlx_mixtral.cli.destinations import PROMPT, check_place
     from mlx_mixtral.cli.load import load_with_speculation
-    from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
+    from mlx_mixtral.cli.streaming import Interruptible, note_warnings, print_stream, stats_line
     from mlx_mixtral.runtime.prompt_cache import check_saved
 
     # Everything that can be refused without the model is refused before it is loaded.
     sampling = given.sampling.params(given.logprobs)
     check_integer("max_tokens", given.max_tokens, 1)
     given.stopping.check()
+    constraint = given.constraint.spec()
     prompt: str | Sequence[int] = read_prompt(given.prompt) if given.prompt is not None else given.token_ids or ()
     if not prompt:
         raise InvalidRequestError("the prompt is empty; give some text or token ids")
@@ -117,7 +120,9 @@ def generate(given: GenerateOptions) -> None:
             cancelled=interrupt.cancelled,
             on_prefill=interrupt.on_prefill,
             speculation=speculation,
+            constraint=constraint,
         )
+        note_warnings(stream.stats)
         if special_tokens is not None:
             stream.stats.prompt_special_tokens = special_tokens
 

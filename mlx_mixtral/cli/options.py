@@ -171,7 +171,8 @@ class LoadOptions:
     page_cache: bool = flag("--page-cache", "Read streamed experts through the system's page cache.")
     prefix_cache: str | None = option(
         "--prefix-cache SIZE",
-        "Memory for keys and values of earlier prompts, to be reused; 0 keeps none.  [default: 1GB]",
+        "Memory for keys and values of earlier prompts, to be reused; 0 keeps none.  "
+        "[default: 1GB; with serve a quarter of what is free]",
     )
     tokenizer: str | None = option(
         "--tokenizer",

@@ -12,10 +12,10 @@ from typing import Any, Self
 import click
 
 from mlx_mixtral import Chunk, GenerationStats, TextStream
-from mlx_mixtral.cli.console import plural, rate, terminal_safe
+from mlx_mixtral.cli.console import note, one_line, plural, rate, terminal_safe
 from mlx_mixtral.sizes import format_bytes
 
-__all__ = ["Interruptible", "completion", "print_stream", "stats_line"]
+__all__ = ["Interruptible", "completion", "note_warnings", "print_stream", "stats_line"]
 
 LONG_PROMPT_TOKENS = 1024
 
@@ -93,6 +93,12 @@ def completion(chunks: Sequence[Chunk]) -> dict[str, Any]:
         "token_ids": [chunk.token_id for chunk in chunks],
         "finish_reason": chunks[-1].finish_reason if chunks else "cancelled",
     }
+
+
+def note_warnings(stats: GenerationStats) -> None:
+    """What of a constraint is not kept, on stderr."""
+    for warning in stats.warnings:
+        note(f"warning: {one_line(warning)}")
 
 
 def stats_line(stats: GenerationStats) -> str:

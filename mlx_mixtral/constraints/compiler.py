@@ -7,11 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from mlx_mixtral.arguments import check_type
+from mlx_mixtral.constraints.closing import ClosingRanks
+from mlx_mixtral.constraints.examples import examples
 from mlx_mixtral.constraints.grammar import definition, is_json, match
 from mlx_mixtral.constraints.limits import MAX_COMPILE_S, MAX_COMPILED, MAX_STUCK
 from mlx_mixtral.constraints.matching import CompiledConstraint
 from mlx_mixtral.constraints.specs import ConstraintSpec
-from mlx_mixtral.constraints.vocabulary import Vocabulary
+from mlx_mixtral.constraints.token_table import TokenTable
 from mlx_mixtral.errors import BusyError, ConstraintError
 
 __all__ = ["Compiler"]
@@ -27,8 +29,9 @@ class Compiler:
         max_seconds: the deadline.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, max_seconds: float = MAX_COMPILE_S) -> None:
+    def __init__(self, vocabulary: TokenTable, *, max_seconds: float = MAX_COMPILE_S) -> None:
         self.vocabulary, self._max_seconds = vocabulary, max_seconds
+        self._ranks = ClosingRanks(vocabulary)
         self._kept: OrderedDict[str, CompiledConstraint] = OrderedDict()
         self._lock = threading.Lock()
         self._stuck = 0
@@ -44,7 +47,7 @@ class Compiler:
             BusyError: too many compilations are stuck.
         """
         check_type("constraint", spec, ConstraintSpec, "JsonSchema, Regex, Grammar or JsonObject")
-        text = definition(spec, drops_first_space=from_start and self.vocabulary.strips_first_space)
+        text = definition(spec, drops_first_space=from_start and spec.is_shown and self.vocabulary.strips_first_space)
         with self._lock:
             if text in self._kept:
                 self._kept.move_to_end(text)
@@ -63,7 +66,15 @@ class Compiler:
     def _compiled(self, text: str, spec: ConstraintSpec) -> CompiledConstraint:
         matcher = match(text, self.vocabulary, spec)
         warnings = tuple(" ".join(warning.split()) for warning in matcher.get_grammar_warnings())
-        return CompiledConstraint(matcher, self.vocabulary, is_json=is_json(spec), warnings=warnings)
+        return CompiledConstraint(
+            matcher,
+            self.vocabulary,
+            self._ranks,
+            is_json=is_json(spec),
+            is_loose=spec.is_loose,
+            examples=examples(spec),
+            warnings=warnings,
+        )
 
     def _within_deadline(self, work: Callable[[], CompiledConstraint]) -> CompiledConstraint:
         done = threading.Event()

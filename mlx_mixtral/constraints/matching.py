@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.constraints.base import is_allowed
-from mlx_mixtral.constraints.closing import MAX_WAY_TOKENS, Closing, Way
-from mlx_mixtral.constraints.vocabulary import Vocabulary
+from mlx_mixtral.constraints.closing import MAX_WAY_TOKENS, Closing, ClosingRanks, Way
+from mlx_mixtral.constraints.token_table import TokenTable
 from mlx_mixtral.errors import ConstraintError
 
 if TYPE_CHECKING:
@@ -20,8 +22,12 @@ __all__ = ["CompiledConstraint", "GrammarConstraint"]
 
 # Tokens tried one by one where each has to leave a way to the end; of more than these the way itself is taken.
 MAX_TRIED = 32
+# For the way of a whole text: a fraction of what a compilation may take.
+MAX_FIND_S = 2.0
 # By which a way may be too long to be shortened.
 SPARE_TOKENS = 32
+# Tokens within which the end of something loose is found, or it is left open.
+LOST_TOKENS = 1024
 # Masks computed to shorten the way: of a whole text once, and after a token.
 FIRST_MASKS, NEXT_MASKS = 2000, 100
 
@@ -29,19 +35,41 @@ FIRST_MASKS, NEXT_MASKS = 2000, 100
 class CompiledConstraint:
     """A grammar over a vocabulary, ready for any number of texts at once.
 
+    Args:
+        matcher: at its start.
+        is_json: whether its texts are JSON.
+        examples: see ``examples.examples``.
+
     Attributes:
         warnings: What of a schema is not kept, a sentence each.
         min_tokens: Tokens of the shortest text found; None where none was.
+
+    Raises:
+        ConstraintError: not even its first mask can be computed.
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: Vocabulary, *, is_json: bool, warnings: tuple[str, ...] = ()
+        self,
+        matcher: LLMatcher,
+        vocabulary: TokenTable,
+        ranks: ClosingRanks,
+        *,
+        is_json: bool,
+        is_loose: bool = False,
+        examples: Sequence[str] = (),
+        warnings: tuple[str, ...] = (),
     ) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
-        self._closing = Closing(vocabulary, is_json=is_json)
-        self._is_json = is_json
+        self._closing = Closing(vocabulary, ranks, is_json=is_json or is_loose, examples=examples)
+        self._is_json, self._is_loose = is_json, is_loose
         self.warnings = warnings
-        self._way = self._closing.find(matcher, MAX_WAY_TOKENS)
+        tried = matcher.deep_copy()
+        tried.compute_bitmask()
+        if tried.is_error():
+            raise ConstraintError(
+                f"the constraint is too complex ({tried.get_error()}); make it simpler: smaller counts"
+            )
+        self._way = self._closing.find(matcher, MAX_WAY_TOKENS, until_s=time.monotonic() + MAX_FIND_S)
         if self._way is None and not is_json:
             self.warnings += ("no way to the end was found: a text that max_tokens ends may be half of one",)
 
@@ -59,14 +87,17 @@ class CompiledConstraint:
             self._way = self._closing.shorten(self._matcher, self._way, max_tokens, FIRST_MASKS)
         if self._way is None and self._is_json:
             raise ConstraintError(
-                "the schema's shortest text is too long for any generation; ask for fewer items or characters"
+                f"no text of at most {MAX_WAY_TOKENS} tokens was found that keeps the schema; ask for fewer items or characters"
             )
         if self._way is not None and len(self._way) > max_tokens:
             raise ConstraintError(
                 f"max_tokens is {max_tokens}, and the shortest text found that keeps the constraint has {len(self._way)} "
                 "tokens; allow more"
             )
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary, self._closing, self._way, max_tokens)
+        matcher = self._matcher.deep_copy()
+        return GrammarConstraint(
+            matcher, self._vocabulary, self._closing, self._way, max_tokens, is_loose=self._is_loose
+        )
 
 
 class GrammarConstraint:
@@ -77,10 +108,18 @@ class GrammarConstraint:
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: Vocabulary, closing: Closing, way: Way | None, max_tokens: int
+        self,
+        matcher: LLMatcher,
+        vocabulary: TokenTable,
+        closing: Closing,
+        way: Way | None,
+        max_tokens: int,
+        *,
+        is_loose: bool = False,
     ) -> None:
         self._matcher, self._vocabulary, self._closing = matcher, vocabulary, closing
         self._way, self._left = way, max_tokens
+        self._is_loose, self._is_lost = is_loose, False
         self._is_ended = self.was_cut = False
 
     @property
@@ -119,7 +158,7 @@ class GrammarConstraint:
             return token
         if self._way is not None:
             way = self._way_after(token)
-            if way is None:
+            if way is None and not (self._is_loose and self._is_lost):
                 self.was_cut = True
                 if not self._way:
                     return self._end()
@@ -147,7 +186,7 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintError(f"the constraint cannot be followed any further: {self._matcher.get_error()}")
+            raise ConstraintError(f"the constraint cannot be kept any further: {self._matcher.get_error()}")
 
     def _way_after(self, token: int) -> Way | None:
         """A way to the end after ``token`` that fits what is left; None where none is found, or the token may not come."""
@@ -161,7 +200,9 @@ class GrammarConstraint:
             return end
         after = self._matcher.deep_copy()
         after.consume_token(token)
-        way = self._closing.find(after, left + SPARE_TOKENS, known)
+        limit = max(left + SPARE_TOKENS, LOST_TOKENS) if self._is_loose else left + SPARE_TOKENS
+        way = self._closing.find(after, limit, known)
+        self._is_lost = way is None
         if way is not None and len(way) > left:
             way = self._closing.shorten(after, way, left, NEXT_MASKS)
         return way if way is not None and len(way) <= left else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_mixtral.arguments import check_type
 from mlx_mixtral.constraints.limits import MAX_DEPTH, check_definition, check_schema
@@ -15,7 +15,22 @@ __all__ = ["ConstraintSpec", "Grammar", "JsonObject", "JsonSchema", "Regex"]
 
 
 class ConstraintSpec:
-    """Base of what ``constraint=`` takes: ``JsonSchema``, ``Regex``, ``Grammar`` and ``JsonObject``."""
+    """Base of what ``constraint=`` takes: ``JsonSchema``, ``Regex``, ``Grammar`` and ``JsonObject``.
+
+    Attributes:
+        is_shown: whether it describes a text as it is shown, from its first character; otherwise as the model writes it, with
+            control tokens and the space that SentencePiece puts before a first word.
+        is_loose: whether a part of a text, JSON, that no way out of is found from may begin all the same; it is left open where
+            ``max_tokens`` ends it.
+    """
+
+    is_shown: ClassVar[bool] = True
+    is_loose: ClassVar[bool] = False
+
+    @property
+    def schemas(self) -> tuple[JsonSchema, ...]:
+        """Schemas that parts of it keep."""
+        return ()
 
 
 @dataclass(frozen=True)

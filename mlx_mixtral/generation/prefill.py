@@ -35,12 +35,12 @@ def prefill(
     one begins; the last one is lazy, so that what follows from it can be scheduled with it.
 
     Args:
-        chunk_tokens: a number, or what is asked before each chunk. Where the end of a prompt would be rounded as a decode step
-            is, for it has next to no tokens, the chunk before it is shorter, or as much longer.
+        chunk_tokens: a number, or what is asked before each chunk. No chunk is shorter than ``model.min_chunk_tokens``, so that
+            none is rounded in another way: the one before the last is shorter for that, or as much longer.
         lengths: tokens of each row where some are shorter than ``L``, filled up behind their ends: these lie in one chunk.
     """
     length, done = tokens.shape[1], 0
-    total, least = cache.length + length, model.min_prompt_tokens
+    total, least = cache.length + length, model.min_chunk_tokens
     # What is left for the last chunk begins here at the latest.
     latest = (length if lengths is None else min(lengths)) - least
     while done < length:

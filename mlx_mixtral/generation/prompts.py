@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_mixtral.cache.kv import KVCache
-from mlx_mixtral.cache.quantized import PACKED_QUERIES
 from mlx_mixtral.generation.prefill import Prefilled, prefill
 from mlx_mixtral.generation.rows import BatchRow, Prefixes
 from mlx_mixtral.model.transformer import MixtralModel
@@ -119,17 +118,16 @@ class PromptJob:
 def go_together(model: MixtralModel, lengths: Sequence[int]) -> bool:
     """Whether prompts of these lengths may be computed as one: all equal, or of about the same length.
 
-    A window that is full keeps only the last tokens, and those would be what a row was filled up with. Keys in a few bits are
-    multiplied in another way where few tokens come at once, which shorter ones then would not.
+    A window that is full keeps only the last tokens, and those would be what a row was filled up with. One so short that it is
+    rounded in another way would not be, beside a longer one.
     """
     shortest, longest = min(lengths), max(lengths)
     if shortest == longest:
         return True
     window = model.kv.window(model.config)
-    least = max(model.min_prompt_tokens, 0 if model.kv.bits in (None, 16) else PACKED_QUERIES + 1)
-    return (
-        longest - shortest <= MAX_SPREAD_TOKENS and shortest >= least and (window is None or longest <= window.columns)
-    )
+    if window is not None and longest > window.columns:
+        return False
+    return longest - shortest <= MAX_SPREAD_TOKENS and shortest >= model.min_chunk_tokens
 
 
 def taken(prefixes: Prefixes | None, row: BatchRow, least: int) -> KVCache | None:

@@ -40,7 +40,6 @@ class Scheduler:
     Args:
         max_rows: generations at once.
         max_columns: rows times columns of cache, as a memory budget allows; None for no limit.
-        max_tokens: tokens of a sequence that room is made for at once; None for no limit.
         max_stall_s: how long a chunk of a prompt may take while rows wait for it.
         prefixes: what earlier prompts left, and what these leave; None to keep nothing.
         clock: seconds that only go up.
@@ -52,13 +51,12 @@ class Scheduler:
         *,
         max_rows: int,
         max_columns: int | None = None,
-        max_tokens: int | None = None,
         max_stall_s: float = DEFAULT_MAX_STALL_S,
         prefixes: Prefixes | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._context, self._model = context, context.model
-        self._max_tokens, self._clock, self._prefixes = max_tokens, clock, prefixes
+        self._clock, self._prefixes = clock, prefixes
         self._room = Room(self._model, max_rows, max_columns, prefixes)
         self._pace = ChunkPace(max_stall_s, context.chunk_tokens, is_whole=self._model.is_streamed, clock=clock)
         self._line = WaitingLine()
@@ -284,7 +282,7 @@ class Scheduler:
             shared = None
             siblings, row.siblings = row.siblings, []
             for sibling in siblings:
-                sibling.admitted = row.admitted
+                sibling.admitted, sibling.deadline_s = row.admitted, None
                 # Those that join with it are not in the cache yet.
                 coming = self._line.shared_tokens + sum(len(other.tokens) for other in rows)
                 if self._room.fits(running.cache, [*running.rows, *rows], self._jobs, coming, [sibling]):
@@ -318,7 +316,7 @@ class Scheduler:
             return
         cache = taken(self._prefixes, rows[0], self._model.min_prompt_tokens) if len(rows) == 1 else None
         if cache is None:
-            cache = self._model.make_cache(max_tokens=self._max_tokens)
+            cache = self._model.make_cache(max_tokens=max(len(row.tokens) for row in rows))
         for row in rows:
             self._admit(row, min(cache.length, len(row.tokens)))
         row = rows[0]
@@ -334,7 +332,7 @@ class Scheduler:
 
     def _admit(self, row: BatchRow, reused: int) -> None:
         self._admitted += 1
-        row.admitted = self._admitted
+        row.admitted, row.deadline_s = self._admitted, None
         if not row.made:
             row.meter.admit(reused)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mlx_mixtral.experts.store import Counters
 
@@ -102,7 +102,7 @@ class GenerationStats:
         """Tokens after the first over the time they took."""
         return _rate(self.tokens - 1, self.decode_s)
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "reused_tokens": self.reused_tokens,
@@ -114,6 +114,7 @@ class GenerationStats:
             "decode_s": self.decode_s,
             "decode_tok_s": self.decode_tok_s or None,
             "peak_memory_bytes": self.peak_memory_bytes,
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
             **self._streaming(),
             **({} if self.speculation is None else self.speculation.to_dict()),
         }

@@ -63,7 +63,7 @@ class WaitingLine:
 
     def remove_expired(self, now: float) -> list[BatchRow]:
         """Take out those that have waited too long."""
-        gone = [row for row in self._rows if row.deadline_s is not None and now >= row.deadline_s and not row.made]
+        gone = [row for row in self._rows if row.deadline_s is not None and now >= row.deadline_s]
         self._rows = [row for row in self._rows if row not in gone]
         return gone
 

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.options import KVOptions
+from mlx_mixtral.cache.quantized import PACKED_QUERIES
 from mlx_mixtral.cache.views import CacheView
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.experts.gather import GatheredExperts
@@ -141,6 +142,15 @@ class MixtralModel(Module):
     def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
         """Lazy logits ``[B, L, V]`` of ``tokens [B, L]`` (int32), following what ``cache`` holds."""
         return self.head(self.hidden(tokens, self.make_cache() if cache is None else cache))
+
+    @property
+    def min_chunk_tokens(self) -> int:
+        """Tokens of a row that come together at least when a prompt is cut; of a shorter prompt all.
+
+        Fewer would be rounded in another way: as a decode step is, or, where keys and values have a few bits, as attention to
+        these is.
+        """
+        return max(self.min_prompt_tokens, 1 if self.kv.bits in (None, 16) else PACKED_QUERIES + 1)
 
     @property
     def gathered(self) -> list[GatheredExperts]:

@@ -9,11 +9,12 @@ from typing import NamedTuple, Self, Unpack
 
 import mlx.core as mx
 
-from mlx_mixtral.errors import ClosedError
+from mlx_mixtral.arguments import is_number, shown
+from mlx_mixtral.errors import ClosedError, InvalidRequestError
 from mlx_mixtral.generation.rows import RowUpdate
 from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S
 from mlx_mixtral.runtime.engine import Engine
-from mlx_mixtral.runtime.requests import GenerationOptions, Requests, TextRequest
+from mlx_mixtral.runtime.requests import GenerationOptions, Requests, TextRequest, with_options
 from mlx_mixtral.runtime.stream import Chunk, Generation
 
 __all__ = ["Batch", "BatchUpdate", "collect_batch", "stream_batch"]
@@ -91,6 +92,7 @@ class Batch:
         """Generations in the queue."""
         return self._scheduler.waiting
 
+    @with_options
     def add(
         self,
         prompt: str | Sequence[int],
@@ -111,6 +113,10 @@ class Batch:
             InvalidRequestError, ContextLengthError, TokenizerError: as for ``Mixtral.generate``. Nothing was added then.
             ClosedError: the batch was closed.
         """
+        if timeout_s is not None and (not is_number(timeout_s) or not timeout_s > 0):
+            raise InvalidRequestError(
+                f"timeout_s is {shown(timeout_s)}; it must be a number of seconds above 0, or None for ever"
+            )
         own = self._requests.prompt(prompt, special=special)
         return self.add_requests(self._requests.samples(own, n, options), timeout_s=timeout_s)
 
@@ -141,6 +147,7 @@ class Batch:
 
         Raises:
             ClosedError: the batch was closed.
+            RuntimeError: MLX's own, such as memory that is not there: close the batch then, and make another.
         """
         with self._turn:
             self._check()

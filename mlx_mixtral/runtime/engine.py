@@ -252,7 +252,6 @@ class Engine:
             self.context,
             max_rows=default_rows(self.plan, self.forward_cost()) if max_rows is None else max_rows,
             max_columns=None if self.plan.budget_bytes is None else self.plan.kv_columns,
-            max_tokens=self.context_limit,
             max_stall_s=max_stall_s,
             prefixes=RowPrefixes(self.prompt_cache) if keeps_prompts else None,
         )

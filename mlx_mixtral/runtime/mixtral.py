@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,19 +12,20 @@ import mlx.core as mx
 
 from mlx_mixtral.arguments import check_type, checked
 from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.calls.definitions import read_tools
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.errors import BusyError, ChatTemplateError, TokenizerError
+from mlx_mixtral.errors import BusyError, TokenizerError
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.generation.request import PieceOf
-from mlx_mixtral.generation.sampling import SamplingParams
 from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S
 from mlx_mixtral.machine.device import Device
 from mlx_mixtral.model.routing import record_routing
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.batch import Batch, collect_batch, stream_batch
+from mlx_mixtral.runtime.chat import CHAT_SAMPLING, ChatRequests
 from mlx_mixtral.runtime.engine import Engine
-from mlx_mixtral.runtime.requests import GenerationOptions, Prompt, Requests, TextRequest
+from mlx_mixtral.runtime.requests import GenerationOptions, Requests, TextRequest, with_options
 from mlx_mixtral.runtime.steps import Steps
 from mlx_mixtral.runtime.stream import Chunk, Generation, TextStream
 from mlx_mixtral.sizes import format_bytes
@@ -33,14 +33,6 @@ from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.base import Message
 
 __all__ = ["CHAT_SAMPLING", "Mixtral"]
-
-# What people know from other libraries by its name alone.
-_SAMPLING = {
-    field.name: f"give it as sampling=SamplingParams({field.name}=…)" for field in dataclasses.fields(SamplingParams)
-}
-_with_options = checked(options=Requests.request, without=("prompt", "is_answer"), elsewhere=_SAMPLING)
-
-CHAT_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95)
 
 
 class Mixtral:
@@ -57,6 +49,7 @@ class Mixtral:
     def __init__(self, engine: Engine, tokenizer: Tokenizer | TokenizerError) -> None:
         self.engine = engine
         self._requests = Requests(engine, tokenizer)
+        self._chats = ChatRequests(self._requests)
 
     def __repr__(self) -> str:
         c, plan = self.config, self.engine.plan
@@ -153,7 +146,7 @@ class Mixtral:
         """
         self.engine.set_memory(memory, context=context)
 
-    @_with_options
+    @with_options
     def generate(
         self, prompt: str | Sequence[int], *, special: bool = True, **options: Unpack[GenerationOptions]
     ) -> Generation:
@@ -175,7 +168,7 @@ class Mixtral:
         """
         return self.stream(prompt, special=special, **options).collect()
 
-    @_with_options
+    @with_options
     def stream(
         self, prompt: str | Sequence[int], *, special: bool = True, **options: Unpack[GenerationOptions]
     ) -> TextStream:
@@ -183,7 +176,7 @@ class Mixtral:
         _ = self.module  # a closed model says so before anything else
         return self._stream(self._requests.request(self._requests.prompt(prompt, special=special), **options))
 
-    @_with_options
+    @with_options
     def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -215,7 +208,7 @@ class Mixtral:
         requests, chunks = self._batch(prompts, max_rows, special, options, n, each)
         return collect_batch(chunks, [made for group in requests for made in group])
 
-    @_with_options
+    @with_options
     def stream_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
@@ -243,47 +236,49 @@ class Mixtral:
         """
         return Batch(self.engine, self._requests, max_rows=max_rows, max_stall_s=max_stall_s)
 
-    @_with_options
+    @with_options
     def chat(
         self,
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Generation:
         """The assistant's next turn, in the checkpoint's chat format. Samples at temperature 0.7 and top-p 0.95 by default.
 
         Args:
-            messages: ``{"role": "system" | "user" | "assistant" | "tool", "content": text}`` each, the newest last.
-            tools: function descriptions, for models trained to call them.
+            messages: ``{"role": "system" | "user" | "assistant" | "tool", "content": text}`` each, the newest last; one of the
+                assistant at the end begins the answer. Calls and their results are written as OpenAI's API has them.
+            tools: ``{"type": "function", "function": {"name", "description", "parameters"}}`` each: what the model may call. It
+                is held to their schemas where the extra ``constraints`` is installed. Calls are in ``tool_calls``.
+            tool_choice: "auto", "none", "required", or ``{"type": "function", "function": {"name": …}}``.
+            parallel_tool_calls: False: one call at most.
             options: as for ``generate``.
 
         Raises:
             ChatTemplateError: messages the format has no place for.
+            InvalidRequestError: tools that are none, or that cannot be kept; see ``read_tools``.
         """
-        return self.stream_chat(messages, tools=tools, **options).collect()
+        return self.stream_chat(
+            messages, tools=tools, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls, **options
+        ).collect()
 
-    @_with_options
+    @with_options
     def stream_chat(
         self,
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         **options: Unpack[GenerationOptions],
     ) -> TextStream:
-        """As ``chat``, chunk by chunk."""
+        """As ``chat``, chunk by chunk; a chunk's ``call_events`` say what became certain of calls."""
         _ = self.module
-        tokens = self.tokenizer.encode_chat(messages, tools)
-        if not tokens:
-            raise ChatTemplateError(
-                "the checkpoint's chat template makes nothing of these messages; use generate instead"
-            )
-        options.setdefault("sampling", CHAT_SAMPLING)
-        if (end := self.tokenizer.end_of_turn_text) is not None:
-            given = options.get("stop", ())
-            check_type("stop", given, (str, list, tuple), "text, or a list of texts")
-            options["stop"] = [end, *([given] if isinstance(given, str) else given)]
-        return self._stream(self._requests.request(Prompt(tokens), is_answer=True, **options))
+        use = read_tools(tools, tool_choice, parallel_tool_calls)
+        return self._stream(self._chats.request(messages, use, **options))
 
     @checked()
     def save_prompt(self, path: str | Path, prompt: str | Sequence[int], *, special: bool = True) -> None:

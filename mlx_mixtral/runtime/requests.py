@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypedDict
 
-from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, shown
+from mlx_mixtral.arguments import check_callbacks, check_integer, check_type, checked, shown
+from mlx_mixtral.calls.parser import CallParser
 from mlx_mixtral.constraints.base import Constraint
 from mlx_mixtral.constraints.compiler import Compiler
 from mlx_mixtral.constraints.specs import ConstraintSpec
-from mlx_mixtral.constraints.vocabulary import Vocabulary
+from mlx_mixtral.constraints.token_table import TokenTable
 from mlx_mixtral.errors import ContextLengthError, InvalidRequestError, TokenizerError
 from mlx_mixtral.generation.processors import LogitsProcessor, check_processors
 from mlx_mixtral.generation.request import PieceOf, Request, Speculation
@@ -24,7 +25,7 @@ from mlx_mixtral.runtime.stream import TextAssembler
 from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.breakers import completing_sequences
 
-__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Prompt", "Requests", "TextRequest"]
+__all__ = ["DEFAULT_MAX_TOKENS", "GenerationOptions", "Prompt", "Requests", "TextRequest", "with_options"]
 
 DEFAULT_MAX_TOKENS = 256
 MAX_SAMPLES = 128
@@ -114,10 +115,12 @@ class Requests:
         speculation: Speculation | None = None,
         constraint: ConstraintSpec | None = None,
         is_answer: bool = False,
+        parser: CallParser | None = None,
     ) -> TextRequest:
         """Check what ``GenerationOptions`` says, and put it with a prompt.
 
-        ``is_answer``: the text starts afresh, so the space SentencePiece puts before a first word is taken off.
+        ``is_answer``: the text starts afresh, so the space SentencePiece puts before a first word is taken off. ``parser``
+        takes calls of tools out of it.
 
         Raises:
             InvalidRequestError, ContextLengthError, ConstraintError, TokenizerError: as for ``Mixtral.generate``.
@@ -140,7 +143,7 @@ class Requests:
             speculation.check(engine, self.piece_of)
         sampler = self._sampler(sampling or SamplingParams(), tokens, stop_ids, check_processors(logits_processors))
         decoder = None if own is None else own.streaming_decoder(continues=not is_answer)
-        text = TextAssembler(decoder, limit, frozenset(stop_ids), stops, cancelled)
+        text = TextAssembler(decoder, limit, frozenset(stop_ids), stops, cancelled, parser)
         stats = GenerationStats(prompt_special_tokens=prompt.special_tokens)
         state: Constraint | None = None
         if constraint is not None:
@@ -157,7 +160,7 @@ class Requests:
             MissingDependencyError: the package that compiles them is not installed.
         """
         engine = self._engine
-        return Compiler(Vocabulary(self.tokenizer, engine.vocab_size, engine.config.eos_token_ids))
+        return Compiler(TokenTable(self.tokenizer, engine.vocab_size, engine.config.eos_token_ids))
 
     def _sampler(
         self, params: SamplingParams, tokens: list[int], stop_ids: Set[int], processors: Sequence[LogitsProcessor]
@@ -272,3 +275,11 @@ def _own_options(given: object) -> GenerationOptions:
 
 def _piece(tokenizer: Tokenizer, token: int) -> str | None:
     return tokenizer.id_to_piece(token) if token < tokenizer.vocab_size else None
+
+
+# What people know from other libraries by its name alone.
+_SAMPLING = {
+    field.name: f"give it as sampling=SamplingParams({field.name}=…)" for field in dataclasses.fields(SamplingParams)
+}
+with_options = checked(options=Requests.request, without=("prompt", "is_answer", "parser"), elsewhere=_SAMPLING)
+"""For methods that take ``GenerationOptions`` as ``**options``: see ``checked``."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
+from mlx_mixtral.calls.parser import ArgumentsDelta, CallBegin, CallEnd, CallEvent, CallParser, Event, TextDelta
+from mlx_mixtral.calls.turns import ToolCall
 from mlx_mixtral.errors import BusyError
 from mlx_mixtral.generation.stats import GenerationStats, Token
 from mlx_mixtral.runtime.marked_stops import MarkedStops
@@ -26,7 +28,8 @@ class Chunk:
     """One step of a stream: the token, and the text that became certain with it (often empty, never half a character).
 
     ``logprob`` and ``top_logprobs`` (pairs of token id and log-probability) are there when ``SamplingParams.logprobs`` asks
-    for them. ``finish_reason`` is set on the last chunk only.
+    for them. ``finish_reason`` is set on the last chunk only. ``call_events`` says what became certain of calls of tools: their
+    names, pieces of their arguments, their ends; their markup is no text.
 
     Example:
         >>> [chunk.text for chunk in model.stream("Mixtral is", max_tokens=3)]
@@ -37,11 +40,15 @@ class Chunk:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
+    call_events: tuple[CallEvent, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
 class Generation:
     """A finished generation. ``token_ids`` holds every token produced, a stop token included; ``text`` leaves it out.
+
+    ``tool_calls`` are the calls of an answer that was given tools, their arguments whole JSON texts: where "length" ends an
+    answer within a call, that call is not among them.
 
     Example:
         >>> out = model.generate("Mixtral is", max_tokens=64)
@@ -53,6 +60,7 @@ class Generation:
     finish_reason: FinishReason
     stats: GenerationStats
     logprobs: tuple[float, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= SHOWN_CHARACTERS else f"{self.text[:SHOWN_CHARACTERS]}…"
@@ -69,7 +77,18 @@ class Generation:
             finish_reason=(chunks[-1].finish_reason if chunks else None) or "cancelled",
             stats=stats,
             logprobs=logprobs if len(logprobs) == len(chunks) else None,
+            tool_calls=_whole_calls([event for chunk in chunks for event in chunk.call_events]),
         )
+
+
+def _whole_calls(events: Sequence[CallEvent]) -> tuple[ToolCall, ...]:
+    begun = {event.index: event for event in events if isinstance(event, CallBegin)}
+    arguments = dict.fromkeys(begun, "")
+    for event in events:
+        if isinstance(event, ArgumentsDelta):
+            arguments[event.index] += event.text
+    ended = [begun[event.index] for event in events if isinstance(event, CallEnd)]
+    return tuple(ToolCall(begin.id, begin.name, arguments[begin.index]) for begin in ended)
 
 
 class TextStream(Iterator[Chunk]):
@@ -141,6 +160,7 @@ class TextAssembler:
         stop_ids: tokens that end it and have no text.
         stops: text that ends it.
         cancelled: asked after every token.
+        parser: finds calls of tools in the text; None: there are none.
     """
 
     def __init__(
@@ -150,9 +170,12 @@ class TextAssembler:
         stop_ids: frozenset[int],
         stops: MarkedStops,
         cancelled: Callable[[], bool] | None,
+        parser: CallParser | None = None,
     ) -> None:
         self._decoder, self._max_tokens, self._stop_ids = decoder, max_tokens, stop_ids
         self._stops, self._cancelled = stops, cancelled
+        self._parser = parser
+        self._barriers = frozenset[int]() if parser is None else parser.barriers
         self._tokens = 0
         self.is_finished = False
         """Whether the last chunk was made."""
@@ -162,11 +185,20 @@ class TextAssembler:
         self._tokens += 1
         text, reason = self._add(token.token_id, token.end)
         self.is_finished = reason is not None
-        return Chunk(text, token.token_id, token.logprob, token.top_logprobs, reason)
+        events: list[Event] = []
+        if self._parser is not None:
+            events = self._parser.add(text, token.token_id)
+            if reason is not None:
+                events += self._parser.finish(was_cut=reason != "stop")
+            text = "".join(event.text for event in events if isinstance(event, TextDelta))
+        calls = tuple(event for event in events if not isinstance(event, TextDelta))
+        return Chunk(text, token.token_id, token.logprob, token.top_logprobs, reason, calls)
 
     def _add(self, token_id: int, end: FinishReason | None) -> tuple[str, FinishReason | None]:
         is_stop_token = token_id in self._stop_ids
         text = "" if is_stop_token or self._decoder is None else self._stops.add(self._decoder.add(token_id), token_id)
+        if token_id in self._barriers and self._decoder is not None and not self._stops.is_stopped():
+            text += self._stops.add(self._decoder.finish()) + self._stops.finish()
         if self._stops.is_stopped():
             return text, "stop"
         reason: FinishReason | None = end or ("stop" if is_stop_token else None)

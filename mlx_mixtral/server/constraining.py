@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_mixtral.constraints.matching import CompiledConstraint
 from mlx_mixtral.constraints.specs import ConstraintSpec, Grammar, JsonObject, JsonSchema, Regex
-from mlx_mixtral.errors import BusyError, MissingDependencyError, MixtralError
+from mlx_mixtral.errors import BusyError, ConstraintError, MissingDependencyError, MixtralError
 from mlx_mixtral.server.service import Service
-from mlx_mixtral.server.wire.errors import ApiError
+from mlx_mixtral.server.wire.errors import ApiError, placed
 from mlx_mixtral.server.wire.structure import WantedStructure, wanted_structure
 
 __all__ = ["WantedConstraint", "compiled_constraint", "wanted_constraint"]
@@ -42,7 +42,14 @@ def wanted_constraint(body: Mapping[str, Any]) -> WantedConstraint | None:
 
 
 async def compiled_constraint(
-    service: Service, spec: ConstraintSpec | None, param: str, max_tokens: int, *, from_start: bool
+    service: Service,
+    spec: ConstraintSpec | None,
+    param: str,
+    max_tokens: int,
+    *,
+    from_start: bool,
+    is_optional: bool = False,
+    explained: Callable[[ConstraintError], MixtralError] = lambda error: error,
 ) -> CompiledConstraint | None:
     """``spec``, compiled on one of the grammar threads.
 
@@ -50,6 +57,8 @@ async def compiled_constraint(
         param: the field that says so, for errors.
         max_tokens: of the answer, in which it must be possible to keep it.
         from_start: see ``Compiler.compile``.
+        is_optional: whether the answer may do without where the extra is not installed.
+        explained: tells more of an error.
 
     Raises:
         ApiError: 400: it cannot be kept; 503: too many are stuck in being compiled; 501: the extra is not installed.
@@ -67,8 +76,13 @@ async def compiled_constraint(
     except BusyError as error:
         raise ApiError(503, str(error), headers={"retry-after": "5"}) from None
     except MissingDependencyError as error:
+        if is_optional:
+            return None
         raise ApiError(501, str(error), param) from None
-    except MixtralError as error:
+    except ConstraintError as error:
+        told = explained(error)
+        if told is not error:
+            raise placed(told, param) from None
         raise ApiError(400, f"{param}: {error}", param, code="invalid_value") from None
 
 

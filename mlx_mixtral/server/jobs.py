@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from mlx_mixtral.calls.parser import CallParser
 from mlx_mixtral.constraints.matching import CompiledConstraint
 from mlx_mixtral.generation.sampling_params import SamplingParams
 from mlx_mixtral.runtime.stream import Chunk
@@ -38,6 +39,7 @@ class RowSpec:
         stop_token_ids: ids that end it, beside the model's own.
         is_answer: the text starts afresh, as an answer does.
         constraint: what the text has to be; compiled.
+        parser: makes what finds calls of tools in the text; None: there are none.
     """
 
     tokens: Sequence[int]
@@ -47,6 +49,7 @@ class RowSpec:
     stop_token_ids: Sequence[int] = ()
     is_answer: bool = False
     constraint: CompiledConstraint | None = None
+    parser: Callable[[], CallParser] | None = None
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ class _Limited(H11Protocol):
         if self.transport.is_closing():
             return
         if is_head and not self.conn.trailing_data[0]:
-            self.transport.abort()  # it never said anything
+            self.transport.close()  # it never said anything
             return
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.transport.abort()
@@ -169,14 +169,15 @@ class _Limited(H11Protocol):
         self._waits_for = None
 
     def _make_room(self) -> None:
-        """Close the connection that has been idle longest, when there are too many."""
+        """Close a connection that waits for a request, the one that has been idle longest, when there are too many."""
         if len(self.connections) < self.limits.max_connections:
             return
         idle = [each for each in self.connections if isinstance(each, _Limited) and each.is_idle]
         if idle:
-            oldest = min(idle, key=lambda each: each.idle_since)
+            # First those that never made a request: another's client may be about to use it again.
+            oldest = min(idle, key=lambda each: (each.cycle is not None, each.idle_since))
             self.connections.discard(oldest)
-            oldest.transport.abort()
+            oldest.transport.close()
 
 
 def limited_protocol(limits: ConnectionLimits) -> type[asyncio.Protocol]:

@@ -159,6 +159,7 @@ class EngineRows:
             stop=spec.stop,
             stop_token_ids=spec.stop_token_ids,
             is_answer=spec.is_answer,
+            parser=None if spec.parser is None else spec.parser(),
             on_prefill=lambda done, total: self._begin(opened),
         )
         if spec.constraint is None:

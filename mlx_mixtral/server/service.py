@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from mlx_mixtral.calls.chat import ToolChat
 from mlx_mixtral.constraints.compiler import Compiler
-from mlx_mixtral.constraints.vocabulary import Vocabulary
+from mlx_mixtral.constraints.token_table import TokenTable
 from mlx_mixtral.server.admission import Admission
 from mlx_mixtral.server.engine_thread import EngineThread
 from mlx_mixtral.server.guards import notes_of
@@ -54,7 +54,7 @@ class Service:
             MissingDependencyError: llguidance is not installed.
         """
         served = self.served
-        return Compiler(Vocabulary(served.tokenizer, served.vocab_size, served.eos_token_ids))
+        return Compiler(TokenTable(served.tokenizer, served.vocab_size, served.eos_token_ids))
 
 
 class Endpoint:

@@ -69,6 +69,7 @@ class ModelServer:
         self._log = log or RequestLog(options.log_format)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._socket: socket.socket | None = None
+        self._address = (options.host, options.port)
         self._uvicorn: _Uvicorn | None = None
         self._service: Service | None = None
         self.exit_status = 0
@@ -82,8 +83,7 @@ class ModelServer:
     @property
     def url(self) -> str:
         """Where it listens, once ``bind`` has returned."""
-        assert self._socket is not None
-        host, port = self._socket.getsockname()[:2]
+        host, port = self._address
         return f"{self.options.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def bind(self) -> None:
@@ -96,6 +96,7 @@ class ModelServer:
         try:
             family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
             self._socket = socket.create_server((options.host, options.port), family=family, backlog=1024)
+            self._address = self._socket.getsockname()[:2]
         except OSError as error:
             raise InvalidRequestError(
                 f"port {options.port} of {options.host} cannot be had: {error.strerror or error}; choose another with --port"

@@ -16,6 +16,7 @@ from mlx_mixtral import Mixtral, load
 from mlx_mixtral.cache.batch import BatchCache
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.model.step import DecodeStep
+from tests.conftest import Loader
 from tests.generation.support import prompt_of
 
 LENGTHS = (250, 3, 255, 40, 520)
@@ -151,3 +152,20 @@ def test_a_long_row_does_not_make_short_ones_as_large(small_model: Mixtral) -> N
     assert grouped.columns_with([300], more=213) == 3 * 512 + 768 + 1280
     # 70 and 187 are one more than a step; 60 stays within it.
     assert grouped.columns_with([], more=187) == 2 * 256 + 512 + 1280
+
+
+def test_a_compiled_step_takes_groups(small: Path, as_on_gpus: Loader) -> None:
+    with as_on_gpus(small) as model:
+        steps = [DecodeStep(model.module, compiled=compiled) for compiled in (False, True)]
+        batches = [_batch(model) for _ in steps]
+        for length in (5, 300, 7):
+            for batch in batches:
+                batch.join(_filled(model, prompt_of(model, length)), [(0, length)])
+        for _ in range(3):
+            wanted, found = (
+                np.asarray(step(mx.array([[5], [6], [7]], mx.int32), batch))
+                for step, batch in zip(steps, batches, strict=True)
+            )
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+        assert [len(group.rows) for group in batches[1].groups] == [2, 1]
+        assert batches[1].taken == [8, 303, 10]

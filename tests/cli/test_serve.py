@@ -79,7 +79,6 @@ def test_the_page_can_be_left_out() -> None:
         ("owner/model@main", "model"),
         ("/models/mine/", "mine"),
         ("mine", "mine"),
-        ("/", "mixtral"),
     ],
 )
 def test_a_model_is_called_as_its_folder(source: str, name: str) -> None:

@@ -26,7 +26,7 @@ class Watched:
         self.model, self.compute = model, DecodeStep(model, compiled=False)
         self.events: list[tuple[str, int]] = []
         self.is_streamed, self.counters = model.is_streamed, model.counters
-        self.min_prompt_tokens = model.min_prompt_tokens
+        self.min_chunk_tokens = model.min_chunk_tokens
 
     def hidden(
         self, tokens: mx.array, cache: Any, *, last_only: bool = False, total: int = 0, ends: Any = None

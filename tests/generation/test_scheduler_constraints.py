@@ -12,14 +12,18 @@ import pytest
 
 from mlx_mixtral import Mixtral, SamplingParams
 from mlx_mixtral.generation.constrained import decode_constrained
+from mlx_mixtral.generation.drawing import draw
+from mlx_mixtral.generation.loop import read_token
 from mlx_mixtral.generation.request import Request
-from mlx_mixtral.generation.sampling import Sampler
+from mlx_mixtral.generation.rows import BatchRow
+from mlx_mixtral.generation.sampling import Sampled, Sampler
+from mlx_mixtral.generation.stats import Token
 from mlx_mixtral.model.step import DecodeStep
 from tests.generation.support import WatchedScheduler, prompt_of
 
 
 class Allowed:
-    """Each token is one of a set: the n-th of ``sets``, the last one from there on.
+    """Each token is one of a set: the n-th of ``sets``, the last one from there on. Words without one are left as they are.
 
     Args:
         length: tokens after which the text is whole.
@@ -49,7 +53,6 @@ class Allowed:
 
     def mask_into(self, row: npt.NDArray[np.int32]) -> None:
         self._check("mask")
-        row[:] = 0
         for token in self.sets[min(len(self.seen), len(self.sets) - 1)]:
             row[token // 32] |= np.int32(np.uint32(1 << token % 32).view(np.int32))
 
@@ -131,17 +134,17 @@ def test_masks_are_made_while_the_forward_computes(small_model: Mixtral) -> None
 def test_rows_without_masks_lose_no_synchronisation(small_model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their next token is drawn before the last one is read."""
     events: list[str] = []
-    monkeypatch.setattr(
-        "mlx_mixtral.generation.rows.read_token",
-        lambda sampled, read=__import__("mlx_mixtral.generation.loop", fromlist=["x"]).read_token: (
-            events.append("read"),
-            read(sampled),
-        )[1],
-    )
-    draw = __import__("mlx_mixtral.generation.running", fromlist=["x"]).draw
-    monkeypatch.setattr(
-        "mlx_mixtral.generation.running.draw", lambda rows, logits: (events.append("draw"), draw(rows, logits))[1]
-    )
+
+    def drawn(rows: list[BatchRow], logits: mx.array) -> mx.array:
+        events.append("draw")
+        return draw(rows, logits)
+
+    def read(sampled: Sampled) -> Token:
+        events.append("read")
+        return read_token(sampled)
+
+    monkeypatch.setattr("mlx_mixtral.generation.running.draw", drawn)
+    monkeypatch.setattr("mlx_mixtral.generation.rows.read_token", read)
     watched = WatchedScheduler(small_model)
     watched.submit(prompt_of(small_model, 5), 3)
     for _ in range(3):

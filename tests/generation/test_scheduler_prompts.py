@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from mlx_mixtral import Mixtral, SamplingParams
+from mlx_mixtral import Mixtral, SamplingParams, load
 from mlx_mixtral.generation.prompts import MIN_CHUNK_TOKENS, ChunkPace
 from tests.generation.support import HandClock, WatchedScheduler, prompt_of
 
@@ -161,17 +162,23 @@ def test_a_slow_machine_computes_some_tokens_of_a_prompt_in_every_step() -> None
     assert ChunkPace(0.25, 1024, is_whole=True, clock=clock).tokens(is_waited_for=True) == 1024
 
 
-def test_bits_do_not_depend_on_chunks(small_model: Mixtral) -> None:
-    sampling, prompt = SamplingParams(logprobs=0), prompt_of(small_model, 203)
-    small_model.engine.prompt_cache.clear()
-    alone = small_model.generate(prompt, max_tokens=6, sampling=sampling)
-    for chunk in (1, 2, 3, 32, 100, 101, 202):
-        watched = WatchedScheduler(small_model, prefill_chunk=chunk)
-        ticket = watched.submit(prompt, 6, logprobs=0)
-        logprobs = []
-        while not watched.scheduler.is_idle:
-            logprobs += [update.token.logprob for update in watched.step() if update.token is not None]
-        assert (tuple(watched.tokens[ticket]), tuple(logprobs)) == (alone.token_ids, alone.logprobs)
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 4}], ids=str)
+def test_bits_do_not_depend_on_chunks(small: Path, options: dict[str, Any]) -> None:
+    """Nor on who is computed beside it; attention to few bits is another one for up to 16 tokens, and no chunk is as short."""
+    with load(small, prefix_cache=0, **options) as model:
+        sampling = SamplingParams(logprobs=0)
+        prompts = [prompt_of(model, length) for length in (203, 160)]
+        alone = [model.generate(prompt, max_tokens=6, sampling=sampling) for prompt in prompts]
+        for chunk in (1, 2, 3, 32, 100, 101, 202, 400):
+            watched = WatchedScheduler(model, prefill_chunk=chunk)
+            tickets = [watched.submit(prompt, 6, logprobs=0) for prompt in prompts]
+            logprobs: dict[int, list[float | None]] = {}
+            while not watched.scheduler.is_idle:
+                for update in watched.step():
+                    assert update.token is not None
+                    logprobs.setdefault(update.ticket, []).append(update.token.logprob)
+            for ticket, row in zip(tickets, alone, strict=True):
+                assert (tuple(watched.tokens[ticket]), tuple(logprobs[ticket])) == (row.token_ids, row.logprobs)
 
 
 def test_a_much_shorter_prompt_goes_ahead_of_one_that_is_computed(small_model: Mixtral) -> None:

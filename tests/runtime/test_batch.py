@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_mixtral import Mixtral, SamplingParams
+from mlx_mixtral import Mixtral, PromptLookup, SamplingParams
 from mlx_mixtral.errors import BusyError, ClosedError, ContextLengthError, InvalidRequestError
 from mlx_mixtral.runtime.batch import Batch, BatchUpdate
 
@@ -115,6 +115,15 @@ def test_wrong_options_of_a_batch(short_model: Mixtral, options: dict[str, Any],
         short_model.generate_batch(PROMPTS, **options)
     with short_model.batch() as batch:
         assert batch.is_idle, "the model is free"
+
+
+def test_a_text_that_ends_early_leaves_before_the_next_step(short_model: Mixtral) -> None:
+    with short_model.batch() as batch:
+        batch.add(PROMPTS[0], max_tokens=100, stop=["e", "a", "o", " "])
+        while not any(update.chunk is not None and update.chunk.finish_reason for update in batch.step()):
+            assert not batch.is_idle
+        assert batch.step() == []
+        assert (batch.is_idle, batch.running) == (True, 0)
 
 
 def test_what_is_cancelled_says_nothing_more(short_model: Mixtral) -> None:
@@ -232,7 +241,14 @@ def test_requests_that_cannot_be_are_refused_and_nothing_is_added(short_model: M
         with pytest.raises(InvalidRequestError, match="the prompt is empty"):
             batch.add("")
         with pytest.raises(InvalidRequestError, match="speculation is for one text"):
-            from mlx_mixtral import PromptLookup
-
             batch.add("x", speculation=PromptLookup())
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"timeout_s": 0}, "timeout_s is 0; it must be a number of seconds above 0"),
+            ({"timeout_s": "x"}, "timeout_s is 'x'"),
+            ({"n": 0}, "n is 0"),
+            ({"temperature": 1}, "add: there is no argument 'temperature'; give it as sampling=SamplingParams"),
+        ]
+        for options, said in wrong:
+            with pytest.raises(InvalidRequestError, match=said):
+                batch.add("x", **options)
         assert batch.is_idle

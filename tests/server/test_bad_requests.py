@@ -148,7 +148,7 @@ def test_a_prompt_longer_than_the_context_is_refused(server: Running) -> None:
 
 
 def test_a_rejected_stream_is_no_stream(server: Running) -> None:
-    """14: what can be refused is refused before the head is sent."""
+    """What can be refused is refused before the head is sent."""
     reply = server.post(CHAT, {"messages": [USER], "stream": True, "temperature": 9})
     assert reply.status_code == 400
     assert reply.headers["content-type"] == "application/json"
@@ -165,7 +165,6 @@ def test_a_rejected_stream_is_no_stream(server: Running) -> None:
     ids=["properties", "enum", "size", "patterns"],
 )
 def test_bombs_are_refused(server: Running, schema: dict[str, Any]) -> None:
-    """35."""
     described = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     reply = server.post(CHAT, {"messages": [USER], "response_format": described, "max_tokens": 4})
     assert reply.status_code == 400, reply.text

@@ -13,11 +13,13 @@ from mlx_mixtral.generation.scheduler import Scheduler
 from tests.server.conftest import PATIENCE_S, Running, Serve, wait_until
 
 CHAT = "/v1/chat/completions"
+# Its end is never drawn: it goes on to the last token, or until somebody ends it.
 LONG: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Go on."}],
     "max_tokens": 900,
     "temperature": 1,
     "seed": 1,
+    "logit_bias": {"2": -100},
 }
 
 
@@ -35,32 +37,45 @@ def _generating(server: Running, rows: int) -> bool:
     return bool(server.status()["rows"]["running"] >= rows)
 
 
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry for each step that the engine took: a row that nobody ends takes as many as it was asked for tokens."""
+    taken: list[None] = []
+    step = Scheduler.step
+
+    def counted(self: Scheduler) -> Any:
+        taken.append(None)
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", counted)
+    return taken
+
+
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
-def test_a_row_is_free_when_its_client_goes(server: Running, stream: bool) -> None:
-    """2: 900 tokens were asked for; of these few are generated."""
+def test_a_row_is_free_when_its_client_goes(server: Running, stream: bool, steps: list[None]) -> None:
+    """900 tokens were asked for; of these few are generated."""
     connection = _open(server, stream=stream)
     wait_until(lambda: _generating(server, 1), "it generates")
     connection.close()
     wait_until(server.is_idle, "the row is free")
     wait_until(lambda: "outcome=disconnected" in server.log.getvalue(), "its line is written")
-    line = next(line for line in server.log.getvalue().splitlines() if "outcome=disconnected" in line)
-    assert int(line.partition("generated=")[2].partition(" ")[0]) < 900
+    assert len(steps) < 700
     assert "Traceback" not in server.log.getvalue()
 
 
-def test_eight_cut_streams_leave_nothing(server: Running) -> None:
-    """2 and 5."""
+def test_eight_cut_streams_leave_nothing(server: Running, steps: list[None]) -> None:
     connections = [_open(server, stream=True, seed=seed) for seed in range(8)]
     wait_until(lambda: _generating(server, 8), "all generate")
     for connection in connections:
         assert connection.recv(1000).startswith(b"HTTP/1.1 200")
         connection.close()
     wait_until(server.is_idle, "all rows are free")
+    assert len(steps) < 700
     assert server.chat("Hello", max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
 def test_a_client_that_goes_takes_nobody_along(server: Running) -> None:
-    """4: of one that generates, and of one that waits, the neighbours' texts stay to the letter."""
+    """Of one that generates, and of one that waits, the neighbours' texts stay to the letter."""
     body = LONG | {"max_tokens": 60}
     alone = server.post(CHAT, body).json()["choices"][0]["message"]["content"]
     texts: list[str] = []
@@ -82,7 +97,7 @@ def test_a_client_that_goes_takes_nobody_along(server: Running) -> None:
 
 
 def test_one_that_waits_leaves_the_queue(serve: Serve) -> None:
-    """4: the row that runs goes on, and the next in the queue gets its place."""
+    """The row that runs goes on, and the next in the queue gets its place."""
     with serve(rows=1) as server:
         running = _open(server, stream=True)
         wait_until(lambda: _generating(server, 1), "one generates")
@@ -96,7 +111,6 @@ def test_one_that_waits_leaves_the_queue(serve: Serve) -> None:
 
 
 def test_one_that_is_computed_as_a_prompt_can_be_cut(server: Running) -> None:
-    """3."""
     long = server.model.tokenizer.decode(list(range(300, 1150)))
     connection = _open(server, messages=[{"role": "user", "content": long[:2500]}], stream=True)
     connection.close()
@@ -138,7 +152,6 @@ def test_one_that_waited_too_long_is_answered_503(serve: Serve) -> None:
 def test_a_stream_has_its_head_at_once_and_comments_while_it_waits(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """12."""
     gate = threading.Event()
     step = Scheduler.step
 
@@ -162,7 +175,7 @@ def test_a_stream_has_its_head_at_once_and_comments_while_it_waits(
 
 
 def test_a_plain_reply_is_not_padded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """13: nothing is sent before it is whole."""
+    """Nothing is sent before it is whole."""
     with serve(comment_s=0.01) as server:
         reply = server.post(CHAT, LONG | {"max_tokens": 40})
         assert reply.status_code == 200

@@ -65,7 +65,7 @@ def test_a_stream_says_what_the_plain_reply_says(server: Running) -> None:
 
 
 def test_the_last_event_before_done_is_the_usage(server: Running) -> None:
-    """27: `choices` is empty there; every other chunk has a null."""
+    """Its `choices` are empty; every other chunk has a null."""
     events = server.events(PATH, _body(stream_options={"include_usage": True}))
     assert events[-1]["choices"] == []
     assert events[-1]["usage"] == server.post(PATH, _body()).json()["usage"]
@@ -74,7 +74,7 @@ def test_the_last_event_before_done_is_the_usage(server: Running) -> None:
 
 
 def test_finish_reasons(server: Running) -> None:
-    """26: length by max_tokens, stop by a text and by a token id."""
+    """Length by max_tokens, stop by a text and by a token id."""
     assert server.chat(ASK, max_tokens=1)["choices"][0]["finish_reason"] == "length"
     whole = server.chat(ASK, max_tokens=12)["choices"][0]["message"]["content"]
     stopped = server.chat(ASK, max_tokens=12, stop=[whole[3:5]])["choices"][0]
@@ -90,7 +90,7 @@ def test_finish_reasons(server: Running) -> None:
 
 
 def test_a_stop_text_across_tokens_is_never_shown(server: Running) -> None:
-    """31: in the plain reply and in the stream."""
+    """In the plain reply and in the stream."""
     whole = server.chat(ASK, max_tokens=30)["choices"][0]["message"]["content"]
     stop = whole[4:12]
     events = server.events(PATH, _body(max_tokens=30, stop=stop))
@@ -98,7 +98,7 @@ def test_a_stop_text_across_tokens_is_never_shown(server: Running) -> None:
 
 
 def test_tokens_of_logprobs_joined_are_the_text(server: Running) -> None:
-    """28 and 29: with bytes; also where characters are spread over several tokens."""
+    """With bytes; also where characters are spread over several tokens."""
     bias = {str(token): 30 for token in server.model.tokenizer.encode_plain("🙂é")}
     body = _body(max_tokens=40, temperature=1, seed=5, logit_bias=bias, logprobs=True, top_logprobs=2)
     reply = server.post(PATH, body).json()["choices"][0]
@@ -119,7 +119,6 @@ def test_logprobs_of_a_text_cut_by_a_stop_end_with_it(server: Running) -> None:
 
 
 def test_a_seed_gives_the_same_text_among_seven_others(server: Running) -> None:
-    """32."""
     import threading
 
     alone = server.chat(ASK, seed=3, temperature=1, max_tokens=12)["choices"][0]["message"]["content"]
@@ -178,7 +177,6 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "now", "argumen
          "assistant first", "assistant alone", "assistant twice", "system alone", "empty answer"],
 )  # fmt: skip
 def test_any_order_of_roles_is_answered(server: Running, messages: list[dict[str, Any]]) -> None:
-    """23."""
     assert server.chat(messages, max_tokens=2)["usage"]["completion_tokens"] == 2
 
 

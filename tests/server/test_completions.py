@@ -56,7 +56,7 @@ def test_bodies_and_chunks_are_of_the_openai_packages_type(server: Running, fiel
 
 
 def test_echoed_scores_are_the_librarys(server: Running) -> None:
-    """30: within 1e-4, for text and for ids; and what follows the prompt is scored in the same place."""
+    """Within 1e-4, for text and for ids; and what follows the prompt is scored in the same place."""
     tokens = server.model.tokenizer.encode(PROMPT)
     expected = _scores(server, tokens)
     for prompt in (PROMPT, tokens):

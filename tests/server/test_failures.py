@@ -42,7 +42,7 @@ def fail_next(monkeypatch: pytest.MonkeyPatch) -> FailNext:
 
 
 def test_open_requests_end_when_the_engine_fails_and_the_next_is_answered(serve: Serve, fail_next: FailNext) -> None:
-    """1: streams by an event, plain replies by a status; the model is loaded once more."""
+    """Streams by an event, plain replies by a status; the model is loaded once more."""
     loads: list[None] = []
 
     def loading(folder: Path) -> Mixtral:
@@ -76,7 +76,6 @@ def test_open_requests_end_when_the_engine_fails_and_the_next_is_answered(serve:
 
 
 def test_health_is_503_while_the_engine_is_built_again(serve: Serve, fail_next: FailNext) -> None:
-    """1."""
     gate = threading.Event()
     with serve() as server:
         own = server.server.engine._load
@@ -97,7 +96,7 @@ def test_health_is_503_while_the_engine_is_built_again(serve: Serve, fail_next: 
 
 
 def test_the_third_failure_ends_the_server(short: Path, fail_next: FailNext) -> None:
-    """1: with a status that says so."""
+    """With a status that says so."""
     with running(short) as server:
         for _ in range(3):
             fail_next(1)
@@ -217,3 +216,42 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(server: Run
     other = ModelServer(never, ServerOptions(port=server.address[1]))
     with pytest.raises(InvalidRequestError, match="--port"):
         other.start()
+
+
+def test_a_second_signal_ends_it_at_once(short: Path) -> None:
+    """Though a stream is open that has a long grace."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_mixtral", "serve", str(short), "--port", "0", "--grace", "600"],
+        stderr=subprocess.PIPE,
+        env={"PYTHONPATH": PYTHONPATH, "PATH": "/usr/bin:/bin"},
+    )
+    assert process.stderr is not None
+    try:
+        line = b""
+        while b"listening at" not in line:
+            line = process.stderr.readline()
+            assert line
+        url = line.decode().split()[2]
+        with httpx.stream("POST", f"{url}/chat/completions", json=LONG | {"stream": True}, timeout=PATIENCE_S) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            host, _, port = url.removeprefix("http://").removesuffix("/v1").rpartition(":")
+            wait_until(lambda: not _takes_connections(host, int(port)), "it takes no more requests")
+            process.send_signal(signal.SIGTERM)
+            text = "\n".join(lines)
+        assert "shutting down" in text
+        assert "[DONE]" in text
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def _takes_connections(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=PATIENCE_S).close()
+    except ConnectionError:
+        return False
+    return True

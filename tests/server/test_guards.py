@@ -70,7 +70,6 @@ def test_allowed_origins_get_their_headers(serve: Serve) -> None:
 
 
 def test_options_are_answered_without_a_key(serve: Serve) -> None:
-    """33."""
     with serve(api_keys=("secret",)) as server:
         reply = server.client.options(CHAT, headers={"authorization": ""})
         assert reply.status_code == 204
@@ -97,7 +96,6 @@ def test_a_key_is_asked_for(serve: Serve) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/v1//models", "//models", "/models", "//v1///models//"])
 def test_slashes_do_not_matter(server: Running, path: str) -> None:
-    """33."""
     reply = server.client.get(f"{server.url}{path}")
     assert reply.status_code == 200
     assert [each["id"] for each in reply.json()["data"]] == ["tiny", "small"]
@@ -110,7 +108,6 @@ def test_one_model_can_be_asked_for(server: Running) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/v2/models", "/v1/chat", "/v1/embeddings2", "/etc/passwd", "/v1/../secret"])
 def test_an_unknown_path_is_404_in_json(server: Running, path: str) -> None:
-    """34."""
     reply = server.client.get(path)
     assert reply.status_code == 404
     assert reply.json()["error"]["type"] == "not_found_error"

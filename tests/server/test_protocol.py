@@ -95,7 +95,6 @@ def test_a_body_that_does_not_come_is_408(serve: Serve) -> None:
 
 
 def test_a_client_that_leaves_in_its_body_is_no_error(server: Running) -> None:
-    """5."""
     connection = server.raw(HEAD + b'content-length: 500\r\n\r\n{"messages":')
     connection.close()
     wait_until(lambda: "outcome=disconnected" in server.log.getvalue(), "its line is written")

@@ -107,7 +107,6 @@ def test_a_call_that_is_required_is_made(server: Running, choice: Any) -> None:
 
 
 def test_a_streamed_call_is_the_plain_one(server: Running) -> None:
-    """19."""
     body = {
         "messages": ASK, "tools": [TOOL], "tool_choice": "required", "max_tokens": 300, "seed": 1, "parallel_tool_calls": False,
     }  # fmt: skip

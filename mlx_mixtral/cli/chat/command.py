@@ -8,6 +8,7 @@ import click
 
 from mlx_mixtral.arguments import check_integer
 from mlx_mixtral.cli.console import note, one_line
+from mlx_mixtral.cli.constraints import ConstraintOptions
 from mlx_mixtral.cli.fields import argument, group, option, takes
 from mlx_mixtral.cli.options import LoadOptions, SamplingOptions, SpeculationOptions, StopOptions, chat_template_option
 
@@ -21,6 +22,7 @@ class ChatOptions:
     max_tokens: int = option("-n, --max-tokens", "Most tokens of one answer.", default=1024)
     sampling: SamplingOptions = group(SamplingOptions, temperature=0.7, top_p=0.95)
     stopping: StopOptions = group(StopOptions)
+    constraint: ConstraintOptions = group(ConstraintOptions)
     chat_template: str | None = chat_template_option()
     loading: LoadOptions = group(LoadOptions)
     speculation: SpeculationOptions = group(SpeculationOptions)
@@ -41,10 +43,11 @@ def chat(given: ChatOptions) -> None:
     sampling = given.sampling.params()
     check_integer("max_tokens", given.max_tokens, 1)
     given.stopping.check()
+    constraint = given.constraint.spec()
     loaded, speculation = load_with_speculation(
         given.model, given.loading, given.speculation, chat_template=given.chat_template
     )
-    session = Session(loaded.model, sampling, given.max_tokens, given.system, speculation, given.stopping)
+    session = Session(loaded.model, sampling, given.max_tokens, given.system, speculation, given.stopping, constraint)
     session.check()
     if chat_note := loaded.model.tokenizer.chat_note:
         note(f"note: {chat_note}")

@@ -11,7 +11,8 @@ from mlx_mixtral.cli.chat.conversation import Conversation
 from mlx_mixtral.cli.console import note, one_line, terminal_safe
 from mlx_mixtral.cli.destinations import CONVERSATION, check_place
 from mlx_mixtral.cli.options import StopOptions
-from mlx_mixtral.cli.streaming import Interruptible, print_stream, stats_line
+from mlx_mixtral.cli.streaming import Interruptible, note_warnings, print_stream, stats_line
+from mlx_mixtral.constraints.specs import ConstraintSpec
 from mlx_mixtral.errors import ContextLengthError, MixtralError
 from mlx_mixtral.generation.request import Speculation
 
@@ -41,9 +42,10 @@ class Session:
         system: str | None,
         speculation: Speculation | None = None,
         stopping: StopOptions | None = None,
+        constraint: ConstraintSpec | None = None,
     ) -> None:
         self.model, self.sampling, self.max_tokens, self.speculation = model, sampling, max_tokens, speculation
-        self.stopping = stopping or StopOptions()
+        self.stopping, self.constraint = stopping or StopOptions(), constraint
         self.conversation = Conversation(system)
         self._last: GenerationStats | None = None
         self._files: set[Path] = set()
@@ -101,7 +103,9 @@ class Session:
                     cancelled=interrupt.cancelled,
                     on_prefill=interrupt.on_prefill,
                     speculation=self.speculation,
+                    constraint=self.constraint,
                 )
+                note_warnings(stream.stats)
                 answer, chunks = print_stream(stream)
         except ContextLengthError:
             used = len(self.model.tokenizer.encode_chat(talk.messages))

@@ -31,6 +31,7 @@ def serve(given: ServeOptions) -> None:
     that are open have had their --grace.
     """
     try:
+        from mlx_mixtral.server.prefixes import widen_prefixes
         from mlx_mixtral.server.serving import ModelServer
     except ImportError as error:
         raise MissingDependencyError(
@@ -50,13 +51,16 @@ def serve(given: ServeOptions) -> None:
         nonlocal is_first
         with byte_progress("loading") if is_first else contextlib.nullcontext() as show:
             is_first = False
-            return load(
+            model = load(
                 folder,
                 progress=None if show is None else lambda at: show(at.done_bytes, at.total_bytes),
                 chat_template=given.chat_template,
                 device=given.loading.device,
                 **given.loading.arguments(),
             )
+        if given.loading.prefix_cache is None:
+            widen_prefixes(model.engine)
+        return model
 
     _raise_file_limit()
     server = ModelServer(loaded, options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from mlx_mixtral.calls.chat import ChatPrompt
 from mlx_mixtral.calls.definitions import ToolUse, read_tools
 from mlx_mixtral.constraints.specs import ConstraintSpec
 from mlx_mixtral.errors import MixtralError
-from mlx_mixtral.runtime.mixtral import CHAT_SAMPLING
+from mlx_mixtral.runtime.chat import CHAT_SAMPLING
 from mlx_mixtral.server.bodies import read_json_body
 from mlx_mixtral.server.constraining import compiled_constraint, wanted_constraint
 from mlx_mixtral.server.endpoints.generating import generate, reply_head
@@ -22,7 +21,7 @@ from mlx_mixtral.server.jobs import RowSpec
 from mlx_mixtral.server.service import Service
 from mlx_mixtral.server.wire.answers import AnswerReader
 from mlx_mixtral.server.wire.chat import CHAT_BODY, ChatReply
-from mlx_mixtral.server.wire.errors import ApiError
+from mlx_mixtral.server.wire.errors import ApiError, placed
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs
 from mlx_mixtral.server.wire.sampling import check_stream, sampling_params, stops
 
@@ -30,8 +29,6 @@ __all__ = ["LONG_CHARACTERS", "chat_completions", "chat_prompt", "tools_of"]
 
 LONG_CHARACTERS = 20_000
 """Texts beyond it are tokenized on another thread, so that streams go on meanwhile."""
-
-_PLACE = re.compile(r"(?:[a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*)(?=[: ])")
 
 
 async def chat_completions(service: Service, request: Request, send: Send) -> None:
@@ -52,9 +49,7 @@ async def chat_completions(service: Service, request: Request, send: Send) -> No
     max_tokens = min(body["max_completion_tokens"] or body["max_tokens"] or service.options.max_tokens, room)
     continues = bool(prompt.begun)
     param = "tools" if wanted is None else wanted.param
-    constraint = await compiled_constraint(
-        service, prompt.constraint, param, max_tokens, from_start=prompt.is_whole_answer and not continues
-    )
+    constraint = await compiled_constraint(service, prompt.constraint, param, max_tokens, from_start=not continues)
     end = served.tokenizer.end_of_turn_text
     rows = [
         RowSpec(
@@ -67,6 +62,7 @@ async def chat_completions(service: Service, request: Request, send: Send) -> No
             served.check_ids(body["stop_token_ids"], "stop_token_ids"),
             is_answer=not continues,
             constraint=constraint,
+            parser=prompt.parser if use.callable_tools else None,
         )
         for row in range(body["n"])
     ]
@@ -74,7 +70,7 @@ async def chat_completions(service: Service, request: Request, send: Send) -> No
     ends = served.eos_token_ids | {*body["stop_token_ids"]}
     reply = ChatReply(
         reply_head(service, "chatcmpl", model),
-        [AnswerReader(prompt.parser(), is_legacy=use.is_legacy) for _ in rows],
+        [AnswerReader(is_legacy=use.is_legacy) for _ in rows],
         [
             None if logprobs is None else AnswerLogprobs(served.tokenizer, ends, logprobs, continues=continues)
             for _ in rows
@@ -114,13 +110,3 @@ async def chat_prompt(
         return service.chat.prompt(messages, use, answer)
     except MixtralError as error:
         raise placed(error, "messages") from None
-
-
-def placed(error: MixtralError, usual: str) -> ApiError:
-    """An error of the library whose message may begin with the field it is about."""
-    found = _PLACE.match(str(error))
-    known = found is not None and found.group().partition("[")[0].partition(".")[0] in _FIELDS
-    return ApiError(400, str(error), found.group() if found is not None and known else usual, code="invalid_value")
-
-
-_FIELDS = {field.name for field in CHAT_BODY.fields}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_mixtral.calls.parser import ArgumentsDelta, CallBegin, CallParser, Event, TextDelta
+from mlx_mixtral.calls.parser import ArgumentsDelta, CallBegin, CallEnd, CallEvent
 from mlx_mixtral.runtime.stream import Chunk
 
 __all__ = ["AnswerPart", "AnswerReader"]
@@ -24,53 +24,49 @@ class AnswerReader:
     """Reads one answer, as deltas and as the whole message; the same however the text comes in chunks.
 
     Args:
-        parser: tells calls from text.
         is_legacy: calls are told as ``function_call``, to a client that asked with ``functions``.
     """
 
-    def __init__(self, parser: CallParser, *, is_legacy: bool = False) -> None:
-        self._parser, self._is_legacy = parser, is_legacy
+    def __init__(self, *, is_legacy: bool = False) -> None:
+        self._is_legacy = is_legacy
         self._text: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+        self._whole = 0
         self.finish_reason: str | None = None
         """OpenAI's word; None while the answer goes on."""
 
     def add(self, chunk: Chunk) -> AnswerPart:
         """Take the next chunk."""
-        events = self._parser.add(chunk.text, chunk.token_id)
+        deltas = [{"content": chunk.text}] if chunk.text else []
+        self._text.append(chunk.text)
+        deltas += [delta for event in chunk.call_events for delta in self._deltas(event)]
         if chunk.finish_reason is not None:
-            events += self._parser.finish(was_cut=chunk.finish_reason != "stop")
-            has_calls = bool(self._parser.calls) and chunk.finish_reason == "stop"
             called = "function_call" if self._is_legacy else "tool_calls"
-            self.finish_reason = called if has_calls else chunk.finish_reason
-        return AnswerPart([delta for event in events for delta in self._deltas(event)], self.finish_reason)
-
-    @property
-    def text(self) -> str:
-        """Of the answer so far."""
-        return "".join(self._text)
+            self.finish_reason = called if self._whole and chunk.finish_reason == "stop" else chunk.finish_reason
+        return AnswerPart(deltas, self.finish_reason)
 
     def message(self) -> dict[str, Any]:
         """The whole answer: calls that are whole, and the text beside them."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text, "refusal": None}
-        if self._parser.calls:
-            message["content"] = self.text or None
-            if self._is_legacy:
-                message["function_call"] = self._parser.calls[0].message["function"]
-            else:
-                message["tool_calls"] = [call.message for call in self._parser.calls]
-        return message
+        text, calls = "".join(self._text), self._calls[: self._whole]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if not calls:
+            return message
+        if self._is_legacy:
+            return message | {"content": text or None, "function_call": calls[0]["function"]}
+        return message | {"content": text or None, "tool_calls": calls}
 
-    def _deltas(self, event: Event) -> list[dict[str, Any]]:
-        if isinstance(event, TextDelta):
-            self._text.append(event.text)
-            return [{"content": event.text}]
+    def _deltas(self, event: CallEvent) -> list[dict[str, Any]]:
         if isinstance(event, CallBegin):
             function = {"name": event.name, "arguments": ""}
+            self._calls.append({"id": event.id, "type": "function", "function": dict(function)})
             if self._is_legacy:
                 return [{"function_call": function}]
             return [{"tool_calls": [{"index": event.index, "id": event.id, "type": "function", "function": function}]}]
         if isinstance(event, ArgumentsDelta):
+            self._calls[event.index]["function"]["arguments"] += event.text
             if self._is_legacy:
                 return [{"function_call": {"arguments": event.text}}]
             return [{"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}]
+        if isinstance(event, CallEnd):
+            self._whole += 1
         return []

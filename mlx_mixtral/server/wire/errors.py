@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ApiError"]
+from mlx_mixtral.errors import MixtralError
+
+__all__ = ["ApiError", "placed"]
 
 _KINDS = {
     401: ("authentication_error", "invalid_api_key"),
@@ -20,6 +23,11 @@ _KINDS = {
     501: ("not_implemented_error", "not_implemented"),
     503: ("server_error", "unavailable"),
 }
+
+# Fields whose checks in the library begin their message with the place.
+_PLACE = re.compile(
+    r"(messages|tools|tool_choice|parallel_tool_calls|functions|function_call)((?:\[\d+\]|\.[a-z_]+)*)(?=[: ])"
+)
 
 
 class ApiError(Exception):
@@ -56,3 +64,9 @@ class ApiError(Exception):
     def field(cls, param: str, message: str) -> ApiError:
         """A 400 about one field; ``message`` goes on from its name."""
         return cls(400, f"{param} {message}", param, code="invalid_value")
+
+
+def placed(error: MixtralError, usual: str) -> ApiError:
+    """A 400 of an error whose message may begin with the field it is about; ``usual`` where it does not."""
+    found = _PLACE.match(str(error))
+    return ApiError(400, str(error), found.group() if found is not None else usual, code="invalid_value")

@@ -40,9 +40,7 @@ class _Native(ABC):
         """EOS ends an answer."""
         return tokenizer.eos_token_id
 
-    def render(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None
-    ) -> str:
+    def render(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> str:
         """`<s> [INST] Hi [/INST]`."""
         text = ""
         for hidden, run in groupby(self.encode(tokenizer, messages, tools), lambda i: tokenizer.surface(i) is None):

@@ -72,9 +72,7 @@ class JinjaChat:
     def source(self) -> str:
         return self._default()
 
-    def render(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None
-    ) -> str:
+    def render(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> str:
         """What the template makes of the messages."""
         render, given = self._prepared(tokenizer, messages, tools)
         return render(given)

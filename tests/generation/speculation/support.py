@@ -55,7 +55,7 @@ class Chain:
         forwards: tokens of every forward so far.
     """
 
-    is_streamed, counters = False, None
+    is_streamed, counters, min_chunk_tokens = False, None, 1
 
     def __init__(self, table: Floats) -> None:
         self.table = table

@@ -60,6 +60,7 @@ def test_conversations_are_encoded_or_refused_as_mistral_common_does(
 
 USER = {"role": "user", "content": "a"}
 CALL = {"id": "abcdefghi", "function": {"name": "f", "arguments": "{}"}}
+TOOL = next(entry["tools"] for entry in CONVERSATIONS if entry["name"] == "call and result")[0]
 REFUSALS: list[tuple[Any, str]] = [
     ([], "messages is empty"),
     ("hi", "messages must be a list"),
@@ -74,22 +75,13 @@ REFUSALS: list[tuple[Any, str]] = [
     ([{"role": "assistant", "content": "a"}, USER], r"messages\[0\]: a conversation starts with"),
     ([{"role": "tool", "content": "a", "tool_call_id": "abcdefghi"}], r"messages\[0\]: a conversation starts with"),
     ([USER, {"role": "assistant", "content": "a"}], r"messages\[1\]: the last message is the assistant's"),
-    ([USER, {"role": "assistant", "content": "a", "tool_calls": [CALL]}, USER], "not both"),
+    ([USER, {"role": "assistant", "content": "", "tool_calls": []}, USER], "needs content or tool_calls"),
     ([USER, {"role": "assistant", "tool_calls": "f"}, USER], "tool_calls must be a list"),
     ([USER, {"role": "assistant", "tool_calls": ["f"]}, USER], "each of tool_calls"),
     ([USER, {"role": "assistant", "tool_calls": [{**CALL, "id": "abc"}]}, USER], "9 letters or digits"),
     ([USER, {"role": "assistant", "tool_calls": [{**CALL, "id": "abcdefghi\n"}]}, USER], "9 letters or digits"),
     ([USER, {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "a b"}}]}, USER], "name is 'a b'"),
     ([USER, {"role": "assistant", "tool_calls": [CALL]}, USER], "1 tool results too few at the end"),
-    (
-        [
-            USER,
-            {"role": "assistant", "content": "x"},
-            {"role": "assistant", "tool_calls": [CALL]},
-            {"role": "tool", "content": "1", "tool_call_id": "abcdefghi"},
-        ],
-        "consecutive assistant messages are one turn",
-    ),
 ]
 
 
@@ -98,6 +90,17 @@ def test_a_refusal_says_which_message_and_what(v3: Tokenizer, messages: Any, sai
     with pytest.raises(ChatTemplateError, match=said) as caught:
         v3.encode_chat(messages)
     assert "\n" not in str(caught.value)
+
+
+def test_v3_writes_text_and_then_calls_in_one_turn(v3: Tokenizer) -> None:
+    recorded = {entry["name"]: entry["v3"] for entry in CONVERSATIONS}
+    conversations = {entry["name"]: entry["messages"] for entry in CONVERSATIONS}
+    ask, call, result = conversations["call and result"]
+    only_calls = recorded["call and result"]
+    marker = only_calls.index(v3.special_id("[TOOL_CALLS]"))
+    wanted = [*only_calls[:marker], *v3.encode("One moment.", bos=False), *only_calls[marker:]]
+    assert v3.encode_chat([ask, {**call, "content": "One moment. "}, result], [TOOL]) == wanted
+    assert v3.encode_chat([ask, {"role": "assistant", "content": "One moment."}, call, result], [TOOL]) == wanted
 
 
 @pytest.mark.parametrize(

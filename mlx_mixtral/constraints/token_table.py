@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,10 +18,20 @@ from mlx_mixtral.tokenizer.streaming import SPACE
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-__all__ = ["Vocabulary", "grammar_bytes"]
+__all__ = ["TokenTable", "check_package", "grammar_bytes"]
 
 MARKER = b"\xff"
 """Begins what llguidance takes for a token without text: no UTF-8 has this byte."""
+
+
+def check_package() -> None:
+    """Raise MissingDependencyError where llguidance is not installed."""
+    try:
+        importlib.import_module("llguidance")
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a constraint needs the llguidance package: `pip install 'mlx-mixtral[constraints]'`"
+        ) from error
 
 
 def grammar_bytes(tokenizer: Tokenizer, token: int) -> bytes:
@@ -38,7 +49,7 @@ def grammar_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     return shown if isinstance(shown, bytes) else shown.replace(SPACE, " ").encode()
 
 
-class Vocabulary:
+class TokenTable:
     """The tokens a model draws from. Making one takes a tenth of a second for 32,000 tokens; keep it with the model.
 
     Args:
@@ -51,12 +62,9 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None, eos_token_ids: Iterable[int] = ()) -> None:
-        try:
-            from llguidance import LLTokenizer, TokenizerWrapper
-        except ImportError as error:
-            raise MissingDependencyError(
-                "a constraint needs the llguidance package: `pip install 'mlx-mixtral[constraints]'`"
-            ) from error
+        check_package()
+        from llguidance import LLTokenizer, TokenizerWrapper
+
         self.size = tokenizer.vocab_size if vocab_size is None else vocab_size
         self.words = mask_words(self.size)
         self.tokens = [grammar_bytes(tokenizer, token) for token in range(self.size)]
@@ -76,9 +84,9 @@ class Vocabulary:
         self.strips_first_space = _strips_first_space(tokenizer)
 
     @cached_property
-    def is_text(self) -> npt.NDArray[np.bool_]:
-        """Which tokens have text, ``[V]``."""
-        return np.array([bool(data) and not data.startswith(MARKER) for data in self.tokens])
+    def goes_on(self) -> npt.NDArray[np.bool_]:
+        """Which tokens are there and do not end a text, ``[V]``: control tokens that a grammar names are among them."""
+        return np.array([bool(data) and token not in self.eos_token_ids for token, data in enumerate(self.tokens)])
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
