@@ -91,6 +91,8 @@ def _facts(server: ModelServer, model: Mixtral) -> Iterator[str]:
     )
     yield f"chat format {served.tokenizer.chat_format}, tools {server.service.chat.name}"
     key = "with a key" if options.api_keys else "without a key"
+    if options.has_page:
+        yield f"a page to talk with it: {server.url}/"
     yield f"listening at {server.url}/v1 {key}; Ctrl-C ends it"
 
 

@@ -79,6 +79,7 @@ class ServeOptions:
     grace: float = option(
         "--grace SECONDS", "Time that open requests get to finish when the server stops.", default=10.0
     )
+    no_page: bool = flag("--no-page", "Do not serve the page at / for chatting in a browser.")
     log_format: str = option(
         "--log-format",
         "Format of the line that each request leaves on stderr.",
@@ -142,6 +143,7 @@ class ServeOptions:
             tls_key=self.tls_key,
             grace_s=self.grace,
             tools=self.tools,
+            has_page=not self.no_page,
             log_format=self.log_format,
         )
 
