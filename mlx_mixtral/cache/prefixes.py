@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.cache.prefix_index import PrefixIndex, SequenceKey, sequence_key, tokens_of
 
-__all__ = ["MIN_TOKENS", "PrefixStore", "common_prefix"]
+__all__ = ["MIN_TOKENS", "PrefixStore"]
 
 MIN_TOKENS = 16
 """A shorter beginning is not worth the bookkeeping."""
@@ -19,9 +21,9 @@ MAX_LOST_TOKENS = 32
 
 @dataclass(frozen=True)
 class KeptPrefix:
-    """A sequence and its cache, which holds just its tokens, in ``nbytes``."""
+    """A cache, which holds just ``length`` tokens, in ``nbytes``."""
 
-    tokens: list[int]
+    length: int
     cache: KVCache
     nbytes: int
 
@@ -42,15 +44,18 @@ class PrefixStore:
         self.limit_bytes, self.has_memory = limit_bytes, has_memory
         self.why_not: str | None = None
         """Why the last ``take`` gave nothing though a kept sequence begins alike."""
-        self._kept: list[KeptPrefix] = []
+        self.nbytes = 0
+        """Bytes of all caches kept."""
+        self._kept: OrderedDict[SequenceKey, KeptPrefix] = OrderedDict()
+        self._index = PrefixIndex()
 
     def __len__(self) -> int:
         return len(self._kept)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all caches kept."""
-        return sum(kept.nbytes for kept in self._kept)
+    def sequences(self) -> list[list[int]]:
+        """The tokens of all that are kept, those used least recently first."""
+        return [tokens_of(key) for key in self._kept]
 
     def reusable(self, tokens: Sequence[int], left: int = 1) -> int:
         """How many tokens ``take`` would give."""
@@ -62,13 +67,14 @@ class PrefixStore:
         found = self._best(tokens, left)
         if found is None:
             return None
-        kept, shared = found
-        self._kept.remove(kept)
+        key, shared = found
+        kept = self._kept[key]
         if self._is_lent(kept, shared):
-            kept.cache.trim(len(kept.tokens) - shared)
+            self._remove(key)
+            kept.cache.trim(kept.length - shared)
             return kept.cache
         # Used last now.
-        self._kept.append(kept)
+        self._kept.move_to_end(key)
         return kept.cache.fork(shared)
 
     def put(self, tokens: Sequence[int], cache: KVCache) -> None:
@@ -83,52 +89,47 @@ class PrefixStore:
             return
         cache = cache.fork(len(tokens)) if is_short else cache
         mx.eval(cache.arrays)
+        key = sequence_key(tokens)
         # What the new one begins with, it replaces.
-        self._kept = [kept for kept in self._kept if common_prefix(kept.tokens, tokens) < len(kept.tokens)]
-        self._kept.append(KeptPrefix(list(tokens), cache, cache.nbytes))
+        for beginning in list(self._index.beginnings(key)):
+            self._remove(beginning)
+        self._kept[key] = KeptPrefix(len(tokens), cache, cache.nbytes)
+        self._index.add(key)
+        self.nbytes += cache.nbytes
         self.shrink(self.limit_bytes)
 
     def shrink(self, nbytes: int) -> None:
         """Give up what was used least recently until no more than ``nbytes`` are kept."""
         while self._kept and self.nbytes > nbytes:
-            self._kept.pop(0)
+            self._remove(next(iter(self._kept)))
 
     def clear(self) -> None:
         self._kept.clear()
+        self._index.clear()
+        self.nbytes = 0
 
-    def _best(self, tokens: Sequence[int], left: int) -> tuple[KeptPrefix, int] | None:
+    def _remove(self, key: SequenceKey) -> None:
+        self.nbytes -= self._kept.pop(key).nbytes
+        self._index.remove(key)
+
+    def _best(self, tokens: Sequence[int], left: int) -> tuple[SequenceKey, int] | None:
         """Which sequence has the longest beginning, and how much of it can be had."""
-        best, shared = None, 0
-        for kept in self._kept:
-            length = min(common_prefix(kept.tokens, tokens), len(tokens) - left)
-            if length > shared:
-                best, shared = kept, length
         self.why_not = None
-        if best is None:
+        found = self._index.likest(sequence_key(tokens), len(tokens) - left)
+        if found is None:
             return None
+        key, shared = found
+        best = self._kept[key]
         if shared < MIN_TOKENS:
             count = f"{shared} token{'s' * (shared != 1)}"
             self.why_not = f"it begins like an earlier one for {count}, and fewer than {MIN_TOKENS} are computed again"
             return None
-        lost = len(best.tokens) - shared
+        lost = best.length - shared
         if lost > best.cache.trimmable or (not self._is_lent(best, shared) and not best.cache.is_whole):
             self.why_not = f"a bounded KV cache cannot go back {lost} tokens, to where it differs from an earlier one"
             return None
-        return best, shared
+        return key, shared
 
     def _is_lent(self, kept: KeptPrefix, shared: int) -> bool:
         """Whether the cache itself is given, and what it has more is lost."""
-        return len(kept.tokens) - shared <= MAX_LOST_TOKENS or not self.has_memory
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens that both begin with."""
-    # Slices of lists are compared in C: halving finds the place in time that grows with the tokens, a loop in 50 times that.
-    a, b = list(a), list(b)
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
-    return low
+        return kept.length - shared <= MAX_LOST_TOKENS or not self.has_memory

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from mlx_mixtral import Mixtral, load
 from mlx_mixtral.cache.kv import KVCache
-from mlx_mixtral.cache.prefixes import MAX_LOST_TOKENS, MIN_TOKENS, PrefixStore, common_prefix
+from mlx_mixtral.cache.prefix_index import PrefixIndex, common_prefix, sequence_key, tokens_of
+from mlx_mixtral.cache.prefixes import MAX_LOST_TOKENS, MIN_TOKENS, PrefixStore
 from mlx_mixtral.cache.window import Window
 from mlx_mixtral.errors import DestinationError, InvalidRequestError, PromptCacheError
 
@@ -162,7 +163,7 @@ def test_a_copy_is_made_only_where_much_would_be_lost(model: Mixtral) -> None:
     model.module.remember(mx.array([tokens]), cache)
     store.put(tokens, cache)
     assert store.take([*tokens[: 99 - MAX_LOST_TOKENS], 4, 5]) is not cache
-    lent = store._kept[0].cache
+    (lent,) = [kept.cache for kept in store._kept.values()]
     assert store.take([*tokens[: 100 - MAX_LOST_TOKENS], 4, 5]) is lent
     assert len(store) == 0
 
@@ -178,10 +179,10 @@ def test_what_a_new_sequence_begins_with_is_replaced_and_only_that(model: Mixtra
     for kept in (tokens[:20], [*tokens[:19], 3], tokens[:40], tokens[:20]):
         store.put(kept, _kept_cache(model, kept))
     # The last is what the one of 40 begins with: it goes in beside it, for it was used since.
-    assert [len(kept.tokens) for kept in store._kept] == [20, 40, 20]
+    assert [len(tokens) for tokens in store.sequences] == [20, 40, 20]
     store.put(tokens, _kept_cache(model, tokens))
-    assert [kept.tokens for kept in store._kept] == [[*tokens[:19], 3], tokens]
-    assert store.nbytes == sum(kept.cache.nbytes for kept in store._kept)
+    assert store.sequences == [[*tokens[:19], 3], tokens]
+    assert store.nbytes == sum(kept.cache.nbytes for kept in store._kept.values())
 
 
 def test_a_short_sequence_keeps_the_columns_it_uses_and_goes_on_from_them(own: Mixtral, forgetful: Mixtral) -> None:
@@ -195,7 +196,8 @@ def test_a_short_sequence_keeps_the_columns_it_uses_and_goes_on_from_them(own: M
     assert found.stats.reused_tokens >= 40
     assert found.token_ids == forgetful.generate(longer, max_tokens=8).token_ids
     # Where more than half is in use nothing is copied: two whole steps.
-    assert sum(array.nbytes for layer in kept._kept[0].cache.layers for array in layer) == 512 * a_token
+    (whole,) = [each.cache for each in kept._kept.values()]
+    assert sum(array.nbytes for layer in whole.layers for array in layer) == 512 * a_token
 
 
 def _wrapped(model: Mixtral, length: int) -> tuple[list[int], KVCache]:
@@ -240,11 +242,11 @@ def test_of_more_than_the_limit_the_oldest_go(model: Mixtral) -> None:
     store = PrefixStore(2 * each)
     for tokens in sequences:
         store.put(tokens, _kept_cache(model, tokens))
-    assert [kept.tokens for kept in store._kept] == sequences[1:]
+    assert store.sequences == sequences[1:]
     # What could never be kept is refused before anything makes room for it.
     large = _ids(model, 50, seed=9)
     store.put(large, _kept_cache(model, large))
-    assert [kept.tokens for kept in store._kept] == sequences[1:]
+    assert store.sequences == sequences[1:]
     too_small = PrefixStore(each - 1)
     too_small.put(sequences[0], _kept_cache(model, sequences[0]))
     assert len(too_small) == 0
@@ -274,16 +276,92 @@ def test_what_can_be_had_is_said_without_taking_it(model: Mixtral) -> None:
     assert (len(store), store.reusable(tokens)) == (0, 0)
 
 
-@given(st.lists(st.integers(0, 1), max_size=40), st.lists(st.integers(0, 1), max_size=40))
-def test_common_prefix_is_what_a_loop_finds(a: list[int], b: list[int]) -> None:
+def _alike(a: list[int], b: list[int]) -> int:
+    """Tokens that both begin with, one by one."""
     same = 0
     while same < min(len(a), len(b)) and a[same] == b[same]:
         same += 1
-    assert common_prefix(a, b) == common_prefix(tuple(a), b) == same
+    return same
 
 
-def test_common_prefix() -> None:
-    assert [common_prefix(a, b) for a, b in (([1, 2], [1, 3]), ([1], [1, 2]), ([], [1]), ([2], [1]))] == [1, 1, 0, 0]
+SEQUENCE = st.lists(st.sampled_from([0, 1, 256, 2**31]), max_size=12)
+
+
+@given(SEQUENCE, SEQUENCE)
+def test_common_prefix_is_what_a_loop_finds(a: list[int], b: list[int]) -> None:
+    assert common_prefix(sequence_key(a), sequence_key(b)) == _alike(a, b)
+    assert tokens_of(sequence_key(a)) == a
+
+
+@given(st.lists(SEQUENCE, max_size=30), st.lists(SEQUENCE, max_size=5), SEQUENCE, st.integers(0, 14))
+def test_an_index_finds_what_looking_at_each_sequence_finds(
+    given: list[list[int]], gone: list[list[int]], wanted: list[int], most: int
+) -> None:
+    index, kept = PrefixIndex(), list[list[int]]()
+    for tokens in given:
+        if tokens not in kept:
+            index.add(sequence_key(tokens))
+            kept.append(tokens)
+    for tokens in gone:
+        if tokens in kept:
+            index.remove(sequence_key(tokens))
+            kept.remove(tokens)
+    assert len(index) == len(kept)
+    longest = max((min(_alike(tokens, wanted), most) for tokens in kept), default=0)
+    found = index.likest(sequence_key(wanted), most)
+    if found is None:
+        assert longest == 0
+    else:
+        tokens = tokens_of(found[0])
+        assert (tokens in kept, found[1]) == (True, longest)
+        assert min(_alike(tokens, wanted), most) == longest
+        assert (wanted[:longest] in kept) == (tokens == wanted[:longest])
+    # Nothing may begin with the empty one: no cache holds it.
+    expected = sorted((tokens for tokens in kept if tokens and wanted[: len(tokens)] == tokens), key=len, reverse=True)
+    assert [tokens_of(key) for key in index.beginnings(sequence_key(wanted)) if key] == expected
+
+
+class _CountedKey(bytes):
+    """A key of a sequence that counts with how many it is compared."""
+
+    compared = 0
+
+    def __lt__(self, other: bytes) -> bool:
+        _CountedKey.compared += 1
+        return bytes(self) < bytes(other)
+
+    def __gt__(self, other: bytes) -> bool:
+        _CountedKey.compared += 1
+        return bytes(self) > bytes(other)
+
+
+def test_more_sequences_that_begin_otherwise_hardly_cost_more(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty times as many: five comparisons more at most wherever a sequence is looked up, for they are sorted."""
+    monkeypatch.setattr("mlx_mixtral.cache.prefixes.sequence_key", lambda tokens: _CountedKey(sequence_key(tokens)))
+    compared = {}
+    lookups: list[object] = []
+    monkeypatch.setattr(
+        "mlx_mixtral.cache.prefix_index.common_prefix", lambda a, b: (lookups.append(a), common_prefix(a, b))[1]
+    )
+    small = model.make_cache()
+    model.module.remember(mx.array([list(range(20))]), small)
+    for count in (200, 4000):
+        store, chance = PrefixStore(10**10), np.random.default_rng(count)
+        for _ in range(count):
+            store.put([int(token) for token in chance.integers(3, 250, 20)], small)
+        assert (len(store), store.nbytes) == (count, sum(kept.nbytes for kept in store._kept.values()))
+        tokens = _ids(model, 60)
+        store.put(tokens, _kept_cache(model, tokens))
+        _CountedKey.compared = 0
+        lookups.clear()
+        assert store.reusable([*tokens, 7]) == 60
+        taken = store.take([*tokens, 7])
+        assert taken is not None
+        store.put(tokens, taken)
+        compared[count] = (_CountedKey.compared, len(lookups))
+    (few, looked), (many, looked_then) = compared.values()
+    assert looked_then <= looked <= 12
+    assert 0 < few < many <= few + 5 * 10
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_bits": 4}, {"kv_size": 64}, {"memory": "30MB"}], ids=str)

@@ -101,7 +101,7 @@ def test_a_prompt_is_kept_at_its_end_and_with_its_answer(forgetful: Mixtral) -> 
     prompt = prompt_of(forgetful, 40)
     ticket = watched.submit(prompt, 8)
     watched.step()
-    assert [kept.tokens for kept in store._kept] == [prompt]
+    assert store.sequences == [prompt]
     # Somebody else may go on from it while this one is still answered.
     request = watched.request([*prompt, 5, 6], 2)
     watched.scheduler.submit(request)
@@ -109,7 +109,7 @@ def test_a_prompt_is_kept_at_its_end_and_with_its_answer(forgetful: Mixtral) -> 
     assert request.stats.reused_tokens == 40
     # What was lent came back longer; the last token of an answer is never fed.
     answered = [*prompt, *watched.tokens[ticket][:-1]]
-    assert answered in [kept.tokens for kept in store._kept]
+    assert answered in store.sequences
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -123,7 +123,7 @@ def test_what_is_cancelled_is_kept_as_far_as_it_came(forgetful: Mixtral, steps: 
     watched.scheduler.finish(ticket)
     watched.step()
     assert watched.scheduler.is_idle
-    longest = max((kept.tokens for kept in store._kept), key=len)
+    longest = max(store.sequences, key=len)
     fed = [*prompt, *watched.tokens[ticket]]
     assert longest == (fed[:50] if steps == 1 else fed)
     request = watched.request(fed, 3)

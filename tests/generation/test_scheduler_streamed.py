@@ -57,7 +57,7 @@ def test_a_failed_read_of_a_step_ends_its_rows_and_no_later_ones(
     assert set(running) <= set(watched.errors)
     assert all("Input/output error" in str(error) for error in watched.errors.values())
     # What they had in the cache is dropped: only whole prompts are kept.
-    assert {len(kept.tokens) for kept in store._kept} <= {20, 30}
+    assert {len(tokens) for tokens in store.sequences} <= {20, 30}
     faults.is_broken = False
     if waiting in watched.errors:
         waiting = watched.submit(prompt_of(streamed, 25), 9)
