@@ -180,6 +180,9 @@ class EngineThread:
                 model = self._loaded()
                 with EngineRows(model, self.rows, self._max_stall_s, self._collect) as rows:
                     self._generate(rows)
+                # What the rows had is given back only now.
+                del rows
+                self._note(0)
             self._flush()
 
     def _wait(self) -> None:
@@ -207,7 +210,6 @@ class EngineThread:
             rows.step()
             self._note(rows.running)
             self._flush()
-        self._note(0)
 
     def _take(self, message: _Add | _Cancel | _Exclusive | _Close, rows: EngineRows | None) -> None:
         if isinstance(message, _Add):
