@@ -6,6 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
 
 from mlx_mixtral.calls.parser import CallParser
 from mlx_mixtral.constraints.matching import CompiledConstraint
@@ -19,6 +22,10 @@ __all__ = [
     "Failed",
     "JobEvent",
     "NewToken",
+    "PooledPrompt",
+    "Pooling",
+    "PoolingKind",
+    "Progress",
     "PromptScores",
     "RowSpec",
     "RowUsage",
@@ -26,6 +33,9 @@ __all__ = [
     "Scoring",
     "ServerJob",
 ]  # fmt: skip
+
+
+PoolingKind = Literal["mean", "last"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,14 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """Vectors of prompts that are wanted; ``kind``: see ``pooled_prompts``."""
+
+    prompts: Sequence[Sequence[int]]
+    kind: PoolingKind
+
+
+@dataclass(frozen=True)
 class Began:
     """A row of the job is being computed: it waits no longer."""
 
@@ -89,6 +107,14 @@ class ScoredPrompt:
     scores: PromptScores
 
 
+@dataclass(frozen=True, eq=False)
+class PooledPrompt:
+    """Prompt ``index`` of the job's ``Pooling``: ``[D]`` float32, of length 1."""
+
+    index: int
+    vector: np.ndarray
+
+
 @dataclass(frozen=True)
 class RowUsage:
     """What a row took, in tokens."""
@@ -112,7 +138,9 @@ class Failed:
     error: ApiError
 
 
-JobEvent = Began | NewToken | ScoredPrompt | Ended | Failed
+Progress = NewToken | ScoredPrompt | PooledPrompt
+"""What a reply is made of."""
+JobEvent = Began | Progress | Ended | Failed
 
 
 @dataclass(eq=False)
@@ -120,12 +148,13 @@ class ServerJob:
     """One request's rows, in the hands of the loop's thread; ``deliver`` and ``next`` are called there only.
 
     Args:
-        rows: what to generate; none, when prompts are only scored.
+        rows: what to generate; none, when prompts are only scored or pooled.
         max_unsent_bytes: of text that may wait to be taken; beyond it the job is too slow a reader's.
     """
 
     rows: Sequence[RowSpec]
     scoring: Scoring | None = None
+    pooling: Pooling | None = None
     max_unsent_bytes: int = 1_000_000
     opened_at: float = field(default_factory=time.monotonic)
     began_at: float | None = None

@@ -41,6 +41,38 @@ _USAGE = {"usage": _ref("Usage")}
 
 REPLY_SCHEMAS: dict[str, dict[str, Any]] = {
     "Error": _object(error=_object(message=_TEXT, type=_TEXT, param=_maybe(_TEXT), code=_maybe(_TEXT))),
+    "AnthropicError": {
+        "type": "object",
+        "properties": {
+            "type": _is("error"),
+            "error": _object(type=_TEXT, message=_TEXT, param=_maybe(_TEXT)),
+            "request_id": _TEXT,
+        },
+        "required": ["type", "error"],
+    },
+    "Message": _object(
+        id=_TEXT,
+        type=_is("message"),
+        role=_is("assistant"),
+        model=_TEXT,
+        content=_list(
+            {
+                "anyOf": [
+                    _object(type=_is("text"), text=_TEXT),
+                    _object(type=_is("tool_use"), id=_TEXT, name=_TEXT, input=_OBJECT),
+                ]
+            }
+        ),
+        stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]},
+        stop_sequence=_maybe(_TEXT),
+        usage=_object(
+            input_tokens=_COUNT,
+            cache_creation_input_tokens=_COUNT,
+            cache_read_input_tokens=_COUNT,
+            output_tokens=_COUNT,
+        ),
+    ),
+    "MessageTokens": _object(input_tokens=_COUNT),
     "Usage": _object(
         prompt_tokens=_COUNT,
         completion_tokens=_COUNT,
