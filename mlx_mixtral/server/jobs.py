@@ -25,8 +25,8 @@ __all__ = [
     "PooledPrompt",
     "Pooling",
     "PoolingKind",
-    "Progress",
     "PromptScores",
+    "ReplyPart",
     "RowSpec",
     "RowUsage",
     "ScoredPrompt",
@@ -138,9 +138,9 @@ class Failed:
     error: ApiError
 
 
-Progress = NewToken | ScoredPrompt | PooledPrompt
+ReplyPart = NewToken | ScoredPrompt | PooledPrompt
 """What a reply is made of."""
-JobEvent = Began | Progress | Ended | Failed
+JobEvent = Began | ReplyPart | Ended | Failed
 
 
 @dataclass(eq=False)

@@ -25,6 +25,7 @@ LEAST = {
     "CompletionRequest": {"prompt": "Hi"},
     "MessagesRequest": {"messages": [{"role": "user", "content": "Hi"}]},
     "CountTokensRequest": {"messages": [{"role": "user", "content": "Hi"}]},
+    "ResponsesRequest": {"input": "Hi"},
     "TokenizeRequest": {"prompt": "Hi"},
     "DetokenizeRequest": {"tokens": [1]},
 }
@@ -36,6 +37,8 @@ OF_EVERY_TYPE: list[Any] = [
     {"type": "tool", "name": "x"}, {"type": "adaptive"}, [{"role": "assistant", "content": [{"type": "thinking"}]}],
     [{"role": "user", "content": [{"type": "tool_result"}]}], [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
     [{"type": "text", "text": "Hi"}], [{"name": "x", "input_schema": {}}], {"format": {"type": "json_schema", "schema": {}}},
+    [{"type": "function_call_output"}], [{"type": "reasoning"}], {"format": {"type": "json_object"}},
+    {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "x"}]},
 ]  # fmt: skip
 
 

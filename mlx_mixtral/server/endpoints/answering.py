@@ -15,8 +15,8 @@ from mlx_mixtral.generation.sampling_params import SamplingParams
 from mlx_mixtral.server.constraining import WantedConstraint, compiled_constraint
 from mlx_mixtral.server.jobs import RowSpec
 from mlx_mixtral.server.service import Service
-from mlx_mixtral.server.wire.conversation import Conversation
 from mlx_mixtral.server.wire.errors import ApiError, placed, renamed
+from mlx_mixtral.server.wire.given_chat import GivenChat
 
 __all__ = ["LONG_CHARACTERS", "Answers", "answers", "chat_prompt"]
 
@@ -47,7 +47,7 @@ class Answers:
 
 async def answers(
     service: Service,
-    conversation: Conversation,
+    chat: GivenChat,
     use: ToolUse,
     wanted: WantedConstraint | None,
     sampling: Sequence[SamplingParams],
@@ -70,8 +70,8 @@ async def answers(
     service.admission.check(len(sampling))
     served.check_biases(sampling[0].logit_bias)
     ends = served.check_ids(stop_token_ids, "stop_token_ids")
-    prompt = await chat_prompt(service, conversation, use, None if wanted is None else wanted.spec)
-    room = served.check_room(len(prompt.tokens), conversation.param)
+    prompt = await chat_prompt(service, chat, use, None if wanted is None else wanted.spec)
+    room = served.check_room(len(prompt.tokens), chat.param)
     most = min(max_tokens or service.options.max_tokens, room)
     continues = bool(prompt.begun)
     constraint = await compiled_constraint(
@@ -102,26 +102,26 @@ async def answers(
 
 
 async def chat_prompt(
-    service: Service, conversation: Conversation, use: ToolUse, answer: ConstraintSpec | None = None
+    service: Service, chat: GivenChat, use: ToolUse, answer: ConstraintSpec | None = None
 ) -> ChatPrompt:
-    """What the answer to ``conversation`` is generated from.
+    """What the answer to ``chat`` is generated from.
 
     Raises:
         ApiError: 400, with the message it is about.
     """
-    messages = conversation.messages
+    messages = chat.messages
     size = len(str(messages))
     try:
         if size > LONG_CHARACTERS:
             return await asyncio.to_thread(service.chat.prompt, messages, use, answer)
         return service.chat.prompt(messages, use, answer)
     except MixtralError as error:
-        raise _as_given(placed(error, "messages"), conversation) from None
+        raise _as_given(placed(error, "messages"), chat) from None
 
 
-def _as_given(error: ApiError, conversation: Conversation) -> ApiError:
+def _as_given(error: ApiError, chat: GivenChat) -> ApiError:
     """``error`` with the places of the request in place of the messages it was read into."""
     found = _MESSAGE.match(error.param or "")
-    if found is not None and conversation.places:
-        return renamed(error, found.group(), conversation.places[int(found.group(1))])
-    return renamed(error, "messages", conversation.param)
+    if found is not None and chat.places:
+        return renamed(error, found.group(), chat.places[int(found.group(1))])
+    return renamed(error, "messages", chat.param)

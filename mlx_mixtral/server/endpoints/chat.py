@@ -18,8 +18,8 @@ from mlx_mixtral.server.endpoints.generating import generate, reply_head
 from mlx_mixtral.server.service import Service
 from mlx_mixtral.server.wire.answers import AnswerReader
 from mlx_mixtral.server.wire.chat import CHAT_BODY, ChatReply
-from mlx_mixtral.server.wire.conversation import Conversation
 from mlx_mixtral.server.wire.errors import ApiError, placed
+from mlx_mixtral.server.wire.given_chat import GivenChat
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs
 from mlx_mixtral.server.wire.sampling import check_stream, sampling_params, stops
 
@@ -43,7 +43,7 @@ async def chat_completions(service: Service, request: Request, send: Send) -> No
     ]
     asked = await answers(
         service,
-        Conversation(given["messages"]),
+        GivenChat(given["messages"]),
         use,
         wanted_constraint(body),
         sampling,

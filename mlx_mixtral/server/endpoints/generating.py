@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Send
 
 from mlx_mixtral.server.guards import notes_of
-from mlx_mixtral.server.jobs import Ended, Failed, Pooling, Progress, RowSpec, RowUsage, Scoring, ServerJob
+from mlx_mixtral.server.jobs import Ended, Failed, Pooling, ReplyPart, RowSpec, RowUsage, Scoring, ServerJob
 from mlx_mixtral.server.log import RequestNotes
 from mlx_mixtral.server.protocol import abort_connection
 from mlx_mixtral.server.replies import send_body, send_events, watching
@@ -94,7 +94,7 @@ async def generate(
 async def _collect(job: ServerJob, reply: Reply, prompts: Sequence[int]) -> dict[str, Any]:
     while True:
         for event in await job.next(None):
-            if isinstance(event, Progress):
+            if isinstance(event, ReplyPart):
                 reply.add(event)
             elif isinstance(event, Ended):
                 return usage_of(prompts, event.usage)
@@ -114,7 +114,7 @@ async def _parts(
         events = await job.next(service.options.comment_s)
         part = b"" if events or job.is_abandoned else reply.waiting
         for event in events:
-            if isinstance(event, Progress):
+            if isinstance(event, ReplyPart):
                 part += reply.encoded(reply.add(event))
             elif isinstance(event, Ended):
                 usage = usage_of(prompts, event.usage)

@@ -25,7 +25,7 @@ from mlx_mixtral.server.wire.messages import (
     COUNT_TOKENS_BODY,
     MESSAGES_BODY,
     VERSIONS,
-    messages_conversation,
+    messages_chat,
     messages_structure,
     tools_as_functions,
 )
@@ -45,12 +45,10 @@ async def messages(service: Service, request: Request, send: Send) -> None:
     use = _tools_of(body)
     wanted = constraint_of(messages_structure(body))
     sampling = sampling_params(body, 0, temperature=CHAT_SAMPLING.temperature, top_p=CHAT_SAMPLING.top_p, logprobs=None)
-    conversation = messages_conversation(body)
+    chat = messages_chat(body)
     stops = body["stop_sequences"]
     try:
-        asked = await answers(
-            service, conversation, use, wanted, [sampling], max_tokens=body["max_tokens"], stops=stops
-        )
+        asked = await answers(service, chat, use, wanted, [sampling], max_tokens=body["max_tokens"], stops=stops)
     except ApiError as error:
         raise _in_own_words(error) from None
     reply = MessagesReply(
@@ -72,7 +70,7 @@ async def count_tokens(service: Service, request: Request, send: Send) -> None:
     service.served.check_name(body["model"])
     wanted = constraint_of(messages_structure(body))
     spec = None if wanted is None else wanted.spec
-    prompt = await chat_prompt(service, messages_conversation(body), _tools_of(body), spec)
+    prompt = await chat_prompt(service, messages_chat(body), _tools_of(body), spec)
     await send_json({"input_tokens": len(prompt.tokens)}, send)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_mixtral.server.jobs import NewToken, Progress
+from mlx_mixtral.server.jobs import NewToken, ReplyPart
 from mlx_mixtral.server.wire.answers import AnswerReader
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, Integer, ListOf, String
@@ -129,7 +129,7 @@ class ChatReply(Reply):
         self._head, self._has_usage, self._warnings = dict(head), has_usage, list(warnings)
         self._answers = [_Answer(*parts) for parts in zip(readers, logprobs, strict=True)]
 
-    def add(self, event: Progress) -> list[dict[str, Any]]:
+    def add(self, event: ReplyPart) -> list[dict[str, Any]]:
         if not isinstance(event, NewToken):
             return []
         answer = self._answers[event.row]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_mixtral.server.jobs import NewToken, Progress, ScoredPrompt
+from mlx_mixtral.server.jobs import NewToken, ReplyPart, ScoredPrompt
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Either, Flag, Integer, ListOf, String
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, completion_logprobs, prompt_entries
@@ -94,7 +94,7 @@ class CompletionReply(Reply):
         self._scored, self._unscored = scored, len(scored)
         self._early: list[NewToken] = []
 
-    def add(self, event: Progress) -> list[dict[str, Any]]:
+    def add(self, event: ReplyPart) -> list[dict[str, Any]]:
         # Tokens wait until every prompt that is given back is scored.
         if isinstance(event, NewToken):
             if not self._unscored:

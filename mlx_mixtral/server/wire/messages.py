@@ -8,8 +8,8 @@ from typing import Any
 
 from mlx_mixtral.calls.definitions import MAX_TOOLS
 from mlx_mixtral.server.wire.chat import MAX_MESSAGES
-from mlx_mixtral.server.wire.conversation import Conversation, call_message, result_message
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable, Tagged
+from mlx_mixtral.server.wire.given_chat import GivenChat, call_message, result_message
 from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, Integer, ListOf, String
 from mlx_mixtral.server.wire.sampling import CHOOSING_FIELDS, MAX_STOPS
 from mlx_mixtral.server.wire.structure import WantedStructure
@@ -18,7 +18,7 @@ __all__ = [
     "COUNT_TOKENS_BODY",
     "MESSAGES_BODY",
     "VERSIONS",
-    "messages_conversation",
+    "messages_chat",
     "messages_structure",
     "tools_as_functions",
 ]
@@ -122,7 +122,7 @@ MESSAGES_BODY = BodyTable((
 ), "MessagesRequest")  # fmt: skip
 
 
-def messages_conversation(body: Mapping[str, Any]) -> Conversation:
+def messages_chat(body: Mapping[str, Any]) -> GivenChat:
     """The conversation of a body that was read."""
     messages: list[dict[str, Any]] = []
     places: list[str] = []
@@ -136,7 +136,7 @@ def messages_conversation(body: Mapping[str, Any]) -> Conversation:
         read = [_assistant(blocks)] if message["role"] == "assistant" else list(_user(message["role"], blocks))
         messages += read
         places += [place] * len(read)
-    return Conversation(messages, places)
+    return GivenChat(messages, places)
 
 
 def _assistant(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

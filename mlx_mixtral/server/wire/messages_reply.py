@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from mlx_mixtral.server.jobs import NewToken, Progress
+from mlx_mixtral.server.jobs import NewToken, ReplyPart
 from mlx_mixtral.server.wire.blocks import Block, BlockReader, BlockStep, Change
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.reply import NamedReply
@@ -48,7 +48,7 @@ class MessagesReply(NamedReply):
         usage = _usage(self._prompt_tokens, 0, 0)
         return [{"type": "message_start", "message": self._message([], None, None, usage)}]
 
-    def add(self, event: Progress) -> list[dict[str, Any]]:
+    def add(self, event: ReplyPart) -> list[dict[str, Any]]:
         steps = self._reader.add(event.chunk) if isinstance(event, NewToken) else []
         return [_event(step) for step in steps]
 
@@ -96,7 +96,11 @@ class MessagesReply(NamedReply):
 def _event(step: BlockStep) -> dict[str, Any]:
     block = step.block
     if step.change is Change.BEGAN:
-        return {"type": "content_block_start", "index": block.index, "content_block": _content(Block(block.index, block.call))}
+        return {
+            "type": "content_block_start",
+            "index": block.index,
+            "content_block": _content(Block(block.index, block.call)),
+        }
     if step.change is Change.ENDED:
         return {"type": "content_block_stop", "index": block.index}
     if block.call is None:

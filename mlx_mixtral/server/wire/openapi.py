@@ -14,6 +14,7 @@ from mlx_mixtral.server.wire.fields import BodyTable, Tagged
 from mlx_mixtral.server.wire.kinds import Either, ListOf, MapOf, ValueKind
 from mlx_mixtral.server.wire.messages import COUNT_TOKENS_BODY, MESSAGES_BODY, VERSIONS
 from mlx_mixtral.server.wire.replies_schema import REPLY_SCHEMAS
+from mlx_mixtral.server.wire.responses import RESPONSES_BODY
 from mlx_mixtral.server.wire.tokens import DETOKENIZE_BODY, TOKENIZE_BODY
 
 __all__ = ["BODIES", "describe"]
@@ -21,6 +22,7 @@ __all__ = ["BODIES", "describe"]
 BODIES: dict[str, BodyTable] = {
     "/v1/chat/completions": CHAT_BODY,
     "/v1/completions": COMPLETION_BODY,
+    "/v1/responses": RESPONSES_BODY,
     "/v1/messages": MESSAGES_BODY,
     "/v1/messages/count_tokens": COUNT_TOKENS_BODY,
     "/tokenize": TOKENIZE_BODY,
@@ -31,6 +33,7 @@ BODIES: dict[str, BodyTable] = {
 _ABOUT: dict[str, tuple[str, str]] = {
     "/v1/chat/completions": ("Answer a conversation", "ChatCompletion"),
     "/v1/completions": ("Continue a prompt", "Completion"),
+    "/v1/responses": ("Answer a conversation, in items; nothing is stored", "Response"),
     "/v1/messages": ("Answer a conversation, in Anthropic's protocol", "Message"),
     "/v1/messages/count_tokens": ("Tokens of a conversation, in Anthropic's protocol", "MessageTokens"),
     "/tokenize": ("Token ids of a text or a conversation", "Tokens"),
@@ -44,7 +47,7 @@ _ABOUT: dict[str, tuple[str, str]] = {
     "/openapi.json": ("This description", ""),
 }
 
-_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/messages")
+_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 _OPEN = ("/health",)
 
 _ERRORS = {

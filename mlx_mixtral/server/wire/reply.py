@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from mlx_mixtral.server.jobs import Progress
+from mlx_mixtral.server.jobs import ReplyPart
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.sse import COMMENT, DONE, compact_json, data_event
 
@@ -28,7 +28,7 @@ class Reply(ABC):
         return []
 
     @abstractmethod
-    def add(self, event: Progress) -> list[dict[str, Any]]:
+    def add(self, event: ReplyPart) -> list[dict[str, Any]]:
         """Take an event of the job; the events to send with it."""
 
     @abstractmethod

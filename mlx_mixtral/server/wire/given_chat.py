@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Conversation", "call_message", "result_message"]
+__all__ = ["GivenChat", "call_message", "result_message"]
 
 
 @dataclass(frozen=True)
-class Conversation:
+class GivenChat:
     """Messages as ``read_conversation`` takes them.
 
     Args:
