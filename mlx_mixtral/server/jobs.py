@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from mlx_mixtral.calls.parser import CallParser
 from mlx_mixtral.constraints.matching import CompiledConstraint
 from mlx_mixtral.generation.sampling_params import SamplingParams
 from mlx_mixtral.runtime.stream import Chunk
+from mlx_mixtral.server.options import PoolingKind
 from mlx_mixtral.server.wire.errors import ApiError
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "NewToken",
     "PooledPrompt",
     "Pooling",
-    "PoolingKind",
     "PromptScores",
     "ReplyPart",
     "RowSpec",
@@ -33,9 +32,6 @@ __all__ = [
     "Scoring",
     "ServerJob",
 ]  # fmt: skip
-
-
-PoolingKind = Literal["mean", "last"]
 
 
 @dataclass(frozen=True)

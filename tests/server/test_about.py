@@ -34,6 +34,7 @@ def test_replies_are_as_described(server: Running, description: Any) -> None:
         ("post", CHAT): ASK | {"logprobs": True, "top_logprobs": 2, "n": 2},
         ("post", "/v1/completions"): {"prompt": "Hi", "max_tokens": 3, "logprobs": 2, "echo": True},
         ("post", "/v1/responses"): {"input": "Hi", "max_output_tokens": 3, "include": ["message.output_text.logprobs"]},
+        ("post", "/v1/embeddings"): {"input": "Hi"},
         ("post", "/v1/messages"): ASK,
         ("post", "/v1/messages/count_tokens"): ASK,
         ("post", "/tokenize"): {"prompt": "Hi", "return_token_strs": True},

@@ -26,6 +26,7 @@ LEAST = {
     "MessagesRequest": {"messages": [{"role": "user", "content": "Hi"}]},
     "CountTokensRequest": {"messages": [{"role": "user", "content": "Hi"}]},
     "ResponsesRequest": {"input": "Hi"},
+    "EmbeddingsRequest": {"input": "Hi"},
     "TokenizeRequest": {"prompt": "Hi"},
     "DetokenizeRequest": {"tokens": [1]},
 }

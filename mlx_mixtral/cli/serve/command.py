@@ -26,7 +26,7 @@ WANTED_FILES = 4096
 @click.command()
 @takes(ServeOptions)
 def serve(given: ServeOptions) -> None:
-    """Serve MODEL, a folder or a hub repository, to programs that speak OpenAI's protocol.
+    """Serve MODEL, a folder or a hub repository, to programs that speak OpenAI's protocol or Anthropic's.
 
     Only this machine's own programs reach it unless --host says otherwise. It ends at Ctrl-C or SIGTERM, when the requests
     that are open have had their --grace.

@@ -16,7 +16,7 @@ from mlx_mixtral.server.log import RequestNotes
 from mlx_mixtral.server.protocol import abort_connection
 from mlx_mixtral.server.replies import send_body, send_events, watching
 from mlx_mixtral.server.service import Service
-from mlx_mixtral.server.wire.reply import Reply
+from mlx_mixtral.server.wire.reply import Reply, StreamedReply
 
 __all__ = ["generate", "reply_head", "usage_of"]
 
@@ -57,7 +57,7 @@ async def generate(
     reply: Reply,
     *,
     prompts: Sequence[int],
-    is_stream: bool,
+    is_stream: bool = False,
     scoring: Scoring | None = None,
     pooling: Pooling | None = None,
 ) -> None:
@@ -65,6 +65,7 @@ async def generate(
 
     Args:
         prompts: lengths of the request's prompts.
+        is_stream: ``reply`` is a ``StreamedReply`` then.
         scoring: log-probabilities of prompts that are wanted as well.
         pooling: vectors of prompts that are wanted.
 
@@ -78,7 +79,7 @@ async def generate(
     service.admission.join(job, on_overflow=lambda: abort_connection(request.scope))
     try:
         async with watching(request.receive, (job,)):
-            if is_stream:
+            if is_stream and isinstance(reply, StreamedReply):
                 await send_events(_parts(service, job, reply, prompts, notes), send)
             else:
                 usage = await _collect(job, reply, prompts)
@@ -105,7 +106,7 @@ async def _collect(job: ServerJob, reply: Reply, prompts: Sequence[int]) -> dict
 
 
 async def _parts(
-    service: Service, job: ServerJob, reply: Reply, prompts: Sequence[int], notes: RequestNotes
+    service: Service, job: ServerJob, reply: StreamedReply, prompts: Sequence[int], notes: RequestNotes
 ) -> AsyncIterator[bytes]:
     """Events as they are sent; those that came with one step are one part."""
     if first := reply.first():

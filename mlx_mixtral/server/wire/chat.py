@@ -11,7 +11,7 @@ from mlx_mixtral.server.wire.answers import AnswerReader
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, Integer, ListOf, String
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, chat_logprobs
-from mlx_mixtral.server.wire.reply import Reply
+from mlx_mixtral.server.wire.reply import StreamedReply
 from mlx_mixtral.server.wire.sampling import COMMON_FIELDS, MAX_TOP_LOGPROBS, SAMPLING_FIELDS, STREAM_FIELDS
 from mlx_mixtral.server.wire.structure import STRUCTURE_FIELDS
 
@@ -107,7 +107,7 @@ class _Answer:
     is_told: bool = False
 
 
-class ChatReply(Reply):
+class ChatReply(StreamedReply):
     """Builds the reply to one request, whole or in chunks; both are the same deltas.
 
     Args:

@@ -10,7 +10,7 @@ from mlx_mixtral.server.jobs import NewToken, ReplyPart, ScoredPrompt
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Either, Flag, Integer, ListOf, String
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, completion_logprobs, prompt_entries
-from mlx_mixtral.server.wire.reply import Reply
+from mlx_mixtral.server.wire.reply import StreamedReply
 from mlx_mixtral.server.wire.sampling import COMMON_FIELDS, MAX_TOP_LOGPROBS, SAMPLING_FIELDS, STREAM_FIELDS
 from mlx_mixtral.server.wire.structure import STRUCTURE_FIELDS
 from mlx_mixtral.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ class _Continuation:
     is_echoed: bool = False
 
 
-class CompletionReply(Reply):
+class CompletionReply(StreamedReply):
     """Builds the reply to one request, whole or in chunks.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_mixtral import __version__
 from mlx_mixtral.server.wire.chat import CHAT_BODY
 from mlx_mixtral.server.wire.completions import COMPLETION_BODY
+from mlx_mixtral.server.wire.embeddings import EMBEDDINGS_BODY
 from mlx_mixtral.server.wire.errors import is_anthropic
 from mlx_mixtral.server.wire.fields import BodyTable, Tagged
 from mlx_mixtral.server.wire.kinds import Either, ListOf, MapOf, ValueKind
@@ -25,6 +26,7 @@ BODIES: dict[str, BodyTable] = {
     "/v1/responses": RESPONSES_BODY,
     "/v1/messages": MESSAGES_BODY,
     "/v1/messages/count_tokens": COUNT_TOKENS_BODY,
+    "/v1/embeddings": EMBEDDINGS_BODY,
     "/tokenize": TOKENIZE_BODY,
     "/detokenize": DETOKENIZE_BODY,
 }
@@ -36,6 +38,7 @@ _ABOUT: dict[str, tuple[str, str]] = {
     "/v1/responses": ("Answer a conversation, in items; nothing is stored", "Response"),
     "/v1/messages": ("Answer a conversation, in Anthropic's protocol", "Message"),
     "/v1/messages/count_tokens": ("Tokens of a conversation, in Anthropic's protocol", "MessageTokens"),
+    "/v1/embeddings": ("Vectors of texts, by a server that was started with --pooling", "Embeddings"),
     "/tokenize": ("Token ids of a text or a conversation", "Tokens"),
     "/detokenize": ("Text of token ids", "Detokenized"),
     "/tokenizer_info": ("What tells the tokenizer", "TokenizerInfo"),
@@ -60,7 +63,7 @@ _ERRORS = {
     "415": "The body is not application/json",
     "429": "Too many requests are waiting; see Retry-After",
     "500": "The server failed",
-    "501": "Needs a package that is not installed",
+    "501": "Needs a package that is not installed, or an option that the server was started without",
     "503": "Waited too long, or the server is not ready",
 }
 

@@ -121,6 +121,14 @@ REPLY_SCHEMAS: dict[str, dict[str, Any]] = {
             total_tokens=_COUNT,
         ),
     ),
+    "Embeddings": _object(
+        object=_is("list"),
+        data=_list(
+            _object(object=_is("embedding"), index=_COUNT, embedding={"anyOf": [_list(_NUMBER), _TEXT]}),
+        ),
+        model=_TEXT,
+        usage=_object(prompt_tokens=_COUNT, total_tokens=_COUNT),
+    ),
     "MessageTokens": _object(input_tokens=_COUNT),
     "Usage": _object(
         prompt_tokens=_COUNT,

@@ -9,11 +9,23 @@ from mlx_mixtral.server.jobs import ReplyPart
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.sse import COMMENT, DONE, compact_json, data_event
 
-__all__ = ["NamedReply", "Reply"]
+__all__ = ["NamedReply", "Reply", "StreamedReply"]
 
 
 class Reply(ABC):
-    """What is sent for one request, whole or as a stream of events.
+    """What is sent for one request."""
+
+    @abstractmethod
+    def add(self, event: ReplyPart) -> list[dict[str, Any]]:
+        """Take an event of the job; the events to send with it, where they are streamed."""
+
+    @abstractmethod
+    def body(self, usage: dict[str, Any]) -> bytes:
+        """The whole reply as JSON, once all is there; ``usage``: see ``usage_of``."""
+
+
+class StreamedReply(Reply):
+    """A reply that is sent whole or as a stream of events.
 
     Attributes:
         waiting: sent when a stream had nothing to say for a while.
@@ -28,12 +40,8 @@ class Reply(ABC):
         return []
 
     @abstractmethod
-    def add(self, event: ReplyPart) -> list[dict[str, Any]]:
-        """Take an event of the job; the events to send with it."""
-
-    @abstractmethod
     def last(self, usage: dict[str, Any]) -> list[dict[str, Any]]:
-        """Events to send when all is there; ``usage``: see ``usage_of``."""
+        """Events to send when all is there."""
 
     def failed(self, error: ApiError) -> list[dict[str, Any]]:
         """Events to send instead of all that would come."""
@@ -44,7 +52,6 @@ class Reply(ABC):
         """The reply without events, once all is there."""
 
     def body(self, usage: dict[str, Any]) -> bytes:
-        """``whole`` as JSON."""
         return compact_json(self.whole(usage))
 
     def encoded(self, events: list[dict[str, Any]]) -> bytes:
@@ -52,7 +59,7 @@ class Reply(ABC):
         return b"".join(map(data_event, events))
 
 
-class NamedReply(Reply):
+class NamedReply(StreamedReply):
     """A reply whose events have their ``type`` as a name; the stream ends when it closes."""
 
     end = b""
