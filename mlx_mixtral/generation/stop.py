@@ -25,21 +25,22 @@ class StopStrings:
                 raise InvalidRequestError(f"stop string {stop!r} is empty or not a string")
         self._stops = tuple(stops)
         self._held = ""
-        self._stopped = False
+        self.matched: str | None = None
+        """The stop string that was complete; of those that begin at one place the first that was given."""
 
     def is_stopped(self) -> bool:
         """Whether a stop string was complete; nothing comes after it."""
-        return self._stopped
+        return self.matched is not None
 
     def add(self, text: str) -> str:
         """Take more text; returns what can be shown now. ``is_stopped`` says whether a stop string is complete."""
-        if self._stopped:
+        if self.matched is not None:
             return ""
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self._stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            at, self.matched = min(found, key=lambda pair: pair[0])
+            shown, self._held = self._held[:at], ""
             return shown
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -40,15 +40,22 @@ class MarkedStops:
         stand_ins = dict(zip(spelled, free, strict=False))
         self._stand_ins = {spelled[content]: stand_in for content, stand_in in stand_ins.items()}
         self._invisible = dict.fromkeys(map(ord, self._stand_ins.values()))
-        marked = []
+        # Each string that is looked for, with the one that was given.
+        self._given = {stop: stop for stop in stops}
         if stand_ins:
             pattern = re.compile("|".join(map(re.escape, sorted(stand_ins, key=len, reverse=True))))
-            marked = [pattern.sub(lambda match: stand_ins[match.group()], stop) for stop in stops]
-        self._strings = StopStrings(list(dict.fromkeys((*stops, *marked))))
+            for stop in stops:
+                self._given.setdefault(pattern.sub(lambda match: stand_ins[match.group()], stop), stop)
+        self._strings = StopStrings(list(self._given))
 
     def is_stopped(self) -> bool:
         """Whether a stop string was complete; nothing comes after it."""
         return self._strings.is_stopped()
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that was complete, as it was given."""
+        return None if self._strings.matched is None else self._given[self._strings.matched]
 
     def add(self, text: str, token_id: int | None = None) -> str:
         """Take more text, and the token it came with; returns what can be shown now."""

@@ -28,8 +28,9 @@ class Chunk:
     """One step of a stream: the token, and the text that became certain with it (often empty, never half a character).
 
     ``logprob`` and ``top_logprobs`` (pairs of token id and log-probability) are there when ``SamplingParams.logprobs`` asks
-    for them. ``finish_reason`` is set on the last chunk only. ``call_events`` says what became certain of calls of tools: their
-    names, pieces of their arguments, their ends; their markup is no text.
+    for them. ``finish_reason`` is set on the last chunk only, and so is ``stop_string``, that of ``stop`` which ended it.
+    ``call_events`` says what became certain of calls of tools: their names, pieces of their arguments, their ends; their markup
+    is no text.
 
     Example:
         >>> [chunk.text for chunk in model.stream("Mixtral is", max_tokens=3)]
@@ -41,6 +42,7 @@ class Chunk:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     call_events: tuple[CallEvent, ...] = ()
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -192,7 +194,8 @@ class TextAssembler:
                 events += self._parser.finish(was_cut=reason != "stop")
             text = "".join(event.text for event in events if isinstance(event, TextDelta))
         calls = tuple(event for event in events if not isinstance(event, TextDelta))
-        return Chunk(text, token.token_id, token.logprob, token.top_logprobs, reason, calls)
+        stop = self._stops.matched
+        return Chunk(text, token.token_id, token.logprob, token.top_logprobs, reason, calls, stop)
 
     def _add(self, token_id: int, end: FinishReason | None) -> tuple[str, FinishReason | None]:
         is_stop_token = token_id in self._stop_ids

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Send
 
-from mlx_mixtral.server.endpoints import about, chat, completions, page, tokens
+from mlx_mixtral.server.endpoints import about, chat, completions, embeddings, messages, page, responses, tokens
 from mlx_mixtral.server.guards import Guards
 from mlx_mixtral.server.replies import send_json
 from mlx_mixtral.server.service import Endpoint, Service
@@ -27,6 +27,10 @@ async def openapi(service: Service, request: Request, send: Send) -> None:
 PATHS: tuple[tuple[str, str, Callable[[Service, Request, Send], Awaitable[None]]], ...] = (
     ("POST", "/v1/chat/completions", chat.chat_completions),
     ("POST", "/v1/completions", completions.completions),
+    ("POST", "/v1/responses", responses.responses),
+    ("POST", "/v1/messages", messages.messages),
+    ("POST", "/v1/messages/count_tokens", messages.count_tokens),
+    ("POST", "/v1/embeddings", embeddings.embeddings),
     ("POST", "/tokenize", tokens.tokenize),
     ("POST", "/detokenize", tokens.detokenize),
     ("GET", "/tokenizer_info", tokens.tokenizer_info),

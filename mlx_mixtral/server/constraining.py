@@ -15,7 +15,7 @@ from mlx_mixtral.server.service import Service
 from mlx_mixtral.server.wire.errors import ApiError, placed
 from mlx_mixtral.server.wire.structure import WantedStructure, wanted_structure
 
-__all__ = ["WantedConstraint", "compiled_constraint", "wanted_constraint"]
+__all__ = ["WantedConstraint", "compiled_constraint", "constraint_of", "wanted_constraint"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ def wanted_constraint(body: Mapping[str, Any]) -> WantedConstraint | None:
     Raises:
         ApiError: 400: it is no schema, or one beyond the limits; or there are several.
     """
-    wanted = wanted_structure(body)
+    return constraint_of(wanted_structure(body))
+
+
+def constraint_of(wanted: WantedStructure | None) -> WantedConstraint | None:
+    """The constraint of a structure; None for any text. Raises ApiError 400: it is no schema, or one beyond the limits."""
     if wanted is None:
         return None
     try:

@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_mixtral.server.log import RequestLog, RequestNotes
 from mlx_mixtral.server.metrics import Metrics
 from mlx_mixtral.server.options import ServerOptions
-from mlx_mixtral.server.replies import send_error
-from mlx_mixtral.server.wire.errors import ApiError
+from mlx_mixtral.server.replies import send_json
+from mlx_mixtral.server.wire.errors import ApiError, error_body, is_anthropic
 
 __all__ = ["Guards", "is_loopback", "notes_of"]
 
@@ -72,6 +72,8 @@ class Guards:
                 notes.status = message["status"]
                 added = MutableHeaders(scope=message)
                 added["x-request-id"] = request_id
+                if is_anthropic(scope["path"]):
+                    added["request-id"] = request_id
                 for name, value in self._cors(headers).items():
                     added[name] = value
             await send(message)
@@ -82,14 +84,14 @@ class Guards:
             notes.outcome = notes.outcome or "disconnected"
         except ApiError as error:
             notes.outcome = error.code or "error"
-            await self._tell_error(notes, error, tell)
+            await self._tell_error(scope, error, tell)
         except HTTPException as error:
-            await self._tell_error(notes, _plain_error(error, scope["path"]), tell)
+            await self._tell_error(scope, _plain_error(error, scope["path"]), tell)
         except Exception as error:
             # The type alone: a message may hold what a request said.
             self._log.problem(f"{type(error).__name__} while answering {request_id}", error)
             notes.outcome = "error"
-            await self._tell_error(notes, ApiError(500, "the server failed to answer; its log has the reason"), tell)
+            await self._tell_error(scope, ApiError(500, "the server failed to answer; its log has the reason"), tell)
         finally:
             self._metrics.count(
                 "mlx_mixtral_requests_total", path=notes.path or "other", status=str(notes.status or 499)
@@ -142,7 +144,7 @@ class Guards:
             said = "is not valid" if given else "is missing"
             raise ApiError(
                 401,
-                f"the API key {said}; send it as Authorization: Bearer KEY",
+                f"the API key {said}; send it as Authorization: Bearer KEY, or as x-api-key: KEY",
                 headers={"www-authenticate": "Bearer"},
             )
 
@@ -157,7 +159,7 @@ class Guards:
         found = {
             "access-control-allow-origin": origin,
             "vary": "origin",
-            "access-control-expose-headers": "x-request-id, retry-after",
+            "access-control-expose-headers": "x-request-id, request-id, retry-after",
         }
         if "access-control-request-method" in headers:
             found["access-control-allow-methods"] = METHODS
@@ -170,9 +172,11 @@ class Guards:
         return found
 
     @staticmethod
-    async def _tell_error(notes: RequestNotes, error: ApiError, send: Send) -> None:
+    async def _tell_error(scope: Scope, error: ApiError, send: Send) -> None:
+        notes = notes_of(scope)
         if notes.status is None:
-            await send_error(error, send)
+            body = error_body(error, scope["path"], notes.request_id)
+            await send_json(body, send, status=error.status, headers=error.headers)
 
 
 def _plain_error(error: HTTPException, path: str) -> ApiError:

@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from mlx_mixtral.calls.parser import CallParser
 from mlx_mixtral.constraints.matching import CompiledConstraint
 from mlx_mixtral.generation.sampling_params import SamplingParams
 from mlx_mixtral.runtime.stream import Chunk
+from mlx_mixtral.server.options import PoolingKind
 from mlx_mixtral.server.wire.errors import ApiError
 
 __all__ = [
@@ -19,7 +22,10 @@ __all__ = [
     "Failed",
     "JobEvent",
     "NewToken",
+    "PooledPrompt",
+    "Pooling",
     "PromptScores",
+    "ReplyPart",
     "RowSpec",
     "RowUsage",
     "ScoredPrompt",
@@ -61,6 +67,14 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """Vectors of prompts that are wanted; ``kind``: see ``pooled_prompts``."""
+
+    prompts: Sequence[Sequence[int]]
+    kind: PoolingKind
+
+
+@dataclass(frozen=True)
 class Began:
     """A row of the job is being computed: it waits no longer."""
 
@@ -89,6 +103,14 @@ class ScoredPrompt:
     scores: PromptScores
 
 
+@dataclass(frozen=True, eq=False)
+class PooledPrompt:
+    """Prompt ``index`` of the job's ``Pooling``: ``[D]`` float32, of length 1."""
+
+    index: int
+    vector: np.ndarray
+
+
 @dataclass(frozen=True)
 class RowUsage:
     """What a row took, in tokens."""
@@ -112,7 +134,9 @@ class Failed:
     error: ApiError
 
 
-JobEvent = Began | NewToken | ScoredPrompt | Ended | Failed
+ReplyPart = NewToken | ScoredPrompt | PooledPrompt
+"""What a reply is made of."""
+JobEvent = Began | ReplyPart | Ended | Failed
 
 
 @dataclass(eq=False)
@@ -120,12 +144,13 @@ class ServerJob:
     """One request's rows, in the hands of the loop's thread; ``deliver`` and ``next`` are called there only.
 
     Args:
-        rows: what to generate; none, when prompts are only scored.
+        rows: what to generate; none, when prompts are only scored or pooled.
         max_unsent_bytes: of text that may wait to be taken; beyond it the job is too slow a reader's.
     """
 
     rows: Sequence[RowSpec]
     scoring: Scoring | None = None
+    pooling: Pooling | None = None
     max_unsent_bytes: int = 1_000_000
     opened_at: float = field(default_factory=time.monotonic)
     began_at: float | None = None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S
 
-__all__ = ["MAX_CHOICES", "ServerOptions"]
+__all__ = ["MAX_CHOICES", "PoolingKind", "ServerOptions"]
+
+PoolingKind = Literal["mean", "last"]
 
 MAX_CHOICES = 8
 """Most continuations of one prompt."""
@@ -32,6 +35,7 @@ class ServerOptions:
         tls_cert, tls_key: PEM files; both or neither.
         grace_s: at SIGTERM open requests have so long to finish.
         tools: how calls are written: see ``ToolChat``.
+        pooling: how /v1/embeddings makes a vector of a text: "mean" or "last"; None: not at all.
         header_timeout_s: a connection must have sent its request's head after so long, and again for each request.
         body_timeout_s: a request's body must be there after so long.
         keep_alive_s: a connection without a request is kept so long.
@@ -60,6 +64,7 @@ class ServerOptions:
     tls_key: str | None = None
     grace_s: float = 10.0
     tools: str = "auto"
+    pooling: PoolingKind | None = None
     header_timeout_s: float = 10.0
     body_timeout_s: float = 60.0
     keep_alive_s: float = 75.0

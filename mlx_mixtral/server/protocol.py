@@ -16,7 +16,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from mlx_mixtral.server.wire.errors import ApiError
+from mlx_mixtral.server.wire.errors import ApiError, error_body
 
 __all__ = ["ConnectionLimits", "abort_connection", "limited_protocol"]
 
@@ -154,7 +154,9 @@ class _Limited(H11Protocol):
             self.transport.abort()
             return
         what, seconds = ("head", self.limits.header_timeout_s) if is_head else ("body", self.limits.body_timeout_s)
-        body = json.dumps(ApiError(408, f"the request's {what} was not there after {seconds:g} s").body).encode()
+        error = ApiError(408, f"the request's {what} was not there after {seconds:g} s")
+        path = "" if self.cycle is None or is_head else self.cycle.scope["path"]
+        body = json.dumps(error_body(error, path)).encode()
         head = f"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
         if self.cycle is not None:

@@ -10,26 +10,24 @@ from typing import Any
 from starlette.types import Receive, Send
 
 from mlx_mixtral.server.jobs import ServerJob
-from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.sse import SSE_HEADERS, compact_json
 
-__all__ = ["send_error", "send_events", "send_json", "watching"]
+__all__ = ["send_body", "send_events", "send_json", "watching"]
 
 _JSON = (b"content-type", b"application/json")
 
 
 async def send_json(value: Any, send: Send, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
     """A whole reply."""
-    body = compact_json(value)
+    await send_body(compact_json(value), send, status=status, headers=headers)
+
+
+async def send_body(body: bytes, send: Send, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+    """A whole reply, JSON already."""
     extra = [(name.lower().encode(), text.encode("latin-1")) for name, text in (headers or {}).items()]
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [_JSON, length, *extra]})
     await send({"type": "http.response.body", "body": body})
-
-
-async def send_error(error: ApiError, send: Send) -> None:
-    """An error in place of a reply."""
-    await send_json(error.body, send, status=error.status, headers=error.headers)
 
 
 async def send_events(parts: AsyncIterator[bytes], send: Send) -> None:

@@ -25,6 +25,7 @@ from mlx_mixtral.server.jobs import (
     ScoredPrompt,
     ServerJob,
 )
+from mlx_mixtral.server.pooling import pooled_prompts
 from mlx_mixtral.server.scoring import prompt_scores
 from mlx_mixtral.server.wire.errors import ApiError
 
@@ -41,7 +42,8 @@ class _Open:
     rows: dict[int, tuple[int, TextRequest]] = field(default_factory=dict)
     """Rows that go on, by ticket: each one's number and request."""
     usage: dict[int, RowUsage] = field(default_factory=dict)
-    scoring: Generator[None, None, None] | None = None
+    reading: Generator[None, None, None] | None = None
+    """Of prompts that are scored or pooled, a step a chunk."""
     has_begun: bool = False
 
 
@@ -68,8 +70,8 @@ class EngineRows:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for opened in self._jobs:
-            if opened.scoring is not None:
-                opened.scoring.close()
+            if opened.reading is not None:
+                opened.reading.close()
         self._batch.close()
 
     @property
@@ -80,7 +82,7 @@ class EngineRows:
     @property
     def running(self) -> int:
         """Rows that are being computed."""
-        return self._batch.running + sum(opened.scoring is not None for opened in self._jobs)
+        return self._batch.running + sum(opened.reading is not None for opened in self._jobs)
 
     def add(self, job: ServerJob) -> None:
         """Begin a job; one that cannot be carried out fails by itself."""
@@ -98,8 +100,8 @@ class EngineRows:
             self._drop(opened)
             self._post(job, Failed(_told(error)))
             return
-        if job.scoring is not None:
-            opened.scoring = self._scores(job)
+        if job.scoring is not None or job.pooling is not None:
+            opened.reading = self._read(opened)
         self._jobs.append(opened)
 
     def cancel(self, job: ServerJob) -> None:
@@ -109,13 +111,13 @@ class EngineRows:
             self._jobs.remove(opened)
 
     def step(self) -> None:
-        """One chunk of each prompt that is scored, and what every running row got next."""
+        """One chunk of each prompt that is scored or pooled, and what every running row got next."""
         for opened in list(self._jobs):
-            if opened.scoring is not None:
+            if opened.reading is not None:
                 try:
-                    next(opened.scoring)
+                    next(opened.reading)
                 except StopIteration:
-                    opened.scoring = None
+                    opened.reading = None
                     self._end_if_done(opened)
         for update in [] if self._batch.is_idle else self._batch.step():
             opened_row = self._of_ticket.get(update.ticket)
@@ -142,12 +144,12 @@ class EngineRows:
             self._batch.cancel(ticket)
             del self._of_ticket[ticket]
         opened.rows.clear()
-        if opened.scoring is not None:
-            opened.scoring.close()
-            opened.scoring = None
+        if opened.reading is not None:
+            opened.reading.close()
+            opened.reading = None
 
     def _end_if_done(self, opened: _Open) -> None:
-        if not opened.rows and opened.scoring is None:
+        if not opened.rows and opened.reading is None:
             self._jobs.remove(opened)
             self._post(opened.job, Ended([opened.usage[index] for index in sorted(opened.usage)]))
 
@@ -172,11 +174,18 @@ class EngineRows:
             opened.has_begun = True
             self._post(opened.job, Began())
 
-    def _scores(self, job: ServerJob) -> Generator[None, None, None]:
-        assert job.scoring is not None
-        for index, prompt in enumerate(job.scoring.prompts):
-            scores: PromptScores = yield from prompt_scores(self._model.engine.context, prompt, job.scoring.top)
-            self._post(job, ScoredPrompt(index, scores))
+    def _read(self, opened: _Open) -> Generator[None, None, None]:
+        job, context = opened.job, self._model.engine.context
+        self._begin(opened)
+        if job.scoring is not None:
+            for index, prompt in enumerate(job.scoring.prompts):
+                scores: PromptScores = yield from prompt_scores(context, prompt, job.scoring.top)
+                self._post(job, ScoredPrompt(index, scores))
+        if job.pooling is not None:
+            for pooled in pooled_prompts(context, job.pooling.prompts, job.pooling.kind):
+                for event in pooled:
+                    self._post(job, event)
+                yield
 
 
 def _told(error: Exception | None) -> ApiError:

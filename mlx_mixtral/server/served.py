@@ -113,6 +113,16 @@ class ServedModel:
             )
         return self.context_tokens - prompt_tokens
 
+    def check_length(self, prompt_tokens: int, param: str) -> None:
+        """That a text which is only read fits into the context. Raises ApiError 400."""
+        if prompt_tokens > self.context_tokens:
+            raise ApiError(
+                400,
+                f"{param} has {prompt_tokens} tokens; the context holds {self.context_tokens}: shorten it",
+                param,
+                code="context_length_exceeded",
+            )
+
     def encode(self, text: str, param: str, *, special: bool, bos: bool = True) -> list[int]:
         """Token ids of a text. Raises ApiError 400."""
         try:

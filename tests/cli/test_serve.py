@@ -63,6 +63,11 @@ def test_a_key_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ServeOptions(model="a/b", host="0.0.0.0").server().api_keys == ("from-the-environment",)
 
 
+def test_embeddings_are_off_unless_it_is_said_how() -> None:
+    assert ServeOptions(model="a/b").server().pooling is None
+    assert ServeOptions(model="a/b", pooling="last").server().pooling == "last"
+
+
 def test_it_can_be_told_to_serve_everybody() -> None:
     assert ServeOptions(model="a/b", host="0.0.0.0", insecure=True).server().api_keys == ()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,6 +53,22 @@ def test_nothing_is_shown_that_could_be_part_of_a_stop(pieces: list[str], stops:
         # All that is held begins a stop string, and no shown end does.
         assert held == "" or any(stop.startswith(held) for stop in stops)
         assert not any(seen.endswith(stop[:n]) and n > len(held) for stop in stops for n in range(1, len(stop)))
+
+
+@given(pieces=st.lists(small, max_size=6), stops=st.lists(small.filter(bool), min_size=1, max_size=3))
+def test_the_stop_that_matched_is_the_one_that_begins_first(pieces: list[str], stops: list[str]) -> None:
+    matcher = StopStrings(stops)
+    seen = ""
+    for piece in pieces:
+        matcher.add(piece)
+        seen += piece
+        if matcher.is_stopped():
+            # Python's alternation takes the leftmost place, and there the first that fits.
+            found = re.search("|".join(map(re.escape, stops)), seen)
+            assert found is not None
+            assert matcher.matched == found.group()
+            return
+    assert matcher.matched is None
 
 
 def test_without_stops_everything_passes_at_once() -> None:

@@ -81,6 +81,17 @@ class Running:
         assert lines[-1] == "data: [DONE]"
         return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
+    def named_events(self, path: str, body: dict[str, Any]) -> list[Any]:
+        """Data of a stream whose events have their type as a name; comments and pings left out."""
+        with self.client.stream("POST", path, json=body | {"stream": True}) as reply:
+            assert reply.status_code == 200, reply.read()
+            parts = [part for part in reply.read().decode().split("\n\n") if part]
+        events = []
+        for name, data in (part.split("\n") for part in parts if not part.startswith(":")):
+            events.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {events[-1]['type']}"
+        return [event for event in events if event["type"] != "ping"]
+
     def status(self) -> Any:
         return self.client.get("/v1/status").json()
 

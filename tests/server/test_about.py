@@ -33,6 +33,10 @@ def test_replies_are_as_described(server: Running, description: Any) -> None:
     asked = {
         ("post", CHAT): ASK | {"logprobs": True, "top_logprobs": 2, "n": 2},
         ("post", "/v1/completions"): {"prompt": "Hi", "max_tokens": 3, "logprobs": 2, "echo": True},
+        ("post", "/v1/responses"): {"input": "Hi", "max_output_tokens": 3, "include": ["message.output_text.logprobs"]},
+        ("post", "/v1/embeddings"): {"input": "Hi"},
+        ("post", "/v1/messages"): ASK,
+        ("post", "/v1/messages/count_tokens"): ASK,
         ("post", "/tokenize"): {"prompt": "Hi", "return_token_strs": True},
         ("post", "/detokenize"): {"tokens": [1, 300]},
         ("get", "/tokenizer_info"): None,
@@ -48,9 +52,10 @@ def test_replies_are_as_described(server: Running, description: Any) -> None:
         for status, value in ((str(reply.status_code), reply.json()),):
             schema = described[status]["content"]["application/json"]["schema"]
             jsonschema.validate(value, schema | {"components": description["components"]})
-    wrong = server.post(CHAT, {})
-    schema = description["paths"][CHAT]["post"]["responses"]["400"]["content"]["application/json"]["schema"]
-    jsonschema.validate(wrong.json(), schema | {"components": description["components"]})
+    for path in (CHAT, "/v1/messages"):
+        wrong = server.post(path, {})
+        schema = description["paths"][path]["post"]["responses"]["400"]["content"]["application/json"]["schema"]
+        jsonschema.validate(wrong.json(), schema | {"components": description["components"]})
 
 
 def test_the_openai_package_reads_it_all(server: Running) -> None:

@@ -23,6 +23,10 @@ DESCRIPTION = describe([(method, path) for method, path, _ in PATHS])
 LEAST = {
     "ChatCompletionRequest": {"messages": [{"role": "user", "content": "Hi"}]},
     "CompletionRequest": {"prompt": "Hi"},
+    "MessagesRequest": {"messages": [{"role": "user", "content": "Hi"}]},
+    "CountTokensRequest": {"messages": [{"role": "user", "content": "Hi"}]},
+    "ResponsesRequest": {"input": "Hi"},
+    "EmbeddingsRequest": {"input": "Hi"},
     "TokenizeRequest": {"prompt": "Hi"},
     "DetokenizeRequest": {"tokens": [1]},
 }
@@ -31,6 +35,11 @@ OF_EVERY_TYPE: list[Any] = [
     None, True, False, 0, 1, -1, 3.0, 0.5, -2.5, 10**30, 1e300, "", "text", "auto", [], [1], ["a"], [None], [[1]], [{}], {},
     {"type": "text"}, {"type": "function"}, {"a": 1}, {"name": "x"}, {"include_usage": "yes"}, [{"role": "user"}],
     [{"role": "king", "content": "x"}], [{"role": "user", "content": 5}], {"1": 200}, {"1": 5}, [["a"], [1]], [1, "a"],
+    {"type": "tool", "name": "x"}, {"type": "adaptive"}, [{"role": "assistant", "content": [{"type": "thinking"}]}],
+    [{"role": "user", "content": [{"type": "tool_result"}]}], [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+    [{"type": "text", "text": "Hi"}], [{"name": "x", "input_schema": {}}], {"format": {"type": "json_schema", "schema": {}}},
+    [{"type": "function_call_output"}], [{"type": "reasoning"}], {"format": {"type": "json_object"}},
+    {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "x"}]},
 ]  # fmt: skip
 
 

@@ -89,6 +89,11 @@ def test_a_body_that_does_not_come_is_408(serve: Serve) -> None:
         status, error = _told(_all(connection))
         assert status == 408
         assert "body" in error["message"]
+        connection = server.raw(
+            HEAD.replace(CHAT.encode(), b"/v1/messages") + b'content-length: 500\r\n\r\n{"messages":'
+        )
+        status, error = _told(_all(connection))
+        assert (status, error["type"]) == (408, "timeout_error")  # in Anthropic's envelope
         wait_until(lambda: CHAT in server.log.getvalue(), "its line is written")
         assert server.is_idle()
         assert server.log.getvalue().count(CHAT) == 1

@@ -26,7 +26,7 @@ WANTED_FILES = 4096
 @click.command()
 @takes(ServeOptions)
 def serve(given: ServeOptions) -> None:
-    """Serve MODEL, a folder or a hub repository, to programs that use the OpenAI API.
+    """Serve MODEL, a folder or a hub repository, to programs that use the OpenAI or the Anthropic API.
 
     Only programs on this machine can reach it, unless --host says otherwise. Ctrl-C or SIGTERM stops it, after open requests
     have had --grace seconds to finish.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -58,6 +58,11 @@ class ServeOptions:
         "How the model writes tool calls; auto depends on its chat format.",
         type=click.Choice(("auto", "mistral", "hermes", "generic", "none")),
         default="auto",
+    )
+    pooling: Literal["mean", "last"] | None = option(
+        "--pooling",
+        "Answer /v1/embeddings: a text's vector is the mean of its last hidden states, or the last of them.  [default: off]",
+        type=click.Choice(("mean", "last")),
     )
     cors_origins: tuple[str, ...] = option(
         "--cors-origin ORIGIN",
@@ -144,6 +149,7 @@ class ServeOptions:
             grace_s=self.grace,
             tools=self.tools,
             has_page=not self.no_page,
+            pooling=self.pooling,
             log_format=self.log_format,
         )
 

@@ -10,7 +10,7 @@ from starlette.types import Send
 
 from mlx_mixtral.server.bodies import read_json_body
 from mlx_mixtral.server.constraining import compiled_constraint, wanted_constraint
-from mlx_mixtral.server.endpoints.chat import LONG_CHARACTERS
+from mlx_mixtral.server.endpoints.answering import LONG_CHARACTERS
 from mlx_mixtral.server.endpoints.generating import generate, reply_head
 from mlx_mixtral.server.jobs import RowSpec, Scoring
 from mlx_mixtral.server.service import Service

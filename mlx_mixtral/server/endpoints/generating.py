@@ -5,33 +5,20 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Send
 
 from mlx_mixtral.server.guards import notes_of
-from mlx_mixtral.server.jobs import Ended, Failed, NewToken, RowSpec, RowUsage, ScoredPrompt, Scoring, ServerJob
+from mlx_mixtral.server.jobs import Ended, Failed, Pooling, ReplyPart, RowSpec, RowUsage, Scoring, ServerJob
 from mlx_mixtral.server.log import RequestNotes
 from mlx_mixtral.server.protocol import abort_connection
-from mlx_mixtral.server.replies import send_events, send_json, watching
+from mlx_mixtral.server.replies import send_body, send_events, watching
 from mlx_mixtral.server.service import Service
-from mlx_mixtral.server.wire.sse import COMMENT, DONE, data_event
+from mlx_mixtral.server.wire.reply import Reply, StreamedReply
 
-__all__ = ["Reply", "generate", "reply_head", "usage_of"]
-
-
-class Reply(Protocol):
-    """Builds what is sent for one request."""
-
-    def add(self, event: NewToken | ScoredPrompt) -> list[dict[str, Any]]:
-        """Take an event; the chunks to send with it."""
-
-    def last(self, usage: dict[str, Any]) -> list[dict[str, Any]]:
-        """Chunks to send when all is there."""
-
-    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The reply without chunks, once all is there."""
+__all__ = ["generate", "reply_head", "usage_of"]
 
 
 def reply_head(service: Service, kind: str, model: str) -> dict[str, Any]:
@@ -70,30 +57,33 @@ async def generate(
     reply: Reply,
     *,
     prompts: Sequence[int],
-    is_stream: bool,
+    is_stream: bool = False,
     scoring: Scoring | None = None,
+    pooling: Pooling | None = None,
 ) -> None:
     """Carry out ``rows``, and send the reply.
 
     Args:
         prompts: lengths of the request's prompts.
+        is_stream: ``reply`` is a ``StreamedReply`` then.
         scoring: log-probabilities of prompts that are wanted as well.
+        pooling: vectors of prompts that are wanted.
 
     Raises:
         ApiError: instead of a reply; of a stream that has begun it is an event.
         ClientDisconnect: the client went away.
     """
-    job = ServerJob(rows, scoring, max_unsent_bytes=service.options.max_unsent_bytes)
+    job = ServerJob(rows, scoring, pooling, max_unsent_bytes=service.options.max_unsent_bytes)
     notes = notes_of(request.scope)
     notes.is_stream, notes.rows, notes.prompt_tokens = is_stream, len(rows), sum(prompts)
     service.admission.join(job, on_overflow=lambda: abort_connection(request.scope))
     try:
         async with watching(request.receive, (job,)):
-            if is_stream:
+            if is_stream and isinstance(reply, StreamedReply):
                 await send_events(_parts(service, job, reply, prompts, notes), send)
             else:
                 usage = await _collect(job, reply, prompts)
-                await send_json(reply.whole(usage), send)
+                await send_body(reply.body(usage), send)
         if job.is_abandoned or job.is_overflowing:
             notes.outcome = "slow_reader" if job.is_overflowing else "disconnected"
             raise ClientDisconnect
@@ -105,7 +95,7 @@ async def generate(
 async def _collect(job: ServerJob, reply: Reply, prompts: Sequence[int]) -> dict[str, Any]:
     while True:
         for event in await job.next(None):
-            if isinstance(event, NewToken | ScoredPrompt):
+            if isinstance(event, ReplyPart):
                 reply.add(event)
             elif isinstance(event, Ended):
                 return usage_of(prompts, event.usage)
@@ -116,22 +106,24 @@ async def _collect(job: ServerJob, reply: Reply, prompts: Sequence[int]) -> dict
 
 
 async def _parts(
-    service: Service, job: ServerJob, reply: Reply, prompts: Sequence[int], notes: RequestNotes
+    service: Service, job: ServerJob, reply: StreamedReply, prompts: Sequence[int], notes: RequestNotes
 ) -> AsyncIterator[bytes]:
     """Events as they are sent; those that came with one step are one part."""
+    if first := reply.first():
+        yield reply.encoded(first)
     while not job.is_abandoned:
         events = await job.next(service.options.comment_s)
-        part = b"" if events or job.is_abandoned else COMMENT
+        part = b"" if events or job.is_abandoned else reply.waiting
         for event in events:
-            if isinstance(event, NewToken | ScoredPrompt):
-                part += b"".join(map(data_event, reply.add(event)))
+            if isinstance(event, ReplyPart):
+                part += reply.encoded(reply.add(event))
             elif isinstance(event, Ended):
                 usage = usage_of(prompts, event.usage)
-                yield part + b"".join(map(data_event, reply.last(usage))) + DONE
+                yield part + reply.encoded(reply.last(usage)) + reply.end
                 return
             elif isinstance(event, Failed):
                 notes.outcome = event.error.code or "error"
-                yield part + data_event(event.error.body) + DONE
+                yield part + reply.encoded(reply.failed(event.error)) + reply.end
                 return
         if part:
             yield part

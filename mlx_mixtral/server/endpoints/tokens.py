@@ -9,10 +9,12 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from mlx_mixtral.server.bodies import read_json_body
-from mlx_mixtral.server.endpoints.chat import chat_prompt, tools_of
+from mlx_mixtral.server.endpoints.answering import chat_prompt
+from mlx_mixtral.server.endpoints.chat import tools_of
 from mlx_mixtral.server.replies import send_json
 from mlx_mixtral.server.service import Service
 from mlx_mixtral.server.wire.errors import ApiError
+from mlx_mixtral.server.wire.given_chat import GivenChat
 from mlx_mixtral.server.wire.tokens import DETOKENIZE_BODY, TOKENIZE_BODY
 
 __all__ = ["detokenize", "tokenize", "tokenizer_info"]
@@ -26,7 +28,7 @@ async def tokenize(service: Service, request: Request, send: Send) -> None:
     if (body["prompt"] is None) == (body["messages"] is None):
         raise ApiError(400, "give either prompt or messages", "prompt")
     if body["messages"] is not None:
-        tokens = (await chat_prompt(service, given["messages"], tools_of(given))).tokens
+        tokens = (await chat_prompt(service, GivenChat(given["messages"]), tools_of(given))).tokens
     else:
         tokens = await asyncio.to_thread(_tokens, service, body)
     reply: dict[str, Any] = {

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_mixtral.server.jobs import NewToken, ScoredPrompt
+from mlx_mixtral.server.jobs import NewToken, ReplyPart
 from mlx_mixtral.server.wire.answers import AnswerReader
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, Integer, ListOf, String
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, chat_logprobs
+from mlx_mixtral.server.wire.reply import StreamedReply
 from mlx_mixtral.server.wire.sampling import COMMON_FIELDS, MAX_TOP_LOGPROBS, SAMPLING_FIELDS, STREAM_FIELDS
 from mlx_mixtral.server.wire.structure import STRUCTURE_FIELDS
 
@@ -106,7 +107,7 @@ class _Answer:
     is_told: bool = False
 
 
-class ChatReply:
+class ChatReply(StreamedReply):
     """Builds the reply to one request, whole or in chunks; both are the same deltas.
 
     Args:
@@ -128,9 +129,8 @@ class ChatReply:
         self._head, self._has_usage, self._warnings = dict(head), has_usage, list(warnings)
         self._answers = [_Answer(*parts) for parts in zip(readers, logprobs, strict=True)]
 
-    def add(self, event: NewToken | ScoredPrompt) -> list[dict[str, Any]]:
-        """Take a token; the chunks to send with it."""
-        if isinstance(event, ScoredPrompt):
+    def add(self, event: ReplyPart) -> list[dict[str, Any]]:
+        if not isinstance(event, NewToken):
             return []
         answer = self._answers[event.row]
         part = answer.reader.add(event.chunk)
@@ -150,11 +150,9 @@ class ChatReply:
         return chunks
 
     def last(self, usage: dict[str, Any]) -> list[dict[str, Any]]:
-        """Chunks to send when all answers are whole."""
         return [self._chunk([], usage)] if self._has_usage else []
 
     def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The reply without chunks."""
         choices = [
             {
                 "index": index,

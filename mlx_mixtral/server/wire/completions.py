@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_mixtral.server.jobs import NewToken, ScoredPrompt
+from mlx_mixtral.server.jobs import NewToken, ReplyPart, ScoredPrompt
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Either, Flag, Integer, ListOf, String
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, completion_logprobs, prompt_entries
+from mlx_mixtral.server.wire.reply import StreamedReply
 from mlx_mixtral.server.wire.sampling import COMMON_FIELDS, MAX_TOP_LOGPROBS, SAMPLING_FIELDS, STREAM_FIELDS
 from mlx_mixtral.server.wire.structure import STRUCTURE_FIELDS
 from mlx_mixtral.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ class _Continuation:
     is_echoed: bool = False
 
 
-class CompletionReply:
+class CompletionReply(StreamedReply):
     """Builds the reply to one request, whole or in chunks.
 
     Args:
@@ -93,12 +94,14 @@ class CompletionReply:
         self._scored, self._unscored = scored, len(scored)
         self._early: list[NewToken] = []
 
-    def add(self, event: NewToken | ScoredPrompt) -> list[dict[str, Any]]:
-        """Take an event; the chunks to send with it. Tokens wait until every prompt that is given back is scored."""
+    def add(self, event: ReplyPart) -> list[dict[str, Any]]:
+        # Tokens wait until every prompt that is given back is scored.
         if isinstance(event, NewToken):
             if not self._unscored:
                 return self._token(event)
             self._early.append(event)
+            return []
+        if not isinstance(event, ScoredPrompt):
             return []
         echoed = self._scored[event.index]
         echoed.entries = prompt_entries(
@@ -111,7 +114,6 @@ class CompletionReply:
         return [chunk for each in early for chunk in self._token(each)]
 
     def last(self, usage: dict[str, Any]) -> list[dict[str, Any]]:
-        """Chunks to send when all continuations are whole."""
         chunks = []
         for index, row in enumerate(self._rows):
             if row.finish_reason is None:  # nothing was to be generated
@@ -120,7 +122,6 @@ class CompletionReply:
         return chunks + ([self._chunk([], usage)] if self._has_usage else [])
 
     def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The reply without chunks."""
         choices = []
         for index, row in enumerate(self._rows):
             text, entries = self._echo(row)

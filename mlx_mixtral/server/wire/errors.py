@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors as clients read them: OpenAI's ``{"error": {"message", "type", "param", "code"}}``, Anthropic's on its own paths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 from mlx_mixtral.errors import MixtralError
 
-__all__ = ["ApiError", "placed"]
+__all__ = ["ANTHROPIC_PATHS", "ApiError", "error_body", "is_anthropic", "placed", "renamed"]
+
+ANTHROPIC_PATHS = ("/v1/messages", "/messages")
+"""What is at and below these paths speaks Anthropic's protocol."""
 
 _KINDS = {
     401: ("authentication_error", "invalid_api_key"),
@@ -22,6 +25,19 @@ _KINDS = {
     500: ("server_error", "internal_error"),
     501: ("not_implemented_error", "not_implemented"),
     503: ("server_error", "unavailable"),
+}
+
+# https://platform.claude.com/docs/en/api/errors; other statuses are errors of the request.
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    501: "api_error",
+    503: "overloaded_error",
 }
 
 # Fields whose checks in the library begin their message with the place.
@@ -60,6 +76,12 @@ class ApiError(Exception):
         """The reply, and the data of an error event."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same in Anthropic's envelope, which has no place for ``param`` and bears it."""
+        kind = _ANTHROPIC_KINDS.get(self.status, "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message, "param": self.param}}
+
     @classmethod
     def field(cls, param: str, message: str) -> ApiError:
         """A 400 about one field; ``message`` goes on from its name."""
@@ -70,3 +92,26 @@ def placed(error: MixtralError, usual: str) -> ApiError:
     """A 400 of an error whose message may begin with the field it is about; ``usual`` where it does not."""
     found = _PLACE.match(str(error))
     return ApiError(400, str(error), found.group() if found is not None else usual, code="invalid_value")
+
+
+def renamed(error: ApiError, place: str, name: str) -> ApiError:
+    """``error``, where it is about ``place`` or what is within it: about ``name`` instead, as the request calls it."""
+    if error.param is None or re.match(re.escape(place) + r"(?![\w])", error.param) is None:
+        return error
+    message = error.message
+    if message.startswith(place):
+        message = name + message.removeprefix(place)
+    param = name + error.param.removeprefix(place)
+    return ApiError(error.status, message, param, code=error.code, headers=error.headers)
+
+
+def error_body(error: ApiError, path: str, request_id: str | None = None) -> dict[str, Any]:
+    """The reply to a request of ``path``: in the envelope of the protocol that is spoken there."""
+    if not is_anthropic(path):
+        return error.body
+    return error.anthropic_body | ({} if request_id is None else {"request_id": request_id})
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether Anthropic's protocol is spoken at ``path``."""
+    return any(path == each or path.startswith(f"{each}/") for each in ANTHROPIC_PATHS)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_mixtral.server.wire.errors import ApiError
-from mlx_mixtral.server.wire.kinds import ValueKind, refuse
+from mlx_mixtral.server.wire.kinds import Choice, ValueKind, refuse
 
-__all__ = ["BodyField", "BodyTable"]
+__all__ = ["BodyField", "BodyTable", "Tagged"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,48 @@ class BodyTable(ValueKind):
     def words(self) -> str:
         needed = [f'"{field.name}"' for field in self.fields if field.required]
         return f"an object with {', '.join(needed)}" if needed else "an object"
+
+
+@dataclass(frozen=True)
+class Tagged(ValueKind):
+    """One of several objects, told apart by a word in them.
+
+    Args:
+        tables: the other fields, by that word; what is read has the word as well.
+        key: the word's field.
+        usual: the word where there is none.
+    """
+
+    tables: Mapping[str, BodyTable]
+    key: str = "type"
+    usual: str | None = None
+
+    def read(self, value: Any, param: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise refuse(value, param, self.words)
+        given, place = value.get(self.key), f"{param}.{self.key}"
+        word = self.usual if given is None else given
+        if word is None:
+            raise ApiError(400, f"{place} is missing; it must be {self._choices}", place)
+        if not isinstance(word, str) or word not in self.tables:
+            raise refuse(word, place, self._choices)
+        return {self.key: word} | self.tables[word].read(value, param)
+
+    def schema(self) -> dict[str, Any]:
+        return {"anyOf": [self._schema(word, table) for word, table in self.tables.items()]}
+
+    @property
+    def words(self) -> str:
+        return f'an object with "{self.key}"'
+
+    @property
+    def _choices(self) -> str:
+        return Choice(tuple(self.tables)).words
+
+    def _schema(self, word: str, table: BodyTable) -> dict[str, Any]:
+        if word == self.usual:
+            return {"allOf": [table.schema(), {"properties": {self.key: {"enum": [word, None]}}}]}
+        return {"allOf": [table.schema(), {"properties": {self.key: {"const": word}}, "required": [self.key]}]}
 
 
 def _json_name(value: Any) -> str:

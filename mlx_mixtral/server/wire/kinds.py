@@ -250,6 +250,9 @@ class Either(ValueKind):
                 # An error further inside says more: the value was of this kind, but for one part.
                 if deepest is None or len(error.param or "") > len(deepest.param or ""):
                     deepest = error
+        for kind in self.kinds:
+            if isinstance(kind, ListOf) and isinstance(value, list) and value and _takes(kind.item, value[0]):
+                return kind.read(value, param)  # it was meant, and says what is wrong with it
         if deepest is not None and deepest.param != param:
             raise deepest
         raise refuse(value, param, self.words)
@@ -260,6 +263,14 @@ class Either(ValueKind):
     @property
     def words(self) -> str:
         return ", or ".join(kind.words for kind in self.kinds)
+
+
+def _takes(kind: ValueKind, value: Any) -> bool:
+    try:
+        kind.read(value, "")
+    except ApiError:
+        return False
+    return True
 
 
 def _within(value: float, least: float | None, most: float | None) -> bool:

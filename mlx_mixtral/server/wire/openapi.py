@@ -9,9 +9,13 @@ from typing import Any
 from mlx_mixtral import __version__
 from mlx_mixtral.server.wire.chat import CHAT_BODY
 from mlx_mixtral.server.wire.completions import COMPLETION_BODY
-from mlx_mixtral.server.wire.fields import BodyTable
+from mlx_mixtral.server.wire.embeddings import EMBEDDINGS_BODY
+from mlx_mixtral.server.wire.errors import is_anthropic
+from mlx_mixtral.server.wire.fields import BodyTable, Tagged
 from mlx_mixtral.server.wire.kinds import Either, ListOf, MapOf, ValueKind
+from mlx_mixtral.server.wire.messages import COUNT_TOKENS_BODY, MESSAGES_BODY, VERSIONS
 from mlx_mixtral.server.wire.replies_schema import REPLY_SCHEMAS
+from mlx_mixtral.server.wire.responses import RESPONSES_BODY
 from mlx_mixtral.server.wire.tokens import DETOKENIZE_BODY, TOKENIZE_BODY
 
 __all__ = ["BODIES", "describe"]
@@ -19,6 +23,10 @@ __all__ = ["BODIES", "describe"]
 BODIES: dict[str, BodyTable] = {
     "/v1/chat/completions": CHAT_BODY,
     "/v1/completions": COMPLETION_BODY,
+    "/v1/responses": RESPONSES_BODY,
+    "/v1/messages": MESSAGES_BODY,
+    "/v1/messages/count_tokens": COUNT_TOKENS_BODY,
+    "/v1/embeddings": EMBEDDINGS_BODY,
     "/tokenize": TOKENIZE_BODY,
     "/detokenize": DETOKENIZE_BODY,
 }
@@ -27,6 +35,10 @@ BODIES: dict[str, BodyTable] = {
 _ABOUT: dict[str, tuple[str, str]] = {
     "/v1/chat/completions": ("Answer a conversation", "ChatCompletion"),
     "/v1/completions": ("Continue a prompt", "Completion"),
+    "/v1/responses": ("Answer a conversation, in items; nothing is stored", "Response"),
+    "/v1/messages": ("Answer a conversation, in Anthropic's protocol", "Message"),
+    "/v1/messages/count_tokens": ("Tokens of a conversation, in Anthropic's protocol", "MessageTokens"),
+    "/v1/embeddings": ("Vectors of texts, by a server that was started with --pooling", "Embeddings"),
     "/tokenize": ("Token ids of a text or a conversation", "Tokens"),
     "/detokenize": ("Text of token ids", "Detokenized"),
     "/tokenizer_info": ("What tells the tokenizer", "TokenizerInfo"),
@@ -38,7 +50,7 @@ _ABOUT: dict[str, tuple[str, str]] = {
     "/openapi.json": ("This description", ""),
 }
 
-_STREAMED = ("/v1/chat/completions", "/v1/completions")
+_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 _OPEN = ("/health",)
 
 _ERRORS = {
@@ -51,7 +63,7 @@ _ERRORS = {
     "415": "The body is not application/json",
     "429": "Too many requests are waiting; see Retry-After",
     "500": "The server failed",
-    "501": "Needs a package that is not installed",
+    "501": "Needs a package that is not installed, or an option that the server was started without",
     "503": "Waited too long, or the server is not ready",
 }
 
@@ -73,15 +85,18 @@ def describe(paths: Iterable[tuple[str, str]]) -> dict[str, Any]:
         "info": {
             "title": "mlx-mixtral",
             "version": __version__,
-            "description": "One Mixtral model in OpenAI's protocol. Unknown fields are ignored.",
+            "description": "One Mixtral model in OpenAI's protocol and Anthropic's. Unknown fields are ignored.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": described,
         "components": {
             "schemas": dict(sorted(schemas.items())),
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
-        "security": [{"key": []}, {}],
+        "security": [{"key": []}, {"x-api-key": []}, {}],
     }
 
 
@@ -92,7 +107,7 @@ def _operation(method: str, path: str) -> dict[str, Any]:
         content = {"text/plain": {"schema": {"type": "string"}}}
     if path in _STREAMED:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    error = {"application/json": {"schema": _ref("Error")}}
+    error = {"application/json": {"schema": _ref("AnthropicError" if is_anthropic(path) else "Error")}}
     operation: dict[str, Any] = {
         "operationId": "_".join([method.lower(), *re.findall(r"[a-z0-9]+", path)]),
         "summary": summary,
@@ -110,6 +125,9 @@ def _operation(method: str, path: str) -> dict[str, Any]:
     if path in BODIES:
         schema = {"application/json": {"schema": _ref(BODIES[path].name)}}
         operation["requestBody"] = {"required": True, "content": schema}
+    if is_anthropic(path):
+        version = {"type": "string", "enum": list(VERSIONS)}
+        operation["parameters"] = [{"name": "anthropic-version", "in": "header", "schema": version}]
     if "{model}" in path:
         operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
     return operation
@@ -130,6 +148,9 @@ def _named_tables(kind: ValueKind | None) -> Iterator[BodyTable]:
         yield from _named_tables(kind.item)
     elif isinstance(kind, MapOf):
         yield from _named_tables(kind.value)
+    elif isinstance(kind, Tagged):
+        for table in kind.tables.values():
+            yield from _named_tables(table)
     elif isinstance(kind, Either):
         for each in kind.kinds:
             yield from _named_tables(each)

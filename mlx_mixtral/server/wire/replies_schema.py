@@ -41,6 +41,95 @@ _USAGE = {"usage": _ref("Usage")}
 
 REPLY_SCHEMAS: dict[str, dict[str, Any]] = {
     "Error": _object(error=_object(message=_TEXT, type=_TEXT, param=_maybe(_TEXT), code=_maybe(_TEXT))),
+    "AnthropicError": {
+        "type": "object",
+        "properties": {
+            "type": _is("error"),
+            "error": _object(type=_TEXT, message=_TEXT, param=_maybe(_TEXT)),
+            "request_id": _TEXT,
+        },
+        "required": ["type", "error"],
+    },
+    "Message": _object(
+        id=_TEXT,
+        type=_is("message"),
+        role=_is("assistant"),
+        model=_TEXT,
+        content=_list(
+            {
+                "anyOf": [
+                    _object(type=_is("text"), text=_TEXT),
+                    _object(type=_is("tool_use"), id=_TEXT, name=_TEXT, input=_OBJECT),
+                ]
+            }
+        ),
+        stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]},
+        stop_sequence=_maybe(_TEXT),
+        usage=_object(
+            input_tokens=_COUNT,
+            cache_creation_input_tokens=_COUNT,
+            cache_read_input_tokens=_COUNT,
+            output_tokens=_COUNT,
+        ),
+    ),
+    "Response": _object(
+        id=_TEXT,
+        object=_is("response"),
+        created_at=_COUNT,
+        completed_at=_maybe(_COUNT),
+        status={"enum": ["completed", "incomplete"]},
+        error={"type": "null"},
+        incomplete_details=_maybe(_object(reason=_is("max_output_tokens"))),
+        model=_TEXT,
+        instructions=_maybe(_TEXT),
+        metadata={"type": "object", "additionalProperties": _TEXT},
+        output=_list(
+            {
+                "anyOf": [
+                    _object(
+                        id=_TEXT,
+                        type=_is("message"),
+                        role=_is("assistant"),
+                        status=_TEXT,
+                        content=_list(
+                            _object(
+                                type=_is("output_text"),
+                                text=_TEXT,
+                                annotations=_list(_OBJECT),
+                                logprobs=_list(_ref("TokenLogprob")),
+                            )
+                        ),
+                    ),
+                    _object(
+                        id=_TEXT, type=_is("function_call"), call_id=_TEXT, name=_TEXT, arguments=_TEXT, status=_TEXT
+                    ),
+                ]
+            }
+        ),
+        parallel_tool_calls=_FLAG,
+        store={"const": False},
+        temperature=_NUMBER,
+        top_p=_NUMBER,
+        text=_OBJECT,
+        tool_choice={},
+        tools=_list(_OBJECT),
+        usage=_object(
+            input_tokens=_COUNT,
+            input_tokens_details=_object(cached_tokens=_COUNT, cache_write_tokens=_COUNT),
+            output_tokens=_COUNT,
+            output_tokens_details=_object(reasoning_tokens=_COUNT),
+            total_tokens=_COUNT,
+        ),
+    ),
+    "Embeddings": _object(
+        object=_is("list"),
+        data=_list(
+            _object(object=_is("embedding"), index=_COUNT, embedding={"anyOf": [_list(_NUMBER), _TEXT]}),
+        ),
+        model=_TEXT,
+        usage=_object(prompt_tokens=_COUNT, total_tokens=_COUNT),
+    ),
+    "MessageTokens": _object(input_tokens=_COUNT),
     "Usage": _object(
         prompt_tokens=_COUNT,
         completion_tokens=_COUNT,

@@ -13,8 +13,8 @@ from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Anything, Either, Flag, Integer, ListOf, MapOf, Number, String
 
 __all__ = [
-    "COMMON_FIELDS", "MAX_TOP_LOGPROBS", "SAMPLING_FIELDS", "STREAM_FIELDS", "check_stream", "sampling_params", "seed_of_row",
-    "stops",
+    "CHOOSING_FIELDS", "COMMON_FIELDS", "MAX_STOPS", "MAX_TOP_LOGPROBS", "SAMPLING_FIELDS", "STREAM_FIELDS", "check_stream",
+    "sampling_params", "seed_of_row", "stops",
 ]  # fmt: skip
 
 MAX_TOP_LOGPROBS = 20
@@ -22,7 +22,7 @@ MAX_STOPS = 16
 MAX_BIASES = 1024
 SEED_BITS = 64
 
-SAMPLING_FIELDS = (
+CHOOSING_FIELDS = (
     BodyField(
         "temperature", Number(0, 2), "Divides the logits; 0 takes the likeliest token. Left out: 0.7 in chats, else 1."
     ),
@@ -44,6 +44,11 @@ SAMPLING_FIELDS = (
         Integer(-(2 ** (SEED_BITS - 1)), 2**SEED_BITS - 1),
         "The same seed and request give the same text, whatever runs beside it.",
     ),
+)
+"""How a token is chosen."""
+
+SAMPLING_FIELDS = (
+    *CHOOSING_FIELDS,
     BodyField(
         "stop",
         Either((String(1), ListOf(String(1), most=MAX_STOPS))),
@@ -82,7 +87,7 @@ COMMON_FIELDS = (
 def sampling_params(
     body: Mapping[str, Any], row: int, *, temperature: float, top_p: float, logprobs: int | None
 ) -> SamplingParams:
-    """What a body with ``SAMPLING_FIELDS`` asks of its answer number ``row``.
+    """What a body with ``CHOOSING_FIELDS`` asks of its answer number ``row``.
 
     Args:
         temperature, top_p: when the body says nothing.
