@@ -77,7 +77,7 @@ TOOL_CHOICE = Either((
 CHAT_BODY = BodyTable((
     BodyField("messages", ListOf(MESSAGE, 1, MAX_MESSAGES), "The conversation; its answer is generated.", required=True),
     *COMMON_FIELDS,
-    BodyField("max_completion_tokens", Integer(1), "Most tokens of an answer; the context ends it earlier when it is full."),
+    BodyField("max_completion_tokens", Integer(1), "Most tokens of an answer (--max-tokens of the server)."),
     BodyField("max_tokens", Integer(1), "The older name of max_completion_tokens."),
     *SAMPLING_FIELDS,
     BodyField("logprobs", Flag(), "Log-probabilities of the answer's tokens.", False),

@@ -28,7 +28,7 @@ COMPLETION_BODY = BodyTable((
         required=True,
     ),
     *COMMON_FIELDS,
-    BodyField("max_tokens", Integer(0), "Most tokens to generate; 0, with echo, only scores the prompt."),
+    BodyField("max_tokens", Integer(0), "Most tokens to generate (16); 0, with echo, only scores the prompt."),
     *SAMPLING_FIELDS,
     BodyField("logprobs", Integer(0, MAX_TOP_LOGPROBS), "Log-probabilities of tokens and of so many likeliest ones."),
     BodyField("echo", Flag(), "Give the prompt back before its continuation, scored where logprobs are wanted.", False),

@@ -23,8 +23,14 @@ MAX_BIASES = 1024
 SEED_BITS = 64
 
 SAMPLING_FIELDS = (
-    BodyField("temperature", Number(0, 2), "Divides the logits; 0 always takes the likeliest token."),
-    BodyField("top_p", Number(above=0, most=1), "Sample from the likeliest tokens that add up to this probability."),
+    BodyField(
+        "temperature", Number(0, 2), "Divides the logits; 0 takes the likeliest token. Left out: 0.7 in chats, else 1."
+    ),
+    BodyField(
+        "top_p",
+        Number(above=0, most=1),
+        "Sample from the likeliest tokens that add up to it. Left out: 0.95 in chats, else 1.",
+    ),
     BodyField("top_k", Integer(-1), "Sample from the K likeliest tokens; 0 and -1 are no limit.", 0),
     BodyField("min_p", Number(0, 1), "Drop tokens less likely than this fraction of the likeliest.", 0.0),
     BodyField("repetition_penalty", Number(above=0, most=100), "Divides the logits of earlier tokens; 1 is off.", 1.0),
