@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -42,6 +43,7 @@ class _Open:
     """Rows that go on, by ticket: each one's number and request."""
     usage: dict[int, RowUsage] = field(default_factory=dict)
     scoring: Generator[None, None, None] | None = None
+    added_at: float = field(default_factory=time.monotonic)
     has_begun: bool = False
 
 
@@ -112,6 +114,7 @@ class EngineRows:
         """One chunk of each prompt that is scored, and what every running row got next."""
         for opened in list(self._jobs):
             if opened.scoring is not None:
+                self._begin(opened, time.monotonic())
                 try:
                     next(opened.scoring)
                 except StopIteration:
@@ -124,6 +127,7 @@ class EngineRows:
 
     def _take(self, opened: _Open, update: BatchUpdate) -> None:
         index, made = opened.rows[update.ticket]
+        self._begin(opened, opened.added_at + made.request.stats.queue_s)
         if update.error is not None or update.chunk is None:
             del opened.rows[update.ticket], self._of_ticket[update.ticket]
             self._drop(opened)
@@ -152,6 +156,9 @@ class EngineRows:
             self._post(opened.job, Ended([opened.usage[index] for index in sorted(opened.usage)]))
 
     def _request(self, opened: _Open, spec: RowSpec) -> TextRequest:
+        def begun(done: int, total: int) -> None:
+            self._begin(opened, opened.added_at + made.request.stats.queue_s)
+
         made = self._requests.request(
             Prompt(list(spec.tokens)),
             max_tokens=spec.max_tokens,
@@ -160,17 +167,17 @@ class EngineRows:
             stop_token_ids=spec.stop_token_ids,
             is_answer=spec.is_answer,
             parser=None if spec.parser is None else spec.parser(),
-            on_prefill=lambda done, total: self._begin(opened),
+            on_prefill=begun,
         )
         if spec.constraint is None:
             return made
         state = spec.constraint.begin(made.request.max_tokens)
         return dataclasses.replace(made, request=dataclasses.replace(made.request, constraint=state))
 
-    def _begin(self, opened: _Open) -> None:
+    def _begin(self, opened: _Open, at: float) -> None:
         if not opened.has_begun:
             opened.has_begun = True
-            self._post(opened.job, Began())
+            self._post(opened.job, Began(at))
 
     def _scores(self, job: ServerJob) -> Generator[None, None, None]:
         assert job.scoring is not None
