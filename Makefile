@@ -6,6 +6,7 @@
 # make man   write docs/mlx-mixtral.1, the manual page, from the program's help
 # make soak   2,000 generations with changing budgets and failing disks
 # make structured   200 schemas, greedy and sampled: every text has to validate
+# make clients   well-known clients against the server, each in its own environment; needs a network
 #
 # Needs Python 3.11 or later and nothing else: a virtual environment is made in .venv, with uv when it is there, with venv and
 # pip when not. On Linux MLX_BACKEND chooses MLX's backend: cpu (default) or cuda, not both.
@@ -22,7 +23,7 @@ TEST_EXTRAS := $(if $(EXTRAS),[$(MLX_BACKEND)$(comma)tokenizers],[tokenizers])
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 
-.PHONY: demo test test-device lint bench fuzz soak structured man clean
+.PHONY: demo test test-device lint bench fuzz soak structured clients man clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -54,6 +55,9 @@ man: $(VENV)/.installed
 
 structured: $(VENV)/.tests
 	PYTHONPATH=.:convert $(BIN)/python -m tests.constraints.run $(STRUCTURED_ARGS)
+
+clients: $(VENV)/.tests
+	PYTHONPATH=.:convert $(BIN)/python -m tests.clients.run $(CLIENTS_ARGS)
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/it"; exit 1; }

@@ -39,9 +39,10 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 README, ARCHITECTURE = TEXTS["README.md"], TEXTS["docs/architecture.md"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-PROGRAMS = ("mlx-mixtral", "make", "python", "pip", "uv", "pipx", ".venv/bin/python", ".venv/bin/pre-commit")
+PROGRAMS = ("mlx-mixtral", "make", "python", "pip", "uv", "pipx", "curl", ".venv/bin/python", ".venv/bin/pre-commit")
 # What the reader has: models and repositories in the pages, for which the bundled checkpoint stands in.
 MODELS = re.compile(r'"(?:mi[sx]tral-4bit|[\w-]+/Mi[sx]tral-[\w.-]+)"')
+SERVER = "http://127.0.0.1:8080"
 # On a line about code that is being written: what it names may not be there yet.
 TO_BE_CHECKED = "<!-- check -->"
 
@@ -50,7 +51,7 @@ def shown(page: str) -> list[str]:
     """Command lines of a page: behind a ``$`` in a session, in an indented block, or within a line."""
     found = []
     for language, code in blocks_of_code(TEXTS[page]):
-        lines = code.splitlines()
+        lines = code.replace("\\\n", " ").splitlines()
         found += [line[2:] for line in lines if line.startswith("$ ")] if language else lines
     found += code_spans(TEXTS[page])
     return [line for line in dict.fromkeys(found) if line.split(" ")[0] in PROGRAMS]
@@ -81,6 +82,10 @@ def test_a_command_shown_is_one_that_exists(page: str, line: str) -> None:
         _check_make(arguments)
     elif program in ("pip", "uv", "pipx"):
         _check_pip(arguments)
+    elif program == "curl":
+        # Those of docs/server.md are carried out by tests/server/test_documentation.py.
+        assert page == "docs/server.md"
+        assert [each for each in arguments if each.startswith(SERVER)]
     elif program.endswith("python"):
         _check_python(arguments)
     else:
@@ -149,7 +154,8 @@ def _known_options() -> set[str]:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_option_named_exists(page: str) -> None:
-    named = {re.split(r"[ =]", span)[0] for span in code_spans(TEXTS[page]) if span.startswith("--")}
+    lines = [line for line in TEXTS[page].splitlines() if TO_BE_CHECKED not in line]
+    named = {re.split(r"[ =]", span)[0] for span in code_spans("\n".join(lines)) if span.startswith("--")}
     assert named <= _known_options()
 
 
@@ -180,7 +186,11 @@ def test_every_path_named_exists(page: str) -> None:
         assert TO_BE_CHECKED in line or not missing
 
 
-SNIPPETS = [page for page, text in TEXTS.items() if any(language == "python" for language, _ in blocks_of_code(text))]
+SNIPPETS = [
+    page
+    for page, text in TEXTS.items()
+    if page != "docs/server.md" and any(language == "python" for language, _ in blocks_of_code(text))
+]  # that page's need a server: tests/server/test_documentation.py
 
 
 @pytest.mark.parametrize("page", SNIPPETS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from tests.forks import run_python
 from tests.processes import PYTHONPATH
+from tests.server.conftest import running
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -84,6 +86,16 @@ def test_perplexity_table_has_a_row_a_model_and_a_column_a_domain(tmp_path: Path
     perplexities = [float(row[4]) for row in rows]
     assert perplexities[0] < perplexities[2] < perplexities[1]
     assert 0 == float(rows[0][5]) < float(rows[2][5]) < float(rows[1][5])
+
+
+def test_the_openai_package_asks_a_server() -> None:
+    pytest.importorskip("openai")
+    with running(ROOT / "mlx_mixtral" / "demo" / "tiny-mixtral") as server:
+        *streamed, city, call, figures = run("openai_client.py", f"{server.url}/v1").splitlines()
+    assert "".join(streamed).strip()
+    assert re.fullmatch(r"city: .{0,20}", city)
+    assert set(json.loads(call.removeprefix("call: weather "))) == {"city"}
+    assert re.fullmatch(r"\d+ \+ \d+ tokens", figures)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

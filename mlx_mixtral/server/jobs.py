@@ -76,7 +76,9 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Began:
-    """A row of the job is being computed: it waits no longer."""
+    """A row of the job, or a prompt of its scoring, is being computed since ``at``, a time of ``time.monotonic()``."""
+
+    at: float
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,8 @@ class ServerJob:
         """Take events of the engine."""
         now = time.monotonic()
         for event in events:
-            if isinstance(event, Began | NewToken) and self.began_at is None:
-                self.began_at = now
+            if isinstance(event, Began) and self.began_at is None:
+                self.began_at = event.at
             if isinstance(event, NewToken):
                 self.tokens += 1
                 self.first_token_at = self.first_token_at or now

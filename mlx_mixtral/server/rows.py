@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -44,6 +45,7 @@ class _Open:
     usage: dict[int, RowUsage] = field(default_factory=dict)
     reading: Generator[None, None, None] | None = None
     """Of prompts that are scored or pooled, a step a chunk."""
+    added_at: float = field(default_factory=time.monotonic)
     has_begun: bool = False
 
 
@@ -114,6 +116,7 @@ class EngineRows:
         """One chunk of each prompt that is scored or pooled, and what every running row got next."""
         for opened in list(self._jobs):
             if opened.reading is not None:
+                self._begin(opened, time.monotonic())
                 try:
                     next(opened.reading)
                 except StopIteration:
@@ -126,6 +129,7 @@ class EngineRows:
 
     def _take(self, opened: _Open, update: BatchUpdate) -> None:
         index, made = opened.rows[update.ticket]
+        self._begin(opened, opened.added_at + made.request.stats.queue_s)
         if update.error is not None or update.chunk is None:
             del opened.rows[update.ticket], self._of_ticket[update.ticket]
             self._drop(opened)
@@ -154,6 +158,9 @@ class EngineRows:
             self._post(opened.job, Ended([opened.usage[index] for index in sorted(opened.usage)]))
 
     def _request(self, opened: _Open, spec: RowSpec) -> TextRequest:
+        def begun(done: int, total: int) -> None:
+            self._begin(opened, opened.added_at + made.request.stats.queue_s)
+
         made = self._requests.request(
             Prompt(list(spec.tokens)),
             max_tokens=spec.max_tokens,
@@ -162,17 +169,17 @@ class EngineRows:
             stop_token_ids=spec.stop_token_ids,
             is_answer=spec.is_answer,
             parser=None if spec.parser is None else spec.parser(),
-            on_prefill=lambda done, total: self._begin(opened),
+            on_prefill=begun,
         )
         if spec.constraint is None:
             return made
         state = spec.constraint.begin(made.request.max_tokens)
         return dataclasses.replace(made, request=dataclasses.replace(made.request, constraint=state))
 
-    def _begin(self, opened: _Open) -> None:
+    def _begin(self, opened: _Open, at: float) -> None:
         if not opened.has_begun:
             opened.has_begun = True
-            self._post(opened.job, Began())
+            self._post(opened.job, Began(at))
 
     def _read(self, opened: _Open) -> Generator[None, None, None]:
         job, context = opened.job, self._model.engine.context

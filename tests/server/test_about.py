@@ -129,6 +129,12 @@ def test_metrics_count_what_was_done(server: Running) -> None:
     assert after["mlx_mixtral_generated_tokens_total"] - before["mlx_mixtral_generated_tokens_total"] == 7
     for name in ("request_seconds_count", "time_to_first_token_seconds_count", "queue_seconds_count"):
         assert after[f"mlx_mixtral_{name}"] - before[f"mlx_mixtral_{name}"] == 1
+    # The prompt is computed between them.
+    queued_s, first_s = (
+        after[name] - before[name]
+        for name in ("mlx_mixtral_queue_seconds_sum", "mlx_mixtral_time_to_first_token_seconds_sum")
+    )
+    assert 0 <= queued_s < first_s
     assert after["mlx_mixtral_engine_up"] == 1
     assert after["mlx_mixtral_requests_running"] == after["mlx_mixtral_requests_waiting"] == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +12,11 @@ import pytest
 from openai.types import Completion
 
 from mlx_mixtral import Mixtral, SamplingParams
-from tests.server.conftest import Running
+from mlx_mixtral.generation.context import DecodeContext
+from mlx_mixtral.server import rows
+from mlx_mixtral.server.jobs import PromptScores
+from mlx_mixtral.server.scoring import prompt_scores
+from tests.server.conftest import Running, Serve, wait_until
 
 PATH = "/v1/completions"
 PROMPT = "The quick brown fox"
@@ -124,6 +129,27 @@ def test_a_long_prompt_is_scored_beside_generations(server: Running) -> None:
     wanted = expected[np.arange(len(tokens) - 1), tokens[1:]]
     assert np.abs(np.array(found["token_logprobs"][1 : len(tokens)]) - wanted).max() < 1e-4
     assert results[0]["choices"][0]["text"] == _reply(server, max_tokens=30)["choices"][0]["text"]
+
+
+def test_a_prompt_that_is_scored_waits_no_longer(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be given up as one whose turn never came."""
+    gate = threading.Event()
+
+    def held(context: DecodeContext, tokens: Sequence[int], top: int) -> Generator[None, None, PromptScores]:
+        while not gate.wait(0.01):
+            yield
+        return (yield from prompt_scores(context, tokens, top))
+
+    monkeypatch.setattr(rows, "prompt_scores", held)
+    with serve() as server:
+        body = {"prompt": PROMPT, "echo": True, "logprobs": 0, "max_tokens": 0}
+        asking = threading.Thread(target=lambda: server.post(PATH, body))
+        asking.start()
+        wait_until(
+            lambda: server.status()["requests_open"] == 1 and not server.status()["rows"]["waiting"], "it is scored"
+        )
+        gate.set()
+        asking.join()
 
 
 def test_control_tokens_in_a_prompt_can_stay_text(server: Running) -> None:

@@ -36,11 +36,18 @@ def _asked(server: Running, **fields: Any) -> Any:
     return reply.json()["choices"][0]
 
 
-@pytest.mark.parametrize("field", ["response_format", "guided_json", "structured_outputs"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": _as_format(CITY)},
+        {"response_format": {"type": "json_object", "schema": CITY}},
+        {"guided_json": CITY},
+        {"structured_outputs": {"json": CITY}},
+    ],
+)
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_an_answer_keeps_its_schema(server: Running, field: str, temperature: float) -> None:
-    value = {"response_format": _as_format(CITY), "guided_json": CITY, "structured_outputs": {"json": CITY}}[field]
-    choice = _asked(server, **{field: value}, temperature=temperature)
+def test_an_answer_keeps_its_schema(server: Running, fields: dict[str, Any], temperature: float) -> None:
+    choice = _asked(server, **fields, temperature=temperature)
     jsonschema.validate(json.loads(choice["message"]["content"]), CITY)
 
 
@@ -70,6 +77,22 @@ def test_an_answer_keeps_its_expression(server: Running, fields: dict[str, Any],
     assert choice["finish_reason"] == "stop"
     completion = server.post("/v1/completions", {"prompt": "So:", "max_tokens": 40, **fields}).json()
     assert re.fullmatch(pattern, completion["choices"][0]["text"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"json_schema": CITY}, "json_schema"),
+        ({"grammar": 'root ::= "a"'}, "grammar"),
+        ({"response_format": {"type": "json_object", "schema": 1}}, "response_format.schema"),
+        ({"response_format": {"type": "json_object", "schema": {"type": "hiccup"}}}, "response_format.schema"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_and_not_passed_over(
+    server: Running, fields: dict[str, Any], param: str
+) -> None:
+    reply = server.post(CHAT, {"messages": ASK, "max_tokens": 8, **fields})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
 def test_a_stream_keeps_it_too(server: Running) -> None:

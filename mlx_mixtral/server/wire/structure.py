@@ -26,6 +26,7 @@ STRUCTURE_FIELDS = (
                 BodyField("schema", Either((Anything(is_object=True), Flag())), "The schema."),
                 BodyField("strict", Flag(), "Refuse a schema that cannot be kept to the letter.", False),
             )), "With json_schema."),
+            BodyField("schema", Either((Anything(is_object=True), Flag())), "With json_object: a schema, as llama.cpp has it."),
         )),
         "JSON, or JSON of a schema.",
     ),
@@ -44,6 +45,9 @@ STRUCTURE_FIELDS = (
         )),
         "The newer names of these.",
     ),
+    # llama.cpp's: an answer that does not keep to them would be worse than none.
+    BodyField("json_schema", None, "A JSON schema.", instead="give it as response_format"),
+    BodyField("grammar", None, "A grammar in llama.cpp's notation.", off=("",), instead="give guided_grammar, in Lark's"),
 )  # fmt: skip
 
 
@@ -83,6 +87,8 @@ def _response_format(given: Mapping[str, Any] | None) -> list[WantedStructure]:
     if given is None or given["type"] == "text":
         return []
     if given["type"] == "json_object":
+        if given["schema"] is not None:
+            return [WantedStructure("response_format.schema", "json", given["schema"])]
         return [WantedStructure("response_format", "json_object")]
     described = given["json_schema"] or {}
     place = "response_format.json_schema.schema"
