@@ -183,7 +183,6 @@ class EngineRows:
 
     def _read(self, opened: _Open) -> Generator[None, None, None]:
         job, context = opened.job, self._model.engine.context
-        self._begin(opened)
         if job.scoring is not None:
             for index, prompt in enumerate(job.scoring.prompts):
                 scores: PromptScores = yield from prompt_scores(context, prompt, job.scoring.top)

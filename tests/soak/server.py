@@ -172,7 +172,8 @@ def _body(chance: random.Random) -> tuple[str, dict[str, Any]]:
 
 def _cut(server: ServedProcess, kind: str, body: dict[str, Any], chance: random.Random) -> None:
     data = json.dumps(body).encode()
-    head = f"POST {PATHS[kind]} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    about = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+    head = f"POST {PATHS[kind]} HTTP/1.1\r\n{about}\r\n\r\n"
     whole = head.encode() + data
     with socket.create_connection(server.address, timeout=120) as connection:
         # In the request itself, in the queue or the prompt, or in the answer.
@@ -207,8 +208,8 @@ def main() -> None:
 
     def show(sample: Sample) -> None:
         print(
-            f"{sample.requests:8}  {sample.resident_bytes / 1e6:11.1f}  {sample.active_bytes / 1e6:9.3f}  {sample.open_files!s:>5}"
-            f"  {sample.threads!s:>7}  {sample.seconds:7.0f}",
+            f"{sample.requests:8}  {sample.resident_bytes / 1e6:11.1f}  {sample.active_bytes / 1e6:9.3f}"
+            f"  {sample.open_files!s:>5}  {sample.threads!s:>7}  {sample.seconds:7.0f}",
             flush=True,
         )
 
