@@ -117,7 +117,8 @@ def _check_pip(arguments: list[str]) -> None:
 
 def _check_python(arguments: list[str]) -> None:
     if arguments[:1] == ["-m"]:
-        assert arguments[1] in ("pytest", "mlx_mixtral", "pip")
+        own = ROOT / f"{arguments[1].replace('.', '/')}.py"
+        assert arguments[1] in ("pytest", "mlx_mixtral", "pip") or own.is_file()
         paths = [argument for argument in arguments[2:] if "/" in argument]
         assert all((ROOT / path).exists() for path in paths)
         return

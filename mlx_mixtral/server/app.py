@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Send
 
-from mlx_mixtral.server.endpoints import about, chat, completions, embeddings, messages, responses, tokens
+from mlx_mixtral.server.endpoints import about, chat, completions, embeddings, messages, page, responses, tokens
 from mlx_mixtral.server.guards import Guards
 from mlx_mixtral.server.replies import send_json
 from mlx_mixtral.server.service import Endpoint, Service
@@ -56,4 +56,6 @@ def make_app(service: Service) -> ASGIApp:
         endpoint = Endpoint(path, partial(answer, service))
         places = dict.fromkeys((path, path.removeprefix("/v1")))
         routes += [Route(place, endpoint, methods=[method]) for place in places]
+    if service.options.has_page:
+        routes.append(Route("/", Endpoint("/", partial(page.page, service)), methods=["GET"]))
     return Guards(Router(routes, redirect_slashes=False), service.options, service.log, service.metrics)

@@ -42,6 +42,7 @@ class ServerOptions:
         max_connections: beyond it the longest idle connection is closed for a new one.
         comment_s: a stream without news gets a comment so often.
         max_unsent_bytes: a stream's text that may wait for a slow reader; beyond it the generation ends.
+        has_page: whether there is a page at / to talk with the model.
         log_format: "text", "json" or "none".
     """
 
@@ -70,6 +71,7 @@ class ServerOptions:
     max_connections: int = 1000
     comment_s: float = 5.0
     max_unsent_bytes: int = 1_000_000
+    has_page: bool = True
     log_format: str = "text"
 
     @property

@@ -60,7 +60,7 @@ def test_chat_answers_keep_it(invoke: Invoke, short: Path) -> None:
         (("--json-schema", '{"type": "text"}'), ("Invalid type: text",)),
         (("--regex", "(?=a)"), ("look-ahead",)),
         (("--grammar", "start: word"), ("unknown name",)),
-        (("--json-schema", json.dumps(SCHEMA), "-n", "2"), ("max_tokens is 2", "allow more")),
+        (("--json-schema", json.dumps(SCHEMA), "-n", "2"), ("--max-tokens is 2", "allow more")),
     ],
 )
 def test_a_refusal_is_one_line(invoke: Invoke, short: Path, flags: tuple[str, ...], said: tuple[str, ...]) -> None:

@@ -72,6 +72,11 @@ def test_it_can_be_told_to_serve_everybody() -> None:
     assert ServeOptions(model="a/b", host="0.0.0.0", insecure=True).server().api_keys == ()
 
 
+def test_the_page_can_be_left_out() -> None:
+    assert ServeOptions(model="a/b").server().has_page
+    assert not ServeOptions(model="a/b", no_page=True).server().has_page
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
@@ -101,6 +106,7 @@ def test_it_says_where_it_is_and_what_fits_and_ends_at_ctrl_c(spawn: Spawn, shor
     assert f"{short.name}: " in text
     assert "context 1024 tokens, up to 8 answers at once, 5 waiting" in text
     assert "without a key" in text
+    assert f"a page to talk with it: {text.partition('listening at ')[2].split('/v1')[0]}/\n" in text
     url = text.partition("listening at ")[2].split()[0]
     names = [model["id"] for model in httpx.get(f"{url}/models", timeout=PATIENCE_S).json()["data"]]
     assert names == [short.name, "mine"]

@@ -105,7 +105,9 @@ def test_a_reference_with_an_empty_name_is_not_none(invoke: Invoke, tiny: Path, 
 def test_every_size_is_read_as_it_is_typed(invoke: Invoke, size: str) -> None:
     assert invoke("info", "8x7b", "--memory", "24g", "--chip", "M2 Max", "--disk", size).exit_code == 0
     options = [each for _, each in _parameters() if isinstance(each, click.Option) and "SIZE" in (each.metavar or "")]
-    assert {option.opts[0] for option in options} == {"--memory", "--prefix-cache", "--disk", "--fit", "--max-bytes"}
+    assert {option.opts[0] for option in options} == {
+        "--memory", "--prefix-cache", "--disk", "--fit", "--max-bytes", "--max-body",
+    }  # fmt: skip
 
 
 def test_a_prompt_is_read_from_a_file_as_it_is(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from mlx_mixtral import Mixtral, load
 from mlx_mixtral.server.log import RequestLog
 from mlx_mixtral.server.options import ServerOptions
 from mlx_mixtral.server.serving import ModelServer
+from tests.server.browser import READY, Browser, Page, chromium
 
 PATIENCE_S = 60.0
 """Until something that must happen soon counts as never: no measurement."""
@@ -166,3 +167,31 @@ def server(shared_server: Running) -> Running:
     shared_server.log.seek(0)
     shared_server.log.truncate()
     return shared_server
+
+
+OpenPage = Callable[..., Page]
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One Chromium for all tests that have one."""
+    with chromium(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[OpenPage]:
+    """Opens the page of a server: ``opened(server, width=390, is_phone=True)``, each time as a user of its own."""
+    pages: list[Page] = []
+
+    def open_page(server: Running, beside: Page | None = None, ready: str = READY, **screen: Any) -> Page:
+        page = Page(browser, beside)
+        pages.append(page)
+        page.show(**{"width": 1280, "height": 800} | screen)
+        page.open(f"{server.url}/")
+        page.wait(ready)
+        return page
+
+    yield open_page
+    for user in {page.user for page in pages}:
+        browser.call("Target.disposeBrowserContext", browserContextId=user)

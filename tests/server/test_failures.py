@@ -236,11 +236,22 @@ def test_a_second_signal_ends_it_at_once(short: Path) -> None:
             lines = reply.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
+            host, _, port = url.removeprefix("http://").removesuffix("/v1").rpartition(":")
+            wait_until(lambda: not _takes_connections(host, int(port)), "it takes no more requests")
             process.send_signal(signal.SIGTERM)
             text = "\n".join(lines)
+        assert "shutting down" in text
         assert "[DONE]" in text
         assert process.wait(PATIENCE_S) == 0
     finally:
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+def _takes_connections(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=PATIENCE_S).close()
+    except ConnectionError:
+        return False
+    return True

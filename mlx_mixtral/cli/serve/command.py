@@ -26,10 +26,10 @@ WANTED_FILES = 4096
 @click.command()
 @takes(ServeOptions)
 def serve(given: ServeOptions) -> None:
-    """Serve MODEL, a folder or a hub repository, to programs that speak OpenAI's protocol or Anthropic's.
+    """Serve MODEL, a folder or a hub repository, to programs that use the OpenAI or the Anthropic API.
 
-    Only this machine's own programs reach it unless --host says otherwise. It ends at Ctrl-C or SIGTERM, when the requests
-    that are open have had their --grace.
+    Only programs on this machine can reach it, unless --host says otherwise. Ctrl-C or SIGTERM stops it, after open requests
+    have had --grace seconds to finish.
     """
     try:
         from mlx_mixtral.server.prefixes import widen_prefixes
@@ -91,6 +91,8 @@ def _facts(server: ModelServer, model: Mixtral) -> Iterator[str]:
     )
     yield f"chat format {served.tokenizer.chat_format}, tools {server.service.chat.name}"
     key = "with a key" if options.api_keys else "without a key"
+    if options.has_page:
+        yield f"a page to talk with it: {server.url}/"
     yield f"listening at {server.url}/v1 {key}; Ctrl-C ends it"
 
 

@@ -11,6 +11,7 @@ import click
 
 from mlx_mixtral.cli.fields import argument, flag, group, option
 from mlx_mixtral.cli.options import LoadOptions, chat_template_option
+from mlx_mixtral.cli.values import ModelName
 
 if TYPE_CHECKING:
     from mlx_mixtral.server.options import ServerOptions
@@ -24,35 +25,37 @@ MAX_KEY_FILE_BYTES = 64_000
 
 @dataclass(frozen=True)
 class ServeOptions:
-    model: str = argument()
+    model: str = argument(type=ModelName())
     host: str = option(
-        "--host NAME", "Address to listen at; others than this machine's own need a key.", default="127.0.0.1"
+        "--host NAME",
+        "Address to listen on; an address that other machines can reach needs a key.",
+        default="127.0.0.1",
     )
-    port: int = option("--port N", "Port to listen at; 0 takes a free one.", default=8080)
+    port: int = option("--port N", "Port to listen on; 0 takes a free one.", default=8080)
     api_key_file: str | None = option(
         "--api-key-file FILE",
-        f"Ask for a key, one of those in this file, one a line.  [default: {KEY_VARIABLE}, if it is set]",
+        f"Require one of the keys in this file, one per line.  [default: {KEY_VARIABLE}, if it is set]",
     )
     insecure: bool = flag("--insecure", "Listen beyond this machine without a key.")
     aliases: tuple[str, ...] = option(
         "--alias NAME",
-        "Another name for the model in requests; repeatable.  [default: its folder's name alone]",
+        "Another name for the model in requests; repeatable.  [default: only the name of its folder]",
         multiple=True,
     )
     rows: int = option(
-        "--rows N", "Generations at once; under --memory as many of them as its KV cache holds.", default=8
+        "--rows N", "Generations at once, at most; fewer if --memory leaves too little KV cache.", default=8
     )
-    queue: int = option("--queue N", "Generations that may wait; more are answered 429.", default=64)
-    queue_timeout: float = option("--queue-timeout SECONDS", "How long one may wait.", default=120.0)
-    max_tokens: int = option("-n, --max-tokens", "Tokens of an answer when a request says nothing.", default=2048)
+    queue: int = option("--queue N", "Generations that may wait; further requests get status 429.", default=64)
+    queue_timeout: float = option("--queue-timeout SECONDS", "How long a generation may wait.", default=120.0)
+    max_tokens: int = option("-n, --max-tokens", "Tokens of an answer if the request does not say.", default=2048)
     max_stall: float = option(
         "--max-stall SECONDS",
-        "Most that a part of a prompt may hold up the answers that are being written.",
+        "How long part of a prompt may hold up the answers in progress.",
         default=0.25,
     )
     tools: str = option(
         "--tools",
-        "How the model writes calls of tools; auto chooses by its chat format.",
+        "How the model writes tool calls; auto depends on its chat format.",
         type=click.Choice(("auto", "mistral", "hermes", "generic", "none")),
         default="auto",
     )
@@ -63,25 +66,28 @@ class ServeOptions:
     )
     cors_origins: tuple[str, ...] = option(
         "--cors-origin ORIGIN",
-        "Pages of this origin, such as https://example.com, may use the server; repeatable.  [default: none]",
+        "Allow web pages of this origin, such as https://example.com; repeatable.  [default: none]",
         multiple=True,
     )
     allowed_hosts: tuple[str, ...] = option(
         "--allow-host NAME",
-        "A further host name by which the server may be called; repeatable.  [default: this machine's own]",
+        "Another host name that requests may use; repeatable.  [default: the loopback names]",
         multiple=True,
     )
-    max_body: str = option("--max-body SIZE", "Longest body of a request.", default="2MB")
+    max_body: str = option("--max-body SIZE", "Size of a request body, at most.", default="2MB")
     idle_unload: float | None = option(
         "--idle-unload SECONDS",
-        "Release the weights after so long without a request; the next loads them.  [default: never]",
+        "Release the weights after this long without a request; the next request loads them.  [default: never]",
     )
-    tls_cert: str | None = option("--tls-cert FILE", "Certificate chain (PEM), for https.")
+    tls_cert: str | None = option("--tls-cert FILE", "Certificate chain (PEM), for HTTPS.")
     tls_key: str | None = option("--tls-key FILE", "Its private key (PEM).")
-    grace: float = option("--grace SECONDS", "At the end, time for open requests to finish.", default=10.0)
+    grace: float = option(
+        "--grace SECONDS", "Time that open requests get to finish when the server stops.", default=10.0
+    )
+    no_page: bool = flag("--no-page", "Do not serve the page at / for chatting in a browser.")
     log_format: str = option(
         "--log-format",
-        "Of the line that each request leaves on stderr.",
+        "Format of the line that each request leaves on stderr.",
         type=click.Choice(("text", "json", "none")),
         default="text",
     )
@@ -142,6 +148,7 @@ class ServeOptions:
             tls_key=self.tls_key,
             grace_s=self.grace,
             tools=self.tools,
+            has_page=not self.no_page,
             pooling=self.pooling,
             log_format=self.log_format,
         )
