@@ -86,6 +86,12 @@ def test_a_stop_may_go_on_before_or_after_its_control_token(
     assert all(one == (written, whole, "length") for one in generated(f"<|halt|>{following}§"))
 
 
+def test_the_stop_that_matched_is_told_as_it_was_given(marked: Mixtral) -> None:
+    for stops, said in ((["never said", "<|halt|>"], "<|halt|>"), (["never said"], None)):
+        chunks = list(marked.stream(PROMPT, max_tokens=SAID, stop=stops))
+        assert [chunk.stop_string for chunk in chunks] == [None] * (len(chunks) - 1) + [said]
+
+
 def test_the_same_characters_as_text_stop_too(marked: Mixtral) -> None:
     for stop in ("<|halt|>", "a<|halt|>b"):
         stops = MarkedStops([stop], marked.tokenizer)

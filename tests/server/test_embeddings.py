@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,6 @@ def test_the_openai_package_reads_it(pooling: Running) -> None:
 @pytest.mark.parametrize("chunk_tokens", [16, 64, 4096])
 def test_chunks_and_neighbours_change_nothing(short: Path, kind: PoolingKind, chunk_tokens: int) -> None:
     """Texts from one token to several chunks, computed in turn, together, and in pieces."""
-    import dataclasses
-
     rng = np.random.default_rng(3)
     lengths = [1, 2, 2, 5, 16, 17, 18, 18, 40, 41, 47, 130, 131]
     with load(short) as model:
@@ -105,6 +104,19 @@ def test_chunks_and_neighbours_change_nothing(short: Path, kind: PoolingKind, ch
     np.testing.assert_allclose([event.vector for event in found], expected, rtol=0, atol=1e-5)
     if chunk_tokens == 4096:
         assert len(steps) < len(prompts)
+
+
+def test_rope_scalings_that_turn_by_length_are_kept(short: Path) -> None:
+    """Beyond the declared context each length has frequencies of its own."""
+    rng = np.random.default_rng(5)
+    with load(short, rope_scaling="dynamic=2") as model:
+        prompts = [[int(token) for token in rng.integers(3, 300, length)] for length in (1100, 1110, 1110)]
+        context = dataclasses.replace(model.engine.context, chunk_tokens=4096)
+        steps = list(pooled_prompts(context, prompts, "last"))
+        found = {event.index: event.vector for step in steps for event in step}
+        expected = [_expected(model, prompt, "last") for prompt in prompts]
+    assert len(steps) == 2
+    np.testing.assert_allclose([found[index] for index in range(3)], expected, rtol=0, atol=1e-5)
 
 
 def test_a_window_is_kept(short: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import jsonschema
@@ -43,10 +44,14 @@ OF_EVERY_TYPE: list[Any] = [
 ]  # fmt: skip
 
 
+@cache
+def _validator(name: str) -> jsonschema.Draft202012Validator:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": DESCRIPTION["components"]}
+    return jsonschema.Draft202012Validator(schema)
+
+
 def _is_valid(table: BodyTable, body: Any) -> bool:
-    schema = {"$ref": f"#/components/schemas/{table.name}", "components": DESCRIPTION["components"]}
-    validator = jsonschema.Draft202012Validator(schema)
-    return bool(validator.is_valid(body))
+    return bool(_validator(table.name).is_valid(body))
 
 
 def _refusal(table: BodyTable, body: Any) -> ApiError | None:

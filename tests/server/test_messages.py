@@ -71,8 +71,8 @@ def test_an_answer_is_that_of_a_chat_completion(server: Running) -> None:
     [
         {},
         {"temperature": 1, "seed": 4, "max_tokens": 30},
-        {"tools": [TOOL], "tool_choice": {"type": "any"}, "max_tokens": 150},
-        {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "look_up"}, "max_tokens": 150},
+        {"tools": [TOOL], "tool_choice": {"type": "any"}, "max_tokens": 100},
+        {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "look_up"}, "max_tokens": 100},
         {"tools": [TOOL], "tool_choice": {"type": "none"}},
     ],
     ids=["greedy", "seed", "any", "tool", "none"],
@@ -95,7 +95,7 @@ def test_a_stream_says_what_the_plain_reply_says(server: Running, fields: dict[s
 
 
 def test_calls_keep_their_schema(server: Running) -> None:
-    found = _asked(server, tools=[TOOL], tool_choice={"type": "any"}, max_tokens=200, temperature=1, seed=3)
+    found = _asked(server, tools=[TOOL], tool_choice={"type": "any"}, max_tokens=120, temperature=1, seed=3)
     calls = [block for block in found["content"] if block["type"] == "tool_use"]
     assert calls
     for call in calls:
@@ -109,7 +109,7 @@ def test_calls_keep_their_schema(server: Running) -> None:
 
 def test_a_call_that_was_cut_is_none(server: Running) -> None:
     """A stop sequence may end an answer within a call."""
-    fields = {"tools": [TOOL], "tool_choice": {"type": "any"}, "max_tokens": 150, "stop_sequences": ["people"]}
+    fields = {"tools": [TOOL], "tool_choice": {"type": "any"}, "max_tokens": 100, "stop_sequences": ["people"]}
     found = _asked(server, **fields)
     assert (found["stop_reason"], found["stop_sequence"]) == ("stop_sequence", "people")
     assert found["content"] == [{"type": "text", "text": ""}]

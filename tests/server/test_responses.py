@@ -100,8 +100,8 @@ def test_an_answer_is_that_of_a_chat_completion(server: Running) -> None:
     [
         {},
         {"temperature": 1, "seed": 4, "max_output_tokens": 30, **LOGPROBS},
-        {"tools": [TOOL], "tool_choice": "required", "max_output_tokens": 150},
-        {"tools": [TOOL], "tool_choice": {"type": "function", "name": "look_up"}, "max_output_tokens": 150},
+        {"tools": [TOOL], "tool_choice": "required", "max_output_tokens": 100},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "name": "look_up"}, "max_output_tokens": 100},
         {"text": {"format": {"type": "json_schema", "name": "city", "schema": CITY}}, "max_output_tokens": 80},
     ],
     ids=["greedy", "logprobs", "required", "named", "schema"],
