@@ -32,7 +32,18 @@ class ServedProcess:
     """
 
     def __init__(self, folder: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "mlx_mixtral", "serve", str(folder), "--port", "0", "--device", "cpu", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "mlx_mixtral",
+            "serve",
+            str(folder),
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            *options,
+        ]
         self._lines: list[str] = []
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         self._listens = threading.Event()
