@@ -4,7 +4,7 @@
 # make bench  side by side with mlx-lm   make clean   remove what these targets made
 # make fuzz   convert 20,000 mutated files
 # make man   write docs/mlx-mixtral.1, the manual page, from the program's help
-# make soak   2,000 generations with changing budgets and failing disks
+# make soak   2,000 generations with changing budgets and failing disks, 10,000 requests to a server
 # make structured   200 schemas, greedy and sampled: every text has to validate
 # make clients   well-known clients against the server, each in its own environment; needs a network
 #
@@ -49,6 +49,7 @@ fuzz: $(VENV)/.tests
 
 soak: $(VENV)/.tests
 	PYTHONPATH=.:convert $(BIN)/python -m tests.soak.run $(SOAK_ARGS)
+	PYTHONPATH=.:convert $(BIN)/python -m tests.soak.server $(SOAK_SERVER_ARGS)
 
 man: $(VENV)/.installed
 	MLX_MIXTRAL_CONFIG=/dev/null $(BIN)/mlx-mixtral man > $(VENV)/man && mv $(VENV)/man docs/mlx-mixtral.1

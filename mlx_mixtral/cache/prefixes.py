@@ -88,7 +88,8 @@ class PrefixStore:
         if (cache.nbytes * len(tokens) // cache.capacity if is_short else cache.nbytes) > self.limit_bytes:
             return
         cache = cache.fork(len(tokens)) if is_short else cache
-        mx.eval(cache.arrays)
+        # It must not hold on to what it was made from. Rows that run need not wait for that, only those who borrow memory.
+        (mx.async_eval if self.has_memory else mx.eval)(cache.arrays)
         key = sequence_key(tokens)
         # What the new one begins with, it replaces.
         for beginning in list(self._index.beginnings(key)):

@@ -181,7 +181,7 @@ class EngineThread:
                 with EngineRows(model, self.rows, self._max_stall_s, self._collect) as rows:
                     self._generate(rows)
                 # What the rows had is given back only now.
-                del rows
+                del rows, model
                 self._note(0)
             self._flush()
 

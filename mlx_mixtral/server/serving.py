@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import uvicorn
@@ -35,6 +36,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAST_WORDS_S = 0.7
 """How long replies may take that end with an error at shutdown."""
 CLOSE_S = 5.0
+WORKER_THREADS = 2
+"""For bodies and texts so long that reading them would hold up the loop."""
 
 
 class ModelServer:
@@ -154,6 +157,8 @@ class ModelServer:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
+        # asyncio's own would have more threads the more cores there are, each made at the first moment when all are busy.
+        self._loop.set_default_executor(ThreadPoolExecutor(WORKER_THREADS, "mlx-mixtral-worker"))
         options = self.options
         limits = ConnectionLimits(
             options.header_timeout_s, options.body_timeout_s, options.max_connections, options.max_body_bytes

@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def soak_server(
     short_checkpoint(folder / "model")
     report, started = ServerSoakReport(), time.perf_counter()
     with served(folder / "model", "--prefix-cache", "4MB", "--log-format", "none", "--queue", "64") as server:
+        _fill_pools(server)
         for part in range(SAMPLES):
             numbers = iter(range(part * requests // SAMPLES, (part + 1) * requests // SAMPLES))
             _clients(server, numbers, seed, report)
@@ -96,6 +98,22 @@ def soak_server(
             report.problems.append(f"the server's log has a traceback: {server.log[-2000:]}")
     report.check()
     return report
+
+
+def _fill_pools(server: ServedProcess) -> None:
+    """Ask so many things at once that every thread there may be is there: a pool makes one when the others are busy."""
+    long = {"prompt": "again and " * 8000}
+    # Each is another schema: one that was compiled is not compiled again.
+    schemas = [SCHEMA | {"description": f"{number} " * 5000} for number in range(CLIENTS)]
+    forms = [{"type": "json_schema", "json_schema": {"name": "it", "schema": schema}} for schema in schemas]
+    chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+
+    def post(body: dict[str, Any]) -> None:
+        httpx.post(f"{server.url}{PATHS['chat' if 'messages' in body else 'text']}", json=body, timeout=120)
+
+    for bodies in ([long] * CLIENTS, [chat | {"response_format": form} for form in forms]):
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            list(clients.map(post, bodies))
 
 
 def _clients(server: ServedProcess, numbers: Any, seed: int, report: ServerSoakReport) -> None:
@@ -172,9 +190,13 @@ def _body(chance: random.Random) -> tuple[str, dict[str, Any]]:
 
 def _cut(server: ServedProcess, kind: str, body: dict[str, Any], chance: random.Random) -> None:
     data = json.dumps(body).encode()
-    about = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
-    head = f"POST {PATHS[kind]} HTTP/1.1\r\n{about}\r\n\r\n"
-    whole = head.encode() + data
+    lines = (
+        f"POST {PATHS[kind]} HTTP/1.1",
+        "host: localhost",
+        "content-type: application/json",
+        f"content-length: {len(data)}",
+    )
+    whole = "\r\n".join([*lines, "", ""]).encode() + data
     with socket.create_connection(server.address, timeout=120) as connection:
         # In the request itself, in the queue or the prompt, or in the answer.
         when = chance.choice(("request", "prompt", "answer"))
@@ -208,8 +230,8 @@ def main() -> None:
 
     def show(sample: Sample) -> None:
         print(
-            f"{sample.requests:8}  {sample.resident_bytes / 1e6:11.1f}  {sample.active_bytes / 1e6:9.3f}"
-            f"  {sample.open_files!s:>5}  {sample.threads!s:>7}  {sample.seconds:7.0f}",
+            f"{sample.requests:8}  {sample.resident_bytes / 1e6:11.1f}  {sample.active_bytes / 1e6:9.3f}  "
+            f"{sample.open_files!s:>5}  {sample.threads!s:>7}  {sample.seconds:7.0f}",
             flush=True,
         )
 
