@@ -53,7 +53,8 @@ class ChunkPace:
         elapsed = self._clock() - started
         if tokens and elapsed > 0:
             rate = tokens / elapsed
-            self._rate = rate if self._rate is None else NEWEST * rate + (1 - NEWEST) * self._rate
+            # A slower one counts at once, a faster one by and by: rows wait too long for the first only.
+            self._rate = rate if self._rate is None else min(rate, NEWEST * rate + (1 - NEWEST) * self._rate)
 
 
 class PromptJob:

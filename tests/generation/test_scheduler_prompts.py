@@ -255,3 +255,19 @@ def test_one_of_them_that_is_ended_leaves_the_rest(small_model: Mixtral, steps: 
     for ticket in tickets:
         if ticket != tickets[ended]:
             assert tuple(watched.tokens[ticket]) == alone.token_ids
+
+
+def test_a_slow_chunk_counts_at_once_and_a_fast_one_by_and_by() -> None:
+    """Chunks of a second each at 1,000 tokens a second: at 250 all that is over counts, back at 1,000 half of it."""
+    clock = HandClock()
+    pace = ChunkPace(1.0, 10_000, is_whole=False, clock=clock)
+
+    def chunk(tokens: int, seconds: float) -> int:
+        def compute() -> int:
+            clock.now += seconds
+            return tokens
+
+        pace.timed(compute)
+        return pace.tokens(is_waited_for=True)
+
+    assert [chunk(1000, 1.0), chunk(1000, 4.0), chunk(1000, 1.0)] == [1000, 250, 625]

@@ -56,6 +56,14 @@ def test_half_open_connections_lock_nobody_out(serve: Serve) -> None:
         assert server.post(CHAT, BODY).status_code == 200
 
 
+def test_no_packet_waits_for_the_receipt_of_another(server: Running) -> None:
+    assert server.post(CHAT, BODY).status_code == 200
+    assert server.server._uvicorn is not None
+    (connection, *_) = server.server._uvicorn.server_state.connections
+    own = connection.transport.get_extra_info("socket")
+    assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+
+
 def test_the_connection_that_was_idle_longest_makes_room(serve: Serve) -> None:
     with serve(max_connections=5) as server:
         idle = [server.raw() for _ in range(12)]
