@@ -20,19 +20,18 @@ import os
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import make_checkpoint
 import mlx.core as mx
-from server_clients import Answer, ask, at_once, median_gap, post_bytes, send_body, stream, together
+from server_clients import Answer, ask, at_once, median_gap, mlx_lm_server, post_bytes, send_body, stream, together
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from mlx_mixtral import Mixtral, load
@@ -307,32 +306,11 @@ class Benchmark:
         )
 
     def mlx_lm(self) -> None:
-        with _mlx_lm_server(self.folder) as address:
+        with mlx_lm_server(self.folder) as address:
             self.ratio("a stream, beside mlx-lm's server", 1.0, self.one_over_http, lambda: self.one_over_http(address))
             self.ratio(
                 "eight, beside mlx-lm's server", 1.0, self.eight_over_http, lambda: self.eight_over_http(address)
             )
-
-
-@contextlib.contextmanager
-def _mlx_lm_server(folder: Path) -> Iterator[tuple[str, int]]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlx_lm.server", "--model", str(folder), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    lines: list[str] = []
-    assert process.stderr is not None
-    threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True).start()
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            assert process.poll() is None, "".join(lines[-5:])
-            time.sleep(0.1)
-        yield "127.0.0.1", port
-    finally:
-        process.kill()
-        process.wait()
 
 
 PARTS = {name.replace("_", "-"): getattr(Benchmark, name) for name in (

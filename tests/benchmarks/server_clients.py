@@ -7,14 +7,17 @@ import http.client
 import json
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Answer", "ask", "at_once", "median_gap", "post_bytes", "send_body", "stream", "together"]
+__all__ = ["Answer", "ask", "at_once", "median_gap", "mlx_lm_server", "post_bytes", "send_body", "stream", "together"]
 
 Address = tuple[str, int]
 PATIENCE_S = 300.0
@@ -160,3 +163,25 @@ def send_body(address: Address, size: int, *, is_chunked: bool) -> tuple[str, in
 
 def median_gap(answers: Sequence[Answer]) -> float:
     return statistics.median(gap for answer in answers for gap in answer.gaps)
+
+
+@contextlib.contextmanager
+def mlx_lm_server(folder: Path) -> Iterator[Address]:
+    """mlx-lm's server of ``folder``, in a process of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlx_lm.server", "--model", str(folder), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    lines: list[str] = []
+    assert process.stderr is not None
+    threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True).start()
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert process.poll() is None, "".join(lines[-5:])
+            time.sleep(0.1)
+        yield "127.0.0.1", port
+    finally:
+        process.kill()
+        process.wait()
