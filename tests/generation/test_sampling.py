@@ -98,7 +98,7 @@ TENTHS = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))[None]
     ids=str,
 )
 def test_filters_apply_in_their_order_each_to_what_the_last_left(params: dict[str, Any], wanted: list[float]) -> None:
-    sampler = Sampler(SamplingParams(**({"temperature": 1.0} | params)), [1], 4)
+    sampler = Sampler(SamplingParams(**({"temperature": 1.0, "seed": 3} | params)), [1], 4)
     found = np.exp(np.array(sampler.log_probabilities(mx.array(TENTHS))))[0]
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     drawn = {int(sampler(mx.array(TENTHS)).token.item()) for _ in range(60)}
