@@ -182,7 +182,7 @@ def test_ctrl_c_says_where_the_same_command_goes_on(
         assert process.stderr.readline() == b"reading\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.replace(b"reading\n", b"") == b"interrupted; repeat the command to continue from layer 3 of 6\n"
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     refused = invoke("convert", tiny, tmp_path / "out", "--bits", 8)
