@@ -93,32 +93,48 @@ class _App(click.Group):
             with _said():
                 result = super().invoke(ctx)
             sys.stdout.flush()
-        except InvalidRequestError as error:
-            note(f"error: {one_line(_with_option_names(ctx, str(error)))}{_notes(error)}")
-            raise click.exceptions.Exit(WRONG_CALL) from None
-        except MixtralError as error:
-            note(f"error: {one_line(error)}{_notes(error)}")
-            raise click.exceptions.Exit(1) from None
-        except KeyboardInterrupt as interrupt:
-            note(f"interrupted{_notes(interrupt)}")
-            raise click.exceptions.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            _drop_output()
-            raise click.exceptions.Exit(PIPE_CLOSED) from None
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (KeyboardInterrupt, Exception) as error:
+            if (status := _status(ctx, error)) is None:
                 raise
-            note(
-                f"error: there is not enough memory ({one_line(error)[:200] or 'allocation failed'}); close other programs"
-            )
-            raise click.exceptions.Exit(1) from None
-        except OSError as error:
-            # What the library meets in files is a MixtralError: this is the output itself, a full disk for instance.
-            _drop_output(keep_errors=True)
-            where = f": {error.filename}" if error.filename else ""
-            note(f"error: {error.strerror or error}{where}")
-            raise click.exceptions.Exit(1) from None
+            raise click.exceptions.Exit(status) from None
         return result
+
+
+def _status(ctx: click.Context, error: BaseException) -> int | None:
+    """The exit status for what ended a command, after one line about it; None for a fault of ours, which gets a traceback."""
+    # What stops on the way out of an interrupted program may raise something else, which is no other ending.
+    if any(isinstance(each, KeyboardInterrupt) for each in _chain(error)):
+        note(f"interrupted{_notes(error)}")
+        return INTERRUPTED
+    if isinstance(error, MixtralError):
+        is_usage = isinstance(error, InvalidRequestError)
+        text = _with_option_names(ctx, str(error)) if is_usage else error
+        note(f"error: {one_line(text)}{_notes(error)}")
+        return WRONG_CALL if is_usage else 1
+    if isinstance(error, BrokenPipeError):
+        _drop_output()
+        return PIPE_CLOSED
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error)):
+        note(
+            f"error: there is not enough memory ({one_line(error)[:200] or 'allocation failed'}); close other programs"
+        )
+        return 1
+    if isinstance(error, OSError):
+        # What the library meets in files is a MixtralError: this is the output itself, a full disk for instance.
+        _drop_output(keep_errors=True)
+        where = f": {error.filename}" if error.filename else ""
+        note(f"error: {error.strerror or error}{where}")
+        return 1
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and those that were being handled when it was raised."""
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 @click.group(

@@ -92,8 +92,9 @@ def check_files(folder: Path) -> None:
         if (problem := file_problem(folder, name, entry)) is not None:
             fix = ", or load without verifying if the change was intended" if problem.startswith(EDITED) else ""
             raise CheckpointError(f"{folder / name}: {problem}{fix}")
+    weights = _weight_files(folder)
     for name in unlisted(folder, entries):
-        if _is_read(name) or name in _weight_files(folder):
+        if _is_read(name) or name in weights:
             raise CheckpointError(f"{folder / name}: {MANIFEST} does not list it; move it, or convert again")
 
 

@@ -55,9 +55,9 @@ def refuse_unused(unused: Mapping[str, TensorInfo], reader: CheckpointReader) ->
     """
     zeros = _refuse_biases(unused, reader)
     scales = [name for name in unused if _CACHE_SCALE.fullmatch(name)]
-    for name in (name for name in unused if name not in {*zeros, *scales}):
-        if not _DERIVED.fullmatch(name):
-            info = unused[name]
+    harmless = {*zeros, *scales}
+    for name, info in unused.items():
+        if name not in harmless and not _DERIVED.fullmatch(name):
             raise CheckpointError(
                 f"{info.file}: tensor {info.name!r} has no place in the model config.json describes; "
                 "check num_hidden_layers, num_local_experts and model_type"

@@ -11,6 +11,7 @@ import pytest
 
 from mlx_mixtral import __version__
 from mlx_mixtral.cli.app import COMMANDS, app
+from mlx_mixtral.errors import CheckpointError
 from tests.processes import PYTHONPATH
 
 from .conftest import Invoke, Spawn, assert_one_error
@@ -145,3 +146,29 @@ def test_help_and_version_are_commands_too(invoke: Invoke) -> None:
     assert invoke("help").stdout == invoke("--help").stdout
     assert invoke("help", "convert").stdout == invoke("convert", "--help").stdout
     assert invoke("version").stdout == invoke("--version").stdout
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("release unlocked lock"), CheckpointError("stopped"), OSError(5, "x")])
+def test_what_an_interrupt_makes_fail_on_the_way_out_is_an_interruption(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raised.add_note("repeat the command to continue")
+            raise raised
+
+    monkeypatch.setattr("mlx_mixtral_convert.verify", interrupted)
+    result = invoke("verify", ".")
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr == "interrupted; repeat the command to continue\n"
+
+
+def test_a_fault_of_the_programs_own_is_not_hidden(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("mlx_mixtral_convert.verify", broken)
+    result = invoke("verify", ".")
+    assert isinstance(result.exception, RuntimeError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -127,17 +128,17 @@ class GroupedSource(PackedModules):
     def _main(self, rows: Rows) -> str:
         return f"{self._module(rows)}.qweight"
 
+    @abstractmethod
     def _words(self, matrix: Matrix) -> tuple[int, int]:
         """Shape of ``qweight``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rows(self, module: str) -> npt.NDArray[np.uint32]:
         """``[out, words]``: the integers of each row of the matrix as one stream from the lowest bits on, as MLX packs them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _zeros(self, module: str) -> Floats:
         """Zero points ``[groups, out]``."""
-        raise NotImplementedError
 
     def _groups(self, module: str, inputs: int) -> npt.NDArray[Any]:
         """The group of each input."""

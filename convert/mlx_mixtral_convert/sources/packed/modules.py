@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +55,7 @@ def _spelled(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {_SPELLINGS.get(key, key): value for key, value in entry.items() if value is not None}
 
 
-class PackedModules(HuggingFaceSource):
+class PackedModules(HuggingFaceSource, ABC):
     """A folder whose modules are ``NAME.weight``, or several tensors ``NAME.*`` that decode to float32.
 
     A subclass says which tensors a packed module has, checks them, and decodes one module at a time.
@@ -99,24 +100,25 @@ class PackedModules(HuggingFaceSource):
         kinds = {self._packing(rows, matrix) for rows in found}
         return kinds.pop() if len(kinds) == 1 else next(kind for kind in kinds if not kind.exact)
 
+    @abstractmethod
     def read_packed(self, matrix: Matrix, expert: int) -> dict[Field, npt.NDArray[Any]]:
         """One expert's integers in MLX's order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check(self, rows: Rows, matrix: Matrix) -> None:
         """Raise CheckpointError or ConversionError unless the module's tensors have the shapes ``matrix`` calls for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode(self, rows: Rows, out: Floats) -> None:
         """Fill ``out`` ``[out_features, in_features]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _packing(self, rows: Rows, matrix: Matrix) -> NativePacking:
-        raise NotImplementedError
+        """How MLX could hold a module."""
 
+    @abstractmethod
     def _main(self, rows: Rows) -> str:
         """The tensor that holds a module's codes."""
-        raise NotImplementedError
 
     def _packed_rows(self, item: Matrix | Norm, expert: int) -> Rows | None:
         """Where one expert of a matrix lies in a packed module, None for a plain tensor."""
