@@ -170,5 +170,5 @@ def test_a_fault_of_the_programs_own_is_not_hidden(invoke: Invoke, monkeypatch: 
         raise RuntimeError("a fault")
 
     monkeypatch.setattr("mlx_mixtral_convert.verify", broken)
-    result = invoke("verify", ".")
-    assert isinstance(result.exception, RuntimeError)
+    with pytest.raises(RuntimeError, match="a fault"):
+        invoke("verify", ".")
