@@ -38,6 +38,16 @@ def wait_for_answer(chat: Terminal) -> None:
         assert chat.read()
 
 
+def save_and_leave(chat: Terminal, place: Path, messages: int) -> None:
+    """Save the conversation, which has so many messages, and end the chat by Ctrl-D."""
+    chat.until()
+    chat.type(f"/save {place}", ENTER)
+    chat.until(f"(saved {messages} messages")
+    chat.until()
+    chat.type(CTRL_D)
+    assert chat.end() == 0
+
+
 def test_ctrl_d_leaves_and_ctrl_c_says_so_however_often(terminal: Open) -> None:
     chat = terminal()
     assert "/help for help, Ctrl-D to leave" in " ".join(chat.until().split())
@@ -68,12 +78,7 @@ def test_a_pasted_text_is_one_message_as_it_is(terminal: Open, tmp_path: Path) -
     chat.paste('/usr/bin/ld: no\n"""')
     chat.type(ENTER)
     chat.until("(cut off")
-    chat.until()
-    chat.type(f"/save {tmp_path / 'talk'}", ENTER)
-    chat.until("(saved 4 messages")
-    chat.until()
-    chat.type(CTRL_D)
-    assert chat.end() == 0
+    save_and_leave(chat, tmp_path / "talk", 4)
     assert said(tmp_path / "talk") == [text.strip(), '/usr/bin/ld: no\n"""']
 
 
@@ -87,12 +92,7 @@ def test_several_lines_are_typed_in_three_ways(terminal: Open, tmp_path: Path) -
     chat.until()
     chat.type("five", ALT_ENTER, "six", ENTER)
     chat.until("(cut off")
-    chat.until()
-    chat.type(f"/save {tmp_path / 'talk'}", ENTER)
-    chat.until("(saved 6 messages")
-    chat.until()
-    chat.type(CTRL_D)
-    assert chat.end() == 0
+    save_and_leave(chat, tmp_path / "talk", 6)
     assert said(tmp_path / "talk") == ["one\ntwo", "three\n\n  four", "five\nsix"]
 
 
@@ -108,12 +108,7 @@ def test_three_ctrl_c_during_an_answer_lose_nothing(terminal: Open, tmp_path: Pa
     chat.until()
     chat.type(CTRL_C)
     chat.until("to leave)")
-    chat.until()
-    chat.type(f"/save {tmp_path / 'talk'}", ENTER)
-    chat.until("(saved 2 messages")
-    chat.until()
-    chat.type(CTRL_D)
-    assert chat.end() == 0
+    save_and_leave(chat, tmp_path / "talk", 2)
     messages = json.loads((tmp_path / "talk").read_text())["messages"]
     assert [turn["role"] for turn in messages] == ["user", "assistant"]
     assert 0 < len(messages[1]["content"]) < 3000
@@ -131,12 +126,7 @@ def test_a_text_pasted_while_an_answer_is_written_is_one_message_too(terminal: O
     assert "line" not in chat.until("(cut off")
     chat.until("line 59 of many")
     chat.until("(cut off")
-    chat.until()
-    chat.type(f"/save {tmp_path / 'talk'}", ENTER)
-    chat.until("(saved 4 messages")
-    chat.until()
-    chat.type(CTRL_D)
-    assert chat.end() == 0
+    save_and_leave(chat, tmp_path / "talk", 4)
     assert said(tmp_path / "talk") == ["Hello", lines]
 
 

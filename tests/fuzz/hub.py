@@ -6,8 +6,6 @@ A case ends in the true files or in one HubError line, within its limits, and wr
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import sys
 import tempfile
@@ -17,11 +15,10 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-from tests.forks import run_python
 from tests.fuzz.mutate import BENDS
 from tests.fuzz.mutate_json import NUMBERS, TRAVERSALS, bend_json
+from tests.hub.asking import ask_all
 from tests.hub.lying_server import BLOCK, COMMIT, FILES, forever, listing, serve
-from tests.processes import PYTHONPATH
 
 __all__ = ["bent", "wrong_results"]
 
@@ -38,27 +35,6 @@ VALUES = (
     "RepoNotFound", "http://[", "file:///etc/passwd", "//", "?", "x" * 70_000, "é", "a: b",
 )  # fmt: skip
 STATUSES = (200, 200, 200, 200, 206, 204, 301, 302, 307, 400, 401, 403, 404, 416, 418, 429, 500, 503, 600, 999)
-SCRIPT = """
-import json, resource, sys, time
-from concurrent.futures import ThreadPoolExecutor
-from mlx_mixtral.errors import HubError
-from mlx_mixtral.hub import answers, ranges, resolve
-answers.ANSWER_S = 4.0
-ranges.TIMEOUT_S, ranges.MAX_SILENT_S = 0.5, 1.5
-ranges.WAIT_S = ranges.MAX_WAIT_S = ranges.MAX_ASKED_S = 0.001
-def ask(name):
-    started = time.monotonic()
-    try:
-        result = {"folder": str(resolve(f"owner/{name}"))}
-    except HubError as error:
-        result = {"message": str(error)}
-    except BaseException as error:
-        result = {"wrong": repr(error)}
-    return name, result | {"seconds": time.monotonic() - started}
-with ThreadPoolExecutor(16) as pool:
-    results = dict(pool.map(ask, json.loads(sys.argv[1])))
-print(json.dumps({"results": results, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
-"""
 
 
 def bent(handler: BaseHTTPRequestHandler, lie: str, *, is_api: bool, file: str) -> None:
@@ -97,13 +73,10 @@ def wrong_results(numbers: range, outcomes: Counter[str] | None = None) -> dict[
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="mlx-mixtral-fuzz-") as folder, serve(bent) as hub:
         home = Path(folder, "a", "b", "c", "home")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "NO_PROXY": "*", "PYTHONPATH": PYTHONPATH}
-        names = [f"case-{number}" for number in numbers]
-        done = run_python(SCRIPT, [json.dumps(names)], environment)
-        if done.returncode or done.stderr:
-            return {"all": f"status {done.returncode}: {done.stderr[-2000:]}"}
-        said = json.loads(done.stdout)
+        try:
+            said = ask_all(hub.url, home, [f"case-{number}" for number in numbers])
+        except AssertionError as error:
+            return {"all": str(error)[-2000:]}
         if said["peak"] > 1_000_000:
             found["all"] = f"{said['peak']} kB of memory"
         for name, result in said["results"].items():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -20,6 +22,8 @@ CONFIG = b'{"model_type": "mixtral"}'
 WEIGHTS = b"w" * 5000
 FILES = {"config.json": CONFIG, "model.safetensors": WEIGHTS}
 OUTSIDE = "../../../../outside"
+ABSOLUTE = "/ABSOLUTE"
+"""Stands for the path that ``serve`` is given: a place where nothing must be written."""
 
 
 def entry(name: str, data: bytes) -> dict[str, Any]:
@@ -75,7 +79,7 @@ LISTINGS: dict[str, tuple[bytes, str]] = {
     "hash-text": (siblings({"rfilename": "x", "size": 1, "lfs": {"sha256": OUTSIDE}}), "a hash of x is"),
     "hash-up": (changed(blobId=OUTSIDE), f"a hash of config.json is '{OUTSIDE}', which is not 40"),
     "hash-dots": (changed(blobId=".."), "a hash of config.json is '..'"),
-    "hash-absolute": (changed(blobId="/tmp/outside"), "a hash of config.json is '/tmp/outside'"),
+    "hash-absolute": (changed(blobId=ABSOLUTE), "a hash of config.json is '/"),
     "hash-newline": (changed(blobId=ETAG + "\n"), "a hash of config.json is"),
     "hash-list": (changed(blobId=[ETAG]), "a hash of config.json is a list"),
     "hash-long": (changed(blobId="e" * 5000), "a hash of config.json is 'eee"),
@@ -86,7 +90,7 @@ HEADS: dict[str, tuple[dict[str, str], int, str]] = {
     "etag-up": ({"ETag": f'"{OUTSIDE}"'}, 200, ""),
     "linked-etag-up": ({"X-Linked-Etag": OUTSIDE}, 200, ""),
     "etag-dots": ({"ETag": ".."}, 200, ""),
-    "etag-absolute": ({"ETag": "/tmp/outside"}, 200, ""),
+    "etag-absolute": ({"ETag": ABSOLUTE}, 200, ""),
     "etag-long": ({"ETag": "e" * 5000}, 200, ""),
     "etag-none": ({"ETag": ""}, 200, ""),
     "head-commit": ({"X-Repo-Commit": OUTSIDE}, 200, "was asked for at commit 0123"),
@@ -198,7 +202,7 @@ class _Server(ThreadingHTTPServer):
         """The client gives up the connection: that is what it should do."""
 
 
-def _handler(hub: LyingHub, bent: Callable[..., None] | None) -> type[BaseHTTPRequestHandler]:
+def _handler(hub: LyingHub, bent: Callable[..., None] | None, outside: Path) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -226,9 +230,10 @@ def _handler(hub: LyingHub, bent: Callable[..., None] | None) -> type[BaseHTTPRe
                 self.answer(data, {"ETag": f"{ETAG}{len(data)}", "X-Repo-Commit": COMMIT}, 200)
 
         def answer(self, data: bytes, headers: dict[str, str], status: int) -> None:
+            data = data.replace(ABSOLUTE.encode(), os.fsencode(outside))
             self.send_response(status)
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
-                self.send_header(name, value)
+                self.send_header(name, value.replace(ABSOLUTE, str(outside)))
             self.end_headers()
             self.wfile.write(data)
 
@@ -249,10 +254,15 @@ def _handler(hub: LyingHub, bent: Callable[..., None] | None) -> type[BaseHTTPRe
 
 
 @contextlib.contextmanager
-def serve(bent: Callable[..., None] | None = None) -> Iterator[LyingHub]:
-    """The hub; ``bent`` answers all requests in place of the lies of this file."""
+def serve(bent: Callable[..., None] | None = None, outside: Path = Path(ABSOLUTE)) -> Iterator[LyingHub]:
+    """The hub.
+
+    Args:
+        bent: answers all requests in place of the lies of this file.
+        outside: the absolute path that lies name, beside the cache.
+    """
     hub = LyingHub()
-    server = _Server(("127.0.0.1", 0), _handler(hub, bent))
+    server = _Server(("127.0.0.1", 0), _handler(hub, bent, outside))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.forks import run_python
 from tests.fuzz.hub import wrong_results
+from tests.hub.asking import ask_all
 from tests.hub.lying_server import APIS, BODIES, CONFIG, HEADS, LISTINGS, serve
-from tests.processes import PYTHONPATH
 
 EXPECTED = {
     **{name: words for name, (_, words) in LISTINGS.items()},
@@ -24,48 +21,14 @@ EXPECTED = {
 }
 # A lie that costs only bytes which are not read.
 HARMLESS = [name for name, words in EXPECTED.items() if not words]
-# Every repository in a thread of its own, so that silences pass together.
-SCRIPT = """
-import json, logging, resource, sys, threading, time
-from concurrent.futures import ThreadPoolExecutor
-from mlx_mixtral.errors import HubError
-from mlx_mixtral.hub import answers, ranges, resolve
-answers.ANSWER_S, answers.QUIET_S = 4.0, 0.2
-ranges.TIMEOUT_S, ranges.WAIT_S, ranges.MAX_SILENT_S, ranges.SAID_S = 0.5, 0.001, 1.5, 0.2
-said = []
-handler = logging.Handler()
-handler.emit = lambda record: said.append(record.getMessage())
-logging.getLogger("mlx_mixtral").addHandler(handler)
-logging.getLogger("mlx_mixtral").setLevel(logging.INFO)
-def ask(name):
-    started = time.monotonic()
-    try:
-        result = {"folder": str(resolve(f"owner/{name}"))}
-    except HubError as error:
-        result = {"message": str(error)}
-    except BaseException as error:
-        result = {"wrong": repr(error)}
-    return name, result | {"seconds": time.monotonic() - started}
-with ThreadPoolExecutor(16) as pool:
-    results = dict(pool.map(ask, json.loads(sys.argv[1])))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"results": results, "said": said, "peak": peak}))
-"""
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], dict[str, int]]]:
     """Every lie told to one process."""
     place = tmp_path_factory.mktemp("lies") / "a" / "b" / "c" / "d"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    with serve() as hub:
-        environment |= {
-            "HF_ENDPOINT": hub.url, "HF_HOME": str(place / "home"), "HF_HUB_ETAG_TIMEOUT": "4", "NO_PROXY": "*",
-            "PYTHONPATH": PYTHONPATH,
-        }  # fmt: skip
-        done = run_python(SCRIPT, [json.dumps(list(EXPECTED))], environment)
-        assert (done.returncode, done.stderr) == (0, "")
-        yield place, json.loads(done.stdout), dict(hub.sent)
+    with serve(outside=place.parent / "absolute") as hub:
+        yield place, ask_all(hub.url, place / "home", list(EXPECTED)), dict(hub.sent)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -87,7 +50,6 @@ def test_nothing_is_written_but_to_the_cache(asked: tuple[Path, dict[str, Any], 
     top = place.parents[3]
     outside = [path for path in top.rglob("*") if not path.is_relative_to(place / "home") and not path.is_dir()]
     assert outside == []
-    assert not Path("/tmp/outside").exists()
     repositories = place / "home" / "hub"
     kinds = {path.name for folder in repositories.glob("models--*") for path in folder.iterdir()}
     assert kinds <= {"blobs", "refs", "snapshots"}
