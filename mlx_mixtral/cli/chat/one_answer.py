@@ -33,10 +33,7 @@ def print_one_answer(
     def begin(interrupt: Interruptible) -> TextStream:
         return loaded.model.stream_chat(
             messages,
-            sampling=options.sampling.params(),
-            max_tokens=options.max_tokens,
-            stop=options.stopping.stop,
-            stop_token_ids=options.stopping.stop_token_ids,
+            **options.arguments(),
             cancelled=interrupt.cancelled,
             on_prefill=interrupt.on_prefill,
             speculation=speculation,

@@ -106,10 +106,7 @@ class Session:
             with Interruptible(asks_only=True) as interrupt:
                 stream = self.model.stream_chat(
                     talk.messages,
-                    sampling=options.sampling.params(),
-                    max_tokens=options.max_tokens,
-                    stop=options.stopping.stop,
-                    stop_token_ids=options.stopping.stop_token_ids,
+                    **options.arguments(),
                     cancelled=interrupt.cancelled,
                     on_prefill=interrupt.on_prefill,
                     speculation=self.speculation,

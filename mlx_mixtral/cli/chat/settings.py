@@ -27,6 +27,15 @@ class AnswerOptions:
     sampling: SamplingOptions = group(SamplingOptions, temperature=0.7, top_p=0.95)
     stopping: StopOptions = group(StopOptions)
 
+    def arguments(self) -> dict[str, Any]:
+        """As ``Mixtral.stream_chat`` takes them."""
+        return {
+            "max_tokens": self.max_tokens,
+            "sampling": self.sampling.params(),
+            "stop": self.stopping.stop,
+            "stop_token_ids": self.stopping.stop_token_ids,
+        }
+
     def check(self) -> None:
         """Raise InvalidRequestError for what can be refused before any model is loaded."""
         self.sampling.params()
