@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_mixtral.server.jobs import NewToken, ReplyPart, ScoredPrompt
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
-from mlx_mixtral.server.wire.kinds import Either, Flag, Integer, ListOf, String
+from mlx_mixtral.server.wire.kinds import Flag, Integer, texts_or_ids
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, completion_logprobs, prompt_entries
 from mlx_mixtral.server.wire.reply import StreamedReply
 from mlx_mixtral.server.wire.sampling import COMMON_FIELDS, MAX_TOP_LOGPROBS, SAMPLING_FIELDS, STREAM_FIELDS
@@ -19,12 +19,10 @@ __all__ = ["COMPLETION_BODY", "CompletionReply", "EchoedPrompt"]
 
 MAX_PROMPTS = 64
 
-_IDS = ListOf(Integer(0), 1)
-
 COMPLETION_BODY = BodyTable((
     BodyField(
         "prompt",
-        Either((String(), _IDS, ListOf(String(), 1, MAX_PROMPTS), ListOf(_IDS, 1, MAX_PROMPTS))),
+        texts_or_ids(MAX_PROMPTS),
         "Text or token ids, or a list of several.",
         required=True,
     ),

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_mixtral.server.jobs import PooledPrompt, ReplyPart
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
-from mlx_mixtral.server.wire.kinds import Choice, Either, Integer, ListOf, String
+from mlx_mixtral.server.wire.kinds import Choice, String, texts_or_ids
 from mlx_mixtral.server.wire.reply import Reply
 from mlx_mixtral.server.wire.sse import compact_json
 
@@ -17,12 +17,10 @@ __all__ = ["EMBEDDINGS_BODY", "MAX_INPUTS", "EmbeddingsReply"]
 
 MAX_INPUTS = 2048
 
-_IDS = ListOf(Integer(0), 1)
-
 EMBEDDINGS_BODY = BodyTable((
     BodyField(
         "input",
-        Either((String(), _IDS, ListOf(String(), 1, MAX_INPUTS), ListOf(_IDS, 1, MAX_INPUTS))),
+        texts_or_ids(MAX_INPUTS),
         "Text or token ids, or a list of several.",
         required=True,
     ),

@@ -23,6 +23,7 @@ __all__ = [
     "String",
     "ValueKind",
     "refuse",
+    "texts_or_ids",
 ]
 
 
@@ -263,6 +264,12 @@ class Either(ValueKind):
     @property
     def words(self) -> str:
         return ", or ".join(kind.words for kind in self.kinds)
+
+
+def texts_or_ids(most: int) -> Either:
+    """Text, token ids, or a list of up to ``most`` of either."""
+    ids = ListOf(Integer(0), 1)
+    return Either((String(), ids, ListOf(String(), 1, most), ListOf(ids, 1, most)))
 
 
 def _takes(kind: ValueKind, value: Any) -> bool:
