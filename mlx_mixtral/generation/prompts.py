@@ -11,9 +11,12 @@ from mlx_mixtral.generation.prefill import Prefilled, prefill
 from mlx_mixtral.generation.rows import BatchRow, Prefixes
 from mlx_mixtral.model.transformer import MixtralModel
 
-__all__ = ["MIN_CHUNK_TOKENS", "ChunkPace", "PromptJob", "go_together", "taken"]
+__all__ = ["FIRST_CHUNK_TOKENS", "MIN_CHUNK_TOKENS", "ChunkPace", "PromptJob", "go_together", "taken"]
 
-MIN_CHUNK_TOKENS = 32
+FIRST_CHUNK_TOKENS, MIN_CHUNK_TOKENS = 32, 8
+# Of the time that rows may wait a chunk is meant to take so much: each is slower a token than the one before it, as it attends
+# to more and is shorter, and no two take the same time.
+AIMED_SHARE = 0.6
 # Prompts are computed together when their ends lie within so many tokens: those are in one chunk.
 MAX_SPREAD_TOKENS = 64
 # What a rate measured now counts against all before.
@@ -23,9 +26,9 @@ NEWEST = 0.5
 class ChunkPace:
     """How many tokens of a prompt are computed between two steps of the rows that run.
 
-    As many as take ``max_stall_s`` at the rate of the chunks so far, ``MIN_CHUNK_TOKENS`` at least: so a prompt comes to its
-    end however slow the machine is, and a row waits for its next token for a step and that time. The first chunk of all is a
-    shortest one, as no rate is known.
+    As many as take ``AIMED_SHARE`` of ``max_stall_s`` at the rate of the chunks so far, so that a row waits for its next token
+    for a step and ``max_stall_s``; ``MIN_CHUNK_TOKENS`` at least, so that a prompt comes to its end however slow the machine
+    is. The first chunk of all is a short one, as no rate is known.
 
     Args:
         most_tokens: of a chunk, whatever the rate.
@@ -43,8 +46,8 @@ class ChunkPace:
         if self._is_whole or not is_waited_for:
             return self._most_tokens
         if self._rate is None:
-            return MIN_CHUNK_TOKENS
-        return max(MIN_CHUNK_TOKENS, min(self._most_tokens, int(self._rate * self.max_stall_s)))
+            return FIRST_CHUNK_TOKENS
+        return max(MIN_CHUNK_TOKENS, min(self._most_tokens, int(self._rate * AIMED_SHARE * self.max_stall_s)))
 
     def timed(self, compute: Callable[[], int]) -> None:
         """Run ``compute``, which gives the tokens it computed, and learn from the time it took."""
@@ -69,10 +72,12 @@ class PromptJob:
     def __init__(self, model: MixtralModel, rows: Sequence[BatchRow], cache: KVCache) -> None:
         self.rows, self.cache = list(rows), cache
         self.reused = cache.length
+        self.hidden: mx.array | None = None
+        """``[R, 1, D]`` after the last tokens, where all is computed and the rows are to begin at the next step."""
         lengths = [len(row.tokens) - self.reused for row in rows]
         self.length = max(lengths)
         self.overtaken = 0
-        self._chunk = self._done = 0
+        self._chunk = self._done = self._chunks_done = 0
         filled = [
             [*row.tokens[self.reused :], *[0] * (self.length - length)]
             for row, length in zip(rows, lengths, strict=True)
@@ -91,6 +96,11 @@ class PromptJob:
         return self.length - self._done
 
     @property
+    def is_long(self) -> bool:
+        """Whether it took more than one chunk."""
+        return self._chunks_done > 1
+
+    @property
     def is_abandoned(self) -> bool:
         """Whether all its rows were ended."""
         return all(row.is_finished for row in self.rows)
@@ -100,6 +110,7 @@ class PromptJob:
         before, self._chunk = self._done, max(1, tokens // len(self.rows))
         done: Prefilled = next(self._chunks)
         self._done = done.done
+        self._chunks_done += 1
         return (self._done - before) * len(self.rows), done.hidden
 
     def held(self, row: BatchRow) -> int:

@@ -243,8 +243,10 @@ class Scheduler:
             self._running.join([row], shared.logits, shared.cache, [0], keep=self._line.shares(shared))
         if (job := self._next_job()) is None:
             return
-        is_waited_for = bool(self._running.rows)
-        if is_waited_for:
+        if job.hidden is not None:
+            self._begin_rows(job, job.hidden)
+            return
+        if is_waited_for := bool(self._running.rows):
             # The step under way is not part of the chunk's time.
             mx.eval(self._running.last)
         tokens = self._pace.tokens(is_waited_for=is_waited_for)
@@ -261,16 +263,21 @@ class Scheduler:
         if hidden is None:
             job.report()
             return computed
-        # As in a step, one token a row: more would be multiplied, and rounded, as a prompt is.
-        self._begin_rows(job, self._model.head(hidden)[:, -1])
+        if is_waited_for and job.is_long:
+            # To join, its cache may be copied, and that takes time of its own.
+            job.hidden = hidden
+            mx.eval(hidden)
+            return computed
+        self._begin_rows(job, hidden)
         if is_waited_for:
             mx.eval(self._running.last)
         return computed if is_waited_for else 0
 
-    def _begin_rows(self, job: PromptJob, logits: mx.array) -> None:
+    def _begin_rows(self, job: PromptJob, hidden: mx.array) -> None:
         """The prompts are computed: their rows run now, and as many of their siblings as there is room for."""
         self._jobs.remove(job)
-        running = self._running
+        # As in a step, one token a row: more would be multiplied, and rounded, as a prompt is.
+        logits, running = self._model.head(hidden)[:, -1], self._running
         rows: list[BatchRow] = []
         places: list[int] = []
         for place, row in enumerate(job.rows):
