@@ -5,10 +5,11 @@
 
 Each line has a goal and a figure. Ratios are medians over pairs that alternate, so that a busy machine slows both alike; the
 load average is printed beside them. What is compared with work in this process is served by this process too, to a client in
-another one: the same weights at the same addresses, since two processes that hold equal weights differ by 8% here. FOLDER is the bundled checkpoint when left out; ``--make`` writes one that is larger, in
-float32, with random weights, the bundled tokenizer and a context of 32k tokens. ``--mlx-lm`` starts ``mlx_lm.server`` on the
-same folder. ``--only`` takes names of parts: one, eight, constrained, load, turns, prefill, cuts, half-open, body, sigterm and
-mlx-lm.
+another one: the same weights at the same addresses, since two processes that hold equal weights differ by 8% here.
+
+FOLDER is the bundled checkpoint when left out; ``--make`` writes one that is larger, in float32, with random weights, the
+bundled tokenizer and a context of 32k tokens. ``--mlx-lm`` starts ``mlx_lm.server`` on the same folder. ``--only`` takes names
+of parts: one, eight, constrained, load, turns, prefill, cuts, half-open, body, sigterm and mlx-lm.
 """
 
 from __future__ import annotations
@@ -18,29 +19,25 @@ import contextlib
 import http.client
 import json
 import os
-import shutil
 import socket
 import statistics
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import make_checkpoint
 import mlx.core as mx
+from make_served import make_served
 from server_clients import Answer, ask, at_once, median_gap, mlx_lm_server, post_bytes, send_body, stream, together
+from server_inside import Inside, inside
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from mlx_mixtral import Mixtral, load
+from mlx_mixtral import Mixtral
 from mlx_mixtral.demo import checkpoint_path
-from mlx_mixtral.server.options import ServerOptions
-from mlx_mixtral.server.serving import ModelServer
 from tests.served import ServedProcess, served
 
 ROWS, MAX_STALL_S, GRACE_S = 8, 0.25, 2.0
@@ -56,70 +53,6 @@ SCHEMA = {
 ENDLESS = {"logit_bias": {"2": -100}}
 # Nor those without a text of their own, which wait for the next one: bytes of longer characters, and control tokens.
 SHOWN = {"logit_bias": {str(token): -100 for token in (0, 1, 2, *range(3 + 0x80, 3 + 0x100))}}
-
-
-def make(folder: Path, layers: int) -> None:
-    """A checkpoint of the shape "mid" with the bundled tokenizer."""
-    source = checkpoint_path()
-    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
-    shape = make_checkpoint.SHAPES["mid"] | {"vocab_size": vocabulary, "torch_dtype": "float32"}
-    make_checkpoint.SHAPES["served"] = shape
-    make_checkpoint.make("served", folder, layers=layers)
-    for file in folder.glob("*.safetensors"):
-        arrays = mx.load(str(file))
-        assert isinstance(arrays, dict)
-        whole = file.with_name("whole.safetensors")
-        mx.save_safetensors(
-            str(whole), {name: array.astype(mx.float32) for name, array in arrays.items()}, {"format": "pt"}
-        )
-        whole.replace(file)
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(source / name, folder / name)
-
-
-class Inside:
-    """A server in this process whose model is used without HTTP as well, and its clients in another."""
-
-    def __init__(self, folder: Path, clients: ProcessPoolExecutor) -> None:
-        self._server = ModelServer(
-            lambda: load(folder, device="cpu"),
-            ServerOptions(port=0, rows=ROWS, max_stall_s=MAX_STALL_S, log_format="none"),
-        )
-        self._clients = clients
-        self.model = self._server.start()
-        host, _, port = self._server.url.rpartition("/")[2].rpartition(":")
-        self._address = (host, int(port))
-        self._thread = threading.Thread(target=self._server.run)
-        self._thread.start()
-
-    def alone(self, work: Callable[[Mixtral], float]) -> float:
-        """``work`` on the server's model, while it serves nobody."""
-        found = self._server.engine.exclusive(work).result()
-        assert isinstance(found, float)
-        return found
-
-    def asked(self, body: dict[str, Any]) -> float:
-        """Tokens a second of a stream."""
-        answer = self._clients.submit(stream, self._address, body).result()
-        return answer.tokens / answer.seconds
-
-    def asked_together(self, bodies: list[dict[str, Any]]) -> float:
-        return self._clients.submit(together, self._address, bodies).result()[0]
-
-    def close(self) -> None:
-        self._server.stop()
-        self._thread.join()
-
-
-@contextlib.contextmanager
-def inside(folder: Path) -> Iterator[Inside]:
-    # Another thread's locks would be copied by a fork.
-    with ProcessPoolExecutor(1, get_context("spawn")) as clients:
-        found = Inside(folder, clients)
-        try:
-            yield found
-        finally:
-            found.close()
 
 
 class Benchmark:
@@ -170,9 +103,7 @@ class Benchmark:
             return count / (time.perf_counter() - started)
 
         here = self.here
-        self.ratio(
-            "a stream, beside stream()", 0.97, lambda: here.asked(self.bodies[0]), lambda: here.alone(alone)
-        )
+        self.ratio("a stream, beside stream()", 0.97, lambda: here.asked(self.bodies[0]), lambda: here.alone(alone))
 
     def eight(self) -> None:
         def batch(model: Mixtral) -> float:
@@ -392,11 +323,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     arguments = parser.parse_args()
     if arguments.make:
-        make(arguments.make, arguments.layers)
+        make_served(arguments.make, arguments.layers)
         return
     mx.set_default_device(mx.cpu)
     options = ("--max-stall", str(MAX_STALL_S), "--log-format", "none", "--rows", str(ROWS))
-    with inside(arguments.folder) as here, served(arguments.folder, *options) as server:
+    with inside(arguments.folder, ROWS, MAX_STALL_S) as here, served(arguments.folder, *options) as server:
         benchmark = Benchmark(arguments.folder, here, server, arguments.tokens, arguments.repeats)
         for name in [*arguments.only.split(","), *(["mlx-lm"] if arguments.mlx_lm else [])]:
             PARTS[name](benchmark)

@@ -137,7 +137,8 @@ def test_chunks_take_the_time_that_rows_may_wait(small_model: Mixtral, monkeypat
     assert set(others) <= {59, 60}
     assert last < 60
     assert max(gaps) <= 0.25
-    # A token for the running row in each of these steps: neither waits for the other. The long prompt joins in a step of its own.
+    # A token for the running row in each of these steps: neither waits for the other. The long prompt joins in a step of its
+    # own.
     assert len(watched.tokens[running]) == 1 + len(gaps) == 13
     watched.run()
     assert len(watched.tokens[running]) == 60
@@ -261,7 +262,7 @@ def test_one_of_them_that_is_ended_leaves_the_rest(small_model: Mixtral, steps: 
 
 
 def test_a_slow_chunk_counts_at_once_and_a_fast_one_by_and_by() -> None:
-    """Chunks of a second each at 1,000 tokens a second: at 250 all that is over counts, back at 1,000 half of it; 0.6 of it is used."""
+    """Chunks of a second at 1,000 tokens a second: at 250 all that is over counts, back at 1,000 half of it; 0.6 is used."""
     clock = HandClock()
     pace = ChunkPace(1.0, 10_000, is_whole=False, clock=clock)
 
