@@ -17,6 +17,7 @@
     ├── BusyError                    two threads use one model at once
     ├── QueueTimeoutError            a request waited for its turn for longer than it was to
     ├── ClosedError                  the model was closed
+    ├── GroupError                   machines that compute together: one is missing, differs, or is lost
     ├── MemoryBudgetError            the model does not fit the memory it was given
     └── ConversionError              a conversion that cannot start or finish
         ├── DestinationError         DEST exists, is not ours, is not writable
@@ -39,6 +40,7 @@ __all__ = [
     "DestinationError",
     "DiskSpaceError",
     "DtypeRangeError",
+    "GroupError",
     "HubError",
     "InvalidRequestError",
     "MemoryBudgetError",
@@ -131,6 +133,10 @@ class QueueTimeoutError(MixtralError):
 
 class ClosedError(MixtralError):
     """The model was closed and its weights were released."""
+
+
+class GroupError(MixtralError):
+    """Machines that compute one model together: one is missing, differs from the others, or is lost."""
 
 
 class MemoryBudgetError(MixtralError):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_mixtral.cache.kv import KVCache
+from mlx_mixtral.cache.mirror import Mirror
 from mlx_mixtral.cache.options import STEP_TOKENS
 from mlx_mixtral.cache.storage import KVStorage, LayerArrays, grown
 from mlx_mixtral.cache.window import Window
@@ -76,14 +77,25 @@ class BatchCache:
         storage, window: as of the caches that will join.
         spread: how many times the columns of its shortest row a group's longest may have; None for a group a row, infinity for
             one group.
+        mirror: told of every change, where other machines hold their part of it.
     """
 
-    def __init__(self, storage: KVStorage, window: Window | None, *, spread: float | None = SPREAD) -> None:
+    def __init__(
+        self,
+        storage: KVStorage,
+        window: Window | None,
+        *,
+        spread: float | None = SPREAD,
+        mirror: Mirror | None = None,
+    ) -> None:
         self.storage, self.window = storage, window
         self.groups: list[RowGroup] = []
         self._rows: list[HeldRow] = []
         self._spread = spread
         self._orders: tuple[mx.array, mx.array] | None = None
+        self.mirror = mirror
+        if mirror is not None:
+            mirror.made("batch", self, None)
 
     @property
     def rows(self) -> int:
@@ -153,6 +165,8 @@ class BatchCache:
             self._rows.append(row)
             places[id(row)] = (source, place)
         self._arrange([*self.groups, source], 1, places)
+        if self.mirror is not None:
+            self.mirror.did("join", self, cache, keep, *(number for member in members for number in member))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these; the order stays, the places close up."""
@@ -160,6 +174,8 @@ class BatchCache:
             return
         self._rows = [self._rows[row] for row in rows]
         self._arrange(self.groups, 1)
+        if self.mirror is not None:
+            self.mirror.did("keep", self, None, *rows)
 
     def extract(self, row: int) -> KVCache:
         """A cache of its own of what a row holds: a copy, which is lazy and to be evaluated before the next step."""
@@ -169,6 +185,9 @@ class BatchCache:
         layers = [tuple(mx.contiguous(array[place : place + 1, :, :used]) for array in layer) for layer in group.layers]
         cache = KVCache(len(layers), 1, 1, window=self.window, storage=self.storage)
         cache.adopt(layers, held.taken, written=held.written)
+        if self.mirror is not None:
+            cache.mirror = self.mirror
+            self.mirror.made("extract", cache, self, row)
         return cache
 
     def take_back(self, row: int) -> None:
@@ -178,6 +197,8 @@ class BatchCache:
         for group in self.groups:
             if held in group.rows:
                 group.forget_lengths()
+        if self.mirror is not None:
+            self.mirror.did("take_back", self, None, row)
 
     def _bounded(self, columns: int) -> int:
         return columns if self.window is None else min(columns, self.window.columns)

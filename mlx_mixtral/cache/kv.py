@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlx_mixtral.cache.mirror import Mirror
 from mlx_mixtral.cache.options import STEP_TOKENS
 from mlx_mixtral.cache.storage import KVStorage, LayerArrays, PlainStorage, grown
 from mlx_mixtral.cache.views import PrefillView, RingPrefillView
@@ -61,6 +62,8 @@ class KVCache:
         self._max_tokens = max_tokens
         self._written = 0
         self._lengths: mx.array | None = None
+        self.mirror: Mirror | None = None
+        """Told of every change, where other machines hold their part of it."""
 
     @property
     def capacity(self) -> int:
@@ -169,6 +172,8 @@ class KVCache:
             )
         self.length -= tokens
         self._lengths = None
+        if self.mirror is not None:
+            self.mirror.did("trim", self, None, tokens)
 
     def fork(self, tokens: int) -> KVCache:
         """A cache of its own of the first ``tokens`` tokens, a copy; nothing was overwritten so far.
@@ -183,6 +188,8 @@ class KVCache:
         other.length = other._written = tokens
         other._lengths = None
         mx.eval(other.arrays)
+        if self.mirror is not None:
+            self.mirror.made("fork", other, self, tokens)
         return other
 
     def take(self, rows: Sequence[int]) -> KVCache:
@@ -199,6 +206,8 @@ class KVCache:
             other.left_padding = [self.left_padding[row] for row in rows]
             other.padding = mx.array(other.left_padding, mx.int32)
         other._written, other._lengths = self.length, None
+        if self.mirror is not None:
+            self.mirror.made("take", other, self, *rows)
         return other
 
     def row(self, row: int, tokens: int) -> KVCache:
@@ -213,6 +222,8 @@ class KVCache:
         other, used = copy.copy(self), min(tokens, self.capacity)
         layers = [tuple(mx.contiguous(array[row : row + 1, :, :used]) for array in layer) for layer in self.layers]
         other.adopt(layers, tokens, written=max(self._written, tokens) if tokens == self.length else tokens)
+        if self.mirror is not None:
+            self.mirror.made("row", other, self, row, tokens)
         return other
 
     def adopt(self, layers: Sequence[LayerArrays], tokens: int, *, written: int | None = None) -> None:

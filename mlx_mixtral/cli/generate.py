@@ -22,6 +22,7 @@ from mlx_mixtral.cli.options import (
     number_list,
     overwrite_flag,
 )
+from mlx_mixtral.cli.several import follow_leader
 from mlx_mixtral.cli.values import ModelName
 from mlx_mixtral.errors import InvalidRequestError, TokenizerError
 
@@ -75,6 +76,7 @@ def generate(given: GenerateOptions) -> None:
     The prompt is sent as it is, without a chat format: use `chat` to talk with an instruct model. Control tokens it spells
     become these tokens; --no-special keeps them text. Greedy unless --temperature is given.
     """
+    follow_leader(given.model, given.loading)
     if given.from_prompt is not None and given.saved_prompt is not None:
         raise click.UsageError("--saved-prompt is the older name of --from-prompt; give one of them")
     saved = given.saved_prompt if given.from_prompt is None else given.from_prompt

@@ -13,6 +13,7 @@ from mlx_mixtral import Mixtral, load
 from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.options import LoadOptions, SpeculationOptions
 from mlx_mixtral.cli.progress import byte_progress, fetch
+from mlx_mixtral.cli.several import own_group
 from mlx_mixtral.errors import MemoryBudgetError, TokenizerError
 from mlx_mixtral.generation.request import Speculation
 from mlx_mixtral.runtime.speculation import DraftModel, PromptLookup
@@ -42,6 +43,7 @@ def load_model(
             folder,
             progress=lambda at: show(at.done_bytes, at.total_bytes),
             chat_template=chat_template,
+            group=own_group(),
             **options.arguments(),
         )
     load_s = time.perf_counter() - started

@@ -197,6 +197,20 @@ class LoadOptions:
         type=click.Choice(("off", "on", "auto")),
         default="off",
     )
+    split: str = option(
+        "--split",
+        "On several machines: cut experts, or give each machine whole layers; auto measures the link.",
+        type=click.Choice(("auto", "experts", "layers")),
+        default="auto",
+    )
+    shares: tuple[float, ...] | None = option(
+        "--shares LIST",
+        "Relative sizes of the machines' parts, such as 2,1.  [default: by their memory]",
+        callback=number_list(float, "numbers", "2,1"),
+    )
+    peer_timeout_s: float = option(
+        "--peer-timeout SECONDS", "How long another machine may take for its part of the work.", default=60.0
+    )
     overrides: OverrideOptions = group(OverrideOptions)
 
     def arguments(self) -> dict[str, Any]:

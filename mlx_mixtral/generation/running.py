@@ -31,7 +31,7 @@ class RunningRows:
         """Without any rows."""
         empty = self._context.model.make_cache()
         self.rows: list[BatchRow] = []
-        self.cache = BatchCache(empty.storage, empty.window)
+        self.cache = BatchCache(empty.storage, empty.window, mirror=empty.mirror)
         self.logits: mx.array | None = None
         """Of a forward that was scheduled and whose tokens are not drawn, ``[B, V]``."""
         self.is_drawn = True

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from mlx_mixtral.distributed.group import Group
 from mlx_mixtral.experts.gather import GatheredExperts, Prefetch
 from mlx_mixtral.layers.linear import Linear
 
@@ -49,12 +50,17 @@ class SparseMoe(Module):
         self.num_experts_per_tok = num_experts_per_tok
         self._observers: dict[object, Observer] = {}
         self._ahead: Ahead | None = None
+        self._group: Group | None = None
 
     def observe(self, owner: object, observer: Observer | None) -> None:
         """Tell ``observer`` what the router does in every call; None ends it."""
         self._observers.pop(owner, None)
         if observer is not None:
             self._observers[owner] = observer
+
+    def share_with(self, group: Group) -> None:
+        """Add up what several machines computed, each with a part of every expert's width."""
+        self._group = group
 
     def prefetch_with(self, ahead: Ahead | None) -> None:
         """Let a streamed layer guess the experts of the next one, from the state that enters its own; None ends it."""
@@ -68,4 +74,9 @@ class SparseMoe(Module):
             observer(selected_experts, gate_logits)
         ahead = self._ahead(residual) if self._ahead is not None else None
         y = self.experts(x, selected_experts, self.num_experts, ahead)  # [B, L, K, D]
-        return mx.addmm(residual[..., None, :], weights[..., None, :], y).squeeze(-2)
+        if self._group is None or self._group.is_leader:
+            added = mx.addmm(residual[..., None, :], weights[..., None, :], y).squeeze(-2)
+        else:
+            added = (weights[..., None, :] @ y).squeeze(-2)
+        # The residual enters the sum once.
+        return added if self._group is None else self._group.sum(added)

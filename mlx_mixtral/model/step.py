@@ -40,6 +40,15 @@ class DecodeStep:
 
     def __call__(self, tokens: mx.array, cache: StepCache, *, last_only: bool = True) -> mx.array:
         """Lazy logits ``[B, L, V]`` of ``tokens [B, L]`` int32, of the last token ``[B, 1, V]`` when ``last_only``."""
+        link = self._model.link
+        if link is None:
+            return self._step(tokens, cache, last_only=last_only)
+        with link.forward("step", cache, tokens, last_only) as sent:
+            logits = self._step(sent, cache, last_only=last_only)
+            mx.async_eval(logits, [array for part in cache.parts for layer in part.layers for array in layer])
+        return logits
+
+    def _step(self, tokens: mx.array, cache: StepCache, *, last_only: bool) -> mx.array:
         model, (rows, L) = self._model, tokens.shape
         cache.reserve(rows, L)
         run = self._run(Kind(cache.storage, cache.window, last_only))
@@ -54,7 +63,10 @@ class DecodeStep:
 
     def _run(self, kind: Kind) -> StepFunction:
         run = partial(_step, self._model, kind)
-        if not self._is_compiled or self._model.is_streamed:
+        link = self._model.link
+        # Where layers lie on several machines the host waits between them.
+        is_cut = link is not None and link.share.split == "layers"
+        if not self._is_compiled or self._model.is_streamed or is_cut:
             return run
         if kind not in self._compiled:
             self._compiled[kind] = Compiled(run)
@@ -120,5 +132,6 @@ def _step(
         for layers, lengths, padding in parts
     ]
     view: CacheView = views[0] if len(views) == 1 else GroupedDecodeView(views)
-    logits = model.head(model.through_layers(tokens, view, last_only=kind.last_only))
+    hidden = model.through_layers(tokens, view, last_only=kind.last_only)
+    logits = model.head(hidden) if model.link is None or model.link.is_leader else hidden
     return logits, [(view.layers, lengths + length) for view, (_, lengths, _) in zip(views, parts, strict=True)]

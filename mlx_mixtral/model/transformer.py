@@ -13,6 +13,7 @@ from mlx_mixtral.cache.options import KVOptions
 from mlx_mixtral.cache.quantized import PACKED_QUERIES
 from mlx_mixtral.cache.views import CacheView
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.distributed.link import Link
 from mlx_mixtral.experts.gather import GatheredExperts
 from mlx_mixtral.experts.store import Counters
 from mlx_mixtral.layers.attention import Attention, last_of
@@ -20,6 +21,7 @@ from mlx_mixtral.layers.expert_bank import FeedForward
 from mlx_mixtral.layers.linear import Linear
 from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.model.moe import SparseMoe
+from mlx_mixtral.model.stages import through_stages
 
 __all__ = ["DecoderLayer", "MixtralModel"]
 
@@ -70,6 +72,15 @@ class MixtralModel(Module):
         self.lm_head = lm_head
         self.min_prompt_tokens = min_prompt_tokens
         self.kv = KVOptions()
+        self.link: Link | None = None
+        """To the machines that hold the rest of it."""
+
+    def join(self, link: Link) -> None:
+        """Compute together with other machines."""
+        self.link = link
+        for layer in self.layers:
+            if link.share.split == "experts" and isinstance(layer.moe, SparseMoe):
+                layer.moe.share_with(link.group)
 
     def make_cache(self, left_padding: Sequence[int] | None = None, *, max_tokens: int | None = None) -> KVCache:
         """An empty cache; ``left_padding`` has one entry a row of the batch to come.
@@ -77,8 +88,8 @@ class MixtralModel(Module):
         ``max_tokens`` are allocated at most while no more are held.
         """
         c = self.config
-        return KVCache(
-            c.num_hidden_layers,
+        cache = KVCache(
+            len(self.layers),
             c.num_key_value_heads,
             c.head_dim,
             window=self.kv.window(c),
@@ -86,6 +97,10 @@ class MixtralModel(Module):
             max_tokens=max_tokens,
             storage=self.kv.storage(c, self.dtype),
         )
+        if self.link is not None and self.link.is_leader:
+            cache.mirror = self.link
+            self.link.made("cache", cache, None, max_tokens or -1, *(left_padding or ()))
+        return cache
 
     def hidden(
         self,
@@ -102,19 +117,43 @@ class MixtralModel(Module):
         is the length of the prompt these tokens are a chunk of, by which some rope scalings turn all of it; None where they
         are its end. ``ends`` is the last token of each row, where shorter ones were filled up behind it.
         """
+        if self.link is None:
+            return self._hidden(tokens, cache, last_only, total, ends)
+        numbers = (last_only, -1 if total is None else total, len(ends or ()), *(ends or ()))
+        with self.link.forward("hidden", cache, tokens, *numbers) as sent:
+            x = self._hidden(sent, cache, last_only, total, ends)
+            mx.async_eval(x, cache.arrays)
+        return x
+
+    def _hidden(
+        self, tokens: mx.array, cache: KVCache, last_only: bool, total: int | None, ends: tuple[int, ...] | None
+    ) -> mx.array:
         x = self.through_layers(tokens, self._chunk(tokens, cache, total, ends), last_only=last_only)
         cache.advance(tokens.shape[1])
         return x
 
     def remember(self, tokens: mx.array, cache: KVCache, *, total: int | None = None) -> None:
         """Take ``tokens [B, L]`` into the cache: of the last layer only keys and values, for nothing reads the rest."""
+        if self.link is None:
+            self._remember(tokens, cache, total)
+            return
+        with self.link.forward("remember", cache, tokens, -1 if total is None else total) as sent:
+            self._remember(sent, cache, total)
+            mx.async_eval(cache.arrays)
+
+    def _remember(self, tokens: mx.array, cache: KVCache, total: int | None) -> None:
         chunk = self._chunk(tokens, cache, total)
-        x, last = self._before_last(tokens, chunk), self.layers[-1]
-        last.attention.remember(last.input_norm(x), len(self.layers) - 1, chunk)
+        if self.link is not None and self.link.share.split == "layers":
+            through_stages(self, self.link, tokens, chunk, remembers=True)
+        else:
+            x, last = self._before_last(tokens, chunk), self.layers[-1]
+            last.attention.remember(last.input_norm(x), len(self.layers) - 1, chunk)
         cache.advance(tokens.shape[1])
 
     def through_layers(self, tokens: mx.array, view: CacheView, *, last_only: bool = False) -> mx.array:
         """As ``hidden``, for tokens whose place in a cache ``view`` tells."""
+        if self.link is not None and self.link.share.split == "layers":
+            return through_stages(self, self.link, tokens, view, last_only=last_only)
         x = self._before_last(tokens, view)
         return self.layers[-1](x, len(self.layers) - 1, view, last_only=last_only)
 
@@ -129,10 +168,14 @@ class MixtralModel(Module):
         return cache.chunk(rows, length, self.frequencies(max(cache.length + length, total or 0)), ends)
 
     def _before_last(self, tokens: mx.array, view: CacheView) -> mx.array:
-        x = self.embed_tokens.rows(tokens, self.dtype)
+        x = self.embedded(tokens)
         for index, layer in enumerate(self.layers[:-1]):
             x = layer(x, index, view)
         return x
+
+    def embedded(self, tokens: mx.array) -> mx.array:
+        """Embeddings ``[B, L, D]`` of ``tokens [B, L]``."""
+        return self.embed_tokens.rows(tokens, self.dtype)
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits ``[..., V]`` of hidden states ``[..., D]``."""

@@ -59,7 +59,7 @@ class Batch:
         max_stall_s: float = DEFAULT_MAX_STALL_S,
     ) -> None:
         self._scheduler = engine.scheduler(max_rows, max_stall_s=max_stall_s)
-        self._requests = requests
+        self._requests, self._guarded = requests, engine.guarded
         self._open: dict[int, TextRequest] = {}
         self._turn = threading.Lock()
         self._stepping: int | None = None
@@ -153,7 +153,8 @@ class Batch:
             self._check()
             self._stepping = threading.get_ident()
             try:
-                return [update for update in map(self._update, self._scheduler.step()) if update is not None]
+                with self._guarded():
+                    return [update for update in map(self._update, self._scheduler.step()) if update is not None]
             finally:
                 self._stepping = None
                 if self._is_closed:

@@ -15,6 +15,7 @@ from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.distributed.link import Link
 from mlx_mixtral.errors import BusyError, ClosedError, ContextLengthError, InvalidRequestError
 from mlx_mixtral.experts.residency import AllocateBank, Residency
 from mlx_mixtral.generation.constrained import decode_constrained
@@ -30,6 +31,8 @@ from mlx_mixtral.machine.streams import StreamLease
 from mlx_mixtral.model.prefetch import PrefetchControl
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.model.transformer import MixtralModel
+from mlx_mixtral.runtime.follow import Follower
+from mlx_mixtral.runtime.limits import context_limit, room_after
 from mlx_mixtral.runtime.prompt_cache import PromptCache, RowPrefixes
 from mlx_mixtral.runtime.rows import check_limits, default_rows
 from mlx_mixtral.runtime.steps import Closable, Steps
@@ -83,6 +86,7 @@ class Engine:
         # The lock below keeps it to one user at a time.
         self._lease, self.stream = lease, lease.stream
         self.planner, self.prefetch, self._allocate = planner, prefetch, allocate
+        self.link: Link | None = module.link
         self._busy = threading.Lock()
         self._open: weakref.WeakSet[Closable] = weakref.WeakSet()
         self._step: DecodeStep | None = None
@@ -124,8 +128,7 @@ class Engine:
     @property
     def context_limit(self) -> int:
         """Tokens a sequence may have: the model's own, or those a memory budget holds KV cache for."""
-        own = self.config.max_context_tokens
-        return own if self.plan.budget_bytes is None else min(own, self.plan.context_capacity)
+        return context_limit(self.config, self.plan)
 
     def room(self, prompt_tokens: int) -> int:
         """Tokens that can be generated after a prompt.
@@ -133,17 +136,7 @@ class Engine:
         Raises:
             ContextLengthError: none.
         """
-        own, limit = self.config.max_context_tokens, self.context_limit
-        if prompt_tokens < limit:
-            return limit - prompt_tokens
-        if limit == own:
-            raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens; the model's context holds {own}, and one must be left to generate"
-            )
-        raise ContextLengthError(
-            f"the prompt has {prompt_tokens} tokens; the memory budget holds KV cache for {limit}, and one must be left to "
-            f"generate: reserve more with --context or context= (the model's own is {own})"
-        )
+        return room_after(prompt_tokens, self.config, self.plan)
 
     def checked_ids(self, ids: Iterable[int], what: str) -> list[int]:
         """``ids`` as a list of ints.
@@ -195,9 +188,30 @@ class Engine:
         The block must not be left by a ``yield``: whatever else ran in between would run on this stream.
         """
         context = self.context
-        with self.running(), mx.stream(self.stream):
+        with self.guarded(), self.running(), mx.stream(self.stream):
             self.prompt_cache.free()
             yield context
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Around whatever waits for results: other machines that do not answer are noticed.
+
+        Raises:
+            GroupError: another machine was lost.
+        """
+        with contextlib.nullcontext() if self.link is None else self.link.guarded():
+            yield
+
+    def follow(self) -> None:
+        """On a machine that is not its group's first: compute what that one asks for until it closes the model.
+
+        Raises:
+            CheckpointError: an expert cannot be read.
+            GroupError: another machine was lost.
+        """
+        assert self.link is not None
+        with self.running():
+            Follower(self.context, self.link).run()
 
     def generate(self, request: Request) -> Steps[Token]:
         """Carry out a request: its tokens one by one, the model being busy from the first until they end or are closed.
@@ -225,7 +239,7 @@ class Engine:
 
     def opened(self, generator: Generator[T, None, None]) -> Steps[T]:
         """What generates on this engine, ended when the engine is closed."""
-        steps = Steps(generator)
+        steps = Steps(generator, self.guarded)
         self.remember(steps)
         return steps
 
@@ -282,16 +296,20 @@ class Engine:
     def save_prompt(self, path: str | Path, tokens: Sequence[int]) -> None:
         """Compute a prompt and save its keys and values. Raises as ``PromptCache.save``, and BusyError."""
         self.room(len(tokens))
-        with self.exclusive(), mx.stream(self.stream):
+        with self.guarded(), self.exclusive(), mx.stream(self.stream):
             self.prompt_cache.save(path, tokens, self.context)
 
     def load_prompt(self, path: str | Path) -> list[int]:
         """Load a saved prompt and return its tokens. Raises as ``PromptCache.load``, and BusyError."""
-        with self.exclusive(), mx.stream(self.stream):
+        with self.guarded(), self.exclusive(), mx.stream(self.stream):
             return self.prompt_cache.load(path, self.module)
 
     def set_memory(self, memory: str | float | None, *, context: int | None = None) -> None:
         """Go over to another budget: banks of experts shrink or grow. Raises as ``Mixtral.set_memory``."""
+        if self.link is not None:
+            raise InvalidRequestError(
+                "the memory budget of several machines is set when they load: start them again with --memory"
+            )
         with self.exclusive(), mx.stream(self.stream):
             module = self.module
             plan = self.planner.plan(memory, self.plan.context_tokens if context is None else context)
@@ -310,6 +328,8 @@ class Engine:
         for steps in list(self._open):
             steps.close()
         with self.exclusive():
+            if self.link is not None:
+                self.link.end()
             self._module = self._step = None
             self.prompt_cache.clear()
             self.residency.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,27 @@ from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.options import DEFAULT_SINKS, KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.overrides import ConfigOverrides, settings_of
+from mlx_mixtral.distributed.group import DEFAULT_PEER_TIMEOUT_S, Group
+from mlx_mixtral.distributed.link import Link
+from mlx_mixtral.distributed.meeting import agree, same
 from mlx_mixtral.errors import DtypeRangeError, InvalidRequestError, MissingDependencyError, TokenizerError
 from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.hub import resolve
 from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import DTYPE_NAMES, Device, compute_dtype, current_device
+from mlx_mixtral.machine.memory import read_system_memory, usable_bytes
 from mlx_mixtral.machine.streams import StreamLease
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.planning import make_planner
 from mlx_mixtral.model.prefetch import PrefetchControl
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.engine import Engine
+from mlx_mixtral.runtime.joining import agreed_plan, choose_shares, split_of
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.tokenizer import Tokenizer, load_tokenizer
-from mlx_mixtral.tokenizer.chat.choice import given_template
+from mlx_mixtral.tokenizer.chat.choice import GivenTemplate, given_template
 from mlx_mixtral.tokenizer.load import check_kind
 from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
 from mlx_mixtral.weights.fill import fill
@@ -74,6 +81,10 @@ def load(
     rope_scaling: str | Mapping[str, Any] | None = None,
     rope_theta: float | None = None,
     progress: Callable[[LoadProgress], None] | None = None,
+    group: mx.distributed.Group | None = None,
+    split: str = "auto",
+    shares: Sequence[float] | None = None,
+    peer_timeout_s: float = DEFAULT_PEER_TIMEOUT_S,
 ) -> Mixtral:
     """Load a model from a folder or a hub repository.
 
@@ -113,12 +124,19 @@ def load(
         rope_theta: base of the rotary embedding in place of the checkpoint's; without ``rope_scaling`` ``context`` may then be
             any.
         progress: told the bytes read so far, from this thread.
+        group: machines to compute with, as ``join_group`` gives them. All of them load the same model with the same arguments,
+            ``memory`` apart; then the first, whose ``is_leader`` is True, generates, and the others call ``follow``.
+        split: what each machine of ``group`` holds: "experts", a part of the width of every expert; "layers", a run of decoder
+            layers; or "auto", the faster one by the time that a sum over the machines takes, of those that fit.
+        shares: relative sizes of the machines' parts, by rank; by their memory when None.
+        peer_timeout_s: seconds that other machines may take for their part of the work, after which the process ends.
 
     Raises:
         CheckpointError, ConfigError, HubError: the model cannot be found, read or run.
         MemoryBudgetError: ``memory`` is below the least the model can do with.
         InvalidRequestError: an argument out of range.
         UnsupportedPlatformError: this process was forked from one that had loaded a model.
+        GroupError: another machine of ``group`` failed, differs from the first, or is lost.
 
     Example:
         >>> model = load("mixtral-4bit", memory="20GB")
@@ -134,37 +152,51 @@ def load(
     kept = None if prefix_cache is None else _kept_bytes(prefix_cache)
     given = None if chat_template is None else given_template(chat_template)
     check_kind(tokenizer)
-    folder = resolve(path, revision=revision)
-    check_sizes(folder)
-    if verify:
-        check_files(folder)
-    own_config = MixtralConfig.from_folder(folder)
-    config = overrides.apply(own_config, context)
-    checkpoint = Checkpoint(folder)
-    words: Tokenizer | TokenizerError
-    try:
-        words = load_tokenizer(
-            folder,
-            vocab_size=config.vocab_size,
-            eos_token_ids=config.eos_token_ids,
-            kind=tokenizer,
-            chat_template=given,
-        )
-    except (MissingDependencyError, TokenizerError) as error:
-        # A fresh error: a raised one keeps this frame alive by its traceback, and the weights with it.
-        words = TokenizerError(str(error))
+    split_of(split)
+    team = None if group is None else Group(group, peer_timeout_s)
+
+    def found() -> _Found:
+        folder = resolve(path, revision=revision)
+        check_sizes(folder)
+        if verify:
+            check_files(folder)
+        own = MixtralConfig.from_folder(folder)
+        return _Found(folder, own, overrides.apply(own, context), Checkpoint(folder))
+
     products, lease = products_for(place), StreamLease(place)
+    if team is None:
+        at = found()
+    else:
+        facts = {"dtype": dtype, "backend": place.kind, "split": split, "kv": asdict(kv)}
+        at, told = agree(team, found, lambda at: facts | at.facts(overrides, context))
+        same(told)
+    words = _tokenizer(at, tokenizer, given)
     for name in (kind, "BF16"):
-        builder = Builder(config, checkpoint, name, page_cache=page_cache, policy=policy, products=products)
+        build = partial(
+            Builder, at.config, at.checkpoint, name, page_cache=page_cache, policy=policy, products=products
+        )
+        builder = build()
         refuse_cpu_gather(builder, place)
-        planner = make_planner(builder, place, kv=kv)
-        try:
-            with mx.stream(lease.stream):
-                module, residency = load_module(builder, planner.plan(memory, context), progress)
-        except DtypeRangeError:
-            if name != "F16" or dtype != "auto":
-                raise
-            continue
+        link: Link | None = None
+        with mx.stream(lease.stream):
+            if team is not None:
+                usable = parse_size(memory) if memory is not None else usable_bytes(place, read_system_memory())
+                parts = choose_shares(team, builder, lambda share: build(share=share), split, shares, usable)
+                link, builder = Link(team, parts), build(share=parts[team.rank])
+            planner = make_planner(builder, place, kv=kv)
+            try:
+                if team is None:
+                    module, residency = load_module(builder, planner.plan(memory, context), progress)
+                else:
+                    plan = agreed_plan(team, lambda: planner.plan(memory, context), at.config.max_context_tokens)
+                    load_part = partial(load_module, builder, plan, progress)
+                    (module, residency), _ = agree(team, load_part, lambda made: True)
+                    if link is not None:
+                        module.join(link)
+            except DtypeRangeError:
+                if name != "F16" or dtype != "auto" or team is not None:
+                    raise
+                continue
         module.kv = kv
         engine = Engine(
             module,
@@ -174,12 +206,46 @@ def load(
             control,
             lease=lease,
             allocate=builder.bank,
-            identity=lambda: checkpoint_identity(folder),
+            identity=lambda: checkpoint_identity(at.folder),
             prefix_cache=kept,
-            settings=settings_of(config, own_config),
+            settings=settings_of(at.config, at.own_config),
         )
         return Mixtral(engine, words)
     raise AssertionError("bfloat16 has the range of float32")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A checkpoint that was looked at."""
+
+    folder: Path
+    own_config: MixtralConfig
+    config: MixtralConfig
+    checkpoint: Checkpoint
+
+    def facts(self, overrides: ConfigOverrides, context: int | None) -> dict[str, Any]:
+        """What machines that load it together have to have alike."""
+        return {
+            "mlx-mixtral": version("mlx-mixtral"),
+            "mlx": version("mlx"),
+            "checkpoint": checkpoint_identity(self.folder)[:16],
+            "settings": settings_of(self.config, self.own_config),
+            "context": context,
+        }
+
+
+def _tokenizer(at: _Found, kind: str | None, template: GivenTemplate | None) -> Tokenizer | TokenizerError:
+    try:
+        return load_tokenizer(
+            at.folder,
+            vocab_size=at.config.vocab_size,
+            eos_token_ids=at.config.eos_token_ids,
+            kind=kind,
+            chat_template=template,
+        )
+    except (MissingDependencyError, TokenizerError) as error:
+        # A fresh error: a raised one keeps this frame alive by its traceback, and the weights with it.
+        return TokenizerError(str(error))
 
 
 def _kept_bytes(prefix_cache: str | float) -> int:

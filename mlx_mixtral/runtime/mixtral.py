@@ -14,7 +14,7 @@ from mlx_mixtral.arguments import check_type, checked
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.calls.definitions import read_tools
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.errors import BusyError, TokenizerError
+from mlx_mixtral.errors import BusyError, InvalidRequestError, TokenizerError
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.generation.request import PieceOf
@@ -121,6 +121,23 @@ class Mixtral:
     def make_cache(self, left_padding: Sequence[int] | None = None) -> KVCache:
         """An empty key-value cache for ``module``; ``left_padding`` has one entry a row of a batch."""
         return self.module.make_cache(left_padding)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is the machine to ask: the only one, or the first of its group."""
+        return self.engine.link is None or self.engine.link.is_leader
+
+    def follow(self) -> None:
+        """On the other machines of a group: compute what the first one asks for, until it closes its model.
+
+        Raises:
+            InvalidRequestError: on the first.
+            CheckpointError: an expert cannot be read.
+            GroupError: another machine was lost.
+        """
+        if self.is_leader:
+            raise InvalidRequestError("this is the first machine of its group: generate, and let the others follow")
+        self.engine.follow()
 
     def close(self) -> None:
         """Release the weights. The object cannot be used afterwards, and open streams end.

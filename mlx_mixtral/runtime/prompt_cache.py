@@ -25,6 +25,7 @@ from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.prefill import last_hidden
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.reading import open_descriptor, open_file, parse_json
+from mlx_mixtral.runtime.shared_prompts import collect, spread
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
@@ -128,7 +129,7 @@ class PromptCache:
         mx.eval(last_hidden(module, rest, cache, context.chunk_tokens))
         arrays = {
             f"layers.{layer}.{index}": array
-            for layer, held in enumerate(cache.fork(len(tokens)).layers)
+            for layer, held in enumerate(collect(module, cache.fork(len(tokens))))
             for index, array in enumerate(held)
         }
         arrays["tokens"] = mx.array(list(tokens), mx.int32)
@@ -181,7 +182,7 @@ class PromptCache:
             raise PromptCacheError(f"{place} holds more than this model's layers; save the prompt again")
         nbytes = sum(info.nbytes for info in infos.values())
         if nbytes <= self.kept.limit_bytes:
-            cache.adopt(_read_layers(place, names), len(tokens))
+            spread(module, cache, _read_layers(place, names), len(tokens))
             self.put(tokens, cache)
         if not len(self.kept):
             raise PromptCacheError(

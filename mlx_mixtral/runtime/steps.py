@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Generic, Protocol, Self, TypeVar
 
 from mlx_mixtral.errors import BusyError
@@ -23,10 +24,17 @@ class Steps(Iterator[T], Generic[T]):
     """Iterates over ``generator``, one step at a time; dropping it closes the generator at once.
 
     Closed by another thread, it ends when the step under way is done, which still gives its value.
+
+    Args:
+        around: entered for each step.
     """
 
-    def __init__(self, generator: Generator[T, None, None]) -> None:
-        self._generator = generator
+    def __init__(
+        self,
+        generator: Generator[T, None, None],
+        around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        self._generator, self._around = generator, around
         self._turn = threading.Lock()
         self._stepping: int | None = None
         self._is_closed = False
@@ -43,7 +51,8 @@ class Steps(Iterator[T], Generic[T]):
             if self._is_closed:
                 raise StopIteration
             self._stepping = threading.get_ident()
-            return next(self._generator)
+            with self._around():
+                return next(self._generator)
         finally:
             self._stepping = None
             if self._is_closed:

@@ -13,6 +13,7 @@ from mlx_mixtral.cli.constraints import ConstraintOptions
 from mlx_mixtral.cli.fields import argument, group, option, takes
 from mlx_mixtral.cli.given_text import given_text, prompt_file_option
 from mlx_mixtral.cli.options import LoadOptions, SpeculationOptions, chat_template_option, json_flag
+from mlx_mixtral.cli.several import follow_leader
 from mlx_mixtral.cli.values import ModelName
 from mlx_mixtral.errors import InvalidRequestError
 
@@ -53,6 +54,7 @@ def chat(given: ChatOptions) -> None:
     /help lists the commands. With --prompt one question is answered, and the exit status tells whether it was. Answers go to
     stdout, so a chat can also be scripted by piping messages in, one a line.
     """
+    follow_leader(given.model, given.loading)
     is_one = given.prompt is not None or given.prompt_file is not None
     if given.as_json and not is_one:
         raise click.UsageError("--json is for one answer; add --prompt")

@@ -11,6 +11,7 @@ import click
 from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.fields import takes
 from mlx_mixtral.cli.serve.options import ServeOptions
+from mlx_mixtral.cli.several import follow_leader, own_group
 from mlx_mixtral.errors import MissingDependencyError, MixtralError, TokenizerError
 from mlx_mixtral.installing import how_to_install
 
@@ -31,6 +32,7 @@ def serve(given: ServeOptions) -> None:
     Only programs on this machine can reach it, unless --host says otherwise. Ctrl-C or SIGTERM stops it, after open requests
     have had --grace seconds to finish.
     """
+    follow_leader(given.model, given.loading)
     try:
         from mlx_mixtral.server.prefixes import widen_prefixes
         from mlx_mixtral.server.serving import ModelServer
@@ -57,6 +59,7 @@ def serve(given: ServeOptions) -> None:
                 progress=None if show is None else lambda at: show(at.done_bytes, at.total_bytes),
                 chat_template=given.chat_template,
                 device=given.loading.device,
+                group=own_group(),
                 **given.loading.arguments(),
             )
         if given.loading.prefix_cache is None:

@@ -1,0 +1,96 @@
+"""Ends a process that waits for a machine which does not answer: MLX itself would wait for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+__all__ = ["Deadline", "end_process", "start_deadline"]
+
+TICK_S = 0.25
+# Reads the line on its stdin that calls it off; else says why and ends its parent.
+_GUARD = """
+import os, select, sys
+seconds, parent, said = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if not select.select([sys.stdin], [], [], seconds)[0] and os.getppid() == parent:
+    sys.stderr.write(said + "\\n")
+    sys.stderr.flush()
+    os.kill(parent, 9)
+"""
+
+
+@contextlib.contextmanager
+def start_deadline(seconds: float, said: str) -> Iterator[None]:
+    """Say ``said`` on stderr and kill this process unless the block ends in time.
+
+    A process of its own watches: while MLX connects, no thread of this interpreter runs.
+    """
+    command = [sys.executable, "-c", _GUARD, str(seconds), str(os.getpid()), f"mlx-mixtral: {said}"]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE)
+    assert guard.stdin is not None
+    try:
+        yield
+    finally:
+        guard.stdin.close()
+        guard.wait()
+
+
+def end_process(said: str, status: int = 1) -> NoReturn:
+    """Say why, and end at once: threads that wait inside MLX cannot be ended in another way."""
+    sys.stdout.flush()
+    if said:
+        sys.stderr.write(f"mlx-mixtral: {said}\n")
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Deadline:
+    """Ends the process when the group makes no progress for ``timeout_s`` while something is waited for.
+
+    A thread watches; MLX gives the interpreter's lock back while it waits.
+    """
+
+    def __init__(self, timeout_s: float, rank: int, size: int) -> None:
+        self.timeout_s, self._rank, self._size = timeout_s, rank, size
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._depth = 0
+        self._for = ""
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def armed(self, whom: str) -> Iterator[None]:
+        """Within the block ``progress`` must be called every ``timeout_s``; ``whom`` is waited for."""
+        with self._lock:
+            self._depth += 1
+            self._since, self._for = time.monotonic(), whom
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="mlx-mixtral-group", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                self._since = time.monotonic() if self._depth else None
+
+    def progress(self) -> None:
+        """Something came to its end."""
+        if self._since is not None:
+            self._since = time.monotonic()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(TICK_S, self.timeout_s / 4))
+            since = self._since
+            if since is not None and time.monotonic() - since > self.timeout_s:
+                end_process(
+                    f"rank {self._rank} of {self._size}: nothing came from {self._for} for {self.timeout_s:g} s; see whether "
+                    "each of them still runs, or give --peer-timeout more"
+                )

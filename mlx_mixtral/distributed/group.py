@@ -1,0 +1,147 @@
+"""The group of machines: the only place that calls MLX's collectives (``mx.distributed``).
+
+All of them run on one CPU stream, in the order in which they are evaluated, which has to be the same on every machine: another
+order gives wrong sums and no error. So whoever adds one makes it depend on the one before, or evaluates at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mixtral.distributed.deadline import Deadline, start_deadline
+from mlx_mixtral.errors import GroupError
+
+__all__ = ["DEFAULT_PEER_TIMEOUT_S", "Group", "is_grouped", "join_group"]
+
+TEXT_BYTES = 4096
+START_S = DEFAULT_PEER_TIMEOUT_S = 60.0
+
+
+def _backend() -> str | None:
+    """What MLX's environment says of a group; None where this process is alone."""
+    if os.environ.get("MLX_JACCL_COORDINATOR"):
+        return "jaccl"
+    if os.environ.get("NCCL_HOST_IP"):
+        return "nccl"
+    file = os.environ.get("MLX_HOSTFILE")
+    if not file:
+        return None
+    try:
+        text = Path(file).read_text()
+        hosts = json.loads(text) if text.strip() else []
+    except (OSError, ValueError) as error:
+        raise GroupError(f"MLX_HOSTFILE is {file!r}, which cannot be read: {error}; start with mlx.launch") from None
+    # A launcher of one process writes an empty file.
+    return "ring" if isinstance(hosts, list) and len(hosts) > 1 else None
+
+
+def is_grouped() -> bool:
+    """Whether MLX's environment names a group of machines that this process is to join.
+
+    Raises:
+        GroupError: the environment contradicts itself.
+    """
+    return _backend() is not None
+
+
+def join_group(timeout_s: float = START_S) -> mx.distributed.Group | None:
+    """Join the group that MLX's environment names (``mlx.launch`` sets it); None where there is none.
+
+    Waits for all machines. When one of them is missing after ``timeout_s``, the process ends with a line on stderr and status
+    1: MLX waits without end, and holds the interpreter's lock.
+
+    Raises:
+        GroupError: the group cannot be formed.
+    """
+    backend = _backend()
+    if backend is None:
+        return None
+    rank = os.environ.get("MLX_RANK")
+    if rank is None or not rank.isdecimal():
+        raise GroupError(f"MLX_RANK is {rank!r}; it must be this machine's number in the group, 0 for the first")
+    waits = (
+        f"rank {rank}: not all machines of the group answered within {timeout_s:g} s; start the same command on each, and see "
+        "that their addresses and ports can be reached"
+    )
+    with start_deadline(timeout_s, waits):
+        try:
+            return mx.distributed.init(strict=True, backend=backend)
+        except (RuntimeError, ValueError) as error:
+            raise GroupError(f"rank {rank}: the group cannot be formed: {' '.join(str(error).split())[:300]}") from None
+
+
+class Group:
+    """Machines that compute one model together.
+
+    Args:
+        group: of MLX.
+        timeout_s: how long another machine may take for its part of the work before this process ends.
+    """
+
+    def __init__(self, group: mx.distributed.Group, timeout_s: float) -> None:
+        self._group = group
+        self.rank, self.size = group.rank(), group.size()
+        self.stream = mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
+        self.deadline = Deadline(timeout_s, self.rank, self.size)
+        self._broken: str | None = None
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this machine is the one that is asked, rank 0."""
+        return self.rank == 0
+
+    def sum(self, x: mx.array) -> mx.array:
+        """The sum of every machine's ``x``, lazy, the same bits on each; shapes and types must be equal."""
+        return mx.distributed.all_sum(x, group=self._group, stream=self.stream)
+
+    def from_rank(self, rank: int, x: mx.array, after: mx.array | None = None) -> mx.array:
+        """``x`` of machine ``rank``, lazy, on every machine; of the others only shape and type count.
+
+        Args:
+            after: the result of the collective before this one, where it is not part of ``x``.
+        """
+        if self.rank != rank:
+            x = mx.zeros(x.shape, x.dtype)
+            if after is not None:
+                (x,) = mx.depends([x], [after])
+        return self.sum(x)
+
+    def texts(self, own: str) -> list[str]:
+        """A short text of every machine, by rank. Waits for all of them."""
+        data = own.encode()[:TEXT_BYTES]
+        line = np.zeros((1, TEXT_BYTES + 4), np.uint8)
+        line[0, :4] = np.frombuffer(len(data).to_bytes(4, "little"), np.uint8)
+        line[0, 4 : 4 + len(data)] = np.frombuffer(data, np.uint8)
+        with self.deadline.armed("the other machines"):
+            found = mx.distributed.all_gather(mx.array(line), group=self._group, stream=self.stream)
+            mx.eval(found)
+        rows = np.asarray(found)
+        lengths = [int.from_bytes(row[:4].tobytes(), "little") for row in rows]
+        return [
+            row[4 : 4 + length].tobytes().decode(errors="replace") for row, length in zip(rows, lengths, strict=True)
+        ]
+
+    def least(self, numbers: Sequence[int]) -> list[int]:
+        """The smallest of every machine's numbers, one by one. Waits for all of them."""
+        found = [json.loads(text) for text in self.texts(json.dumps(list(numbers)))]
+        return [min(column) for column in zip(*found, strict=True)]
+
+    def give_up(self, reason: str) -> None:
+        """Nothing more can be computed together."""
+        self._broken = self._broken or reason
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether ``give_up`` was called."""
+        return self._broken is not None
+
+    def check(self) -> None:
+        """Raise GroupError after a failure."""
+        if self._broken is not None:
+            raise GroupError(self._broken)

@@ -1,0 +1,58 @@
+"""Decoder layers that lie on several machines, one run of them after the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_mixtral.cache.views import CacheView
+from mlx_mixtral.distributed.link import Link
+
+if TYPE_CHECKING:
+    from mlx_mixtral.model.transformer import MixtralModel
+
+__all__ = ["through_stages"]
+
+
+def through_stages(
+    model: MixtralModel,
+    link: Link,
+    tokens: mx.array,
+    view: CacheView,
+    *,
+    last_only: bool = False,
+    remembers: bool = False,
+) -> mx.array:
+    """``tokens [B, L]`` through the layers of all machines: hidden states ``[B, L, D]`` on each, or ``[B, 1, D]``.
+
+    States go from machine to machine as sums to which the others add zeros: every machine takes part in every collective, so
+    that they come in one order. A machine waits on the host for what enters its layers: a GPU that waits for another machine
+    is ended by macOS after some seconds.
+
+    Args:
+        remembers: of the last layer only keys and values are wanted; what is returned means nothing.
+    """
+    (rows, length), width, size, rank = tokens.shape, model.config.hidden_size, link.group.size, link.group.rank
+    x: mx.array | None = None
+    for stage in range(size):
+        is_last = stage == size - 1
+        if stage == rank:
+            if x is None:
+                assert stage == 0
+                x = model.embedded(tokens)
+            else:
+                mx.eval(x)
+            for index, layer in enumerate(model.layers):
+                if is_last and index == len(model.layers) - 1 and remembers:
+                    layer.attention.remember(layer.input_norm(x), index, view)
+                    break
+                ends = last_only and is_last and index == len(model.layers) - 1
+                x = layer(x, index, view, last_only=ends)
+        if is_last and remembers:
+            break
+        shape = (rows, 1 if is_last and last_only else length, width)
+        own = x if stage == rank and x is not None else mx.zeros(shape, model.dtype)
+        x = link.group.from_rank(stage, own, x)
+    assert x is not None
+    return x

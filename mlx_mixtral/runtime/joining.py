@@ -1,0 +1,160 @@
+"""Loading on several machines: that they are alike, which split they use, what each of them holds, and how much all allow."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mixtral.budget.plan import MemoryPlan
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.distributed.group import Group
+from mlx_mixtral.distributed.meeting import agree
+from mlx_mixtral.distributed.shares import Share, Split, expert_shares, layer_shares
+from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.machine.bandwidth import memory_bandwidth
+from mlx_mixtral.model.build import Builder
+
+__all__ = ["SPLITS", "agreed_plan", "choose_shares", "sum_seconds"]
+
+SPLITS = ("auto", "experts", "layers")
+REPEATS = 12
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one machine says of a choice."""
+
+    usable_bytes: int | None
+    sum_s: float
+    bytes_per_s: float
+
+
+def sum_seconds(group: Group, numbers: int) -> float:
+    """The median time of one sum of so many float32 numbers. All machines must come here."""
+    times = []
+    with group.deadline.armed("the other machines"):
+        for _ in range(REPEATS):
+            x = mx.ones(numbers, mx.float32)
+            mx.eval(x)
+            started = time.perf_counter()
+            mx.eval(group.sum(x))
+            times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def choose_shares(
+    group: Group,
+    whole: Builder,
+    build: Callable[[Share], Builder],
+    split: str,
+    shares: Sequence[float] | None,
+    usable_bytes: int | None,
+) -> list[Share]:
+    """What every machine holds, the same list on each.
+
+    Args:
+        whole: of the whole checkpoint.
+        build: of a share of it.
+        shares: relative sizes by rank; by the memory of the machines when None, equal where that is not known.
+        usable_bytes: what this machine can give.
+
+    Raises:
+        InvalidRequestError: shares that are none, or a model that cannot be cut so.
+        GroupError: another machine failed.
+    """
+    config = whole.config
+    if shares is not None and (len(shares) != group.size or not all(share > 0 for share in shares)):
+        raise InvalidRequestError(
+            f"shares is {list(shares)}; give a number above 0 for each of the {group.size} machines"
+        )
+    latency = sum_seconds(group, config.hidden_size)
+    _, told = agree(group, lambda: _Seen(usable_bytes, latency, memory_bandwidth(2**26, 3)), asdict)
+    every = [_Seen(**each) for each in told]
+    memory = [each.usable_bytes for each in every]
+    known = [float(nbytes) for nbytes in memory if nbytes is not None]
+    weights = list(shares) if shares else known if len(known) == group.size else [1.0] * group.size
+    if split != "auto":
+        return _shares(split, whole, weights)
+    if config.is_dense:
+        return _shares("layers", whole, weights)
+    candidates: dict[str, list[Share]] = {}
+    problem: InvalidRequestError | None = None
+    for name in ("experts", "layers"):
+        try:
+            candidates[name] = _shares(name, whole, weights)
+        except InvalidRequestError as error:
+            problem = error
+    if len(candidates) < 2:
+        if not candidates and problem is not None:
+            raise problem
+        return next(iter(candidates.values()))
+    _, fits = agree(
+        group,
+        lambda: {
+            name: usable_bytes is None or build(found[group.rank]).memory_bytes <= usable_bytes
+            for name, found in candidates.items()
+        },
+        lambda found: found,
+    )
+    fitting = [name for name in candidates if all(each[name] for each in fits)]
+    if len(fitting) == 1:
+        return candidates[fitting[0]]
+    return candidates["experts" if _experts_are_faster(config, whole, every) else "layers"]
+
+
+def _shares(split: str, whole: Builder, weights: Sequence[float]) -> list[Share]:
+    return (
+        expert_shares(whole.config, whole.expert_group_size, weights)
+        if split == "experts"
+        else layer_shares(whole.config, weights)
+    )
+
+
+def _experts_are_faster(config: MixtralConfig, whole: Builder, every: Sequence[_Seen]) -> bool:
+    """Whether a sum a layer costs less than what dividing the experts' reading saves (times of rank 0, told to all)."""
+    sizes, machines, first = whole.sizes(), len(every), every[0]
+    read = sum(sizes.expert_bytes) * config.num_experts_per_tok
+    saved = read * (1 - 1 / machines) / first.bytes_per_s
+    return config.num_hidden_layers * first.sum_s < saved + machines * first.sum_s
+
+
+def agreed_plan(group: Group, plan: Callable[[], MemoryPlan], own_context: int) -> MemoryPlan:
+    """This machine's plan, with what all machines have room for.
+
+    Raises:
+        MixtralError: of ``plan``.
+        GroupError: another machine's failed.
+    """
+
+    def tell(made: MemoryPlan) -> dict[str, Any]:
+        return {
+            "is_bound": made.is_bound,
+            "capacity": made.context_capacity if made.budget_bytes is not None else own_context,
+            "columns": made.kv_columns,
+            "chunk": made.chunk_tokens,
+        }
+
+    made, told = agree(group, plan, tell)
+    if not any(each["is_bound"] for each in told):
+        return replace(made, chunk_tokens=min(each["chunk"] for each in told))
+    bound = [each for each in told if each["is_bound"]]
+    return replace(
+        made,
+        # A machine with room to spare keeps to what the others have.
+        budget_bytes=made.resident_bytes if made.budget_bytes is None else made.budget_bytes,
+        context_capacity=min(each["capacity"] for each in bound),
+        kv_columns=min(each["columns"] for each in bound),
+        chunk_tokens=min(each["chunk"] for each in told),
+    )
+
+
+def split_of(name: str) -> Split | None:
+    """``name`` as a split, None for auto."""
+    if name not in SPLITS:
+        raise InvalidRequestError(f"split is {name!r}; it must be auto, experts or layers")
+    return None if name == "auto" else "experts" if name == "experts" else "layers"
