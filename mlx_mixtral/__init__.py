@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlx_mixtral.config.mixtral import MixtralConfig
     from mlx_mixtral.config.quantization import QuantizationConfig, QuantizationSpec
     from mlx_mixtral.constraints.specs import Grammar, JsonObject, JsonSchema, Regex
+    from mlx_mixtral.distributed.group import join_group
     from mlx_mixtral.errors import MixtralError
     from mlx_mixtral.evaluation.passkey import passkey
     from mlx_mixtral.evaluation.perplexity import evaluate
@@ -71,6 +72,7 @@ __all__ = [
     "ToolCall",
     "errors",
     "evaluate",
+    "join_group",
     "load",
     "passkey",
     "read_texts",
@@ -108,6 +110,7 @@ _HOMES = {
     "Tokenizer": "tokenizer",
     "ToolCall": "calls.turns",
     "evaluate": "evaluation.perplexity",
+    "join_group": "distributed.group",
     "load": "runtime.load",
     "passkey": "evaluation.passkey",
     "read_texts": "evaluation.texts",

@@ -13,10 +13,12 @@ import click
 from mlx_mixtral.cli.console import emit_json, note, out_console
 from mlx_mixtral.cli.fields import takes
 from mlx_mixtral.cli.options import device_option, json_flag
+from mlx_mixtral.cli.several import own_group
 from mlx_mixtral.sizes import format_bytes
 
 if TYPE_CHECKING:
     from mlx_mixtral.doctor import CheckResult, Diagnosis
+    from mlx_mixtral.doctor.several import GroupDiagnosis
 
 __all__ = ["doctor"]
 
@@ -40,17 +42,41 @@ def doctor(given: DoctorOptions) -> None:
     from mlx_mixtral.doctor import run_doctor
     from mlx_mixtral.machine.device import current_device
 
+    several = _check_group()
     if current_device().kind != "cpu":
         note("MLX compiles each kernel on first use, which takes a few seconds: the checks take longer the first time")
     if given.as_json:
         diagnosis = run_doctor()
-        emit_json(diagnosis.to_dict())
+        emit_json(diagnosis.to_dict() | ({} if several is None else {"group": several.to_dict()}))
     else:
         _print_machine()
         diagnosis = run_doctor(_print_name, _print_result)
         _print_summary(diagnosis)
     if not diagnosis.passed:
         sys.exit(1)
+
+
+def _check_group() -> GroupDiagnosis | None:
+    """On several machines: what a sum over them costs. All but the first end here."""
+    group = own_group()
+    if group is None:
+        return None
+    from mlx_mixtral.distributed.deadline import end_process
+    from mlx_mixtral.distributed.group import DEFAULT_PEER_TIMEOUT_S, Group
+    from mlx_mixtral.doctor.several import diagnose_group
+
+    found = diagnose_group(Group(group, DEFAULT_PEER_TIMEOUT_S))
+    if group.rank():
+        end_process("", 0)
+    note(
+        f"{found.machines} machines: a sum of one token's states takes {found.sum_s * 1e3:.2f} ms, a large one runs at "
+        f"{format_bytes(found.bytes_per_s)}/s, and all have the same bits"
+    )
+    each = f"--split experts waits for one sum in each layer, {32 * found.sum_s * 1e3:.1f} ms a token for 8x7B and "
+    note(f"{each}{56 * found.sum_s * 1e3:.1f} ms for 8x22B; --split layers for {found.machines * found.sum_s * 1e3:.1f} ms")
+    if found.is_slow:
+        note("that is slow: is it Wi-Fi? connect the machines by Thunderbolt, and see docs/several-macs.md")
+    return found
 
 
 def _print_machine() -> None:

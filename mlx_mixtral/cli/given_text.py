@@ -10,6 +10,7 @@ import click
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.cli.fields import option
+from mlx_mixtral.cli.several import refuse_in_group
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.reading import read_given
 
@@ -33,6 +34,7 @@ def given_text(name: str, text: str | None, file: str | None, *, reads_input: bo
     if text is not None and file is not None:
         raise click.UsageError(f"give either {name} or {name}-file")
     if reads_input and "-" in (text, file):
+        refuse_in_group(f"{name} on standard input", f"give it as text, or in {name}-file: the launcher's input never ends")
         return _decoded(sys.stdin.buffer.read(), f"the {name.removeprefix('--')} on standard input")
     if file is not None:
         path = as_path(f"{name}-file", file)

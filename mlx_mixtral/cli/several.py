@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import TYPE_CHECKING
 
+from mlx_mixtral.distributed.environment import group_rank, is_grouped
 from mlx_mixtral.errors import InvalidRequestError, MixtralError
 
 if TYPE_CHECKING:
@@ -29,16 +29,13 @@ def follow_leader(model: str, loading: LoadOptions) -> None:
 
     They print nothing but what is wrong, with their rank.
     """
-    from mlx_mixtral.distributed.deadline import end_process
-    from mlx_mixtral.distributed.group import is_grouped
-
-    if not is_grouped() or os.environ.get("MLX_RANK") == "0":
+    if not is_grouped() or (rank := group_rank()) == 0:
         return
     from mlx_mixtral import load
     from mlx_mixtral.cli.progress import fetch
+    from mlx_mixtral.distributed.deadline import end_process
     from mlx_mixtral.distributed.link import is_lost
 
-    rank = os.environ.get("MLX_RANK")
     try:
         group = own_group()
         assert group is not None
@@ -62,7 +59,5 @@ def follow_leader(model: str, loading: LoadOptions) -> None:
 
 def refuse_in_group(what: str, instead: str) -> None:
     """Raise InvalidRequestError for what several machines cannot do."""
-    from mlx_mixtral.distributed.group import is_grouped
-
     if is_grouped():
         raise InvalidRequestError(f"{what} is not possible on several machines; {instead}")

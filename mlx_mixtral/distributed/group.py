@@ -7,47 +7,19 @@ order gives wrong sums and no error. So whoever adds one makes it depend on the 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral.distributed.deadline import Deadline, start_deadline
+from mlx_mixtral.distributed.environment import group_backend, group_rank
 from mlx_mixtral.errors import GroupError
 
-__all__ = ["DEFAULT_PEER_TIMEOUT_S", "Group", "is_grouped", "join_group"]
+__all__ = ["DEFAULT_PEER_TIMEOUT_S", "Group", "join_group"]
 
 TEXT_BYTES = 4096
 START_S = DEFAULT_PEER_TIMEOUT_S = 60.0
-
-
-def _backend() -> str | None:
-    """What MLX's environment says of a group; None where this process is alone."""
-    if os.environ.get("MLX_JACCL_COORDINATOR"):
-        return "jaccl"
-    if os.environ.get("NCCL_HOST_IP"):
-        return "nccl"
-    file = os.environ.get("MLX_HOSTFILE")
-    if not file:
-        return None
-    try:
-        text = Path(file).read_text()
-        hosts = json.loads(text) if text.strip() else []
-    except (OSError, ValueError) as error:
-        raise GroupError(f"MLX_HOSTFILE is {file!r}, which cannot be read: {error}; start with mlx.launch") from None
-    # A launcher of one process writes an empty file.
-    return "ring" if isinstance(hosts, list) and len(hosts) > 1 else None
-
-
-def is_grouped() -> bool:
-    """Whether MLX's environment names a group of machines that this process is to join.
-
-    Raises:
-        GroupError: the environment contradicts itself.
-    """
-    return _backend() is not None
 
 
 def join_group(timeout_s: float = START_S) -> mx.distributed.Group | None:
@@ -59,12 +31,10 @@ def join_group(timeout_s: float = START_S) -> mx.distributed.Group | None:
     Raises:
         GroupError: the group cannot be formed.
     """
-    backend = _backend()
+    backend = group_backend()
     if backend is None:
         return None
-    rank = os.environ.get("MLX_RANK")
-    if rank is None or not rank.isdecimal():
-        raise GroupError(f"MLX_RANK is {rank!r}; it must be this machine's number in the group, 0 for the first")
+    rank = group_rank()
     waits = (
         f"rank {rank}: not all machines of the group answered within {timeout_s:g} s; start the same command on each, and see "
         "that their addresses and ports can be reached"

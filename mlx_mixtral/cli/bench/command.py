@@ -9,6 +9,7 @@ import click
 from mlx_mixtral.cli.bench.options import BenchOptions
 from mlx_mixtral.cli.console import emit_json
 from mlx_mixtral.cli.fields import takes
+from mlx_mixtral.cli.several import follow_leader
 
 __all__ = ["bench"]
 
@@ -24,6 +25,7 @@ def bench(given: BenchOptions) -> None:
 
     On MLX's CPU backend, --compare runs mlx-lm twice: with its default type, and in float32, the type used here.
     """
+    follow_leader(given.model, given.loading)
     from mlx_mixtral.cli.bench.job import BenchJob
 
     job = BenchJob(given)

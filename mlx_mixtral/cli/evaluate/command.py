@@ -8,6 +8,7 @@ import click
 
 from mlx_mixtral.cli.console import emit_json
 from mlx_mixtral.cli.evaluate.options import EvaluateOptions
+from mlx_mixtral.cli.several import follow_leader
 from mlx_mixtral.cli.fields import flag_name, takes
 
 __all__ = ["evaluate"]
@@ -33,6 +34,7 @@ def evaluate(ctx: click.Context, given: EvaluateOptions) -> None:
     --tasks runs benchmarks instead of texts and prints the published figures of Mixtral 8x7B beside them. Their data are
     downloaded from the hub on first use, unless --task-path names tasks in local files.
     """
+    follow_leader(given.model, given.loading)
     _check(ctx, given)
     if given.tasks is not None:
         from mlx_mixtral.cli.evaluate.task_job import TaskJob
