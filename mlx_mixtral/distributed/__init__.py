@@ -1,0 +1,1 @@
+"""One model on several machines: what each of them holds."""
