@@ -167,10 +167,7 @@ class PromptCache:
             )
         # Before anything of that size is allocated.
         wanted = cache.storage.empty(1, len(tokens))
-        names = [
-            [f"layers.{layer}.{index}" for index in range(len(wanted))]
-            for layer in range(module.config.num_hidden_layers)
-        ]
+        names = [[f"layers.{layer}.{index}" for index in range(len(wanted))] for layer in range(len(module.layers))]
         described = [(array.shape, _TYPES.get(array.dtype)) for array in wanted]
         for layer, own in enumerate(names):
             if [(infos[name].shape, infos[name].dtype) for name in own if name in infos] != described:
