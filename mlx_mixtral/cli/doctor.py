@@ -73,7 +73,9 @@ def _check_group() -> GroupDiagnosis | None:
         f"{format_bytes(found.bytes_per_s)}/s, and all have the same bits"
     )
     each = f"--split experts waits for one sum in each layer, {32 * found.sum_s * 1e3:.1f} ms a token for 8x7B and "
-    note(f"{each}{56 * found.sum_s * 1e3:.1f} ms for 8x22B; --split layers for {found.machines * found.sum_s * 1e3:.1f} ms")
+    note(
+        f"{each}{56 * found.sum_s * 1e3:.1f} ms for 8x22B; --split layers for {found.machines * found.sum_s * 1e3:.1f} ms"
+    )
     if found.is_slow:
         note("that is slow: is it Wi-Fi? connect the machines by Thunderbolt, and see docs/several-macs.md")
     return found

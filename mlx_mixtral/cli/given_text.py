@@ -34,7 +34,9 @@ def given_text(name: str, text: str | None, file: str | None, *, reads_input: bo
     if text is not None and file is not None:
         raise click.UsageError(f"give either {name} or {name}-file")
     if reads_input and "-" in (text, file):
-        refuse_in_group(f"{name} on standard input", f"give it as text, or in {name}-file: the launcher's input never ends")
+        refuse_in_group(
+            f"{name} on standard input", f"give it as text, or in {name}-file: the launcher's input never ends"
+        )
         return _decoded(sys.stdin.buffer.read(), f"the {name.removeprefix('--')} on standard input")
     if file is not None:
         path = as_path(f"{name}-file", file)

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.direct import BLOCK_BYTES, BOUNCE_BYTES, ExpertFileReader, Identity
-from mlx_mixtral.weights.fill import READ_THREADS, ReadRange, fill_piece, pieces
+from mlx_mixtral.weights.fill import CHUNK_BYTES, READ_THREADS, ReadRange, fill_piece, pieces
 from mlx_mixtral.weights.safetensors import TensorInfo
 
 __all__ = ["Counters", "ExpertPart", "ExpertStore", "Loading"]
@@ -26,7 +26,7 @@ __all__ = ["Counters", "ExpertPart", "ExpertStore", "Loading"]
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """Rows of one array of a slot, from ``row`` of the slot on: rows ``start`` to ``stop`` of a tensor.
+    """Rows of one array of a slot, from ``row`` of the slot on: rows ``start`` to ``stop`` of a tensor, or ``columns`` of them.
 
     ``name`` is what ``ExpertBank.arrays`` calls the array, ``dtype`` the safetensors name of its type.
     """
@@ -37,10 +37,12 @@ class ExpertPart:
     info: TensorInfo
     start: int
     stop: int
+    columns: range | None = None
 
     def into(self, array: mx.array, slot: int) -> ReadRange:
         """The read that puts it into ``slot`` of ``array [S, rows, columns]``."""
-        return ReadRange(array, slot * array.shape[1] + self.row, self.dtype, self.info, self.start, self.stop)
+        row = slot * array.shape[1] + self.row
+        return ReadRange(array, row, self.dtype, self.info, self.start, self.stop, self.columns)
 
     @property
     def is_down(self) -> bool:
@@ -49,7 +51,7 @@ class ExpertPart:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
+        """Bytes on disk: of whole rows, for those are read."""
         return (self.stop - self.start) * self.info.row_bytes
 
 
@@ -139,9 +141,11 @@ class ExpertStore:
 
     @property
     def reading_bytes(self) -> int:
-        """Memory that reading takes: a buffer a thread."""
-        largest = max(part.nbytes for layer in self.parts.values() for parts in layer for part in parts)
-        return READ_THREADS * min(largest + 2 * BLOCK_BYTES, BOUNCE_BYTES)
+        """Memory that reading takes: a buffer a thread, and one more where columns are copied out of whole rows."""
+        parts = [part for layer in self.parts.values() for parts in layer for part in parts]
+        largest = max(part.nbytes for part in parts)
+        cut = max((part.nbytes for part in parts if part.columns is not None), default=0)
+        return READ_THREADS * (min(largest + 2 * BLOCK_BYTES, BOUNCE_BYTES) + min(cut, CHUNK_BYTES))
 
     def ranges(self, layer: int, expert: int, arrays: Mapping[str, mx.array], slot: int) -> list[ReadRange]:
         """The reads that fill a slot of a bank's ``arrays``."""

@@ -8,10 +8,10 @@ from functools import cached_property
 import mlx.core as mx
 
 from mlx_mixtral.budget.slots import ModelSizes
-from mlx_mixtral.config.layout import FIELDS, Field, Matrix, Norm, Rows, layer_path, locate, matrices, norms
+from mlx_mixtral.config.layout import layer_path
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
-from mlx_mixtral.errors import CheckpointError
+from mlx_mixtral.distributed.shares import Share
 from mlx_mixtral.experts.gather import GatheredExperts
 from mlx_mixtral.experts.policy import make_policy
 from mlx_mixtral.experts.pool import SlotPool
@@ -21,23 +21,24 @@ from mlx_mixtral.layers.expert_bank import ExpertBank, FeedForward
 from mlx_mixtral.layers.linear import MLX, Linear, Products, StackedLinear
 from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.layers.rotary import Rotary
+from mlx_mixtral.model.held import HeldWeights
 from mlx_mixtral.model.moe import SparseMoe
 from mlx_mixtral.model.transformer import DecoderLayer, MixtralModel
-from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
+from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.direct import identities
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral.weights.fill import ReadRange, allocate
-from mlx_mixtral.weights.packing import packing_of
-from mlx_mixtral.weights.safetensors import ITEM_BYTES
-from mlx_mixtral.weights.unused import refuse_unused, unused_tensors
 
 __all__ = ["Builder"]
 
 
 class Builder:
-    """Allocates a model for ``checkpoint`` and lists the reads that fill it.
+    """Allocates a model for ``checkpoint``, or one machine's share of it, and lists the reads that fill it.
+
+    Layers are counted from 0 among those that are held: in ``sizes``, ``bank``, ``store`` and the model alike.
 
     Args:
+        config: of the whole checkpoint, as are ``matrices`` and ``specs``; ``held`` is what is built.
         dtype: compute type by safetensors name: ``F32``, ``F16`` or ``BF16``. Norms, router, scales and unquantised weights
             are held in it; packed words go in place as they are.
         fuse: make one matrix of q, k, v and one of gate and up where their packing agrees. Without it the results are the
@@ -45,6 +46,7 @@ class Builder:
         page_cache: whether experts are streamed through the operating system's page cache.
         policy: which expert makes room for a streamed one, by name.
         products: who multiplies.
+        share: what this machine holds of the model; all of it when None.
 
     Raises:
         CheckpointError: a tensor is missing, left over, or has the wrong shape. All is checked before anything is allocated.
@@ -61,58 +63,46 @@ class Builder:
         page_cache: bool = False,
         policy: str = "lru",
         products: Products = MLX,
+        share: Share | None = None,
     ) -> None:
         self.config, self.checkpoint, self.dtype, self.fuse = config, checkpoint, dtype, fuse
         self.page_cache, self.policy, self.products = page_cache, policy, products
         self.identities = identities(checkpoint)
         self.ranges: list[ReadRange] = []
         self.overflow: dict[int, SlotPool] = {}
-        self.matrices = {matrix.path: matrix for matrix in matrices(config)}
-        self.norms = {norm.path: norm for norm in norms(config)}
-        self.specs = {
-            path: packing_of(matrix, config.quantization, checkpoint) for path, matrix in self.matrices.items()
-        }
-        for norm in self.norms.values():
-            self._norm_info(norm)
-        used = {f"{path}.weight" for path in self.norms}
-        for matrix in self.matrices.values():
-            for field in self._fields(matrix):
-                used.update(rows.name for rows in self._locations(matrix, field))
-        if unused := unused_tensors(checkpoint, used, config):
-            with CheckpointReader(checkpoint) as reader:
-                refuse_unused(unused, reader)
+        self.held = HeldWeights(config, checkpoint, dtype, share)
+        self.share, self.matrices, self.specs = share, self.held.checkpoint_matrices, self.held.specs
 
     @property
     def item_bytes(self) -> int:
         """Bytes of one number in the compute type."""
-        return ITEM_BYTES[self.dtype]
+        return self.held.item_bytes
 
     @property
     def largest_matrix(self) -> int:
-        """Numbers of the largest matrix, an expert's counted by itself."""
-        return max(matrix.out_features * matrix.in_features for matrix in self.matrices.values())
+        """Numbers of the largest matrix held, an expert's counted by itself."""
+        return max(matrix.out_features * matrix.in_features for matrix in self.held.matrices.values())
 
     @property
     def memory_bytes(self) -> int:
         """Bytes the weights will take in memory with all experts resident, scales in the compute type."""
-        norms_bytes = sum(norm.size * self.item_bytes for norm in self.norms.values())
-        return norms_bytes + sum(self._memory_bytes(matrix) for matrix in self.matrices.values())
+        return self.held.nbytes
 
     def sizes(self) -> ModelSizes:
         """What the planner of residency has to know. A dense model has no experts: all of it is trunk."""
-        config, stacked = self.config, [m for m in self.matrices.values() if m.part == "expert"]
+        held, config = self.held, self.config
         if config.is_dense:
             return ModelSizes(self.memory_bytes, (), (), (), 1, 1)
-        layers = range(config.num_hidden_layers)
+        layers = [held.expert_matrices(layer) for layer in held.layers]
         kinds: dict[tuple[QuantizationSpec | None, ...], int] = {}
-        signatures = [tuple(self.specs[m.path] for m in stacked if m.layer == layer) for layer in layers]
+        signatures = [tuple(self.specs[matrix.path] for matrix in layer) for layer in layers]
         for signature in signatures:
             kinds.setdefault(signature, len(kinds))
-        experts = config.num_local_experts
+        experts, stacked = config.num_local_experts, [sum(map(held.matrix_bytes, layer)) for layer in layers]
         return ModelSizes(
-            self.memory_bytes - sum(map(self._memory_bytes, stacked)),
-            tuple(sum(self._memory_bytes(m) for m in stacked if m.layer == layer) // experts for layer in layers),
-            tuple(self.store.file_bytes(layer) for layer in layers),
+            self.memory_bytes - sum(stacked),
+            tuple(nbytes // experts for nbytes in stacked),
+            tuple(self.store.file_bytes(layer) for layer in range(len(layers))),
             tuple(kinds[signature] for signature in signatures),
             experts,
             config.num_experts_per_tok,
@@ -131,33 +121,34 @@ class Builder:
         config = self.config
         rotary = Rotary(config.rope, config.head_dim)
         experts = config.num_local_experts
-        slots = [experts] * config.num_hidden_layers if slots is None else slots
+        layers = self.held.layers
+        slots = [experts] * len(layers) if slots is None else slots
         kinds = () if config.is_dense else self.sizes().kinds
         for kind, count in (overflow_slots or {}).items():
             self.overflow[kind] = SlotPool(self.bank(kinds.index(kind), count), count, make_policy(self.policy))
         return MixtralModel(
             config,
-            self._matrix(["model.embed_tokens"]),
+            self._held_matrix("model.embed_tokens"),
             [
                 self._layer(index, rotary, slots[index], self.overflow.get(kinds[index]) if kinds else None)
-                for index in range(config.num_hidden_layers)
+                for index in range(len(layers))
             ],
-            self._norm("model.norm"),
-            None if config.tie_word_embeddings else self._matrix(["lm_head"]),
+            self._norm("model.norm") if "model.norm" in self.held.norms else None,
+            self._held_matrix("lm_head"),
             MLX_DTYPES[self.dtype],
             self.products.min_prompt_tokens,
         )
 
     @cached_property
     def store(self) -> ExpertStore:
-        """Where every expert lies in the checkpoint."""
-        layers = () if self.config.is_dense else range(self.config.num_hidden_layers)
+        """Where every expert lies in the checkpoint, or this machine's part of it."""
+        layers = () if self.config.is_dense else range(len(self.held.layers))
         return ExpertStore(
             self.checkpoint, self.identities, {layer: self._expert_parts(layer) for layer in layers}, self.page_cache
         )
 
     def _layer(self, index: int, rotary: Rotary, slots: int, overflow: SlotPool | None) -> DecoderLayer:
-        path = layer_path(index)
+        path = layer_path(self.held.layers[index])
         qkv = [self._matrix(paths) for paths in self._fused([f"{path}.self_attn.{name}_proj" for name in "qkv"])]
         attention = Attention(self.config, qkv, self._matrix([f"{path}.self_attn.o_proj"]), rotary, self.products)
         moe: SparseMoe | FeedForward
@@ -194,20 +185,22 @@ class Builder:
         """An allocated bank of the packing of a layer."""
 
         def stacked(paths: Sequence[str]) -> StackedLinear:
-            matrix, spec = self.matrices[paths[0]], self.specs[paths[0]]
-            rows = sum(self.matrices[path].out_features for path in paths)
+            held, first = self.held, paths[0]
+            rows = sum(held.matrices[path].out_features for path in paths)
             arrays: dict[str, mx.array] = {
-                field: allocate((slots, rows, self._columns(matrix, field)), self._memory_dtype(spec, field))
-                for field in self._fields(matrix)
+                field: allocate(
+                    (slots, rows, held.columns(held.matrices[first], field)), held.memory_dtype(first, field)
+                )
+                for field in held.fields(first)
             }
-            return StackedLinear(arrays, spec, self.products)
+            return StackedLinear(arrays, self.specs[first], self.products)
 
         *gate_up, down = self._expert_matrices(layer)
         return ExpertBank([stacked(paths) for paths in gate_up], stacked(down), self.products)
 
     def _expert_matrices(self, layer: int) -> list[list[str]]:
         """Paths of the stacked matrices of a bank: gate and up, fused or apart, and down."""
-        path = f"{layer_path(layer)}.block_sparse_moe.switch_mlp"
+        path = f"{layer_path(self.held.layers[layer])}.block_sparse_moe.switch_mlp"
         return [*self._fused([f"{path}.gate_proj", f"{path}.up_proj"]), [f"{path}.down_proj"]]
 
     def _expert_parts(self, layer: int) -> list[list[ExpertPart]]:
@@ -215,16 +208,14 @@ class Builder:
         experts: list[list[ExpertPart]] = [[] for _ in range(self.config.num_local_experts)]
         *gate_up, down = self._expert_matrices(layer)
         for name, paths in [*((f"gate_up.{index}", paths) for index, paths in enumerate(gate_up)), ("down", down)]:
-            spec, above = self.specs[paths[0]], 0
-            for part in (self.matrices[path] for path in paths):
-                for field in self._fields(part):
-                    dtype = self._memory_dtype(spec, field)
-                    for expert, found in enumerate(self._locations(part, field)):
-                        info = self.checkpoint[found.name]
-                        experts[expert].append(
-                            ExpertPart(f"{name}.{field}", above, dtype, info, found.start, found.stop)
-                        )
-                above += part.out_features
+            above = 0
+            for path in paths:
+                for field in self.held.fields(path):
+                    dtype = self.held.memory_dtype(path, field)
+                    for expert, at in enumerate(self.held.places(path, field)):
+                        part = ExpertPart(f"{name}.{field}", above, dtype, at.info, at.start, at.stop, at.columns)
+                        experts[expert].append(part)
+                above += self.held.matrices[path].out_features
         return experts
 
     def _fused(self, paths: Sequence[str]) -> list[list[str]]:
@@ -233,76 +224,28 @@ class Builder:
             return [list(paths)]
         return [[path] for path in paths]
 
+    def _held_matrix(self, path: str) -> Linear | None:
+        """A matrix of no layer, None where another machine holds it, or where there is none: a head that is the embedding."""
+        return self._matrix([path]) if path in self.held.matrices else None
+
     def _matrix(self, paths: Sequence[str]) -> Linear:
         """One matrix with the rows of all ``paths``."""
-        parts = [self.matrices[path] for path in paths]
-        spec = self.specs[paths[0]]
+        held, first = self.held, paths[0]
+        parts = [held.matrices[path] for path in paths]
         arrays: dict[str, mx.array] = {}
         rows = sum(part.out_features for part in parts)
-        for field in self._fields(parts[0]):
-            columns, dtype = self._columns(parts[0], field), self._memory_dtype(spec, field)
-            arrays[field] = array = allocate((rows, columns), dtype)
+        for field in held.fields(first):
+            dtype = held.memory_dtype(first, field)
+            arrays[field] = array = allocate((rows, held.columns(parts[0], field)), dtype)
             above = 0
             for part in parts:
-                (found,) = self._locations(part, field)
-                self.ranges.append(ReadRange(array, above, dtype, self.checkpoint[found.name], found.start, found.stop))
+                (at,) = held.places(part.path, field)
+                self.ranges.append(ReadRange(array, above, dtype, at.info, at.start, at.stop, at.columns))
                 above += part.out_features
-        return Linear(arrays, spec, self.products)
-
-    def _memory_bytes(self, matrix: Matrix) -> int:
-        spec, rows = self.specs[matrix.path], matrix.parameters // matrix.in_features
-        if spec is None:
-            return matrix.parameters * self.item_bytes
-        return spec.nbytes(rows, matrix.in_features, self.item_bytes)
-
-    def _fields(self, matrix: Matrix) -> tuple[Field, ...]:
-        spec = self.specs[matrix.path]
-        if spec is None:
-            return ("weight",)
-        return FIELDS if spec.has_biases else ("weight", "scales")
-
-    def _columns(self, matrix: Matrix, field: Field) -> int:
-        spec = self.specs[matrix.path]
-        if spec is None:
-            return matrix.in_features
-        return spec.packed_columns(matrix.in_features) if field == "weight" else spec.groups(matrix.in_features)
-
-    def _memory_dtype(self, spec: QuantizationSpec | None, field: Field) -> str:
-        if spec is None or (field != "weight" and spec.mode == "affine"):
-            return self.dtype
-        return "U32" if field == "weight" else "U8"
-
-    def _locations(self, matrix: Matrix, field: Field) -> list[Rows]:
-        found = locate(matrix, field, self.checkpoint)
-        if found is None:
-            raise CheckpointError(f"{self.checkpoint.folder}: tensor {matrix.path}.{field} is missing in every layout")
-        columns = self._columns(matrix, field)
-        wanted = self._memory_dtype(self.specs[matrix.path], field)
-        for rows in found:
-            info = self.checkpoint.rows_of(rows)
-            if info.shape[-1] != columns:
-                raise CheckpointError(
-                    f"{info.file}: tensor {rows.name!r} has shape {list(info.shape)}; its last axis should be {columns}"
-                )
-            integer = wanted in ("U32", "U8")
-            if (info.dtype != wanted) if integer else (info.dtype not in ("F32", "F16", "BF16")):
-                kind = wanted if integer else "F32, F16 or BF16"
-                raise CheckpointError(f"{info.file}: tensor {rows.name!r} has dtype {info.dtype}; {kind} was expected")
-        return found
-
-    def _norm_info(self, norm: Norm) -> None:
-        info = self.checkpoint[f"{norm.path}.weight"]
-        if info.shape != (norm.size,):
-            raise CheckpointError(
-                f"{info.file}: tensor {info.name!r} has shape {list(info.shape)}; [{norm.size}] was expected"
-            )
-        if info.dtype not in ("F32", "F16", "BF16"):
-            raise CheckpointError(
-                f"{info.file}: tensor {info.name!r} has dtype {info.dtype}; a float type was expected"
-            )
+        return Linear(arrays, self.specs[first], self.products)
 
     def _norm(self, path: str) -> RMSNorm:
-        array = allocate((self.norms[path].size,), self.dtype)
+        array = allocate((self.held.norms[path].size,), self.dtype)
         info = self.checkpoint[f"{path}.weight"]
         self.ranges.append(ReadRange(array, 0, self.dtype, info, 0, 1))
         return RMSNorm(array, self.config.rms_norm_eps)

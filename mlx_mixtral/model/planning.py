@@ -26,7 +26,7 @@ TRACE_FILE = "routing.trace"
 def make_planner(
     builder: Builder, device: Device, *, kv: KVOptions | None = None, speeds: Speeds | None = None
 ) -> Planner:
-    """A planner for the model of ``builder`` on ``device``.
+    """A planner for the model of ``builder``, or the part of it that this machine holds, on ``device``.
 
     Speeds are measured, and curves of hit rates made, when the first budget that cannot hold everything needs them.
 
@@ -39,7 +39,7 @@ def make_planner(
     kv = kv or KVOptions()
     kv.storage(builder.config, MLX_DTYPES[builder.dtype])
     return Planner(
-        builder.config,
+        builder.held.config,
         builder.sizes(),
         item_bytes=builder.item_bytes,
         reading_bytes=0 if builder.config.is_dense else builder.store.reading_bytes,
@@ -70,4 +70,7 @@ def _hit_rates(builder: Builder) -> npt.NDArray[np.float64]:
         trace = RoutingTrace(trace.experts[..., : shape[1]], trace.num_experts, trace.starts)
     if trace is None or (trace.experts.shape[1:], trace.num_experts) != (shape, config.num_local_experts):
         trace = published_trace(shape[0], config.num_local_experts, shape[1])
+    if builder.share is not None:
+        held = builder.held.layers
+        trace = RoutingTrace(trace.experts[:, held.start : held.stop], trace.num_experts, trace.starts)
     return hit_rates(trace, builder.policy)

@@ -40,15 +40,13 @@ def through_stages(
         if stage == rank:
             if x is None:
                 assert stage == 0
-                x = model.embedded(tokens)
+                x = model.embed(tokens)
             else:
                 mx.eval(x)
-            for index, layer in enumerate(model.layers):
-                if is_last and index == len(model.layers) - 1 and remembers:
-                    layer.attention.remember(layer.input_norm(x), index, view)
-                    break
-                ends = last_only and is_last and index == len(model.layers) - 1
-                x = layer(x, index, view, last_only=ends)
+            if is_last and remembers:
+                model.remember_stage(x, view)
+                break
+            x = model.stage(x, view, last_only=last_only and is_last)
         if is_last and remembers:
             break
         shape = (rows, 1 if is_last and last_only else length, width)

@@ -49,16 +49,18 @@ class DecoderLayer(Module):
 class MixtralModel(Module):
     """Token ids in, logits out. Built by ``mlx_mixtral.model.build``, which also fills the weights.
 
-    ``lm_head`` is None when the output head is the embedding matrix itself. ``kv`` says how caches it makes are kept.
+    ``lm_head`` is None when the output head is the embedding matrix itself. Where several machines hold a model, ``config`` is
+    the whole one's, ``layers`` are this machine's, counted from 0, and ``embed_tokens``, ``norm`` and ``lm_head`` are None
+    unless it holds them (``distributed.shares``). ``kv`` says how caches it makes are kept.
     ``min_prompt_tokens`` of a row come together at least when they are part of a prompt: see ``Products``.
     """
 
     def __init__(
         self,
         config: MixtralConfig,
-        embed_tokens: Linear,
+        embed_tokens: Linear | None,
         layers: Sequence[DecoderLayer],
-        norm: RMSNorm,
+        norm: RMSNorm | None,
         lm_head: Linear | None,
         dtype: mx.Dtype,
         min_prompt_tokens: int = 1,
@@ -146,16 +148,28 @@ class MixtralModel(Module):
         if self.link is not None and self.link.share.split == "layers":
             through_stages(self, self.link, tokens, chunk, remembers=True)
         else:
-            x, last = self._before_last(tokens, chunk), self.layers[-1]
-            last.attention.remember(last.input_norm(x), len(self.layers) - 1, chunk)
+            self.remember_stage(self.embed(tokens), chunk)
         cache.advance(tokens.shape[1])
 
     def through_layers(self, tokens: mx.array, view: CacheView, *, last_only: bool = False) -> mx.array:
         """As ``hidden``, for tokens whose place in a cache ``view`` tells."""
         if self.link is not None and self.link.share.split == "layers":
             return through_stages(self, self.link, tokens, view, last_only=last_only)
-        x = self._before_last(tokens, view)
-        return self.layers[-1](x, len(self.layers) - 1, view, last_only=last_only)
+        return self.stage(self.embed(tokens), view, last_only=last_only)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """What enters the first layer, ``[B, L, D]``, of ``tokens [B, L]``."""
+        assert self.embed_tokens is not None, "this machine does not hold the embedding"
+        return self.embed_tokens.rows(tokens, self.dtype)
+
+    def stage(self, x: mx.array, view: CacheView, *, last_only: bool = False) -> mx.array:
+        """Hidden states ``x [B, L, D]`` through the layers held; ``last_only`` where those include the model's last."""
+        return self.layers[-1](self._before_last(x, view), len(self.layers) - 1, view, last_only=last_only)
+
+    def remember_stage(self, x: mx.array, view: CacheView) -> None:
+        """As ``stage``, where of the last layer only keys and values are wanted."""
+        x, last = self._before_last(x, view), self.layers[-1]
+        last.attention.remember(last.input_norm(x), len(self.layers) - 1, view)
 
     def frequencies(self, length: int) -> mx.array | None:
         """Rotary frequencies of a sequence of ``length`` tokens, where the base alone does not say them."""
@@ -167,20 +181,21 @@ class MixtralModel(Module):
         rows, length = tokens.shape
         return cache.chunk(rows, length, self.frequencies(max(cache.length + length, total or 0)), ends)
 
-    def _before_last(self, tokens: mx.array, view: CacheView) -> mx.array:
-        x = self.embedded(tokens)
+    def _before_last(self, x: mx.array, view: CacheView) -> mx.array:
         for index, layer in enumerate(self.layers[:-1]):
             x = layer(x, index, view)
         return x
 
-    def embedded(self, tokens: mx.array) -> mx.array:
-        """Embeddings ``[B, L, D]`` of ``tokens [B, L]``."""
-        return self.embed_tokens.rows(tokens, self.dtype)
-
     def head(self, hidden: mx.array) -> mx.array:
         """Logits ``[..., V]`` of hidden states ``[..., D]``."""
-        normed = self.norm(hidden)
-        return self.embed_tokens(normed) if self.lm_head is None else self.lm_head(normed)
+        output = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        assert output is not None, "this machine does not hold the output head"
+        return output(self.final_norm(hidden))
+
+    def final_norm(self, hidden: mx.array) -> mx.array:
+        """Hidden states ``[..., D]`` as the output head takes them."""
+        assert self.norm is not None, "this machine does not hold the final norm"
+        return self.norm(hidden)
 
     def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
         """Lazy logits ``[B, L, V]`` of ``tokens [B, L]`` (int32), following what ``cache`` holds."""

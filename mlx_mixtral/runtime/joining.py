@@ -18,6 +18,7 @@ from mlx_mixtral.distributed.shares import Share, Split, expert_shares, layer_sh
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.machine.bandwidth import memory_bandwidth
 from mlx_mixtral.model.build import Builder
+from mlx_mixtral.model.held import expert_group_size
 
 __all__ = ["SPLITS", "agreed_plan", "choose_shares", "sum_seconds"]
 
@@ -108,11 +109,17 @@ def choose_shares(
 
 
 def _shares(split: str, whole: Builder, weights: Sequence[float]) -> list[Share]:
-    return (
-        expert_shares(whole.config, whole.expert_group_size, weights)
-        if split == "experts"
-        else layer_shares(whole.config, weights)
-    )
+    config, held = whole.config, whole.held
+    if split == "experts":
+        return expert_shares(config, expert_group_size(config, whole.checkpoint), weights)
+    layer_bytes = [0] * config.num_hidden_layers
+    leader_bytes = 0
+    for matrix in held.matrices.values():
+        if matrix.layer is None:
+            leader_bytes += held.matrix_bytes(matrix)
+        else:
+            layer_bytes[matrix.layer] += held.matrix_bytes(matrix)
+    return layer_shares(config, weights, layer_bytes=layer_bytes, leader_bytes=leader_bytes)
 
 
 def _experts_are_faster(config: MixtralConfig, whole: Builder, every: Sequence[_Seen]) -> bool:

@@ -25,7 +25,7 @@ from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.prefill import last_hidden
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.reading import open_descriptor, open_file, parse_json
-from mlx_mixtral.runtime.shared_prompts import collect, spread
+from mlx_mixtral.runtime.shared_prompts import collect, layer_count, spread
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
@@ -168,10 +168,7 @@ class PromptCache:
             )
         # Before anything of that size is allocated.
         wanted = cache.storage.empty(1, len(tokens))
-        names = [
-            [f"layers.{layer}.{index}" for index in range(len(wanted))]
-            for layer in range(module.config.num_hidden_layers)
-        ]
+        names = [[f"layers.{layer}.{index}" for index in range(len(wanted))] for layer in range(layer_count(module))]
         described = [(array.shape, _TYPES.get(array.dtype)) for array in wanted]
         for layer, own in enumerate(names):
             if [(infos[name].shape, infos[name].dtype) for name in own if name in infos] != described:

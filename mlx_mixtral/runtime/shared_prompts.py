@@ -10,7 +10,12 @@ from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.storage import LayerArrays
 from mlx_mixtral.model.transformer import MixtralModel
 
-__all__ = ["collect", "spread"]
+__all__ = ["collect", "layer_count", "spread"]
+
+
+def layer_count(model: MixtralModel) -> int:
+    """Decoder layers of the model, those of other machines included."""
+    return len(model.layers) if model.link is None else model.link.shares[-1].layers.stop
 
 
 def collect(model: MixtralModel, cache: KVCache) -> list[LayerArrays]:
@@ -43,7 +48,7 @@ def spread(model: MixtralModel, cache: KVCache, layers: Sequence[LayerArrays] | 
     with link.order("spread", cache, tokens):
         empty = cache.storage.empty(1, tokens)
         mine = link.share.layers
-        for layer in range(model.config.num_hidden_layers):
+        for layer in range(layer_count(model)):
             held = empty if layers is None else layers[layer]
             arrays = []
             for array in held:

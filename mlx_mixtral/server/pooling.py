@@ -69,7 +69,7 @@ def _pooled(context: DecodeContext, prompts: Sequence[Sequence[int]], kind: Pool
     before = 0
     for done, hidden in chunks:
         if hidden is not None:
-            states = model.norm(hidden).astype(mx.float32)  # [B, n, D]
+            states = model.final_norm(hidden).astype(mx.float32)  # [B, n, D]
             counts = mx.arange(before, done)[None] < ends if kind == "mean" else mx.ones((len(prompts), 1))
             pooled = pooled + (states * counts[..., None]).sum(axis=1)
             mx.eval(pooled)

@@ -8,8 +8,8 @@ import click
 
 from mlx_mixtral.cli.console import emit_json
 from mlx_mixtral.cli.evaluate.options import EvaluateOptions
-from mlx_mixtral.cli.several import follow_leader
 from mlx_mixtral.cli.fields import flag_name, takes
+from mlx_mixtral.cli.several import follow_leader
 
 __all__ = ["evaluate"]
 
