@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from mlx_mixtral.generation.sampling import SamplingParams
     from mlx_mixtral.generation.stats import GenerationStats
     from mlx_mixtral.runtime.batch import Batch, BatchUpdate
-    from mlx_mixtral.runtime.load import LoadProgress, load
+    from mlx_mixtral.runtime.filling import LoadProgress
+    from mlx_mixtral.runtime.load import load
     from mlx_mixtral.runtime.mixtral import Mixtral
     from mlx_mixtral.runtime.requests import GenerationOptions
     from mlx_mixtral.runtime.speculation import DraftModel, PromptLookup
@@ -96,7 +97,7 @@ _HOMES = {
     "JsonObject": "constraints.specs",
     "JsonSchema": "constraints.specs",
     "KVCache": "cache.kv",
-    "LoadProgress": "runtime.load",
+    "LoadProgress": "runtime.filling",
     "Mixtral": "runtime.mixtral",
     "MixtralConfig": "config.mixtral",
     "MixtralError": "errors",

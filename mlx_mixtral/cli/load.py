@@ -14,7 +14,7 @@ from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.options import LoadOptions, SpeculationOptions
 from mlx_mixtral.cli.progress import byte_progress, fetch
 from mlx_mixtral.cli.several import own_group
-from mlx_mixtral.errors import MemoryBudgetError, TokenizerError
+from mlx_mixtral.errors import MemoryBudgetError, MixtralError, TokenizerError
 from mlx_mixtral.generation.request import Speculation
 from mlx_mixtral.runtime.speculation import DraftModel, PromptLookup
 from mlx_mixtral.sizes import format_bytes, parse_size
@@ -47,10 +47,18 @@ def load_model(
             **options.arguments(),
         )
     load_s = time.perf_counter() - started
+    if model.engine.link is not None and (context := click.get_current_context(silent=True)) is not None:
+        # The other machines wait for what is asked next until they are told that nothing is.
+        context.find_root().call_on_close(lambda: _close(model))
     with contextlib.suppress(TokenizerError):
         for message in model.tokenizer.notes:
             note(f"note: {one_line(message)}")
     return LoadedModel(model, load_s)
+
+
+def _close(model: Mixtral) -> None:
+    with contextlib.suppress(MixtralError):
+        model.close()
 
 
 def load_with_speculation(

@@ -13,15 +13,14 @@ import mlx.core as mx
 
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
-from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.distributed.link import Link
 from mlx_mixtral.errors import BusyError, ClosedError, ContextLengthError, InvalidRequestError
 from mlx_mixtral.experts.residency import AllocateBank, Residency
 from mlx_mixtral.generation.constrained import decode_constrained
 from mlx_mixtral.generation.context import DecodeContext
+from mlx_mixtral.generation.logits import all_logits
 from mlx_mixtral.generation.loop import decode
-from mlx_mixtral.generation.prefill import prefill
 from mlx_mixtral.generation.request import Decoder, Request
 from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S, Scheduler
 from mlx_mixtral.generation.speculation.cost import ForwardCost
@@ -50,6 +49,8 @@ class Engine:
     because steps may be taken from different threads.
 
     Args:
+        config: of all of the model.
+        module: the network, or this machine's share of it.
         residency: what of it stays in memory, with the plan in force.
         planner: makes other plans of it.
         lease: the stream on ``device`` that it computes on; the engine's from now on, and given back when it is closed.
@@ -66,6 +67,7 @@ class Engine:
 
     def __init__(
         self,
+        config: MixtralConfig,
         module: MixtralModel,
         residency: Residency,
         planner: Planner,
@@ -78,7 +80,7 @@ class Engine:
         prefix_cache: int | None = None,
         settings: str = "",
     ) -> None:
-        self.config: MixtralConfig = module.config
+        self.config = config
         self.device, self.residency = device, residency
         self.prompt_cache = PromptCache(
             residency.plan, prefix_cache, identity, settings=settings, max_tokens=self.config.rope.switches_at()
@@ -194,22 +196,14 @@ class Engine:
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """Around whatever waits for results: other machines that do not answer are noticed.
-
-        Raises:
-            GroupError: another machine was lost.
-        """
+        """Around whatever waits for results; raises GroupError when another machine was lost."""
         with contextlib.nullcontext() if self.link is None else self.link.guarded():
             yield
 
     def follow(self) -> None:
-        """On a machine that is not its group's first: compute what that one asks for until it closes the model.
-
-        Raises:
-            CheckpointError: an expert cannot be read.
-            GroupError: another machine was lost.
-        """
-        assert self.link is not None
+        """As ``Mixtral.follow``."""
+        if self.link is None or self.link.is_leader:
+            raise InvalidRequestError("this is the first machine of its group: generate, and let the others follow")
         with self.running():
             Follower(self.context, self.link).run()
 
@@ -282,16 +276,7 @@ class Engine:
         if len(tokens) > own:
             raise ContextLengthError(f"{len(tokens)} tokens were given; the model's context holds {own}")
         with self.computing() as context:
-            cache, parts = context.model.make_cache(), []
-            for _, hidden in prefill(
-                context.model, mx.array([list(tokens)], mx.int32), cache, context.chunk_tokens, first=0
-            ):
-                assert hidden is not None
-                parts.append(context.model.head(hidden)[0])
-                mx.eval(parts[-1])
-            result = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-            mx.eval(result)
-        return result
+            return all_logits(context, tokens)
 
     def save_prompt(self, path: str | Path, tokens: Sequence[int]) -> None:
         """Compute a prompt and save its keys and values. Raises as ``PromptCache.save``, and BusyError."""
@@ -349,7 +334,7 @@ class Engine:
             with mx.stream(self.stream):
                 kept = self.prompt_cache.take(request.tokens, context.model.min_prompt_tokens)
                 request.stats.not_reused = self.prompt_cache.kept.why_not
-                cache = kept or self._new_cache(context)
+                cache = kept or context.model.make_cache(max_tokens=self.context_limit)
             seen, is_whole = list(request.tokens), False
             try:
                 with contextlib.closing(decoder(context, request, cache)) as tokens:
@@ -364,6 +349,3 @@ class Engine:
             finally:
                 if is_whole:
                     self.prompt_cache.put(seen[: cache.length], cache)
-
-    def _new_cache(self, context: DecodeContext) -> KVCache:
-        return context.model.make_cache(max_tokens=self.context_limit)

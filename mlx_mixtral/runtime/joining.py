@@ -11,16 +11,24 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mixtral.budget.plan import MemoryPlan
+from mlx_mixtral.budget.planner import Planner
+from mlx_mixtral.cache.options import KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.distributed.group import Group
+from mlx_mixtral.distributed.link import Link
 from mlx_mixtral.distributed.meeting import agree
 from mlx_mixtral.distributed.shares import Share, Split, expert_shares, layer_shares
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.machine.bandwidth import memory_bandwidth
+from mlx_mixtral.machine.device import Device
+from mlx_mixtral.machine.memory import read_system_memory, usable_bytes
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.held import expert_group_size
+from mlx_mixtral.model.planning import make_planner
+from mlx_mixtral.runtime.filling import LoadedWeights, LoadProgress, load_module, refuse_cpu_gather
+from mlx_mixtral.sizes import parse_size
 
-__all__ = ["SPLITS", "agreed_plan", "choose_shares", "sum_seconds"]
+__all__ = ["SPLITS", "agreed_plan", "choose_shares", "load_share", "split_of", "sum_seconds"]
 
 SPLITS = ("auto", "experts", "layers")
 REPEATS = 12
@@ -46,6 +54,45 @@ def sum_seconds(group: Group, numbers: int) -> float:
             mx.eval(group.sum(x))
             times.append(time.perf_counter() - started)
     return statistics.median(times[2:])
+
+
+def load_share(
+    group: Group,
+    build: Callable[..., Builder],
+    place: Device,
+    kv: KVOptions,
+    memory: str | float | None,
+    context: int | None,
+    progress: Callable[[LoadProgress], None] | None,
+    *,
+    split: str,
+    shares: Sequence[float] | None,
+) -> LoadedWeights:
+    """This machine's share of a model, joined with the others'; arguments as of ``load``. All machines must come here.
+
+    Raises:
+        MixtralError: as ``load``.
+        GroupError: another machine failed.
+    """
+
+    def whole() -> Builder:
+        found = build()
+        refuse_cpu_gather(found, place)
+        return found
+
+    builder, _ = agree(group, whole, lambda found: True)
+    usable = usable_bytes(place, read_system_memory()) if memory is None else parse_size(memory)
+    parts = choose_shares(group, builder, lambda share: build(share=share), split, shares, usable)
+    builder = build(share=parts[group.rank])
+
+    def planned() -> tuple[Planner, MemoryPlan]:
+        planner = make_planner(builder, place, kv=kv)
+        return planner, planner.plan(memory, context)
+
+    planner, plan = agreed_plan(group, planned, builder.config.max_context_tokens)
+    (module, residency), _ = agree(group, lambda: load_module(builder, plan, progress), lambda made: True)
+    module.join(Link(group, parts))
+    return LoadedWeights(builder, planner, module, residency)
 
 
 def choose_shares(
@@ -130,33 +177,37 @@ def _experts_are_faster(config: MixtralConfig, whole: Builder, every: Sequence[_
     return config.num_hidden_layers * first.sum_s < saved + machines * first.sum_s
 
 
-def agreed_plan(group: Group, plan: Callable[[], MemoryPlan], own_context: int) -> MemoryPlan:
-    """This machine's plan, with what all machines have room for.
+def agreed_plan(
+    group: Group, plan: Callable[[], tuple[Planner, MemoryPlan]], own_context: int
+) -> tuple[Planner, MemoryPlan]:
+    """This machine's planner and plan, with what all machines have room for.
 
     Raises:
         MixtralError: of ``plan``.
         GroupError: another machine's failed.
     """
 
-    def tell(made: MemoryPlan) -> dict[str, Any]:
+    def tell(made: tuple[Planner, MemoryPlan]) -> dict[str, Any]:
+        own = made[1]
         return {
-            "is_bound": made.is_bound,
-            "capacity": made.context_capacity if made.budget_bytes is not None else own_context,
-            "columns": made.kv_columns,
-            "chunk": made.chunk_tokens,
+            "is_bound": own.is_bound,
+            "capacity": own.context_capacity if own.budget_bytes is not None else own_context,
+            "columns": own.kv_columns,
+            "chunk": own.chunk_tokens,
         }
 
-    made, told = agree(group, plan, tell)
-    if not any(each["is_bound"] for each in told):
-        return replace(made, chunk_tokens=min(each["chunk"] for each in told))
+    (planner, own), told = agree(group, plan, tell)
+    chunk = min(each["chunk"] for each in told)
     bound = [each for each in told if each["is_bound"]]
-    return replace(
-        made,
+    if not bound:
+        return planner, replace(own, chunk_tokens=chunk)
+    return planner, replace(
+        own,
         # A machine with room to spare keeps to what the others have.
-        budget_bytes=made.resident_bytes if made.budget_bytes is None else made.budget_bytes,
+        budget_bytes=own.resident_bytes if own.budget_bytes is None else own.budget_bytes,
         context_capacity=min(each["capacity"] for each in bound),
         kv_columns=min(each["columns"] for each in bound),
-        chunk_tokens=min(each["chunk"] for each in told),
+        chunk_tokens=chunk,
     )
 
 

@@ -12,50 +12,32 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mixtral.arguments import as_path, check_callbacks, checked
-from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.options import DEFAULT_SINKS, KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.overrides import ConfigOverrides, settings_of
 from mlx_mixtral.distributed.group import DEFAULT_PEER_TIMEOUT_S, Group
-from mlx_mixtral.distributed.link import Link
 from mlx_mixtral.distributed.meeting import agree, same
-from mlx_mixtral.errors import DtypeRangeError, InvalidRequestError, MissingDependencyError, TokenizerError
+from mlx_mixtral.errors import DtypeRangeError, MissingDependencyError, TokenizerError
 from mlx_mixtral.experts.policy import make_policy
-from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.hub import resolve
 from mlx_mixtral.layers.cpu import products_for
-from mlx_mixtral.machine.device import DTYPE_NAMES, Device, compute_dtype, current_device
-from mlx_mixtral.machine.memory import read_system_memory, usable_bytes
+from mlx_mixtral.machine.device import compute_dtype, current_device
 from mlx_mixtral.machine.streams import StreamLease
 from mlx_mixtral.model.build import Builder
-from mlx_mixtral.model.planning import make_planner
 from mlx_mixtral.model.prefetch import PrefetchControl
-from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.engine import Engine
-from mlx_mixtral.runtime.joining import agreed_plan, choose_shares, split_of
+from mlx_mixtral.runtime.filling import LoadProgress, load_whole
+from mlx_mixtral.runtime.joining import load_share, split_of
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.tokenizer import Tokenizer, load_tokenizer
 from mlx_mixtral.tokenizer.chat.choice import GivenTemplate, given_template
 from mlx_mixtral.tokenizer.load import check_kind
-from mlx_mixtral.weights.checkpoint import Checkpoint, CheckpointReader
-from mlx_mixtral.weights.fill import fill
+from mlx_mixtral.weights.checkpoint import Checkpoint
 from mlx_mixtral.weights.fingerprint import checkpoint_identity
 from mlx_mixtral.weights.manifest import check_files, check_sizes
 
-__all__ = ["LoadProgress", "load", "load_module", "refuse_cpu_gather"]
-
-
-@dataclass(frozen=True)
-class LoadProgress:
-    """How far loading is, in bytes read from disk.
-
-    Example:
-        >>> load("mixtral-4bit", progress=lambda at: print(f"{at.done_bytes / at.total_bytes:.0%}"))
-    """
-
-    done_bytes: int
-    total_bytes: int
+__all__ = ["load"]
 
 
 @checked()
@@ -168,44 +150,33 @@ def load(
         at = found()
     else:
         facts = {"dtype": dtype, "backend": place.kind, "split": split, "kv": asdict(kv)}
-        at, told = agree(team, found, lambda at: facts | at.facts(overrides, context))
+        at, told = agree(team, found, lambda at: facts | at.facts())
         same(told)
     words = _tokenizer(at, tokenizer, given)
     for name in (kind, "BF16"):
         build = partial(
             Builder, at.config, at.checkpoint, name, page_cache=page_cache, policy=policy, products=products
         )
-        builder = build()
-        refuse_cpu_gather(builder, place)
-        link: Link | None = None
-        with mx.stream(lease.stream):
-            if team is not None:
-                usable = parse_size(memory) if memory is not None else usable_bytes(place, read_system_memory())
-                parts = choose_shares(team, builder, lambda share: build(share=share), split, shares, usable)
-                link, builder = Link(team, parts), build(share=parts[team.rank])
-            planner = make_planner(builder, place, kv=kv)
-            try:
+        try:
+            with mx.stream(lease.stream):
                 if team is None:
-                    module, residency = load_module(builder, planner.plan(memory, context), progress)
+                    weights = load_whole(build, place, kv, memory, context, progress)
                 else:
-                    plan = agreed_plan(team, lambda: planner.plan(memory, context), at.config.max_context_tokens)
-                    load_part = partial(load_module, builder, plan, progress)
-                    (module, residency), _ = agree(team, load_part, lambda made: True)
-                    if link is not None:
-                        module.join(link)
-            except DtypeRangeError:
-                if name != "F16" or dtype != "auto" or team is not None:
-                    raise
-                continue
-        module.kv = kv
+                    weights = load_share(team, build, place, kv, memory, context, progress, split=split, shares=shares)
+        except DtypeRangeError:
+            if name != "F16" or dtype != "auto" or team is not None:
+                raise
+            continue
+        weights.module.kv = kv
         engine = Engine(
-            module,
-            residency,
-            planner,
+            at.config,
+            weights.module,
+            weights.residency,
+            weights.planner,
             place,
             control,
             lease=lease,
-            allocate=builder.bank,
+            allocate=weights.builder.bank,
             identity=lambda: checkpoint_identity(at.folder),
             prefix_cache=kept,
             settings=settings_of(at.config, at.own_config),
@@ -223,14 +194,13 @@ class _Found:
     config: MixtralConfig
     checkpoint: Checkpoint
 
-    def facts(self, overrides: ConfigOverrides, context: int | None) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What machines that load it together have to have alike."""
         return {
             "mlx-mixtral": version("mlx-mixtral"),
             "mlx": version("mlx"),
             "checkpoint": checkpoint_identity(self.folder)[:16],
             "settings": settings_of(self.config, self.own_config),
-            "context": context,
         }
 
 
@@ -251,36 +221,3 @@ def _tokenizer(at: _Found, kind: str | None, template: GivenTemplate | None) -> 
 def _kept_bytes(prefix_cache: str | float) -> int:
     is_none = isinstance(prefix_cache, str | int | float) and prefix_cache in (0, "0")
     return 0 if is_none else parse_size(prefix_cache)
-
-
-def load_module(
-    builder: Builder, plan: MemoryPlan, progress: Callable[[LoadProgress], None] | None
-) -> tuple[MixtralModel, Residency]:
-    """Allocate the model and read what stays in memory.
-
-    Raises:
-        CheckpointError: weights that cannot be read or held.
-    """
-    module = builder.build(plan.slots, plan.overflow_slots)
-    total = sum(item.nbytes for item in builder.ranges)
-
-    def report(done_bytes: int) -> None:
-        if progress is not None:
-            progress(LoadProgress(done_bytes, total))
-
-    with CheckpointReader(builder.checkpoint) as reader:
-        fill(reader, builder.ranges, report)
-    builder.ranges.clear()
-    residency = Residency(builder.store, builder.sizes(), module.gathered, builder.overflow, plan, builder.policy)
-    builder.overflow = {}
-    return module, residency
-
-
-def refuse_cpu_gather(builder: Builder, device: Device) -> None:
-    """MLX's CPU ``gather_mm`` computes float32 only: say so at load, not in the first forward."""
-    plain = any(m.part == "expert" and builder.specs[path] is None for path, m in builder.matrices.items())
-    if plain and not builder.config.is_dense and builder.dtype != "F32" and device.kind == "cpu":
-        raise InvalidRequestError(
-            f"unquantised experts cannot be computed in {DTYPE_NAMES[builder.dtype]} on MLX's CPU backend; "
-            "use --dtype float32, or convert the checkpoint"
-        )

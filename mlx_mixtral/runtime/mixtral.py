@@ -14,7 +14,7 @@ from mlx_mixtral.arguments import check_type, checked
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.calls.definitions import read_tools
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.errors import BusyError, InvalidRequestError, TokenizerError
+from mlx_mixtral.errors import BusyError, TokenizerError
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.experts.trace import RoutingTrace
 from mlx_mixtral.generation.request import PieceOf
@@ -94,8 +94,8 @@ class Mixtral:
     def module(self) -> MixtralModel:
         """The network itself: ``module(tokens [B, L] int32, cache)`` gives lazy logits ``[B, L, V]``.
 
-        Work with it on the thread that evaluates the result, and not while a generation runs; where the model was loaded for
-        another device than MLX's default one, within ``mx.stream(model.device.mlx)``.
+        Work with it on the thread that evaluates the result, not while a generation runs; loaded for another device than MLX's
+        default one, within ``mx.stream(model.device.mlx)``.
         """
         return self.engine.module
 
@@ -128,15 +128,10 @@ class Mixtral:
         return self.engine.link is None or self.engine.link.is_leader
 
     def follow(self) -> None:
-        """On the other machines of a group: compute what the first one asks for, until it closes its model.
+        """On the other machines of a group: compute what the first asks for, until it closes its model.
 
-        Raises:
-            InvalidRequestError: on the first.
-            CheckpointError: an expert cannot be read.
-            GroupError: another machine was lost.
+        Raises InvalidRequestError on the first, CheckpointError for an expert that cannot be read, GroupError for a machine lost.
         """
-        if self.is_leader:
-            raise InvalidRequestError("this is the first machine of its group: generate, and let the others follow")
         self.engine.follow()
 
     def close(self) -> None:

@@ -245,7 +245,7 @@ def test_weights_beyond_float16_fall_back_or_say_so(
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + 70000.0
     mx.save_safetensors(str(tmp_path / "model.safetensors"), tensors)
     (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
-    monkeypatch.setattr("mlx_mixtral.runtime.load.refuse_cpu_gather", lambda *_: None)
+    monkeypatch.setattr("mlx_mixtral.runtime.filling.refuse_cpu_gather", lambda *_: None)
     with pytest.raises(DtypeRangeError, match=r"model.norm.weight.*65504.*bfloat16"):
         load(tmp_path, dtype="float16")
     monkeypatch.setattr("mlx_mixtral.runtime.load.compute_dtype", lambda *_: "F16")
