@@ -47,6 +47,11 @@ def test_the_leader_has_fewer_layers_for_its_embedding_and_head() -> None:
     assert counts(layer_shares(EIGHT_BY_SEVEN, [1, 1], layer_bytes=[10] * 32, leader_bytes=40)) == [14, 18]
 
 
+def test_where_the_leader_is_the_fullest_the_others_are_even_all_the_same() -> None:
+    assert counts(layer_shares(config(num_hidden_layers=9), [1, 1, 1], leader_bytes=7)) == [1, 4, 4]
+    assert counts(layer_shares(config(num_hidden_layers=10), [1, 1, 2], leader_bytes=9)) == [1, 3, 6]
+
+
 def test_layers_of_many_bits_count_for_more() -> None:
     assert counts(layer_shares(config(num_hidden_layers=6), [1, 1], layer_bytes=[30, 10, 10, 10, 10, 10])) == [2, 4]
 
