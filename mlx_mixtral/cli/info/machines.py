@@ -34,7 +34,7 @@ def print_machines(found: Mapping[str, Any], model: str) -> None:
         ]
         for plan in plans
     ]
-    print_table("Bytes on a machine and predicted tok/s of one request (-: does not fit)", columns, rows)
+    print_table("Bytes on a machine, predicted tok/s (-: does not fit; *: experts read from disk)", columns, rows)
     for problem in dict.fromkeys(split["problem"] for plan in plans for split in plan["splits"].values()):
         if problem:
             console.print(one_line(problem), soft_wrap=True)
@@ -70,7 +70,7 @@ def _print_shares(machines: Sequence[Mapping[str, Any]], plans: Sequence[Mapping
 def _alone(plan: Mapping[str, Any]) -> str:
     if plan["predicted_tok_s"] is None:
         return "-"
-    return figures(plan["predicted_tok_s"]) + (" from disk" if plan["streams"] else "")
+    return figures(plan["predicted_tok_s"]) + ("*" if plan["streams"] else "")
 
 
 def _cells(plan: Mapping[str, Any], split: str) -> tuple[str, str]:
