@@ -1,4 +1,4 @@
-"""One process of a ring, started by ``several_machines.py``: times sums, and prints their medians as JSON on its last line.
+"""One process of a ring, started by ``several_machines.py``: prints the median and the least seconds of sums as JSON.
 
 python tests/benchmarks/collective.py FLOATS,FLOATS,… REPEATS
 """
@@ -18,17 +18,18 @@ SECONDS = 120
 WARM_UP = 3
 
 
-def median_s(stream: mx.Stream, floats: int, repeats: int) -> float:
-    """Seconds of one sum of so many float32 on all processes."""
-    value = mx.ones(floats, mx.float32)
-    mx.eval(value)
-    times = []
+def measured_s(stream: mx.Stream, floats: list[int], repeats: int) -> dict[int, list[float]]:
+    """Seconds of sums of so many float32 on all processes. Sizes take turns, so that all meet the same machine."""
+    values = {count: mx.ones(count, mx.float32) for count in floats}
+    mx.eval(list(values.values()))
+    times: dict[int, list[float]] = {count: [] for count in floats}
     for number in range(WARM_UP + repeats):
-        started = time.perf_counter()
-        mx.eval(mx.distributed.all_sum(value, stream=stream))
-        if number >= WARM_UP:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        for count, value in values.items():
+            started = time.perf_counter()
+            mx.eval(mx.distributed.all_sum(value, stream=stream))
+            if number >= WARM_UP:
+                times[count].append(time.perf_counter() - started)
+    return times
 
 
 def main() -> None:
@@ -39,8 +40,8 @@ def main() -> None:
     mx.set_default_device(mx.Device(mx.cpu))
     mx.distributed.init(strict=True, backend="ring")
     stream, repeats = mx.new_stream(mx.Device(mx.cpu)), int(sys.argv[2])
-    found = {floats: median_s(stream, floats, repeats) for floats in map(int, sys.argv[1].split(","))}
-    print(json.dumps(found), flush=True)
+    times = measured_s(stream, [int(count) for count in sys.argv[1].split(",")], repeats)
+    print(json.dumps({count: [statistics.median(each), min(each)] for count, each in times.items()}), flush=True)
 
 
 if __name__ == "__main__":
