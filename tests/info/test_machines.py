@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -111,6 +113,16 @@ def test_uneven_machines_get_shares_by_their_memory() -> None:
     token = TokenBytes.of(four_bits("8x7b"))
     expected = 1 / ((token.shared + token.experts / 2) / 300e9 + 32 * c)
     assert splits["experts"]["predicted_tok_s"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("memories", [[5, 2, 1], [3, 3, 1], [7, 2, 2], [1, 4, 4], [9, 1, 1]])
+def test_no_other_shares_leave_the_fullest_machine_less_full(memories: list[int]) -> None:
+    config = replace(BUILT_IN["8x7b"], intermediate_size=9 * 64)
+    held = SPLITS["experts"](ModelParts(config, bytes_by_part(config, Width(4)), 64), memories)
+    found = [each.config.intermediate_size // 64 for each in held]
+    others = [counts for counts in product(range(1, 10), repeat=3) if sum(counts) == 9]
+    fullest = [max(n / memory for n, memory in zip(counts, memories, strict=True)) for counts in (*others, found)]
+    assert fullest[-1] == min(fullest)
 
 
 def test_shares_that_cannot_be_equal_are_whole_groups() -> None:
