@@ -115,7 +115,7 @@ def test_uneven_machines_get_shares_by_their_memory() -> None:
     assert splits["experts"]["predicted_tok_s"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("memories", [[5, 2, 1], [3, 3, 1], [7, 2, 2], [1, 4, 4], [9, 1, 1]])
+@pytest.mark.parametrize("memories", [[5, 2, 1], [1, 1, 2], [3, 3, 1], [7, 2, 2], [1, 4, 4], [9, 1, 1]])
 def test_no_other_shares_leave_the_fullest_machine_less_full(memories: list[int]) -> None:
     config = replace(BUILT_IN["8x7b"], intermediate_size=9 * 64)
     held = SPLITS["experts"](ModelParts(config, bytes_by_part(config, Width(4)), 64), memories)
