@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
@@ -18,7 +22,7 @@ from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.overrides import ConfigOverrides
 from mlx_mixtral.errors import InvalidRequestError, MemoryBudgetError
 from mlx_mixtral.experts.trace import hit_rates, published_trace
-from mlx_mixtral.info.estimate import BUILT_IN, WIDTHS, Width, bytes_by_part, expert_bytes
+from mlx_mixtral.info.estimate import BUILT_IN, WIDTHS, bytes_by_part
 from mlx_mixtral.info.macs import CHIPS, Chip
 from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import compute_dtype, current_device
@@ -27,7 +31,7 @@ from mlx_mixtral.model.planning import make_planner
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.checkpoint import Checkpoint
 
-__all__ = ["checkpoint_plan", "shape_plans"]
+__all__ = ["DEFAULT_DISK", "READBACK_S", "checkpoint_plan", "mac_planner", "one_chip", "shape_plans", "sizes_of"]
 
 # A guess for shapes without a machine: one synchronisation takes tenths of a millisecond on Apple GPUs.
 READBACK_S = 200e-6
@@ -76,30 +80,13 @@ def shape_plans(
     Raises:
         InvalidRequestError: no single chip is named, or a size is none.
     """
-    if len(chips) != 1:
-        fix = (
-            "name one with --chip to use its published bandwidth"
-            if chips == CHIPS
-            else f"name {_one_of(chips)} with --chip"
-        )
-        raise InvalidRequestError(f"a plan for --memory is made for one chip; {fix}")
+    chip = one_chip(chips, "a plan for --memory")
     config = (overrides or ConfigOverrides()).apply(BUILT_IN[name], context)
-    speeds = Speeds(float(parse_size(disk or DEFAULT_DISK)), chips[0].bandwidth_gb_s * 1e9, READBACK_S)
-    trace = published_trace(config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok)
-    curves = hit_rates(trace)
+    speeds = Speeds(float(parse_size(disk or DEFAULT_DISK)), chip.bandwidth_gb_s * 1e9, READBACK_S)
     found = []
     for width in WIDTHS:
-        planner = Planner(
-            config,
-            _sizes(config, width),
-            item_bytes=2,
-            reading_bytes=0,
-            keeps_scores=False,
-            kv=KVOptions(),
-            available_bytes=lambda: None,
-            speeds=lambda: speeds,
-            hit_rates=lambda: curves,
-        )
+        parts = bytes_by_part(config, width)
+        planner = mac_planner(config, sizes_of(config, sum(parts.values()) - parts["expert"], parts["expert"]), speeds)
         try:
             found.append(_report(width.name, planner.plan(memory, context), planner.sizes, speeds))
         except MemoryBudgetError as error:
@@ -107,11 +94,51 @@ def shape_plans(
     return found
 
 
-def _sizes(config: MixtralConfig, width: Width) -> ModelSizes:
-    parts, layers = bytes_by_part(config, width), config.num_hidden_layers
-    experts = (expert_bytes(config, width),) * layers
-    trunk = sum(parts.values()) - parts["expert"]
-    return ModelSizes(trunk, experts, experts, (0,) * layers, config.num_local_experts, config.num_experts_per_tok)
+def one_chip(chips: Sequence[Chip], what: str) -> Chip:
+    """The chip a plan is made for.
+
+    Raises:
+        InvalidRequestError: there are several; the message says ``what`` needs one, and how to name it.
+    """
+    if len(chips) == 1:
+        return chips[0]
+    fix = (
+        "name one with --chip to use its published bandwidth"
+        if chips == CHIPS
+        else f"name {_one_of(chips)} with --chip"
+    )
+    raise InvalidRequestError(f"{what} is made for one chip; {fix}")
+
+
+def mac_planner(config: MixtralConfig, sizes: ModelSizes, speeds: Speeds) -> Planner:
+    """A planner for a Mac that is not here: 16-bit numbers, kernels of its GPU, routing as it was published."""
+    return Planner(
+        config,
+        sizes,
+        item_bytes=2,
+        reading_bytes=0,
+        keeps_scores=False,
+        kv=KVOptions(),
+        available_bytes=lambda: None,
+        speeds=lambda: speeds,
+        hit_rates=lambda: _published_hit_rates(
+            config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok
+        ),
+    )
+
+
+@cache
+def _published_hit_rates(num_layers: int, num_experts: int, per_token: int) -> npt.NDArray[np.float64]:
+    return hit_rates(published_trace(num_layers, num_experts, per_token))
+
+
+def sizes_of(config: MixtralConfig, trunk_bytes: int, expert_bytes: int) -> ModelSizes:
+    """Of a model whose experts have ``expert_bytes`` together, in layers that are all alike; a dense model is all trunk."""
+    if config.is_dense:
+        trunk_bytes, expert_bytes = trunk_bytes + expert_bytes, 0
+    layers, count = config.num_hidden_layers, config.num_local_experts
+    experts = (expert_bytes // (layers * count),) * layers
+    return ModelSizes(trunk_bytes, experts, experts, (0,) * layers, count, config.num_experts_per_tok)
 
 
 def _report(name: str, plan: MemoryPlan, sizes: ModelSizes, speeds: Speeds | None) -> dict[str, Any]:

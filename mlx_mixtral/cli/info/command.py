@@ -28,7 +28,14 @@ class InfoOptions:
     memory: str | None = option(
         "--memory SIZE", "Show what would stay in memory under this budget, and how fast that is."
     )
-    context: int | None = option("--context N", "Tokens that --memory reserves KV cache for.")
+    machines: str | None = option(
+        "--machines GB,GB", "Show what each of several Macs would hold and the predicted speed, such as 64GB,64GB."
+    )
+    link: str | None = option(
+        "--link KIND",
+        "What connects --machines: thunderbolt (TCP), thunderbolt5 (RDMA), ethernet10g or wifi.  [default: thunderbolt]",
+    )
+    context: int | None = option("--context N", "Tokens that --memory and --machines reserve KV cache for.")
     disk: str | None = option("--disk SIZE", "Bytes the disk reads a second, such as 5GB.  [default: measured]")
     overrides: OverrideOptions = group(OverrideOptions)
     settings: bool = flag("--settings", "Show the defaults of your settings file, all of them checked; takes no MODEL.")
@@ -47,6 +54,10 @@ def info(ctx: click.Context, given: InfoOptions) -> None:
 
     --memory prints the plan for a budget first: which layers keep all their experts, how many expert slots the others have,
     and the predicted tokens per second. Disk and memory speeds are measured here, or given by --disk and --chip.
+
+    --machines plans one model on several Macs of the same chip, the leader first: what each would hold with layers split and
+    with experts split, whether that fits, and the predicted tokens per second next to one machine. It is arithmetic from
+    published latencies; no Mac was measured.
     """
     if given.settings:
         if given.model is not None:
@@ -57,13 +68,22 @@ def info(ctx: click.Context, given: InfoOptions) -> None:
         raise click.UsageError("give MODEL, 8x7b or 8x22b, or --settings")
     from mlx_mixtral.info.macs import find_chips
 
-    if given.memory is None and (given.context is not None or given.disk is not None):
-        raise click.UsageError("--context and --disk apply only with --memory")
+    _check_plans(given)
     chips = find_chips(given.chip)
     if given.model.lower() in ("8x7b", "8x22b"):
         _published(given, given.model.lower(), chips)
     else:
         _checkpoint(given, given.model, chips)
+
+
+def _check_plans(given: InfoOptions) -> None:
+    """Of two plans one, and options of plans only where there is one."""
+    if given.memory is not None and given.machines is not None:
+        raise click.UsageError("--memory plans one machine and --machines several; leave out one of them")
+    if given.machines is None and given.link is not None:
+        raise click.UsageError("--link applies only with --machines")
+    if given.memory is None and given.machines is None and (given.context is not None or given.disk is not None):
+        raise click.UsageError("--context and --disk apply only with --memory or --machines")
 
 
 def _show_settings(ctx: click.Context, *, as_json: bool) -> None:
@@ -84,6 +104,7 @@ def _show_settings(ctx: click.Context, *, as_json: bool) -> None:
 
 
 def _published(given: InfoOptions, name: str, chips: Sequence[Chip]) -> None:
+    from mlx_mixtral.cli.info.machines import print_machines
     from mlx_mixtral.cli.info.tables import print_plans, print_shape
     from mlx_mixtral.info.shape import shape_report
 
@@ -92,15 +113,23 @@ def _published(given: InfoOptions, name: str, chips: Sequence[Chip]) -> None:
         from mlx_mixtral.info.plans import shape_plans
 
         report["memory"] = shape_plans(name, given.memory, given.context, chips, given.disk, given.overrides.checked)
+    if given.machines is not None:
+        from mlx_mixtral.info.machines import Cluster, shape_machines
+
+        cluster = Cluster.parse(given.machines, given.link, chips, given.disk)
+        report["machines"] = shape_machines(name, cluster, given.context, given.overrides.checked)
     if given.as_json:
         emit_json(report)
     elif given.memory is not None:
         print_plans(report["memory"])
+    elif given.machines is not None:
+        print_machines(report["machines"], f"Mixtral {name}")
     else:
         print_shape(report)
 
 
 def _checkpoint(given: InfoOptions, model: str, chips: Sequence[Chip]) -> None:
+    from mlx_mixtral.cli.info.machines import print_machines
     from mlx_mixtral.cli.info.tables import print_checkpoint, print_plans
     from mlx_mixtral.cli.progress import fetch
     from mlx_mixtral.info.checkpoint import checkpoint_report
@@ -114,9 +143,16 @@ def _checkpoint(given: InfoOptions, model: str, chips: Sequence[Chip]) -> None:
         from mlx_mixtral.info.plans import checkpoint_plan
 
         report["memory"] = checkpoint_plan(folder, given.memory, given.context, chips, given.disk, overrides)
+    if given.machines is not None:
+        from mlx_mixtral.info.machines import Cluster, checkpoint_machines
+
+        cluster = Cluster.parse(given.machines, given.link, chips, given.disk)
+        report["machines"] = checkpoint_machines(folder, report, cluster, given.context, overrides)
     if given.as_json:
         emit_json(report)
     elif given.memory is not None:
         print_plans([report["memory"]])
+    elif given.machines is not None:
+        print_machines(report["machines"], model)
     else:
         print_checkpoint(report, with_speed=given.chip is not None)
