@@ -52,7 +52,9 @@ class Rank:
 
 
 @contextlib.contextmanager
-def ranks(count: int, *arguments: str | Path, each: Sequence[Sequence[str]] = (), started: int | None = None) -> Iterator[list[Rank]]:
+def ranks(
+    count: int, *arguments: str | Path, each: Sequence[Sequence[str]] = (), started: int | None = None
+) -> Iterator[list[Rank]]:
     """``python ARGUMENTS`` as ``count`` machines; whatever still runs afterwards is killed.
 
     Args:

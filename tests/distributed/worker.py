@@ -1,6 +1,6 @@
 """One machine of a group: loads models as it is told, and the first of them does what is asked of each.
 
-    python -m tests.distributed.worker '[{"folder": "…", "load": {…}, "calls": ["greedy", …]}, …]' OUT.npz
+python -m tests.distributed.worker '[{"folder": "…", "load": {…}, "calls": ["greedy", …]}, …]' OUT.npz
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["CALLS", "Job"]
 
 Job = dict[str, Any]
 PROMPTS = ("Once upon a time", "And God said", "def main(", "It is", "And it was so. " * 30)
-SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}}, "required": ["name"], "additionalProperties": False}  # fmt: skip
+SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3}
 
 
 def _ids(model: Mixtral, count: int, seed: int = 0) -> list[int]:
