@@ -130,7 +130,7 @@ class Mixtral:
     def follow(self) -> None:
         """On the other machines of a group: compute what the first asks for, until it closes its model.
 
-        Raises InvalidRequestError on the first, CheckpointError for an expert that cannot be read, GroupError for a machine lost.
+        Raises InvalidRequestError on the first, CheckpointError for an unreadable expert, GroupError for a machine lost.
         """
         self.engine.follow()
 
