@@ -23,6 +23,7 @@ import numpy as np
 
 from mlx_mixtral.distributed.group import Group
 from mlx_mixtral.distributed.shares import Share
+from mlx_mixtral.errors import GroupError
 
 __all__ = ["OPS", "Link", "Record", "is_lost", "records"]
 
@@ -112,12 +113,8 @@ class Link:
         except RuntimeError as error:
             if not is_lost(error):
                 raise
-            others = "rank 1" if self.group.size == 2 and self.is_leader else "another machine"
-            self.group.give_up(
-                f"rank {self.group.rank} of {self.group.size}: the connection to {others} was lost; see what it said last, and "
-                "start all again"
-            )
-            self.group.check()
+            self.group.give_up(self._lost)
+            raise GroupError(self._lost) from None
 
     def end(self) -> None:
         """Tell the others that nothing follows; after a failure they know."""
@@ -127,6 +124,16 @@ class Link:
             pass
         mx.synchronize(self.group.stream)
         self.group.give_up("this model was closed; load it again")
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Around what gives everything back: that another machine is lost was said, or is of no interest any more."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            self.group.give_up(self._lost)
 
     def receive(self) -> tuple[list[Record], list[int]]:
         """Of the others: wait for the leader's next message; its records, and the tokens of the last."""
@@ -167,11 +174,21 @@ class Link:
         with _no_interrupt():
             try:
                 yield
-            except BaseException:
+            except BaseException as error:
                 self.group.give_up(
-                    "this machine failed in the middle of a step, and the others cannot go on without it; start all again"
+                    self._lost
+                    if is_lost(error)
+                    else "this machine failed in the middle of a step, and the others cannot go on without it; start all again"
                 )
                 raise
+
+    @property
+    def _lost(self) -> str:
+        others = "another machine" if self.group.size > 2 else f"rank {1 - self.group.rank}"
+        return (
+            f"rank {self.group.rank} of {self.group.size}: the connection to {others} was lost; see what it said last, and "
+            "start all again"
+        )
 
 
 def is_lost(error: BaseException) -> bool:

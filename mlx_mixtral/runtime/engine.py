@@ -233,8 +233,7 @@ class Engine:
 
     def opened(self, generator: Generator[T, None, None]) -> Steps[T]:
         """What generates on this engine, ended when the engine is closed."""
-        steps = Steps(generator, self.guarded)
-        self.remember(steps)
+        self.remember(steps := Steps(generator, self.guarded))
         return steps
 
     def remember(self, steps: Closable) -> None:
@@ -310,17 +309,18 @@ class Engine:
         Raises:
             BusyError: something else is computed on another thread.
         """
-        for steps in list(self._open):
-            steps.close()
-        with self.exclusive():
-            if self.link is not None:
-                self.link.end()
-            self._module = self._step = None
-            self.prompt_cache.clear()
-            self.residency.close()
-            self.residency.release()
-            self._lease.close()
-        mx.clear_cache()
+        with contextlib.nullcontext() if self.link is None else self.link.ending():
+            for steps in list(self._open):
+                steps.close()
+            with self.exclusive():
+                if self.link is not None:
+                    self.link.end()
+                self._module = self._step = None
+                self.prompt_cache.clear()
+                self.residency.close()
+                self.residency.release()
+                self._lease.close()
+            mx.clear_cache()
 
     def _begin(self, module: MixtralModel) -> None:
         """Look at the banks there are now: the step's graph holds them, and layers that prefetch look at the next one's."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Rank", "ended", "ranks"]
+__all__ = ["Rank", "ended", "free_ports", "ranks"]
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 90.0
@@ -31,8 +31,15 @@ class Rank:
     err: list[str] = field(default_factory=list)
 
     def read(self) -> list[threading.Thread]:
-        pairs = ((self.process.stdout, self.out), (self.process.stderr, self.err))
-        threads = [threading.Thread(target=lines.extend, args=(stream,), daemon=True) for stream, lines in pairs]
+        def characters() -> None:
+            assert self.process.stdout is not None
+            while piece := self.process.stdout.read(1):
+                self.out.append(piece)
+
+        def lines() -> None:
+            self.err.extend(self.process.stderr or ())
+
+        threads = [threading.Thread(target=work, daemon=True) for work in (characters, lines)]
         for thread in threads:
             thread.start()
         return threads
@@ -42,13 +49,23 @@ class Rank:
         """Its stderr without what MLX's ring says of broken sockets."""
         return "".join(line for line in self.err if not line.startswith("[ring]"))
 
-    def wait_for(self, text: str) -> None:
-        """Until it has printed ``text``."""
+    def wait_for_text(self) -> None:
+        """Until it has printed something, a character even."""
         end = time.monotonic() + PATIENCE_S
-        while not any(text in line for line in self.out):
+        while not self.out:
             assert self.process.poll() is None, (self.process.returncode, "".join(self.err))
-            assert time.monotonic() < end, f"{text!r} never came"
+            assert time.monotonic() < end, "nothing was printed"
             time.sleep(0.02)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody has now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
 
 
 @contextlib.contextmanager
@@ -61,12 +78,7 @@ def ranks(
         each: further arguments of each.
         started: how many of them are started at all.
     """
-    sockets = [socket.socket() for _ in range(count)]
-    for each_socket in sockets:
-        each_socket.bind(("127.0.0.1", 0))
-    hosts = [[f"127.0.0.1:{each_socket.getsockname()[1]}"] for each_socket in sockets]
-    for each_socket in sockets:
-        each_socket.close()
+    hosts = [[f"127.0.0.1:{port}"] for port in free_ports(count)]
     found: list[Rank] = []
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(hosts, file)
