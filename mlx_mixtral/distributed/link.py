@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -29,9 +30,10 @@ __all__ = ["OPS", "Link", "Record", "is_lost", "records"]
 
 OPS = (
     "cache", "batch", "fork", "take", "row", "extract", "trim", "join", "keep", "take_back", "drop",
-    "hidden", "remember", "step", "collect", "spread", "end",
+    "hidden", "remember", "step", "collect", "spread", "tick", "end",
 )  # fmt: skip
 PACKET = 64
+MAX_TICK_S = 10.0
 Record = tuple[str, list[int]]
 
 
@@ -48,6 +50,19 @@ class Link:
         self._waiting: deque[Record] = deque()
         self._ids: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._last_id = 0
+        self._turn = threading.Lock()
+        self._ends = threading.Event()
+        self._sent_at = time.monotonic()
+        self._ticking = threading.Thread(target=self._tick, name="mlx-mixtral-tick", daemon=True)
+
+    def start(self) -> None:
+        """Of the leader, once all have loaded: from now on something is sent several times in every ``timeout_s``.
+
+        So the others need not wait for a leader that is gone: a connection that broke while nothing was sent over it is not
+        always noticed by MLX.
+        """
+        if self.is_leader:
+            self._ticking.start()
 
     @property
     def is_leader(self) -> bool:
@@ -120,6 +135,7 @@ class Link:
         """Tell the others that nothing follows; after a failure they know."""
         if not self.is_leader or self.group.is_broken:
             return
+        self._ends.set()
         with self.guarded(), self.order("end"):
             pass
         mx.synchronize(self.group.stream)
@@ -138,7 +154,8 @@ class Link:
     def receive(self) -> tuple[list[Record], list[int]]:
         """Of the others: wait for the leader's next message; its records, and the tokens of the last."""
         packet = self.group.sum(mx.zeros(PACKET, mx.int32))
-        mx.eval(packet)
+        with self.group.deadline.armed("rank 0"):
+            mx.eval(packet)
         total, *numbers = np.asarray(packet).tolist()
         if total >= PACKET:
             rest = self.group.sum(mx.zeros(total, mx.int32))
@@ -165,13 +182,14 @@ class Link:
         # At once: collectives come in the order of the messages.
         mx.async_eval(sent)
         self.group.deadline.progress()
+        self._sent_at = time.monotonic()
         # The forward follows from what was sent, and so its own sums come after it.
         return sent[start : start + count].reshape(() if tokens is None else tokens.shape) if count else sent
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
         self.group.check()
-        with _no_interrupt():
+        with _no_interrupt(), self._turn:
             try:
                 yield
             except BaseException as error:
@@ -181,6 +199,22 @@ class Link:
                     else "this machine failed in the middle of a step, and the others cannot go on without it; start all again"
                 )
                 raise
+
+    def _tick(self) -> None:
+        """Say something now and then while nothing is computed."""
+        every_s = min(MAX_TICK_S, self.group.deadline.timeout_s / 4)
+        while not self._ends.wait(every_s / 2):
+            if time.monotonic() - self._sent_at < every_s or not self._turn.acquire(blocking=False):
+                continue
+            try:
+                if not self.group.is_broken and not self._ends.is_set():
+                    mx.eval(self._send("tick", [0], None))
+            except RuntimeError:
+                # Whoever uses the group next is told.
+                self.group.give_up(self._lost)
+                return
+            finally:
+                self._turn.release()
 
     @property
     def _lost(self) -> str:
@@ -205,7 +239,7 @@ def records(numbers: Sequence[int]) -> tuple[list[Record], list[int]]:
         name, count = OPS[numbers[at]], numbers[at + 1]
         found.append((name, list(numbers[at + 2 : at + 2 + count])))
         at += 2 + count
-        if name in ("hidden", "remember", "step", "collect", "spread", "end"):
+        if name in ("hidden", "remember", "step", "collect", "spread", "tick", "end"):
             break
     return found, list(numbers[at:])
 

@@ -91,7 +91,8 @@ def load_share(
 
     planner, plan = agreed_plan(group, planned, builder.config.max_context_tokens)
     (module, residency), _ = agree(group, lambda: load_module(builder, plan, progress), lambda made: True)
-    module.join(Link(group, parts))
+    module.join(link := Link(group, parts))
+    link.start()
     return LoadedWeights(builder, planner, module, residency)
 
 
