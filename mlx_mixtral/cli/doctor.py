@@ -77,8 +77,8 @@ def _check_group() -> GroupDiagnosis | None:
     small, large = (sums_per_token("experts", found.machines, layers) * ms for layers in (32, 56))
     layers_ms = sums_per_token("layers", found.machines, 32) * ms
     note(
-        f"a token waits for sums {small:.1f} ms in 8x7B and {large:.1f} ms in 8x22B with --split experts, and {layers_ms:.1f} ms "
-        "with --split layers"
+        f"with --split experts, a token waits {small:.1f} ms for sums in 8x7B and {large:.1f} ms in 8x22B; with --split "
+        f"layers, {layers_ms:.1f} ms"
     )
     if found.is_slow:
         note("that is slow: is it Wi-Fi? connect the machines by Thunderbolt, and see docs/several-macs.md")

@@ -67,7 +67,7 @@ def test_a_narrow_terminal_gets_lists(invoke: Invoke) -> None:
 
 def test_what_cannot_be_split_is_said(invoke: Invoke) -> None:
     shown = invoke("info", "8x7b", "--machines", ",".join(["16GB"] * 33)).stdout
-    assert "33 machines cannot share 32 layers; use at most 32 machines" in shown
+    assert "33 machines cannot share 32 layers: every machine needs one; use at most 32" in shown
 
 
 @pytest.mark.parametrize(
