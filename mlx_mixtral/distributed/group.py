@@ -59,6 +59,8 @@ class Group:
         self.rank, self.size = group.rank(), group.size()
         self.stream = mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
         self.deadline = Deadline(timeout_s, self.rank, self.size)
+        self.sums = 0
+        """Sums that were asked for, those of a compiled graph once."""
         self._broken: str | None = None
 
     @property
@@ -68,6 +70,7 @@ class Group:
 
     def sum(self, x: mx.array) -> mx.array:
         """The sum of every machine's ``x``, lazy, the same bits on each; shapes and types must be equal."""
+        self.sums += 1
         return mx.distributed.all_sum(x, group=self._group, stream=self.stream)
 
     def from_rank(self, rank: int, x: mx.array, after: mx.array | None = None) -> mx.array:

@@ -30,7 +30,7 @@ __all__ = ["OPS", "Link", "Record", "is_lost", "records"]
 
 OPS = (
     "cache", "batch", "fork", "take", "row", "extract", "trim", "join", "keep", "take_back", "drop",
-    "hidden", "remember", "step", "collect", "spread", "tick", "end",
+    "hidden", "remember", "step", "collect", "spread", "time", "tick", "end",
 )  # fmt: skip
 PACKET = 64
 MAX_TICK_S = 10.0
@@ -239,7 +239,7 @@ def records(numbers: Sequence[int]) -> tuple[list[Record], list[int]]:
         name, count = OPS[numbers[at]], numbers[at + 1]
         found.append((name, list(numbers[at + 2 : at + 2 + count])))
         at += 2 + count
-        if name in ("hidden", "remember", "step", "collect", "spread", "tick", "end"):
+        if name in ("hidden", "remember", "step", "collect", "spread", "time", "tick", "end"):
             break
     return found, list(numbers[at:])
 
