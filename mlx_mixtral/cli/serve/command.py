@@ -11,7 +11,7 @@ import click
 from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.fields import takes
 from mlx_mixtral.cli.serve.options import ServeOptions
-from mlx_mixtral.cli.several import follow_leader, own_group
+from mlx_mixtral.cli.several import follow_leader, own_group, refuse_in_group
 from mlx_mixtral.errors import MissingDependencyError, MixtralError, TokenizerError
 from mlx_mixtral.installing import how_to_install
 
@@ -32,7 +32,11 @@ def serve(given: ServeOptions) -> None:
     Only programs on this machine can reach it, unless --host says otherwise. Ctrl-C or SIGTERM stops it, after open requests
     have had --grace seconds to finish.
     """
+    if given.idle_unload is not None:
+        refuse_in_group("--idle-unload", "leave it out: their weights stay in memory")
     follow_leader(given.model, given.loading)
+    # Here, where Ctrl-C acts while others are waited for; from now on they end when this machine does.
+    own_group()
     try:
         from mlx_mixtral.server.prefixes import widen_prefixes
         from mlx_mixtral.server.serving import ModelServer
@@ -77,6 +81,8 @@ def serve(given: ServeOptions) -> None:
         note(line)
     del model
     if server.run():
+        if server.engine.group_error is not None:
+            raise server.engine.group_error
         raise MixtralError("the engine failed too often; the lines above say why")
     note("the server has ended")
 
