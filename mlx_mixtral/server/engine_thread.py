@@ -16,7 +16,7 @@ from enum import StrEnum
 
 import mlx.core as mx
 
-from mlx_mixtral.errors import MixtralError
+from mlx_mixtral.errors import GroupError, MixtralError
 from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.runtime.rows import MAX_ROWS, default_rows
@@ -27,6 +27,8 @@ from mlx_mixtral.server.wire.errors import ApiError
 __all__ = ["EngineState", "EngineThread", "Snapshot"]
 
 MAX_FAILURES, FAILURE_WINDOW_S = 3, 60.0
+LOOK_S = 0.5
+"""How often an idle engine sees whether all machines of its group are there."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,8 @@ class EngineThread:
     """Loads the model, and carries out jobs until it is closed.
 
     After an error in a step every open job fails, and the model is loaded once more; the third failure within
-    ``FAILURE_WINDOW_S`` (60 s), or one to load, ends it.
+    ``FAILURE_WINDOW_S`` (60 s), or one to load, ends it. So does the first on several machines, which load together or not at
+    all; ``group_error`` then says what happened.
 
     Args:
         load: makes the model; called on the thread, and again after a failure or idle time.
@@ -119,6 +122,8 @@ class EngineThread:
         self.snapshot = Snapshot()
         self.failures = 0
         """Failures so far."""
+        self.group_error: GroupError | None = None
+        """Why a group of machines had to end."""
         self.rows = max_rows or MAX_ROWS
         """Generations at once, from the first load on."""
 
@@ -188,10 +193,14 @@ class EngineThread:
     def _wait(self) -> None:
         """Take messages until there is a job to do."""
         while not (self._open or self._deferred or self._is_closing):
+            link = None if self._model is None else self._model.engine.link
             idle_s = self._idle_unload_s if self.state is EngineState.READY else None
             try:
-                message = self._inbox.get(timeout=idle_s)
+                message = self._inbox.get(timeout=idle_s if link is None else LOOK_S)
             except queue.Empty:
+                if link is not None:
+                    link.group.check()
+                    continue
                 self._release()
                 self._become(EngineState.UNLOADED)
                 continue
@@ -234,6 +243,8 @@ class EngineThread:
                 message.result.set_result(message.work(self._loaded()))
             except Exception as error:
                 message.result.set_exception(error)
+                if isinstance(error, GroupError):
+                    raise
 
     def _collect(self, job: ServerJob, event: JobEvent) -> None:
         self._pending.setdefault(job, []).append(event)
@@ -252,18 +263,24 @@ class EngineThread:
         """A step, or loading again, raised: end what is open, and build the engine anew."""
         # Our own errors and MLX's say nothing of a prompt; others might.
         said = f": {_one_line(error)}" if isinstance(error, MixtralError) or type(error) is RuntimeError else ""
-        logger.error("the engine failed: %s%s", type(error).__name__, said)
+        line = f"the engine failed: {type(error).__name__}{said}"
+        if self._model is not None and self._model.engine.link is not None:
+            is_lost = isinstance(error, GroupError)
+            self.group_error = GroupError(str(error) if is_lost else f"{line}; start all machines again")
+        else:
+            logger.error("%s", line)
         self.failures += 1
         self._failures.append(time.monotonic())
         too_many = len(self._failures) == MAX_FAILURES and self._failures[-1] - self._failures[0] < FAILURE_WINDOW_S
-        self._become(EngineState.DEAD if too_many else EngineState.REBUILDING)
+        is_over = too_many or self.group_error is not None
+        self._become(EngineState.DEAD if is_over else EngineState.REBUILDING)
         self._pending.clear()
         self._fail_open(
             ApiError(500, "the engine failed while it computed this answer; try again", code="engine_failed")
         )
         del error
         self._release()
-        if too_many:
+        if is_over:
             return
         try:
             self._model = self._load()

@@ -118,7 +118,8 @@ class EngineRows:
             if opened.reading is not None:
                 self._begin(opened, time.monotonic())
                 try:
-                    next(opened.reading)
+                    with self._model.engine.guarded():
+                        next(opened.reading)
                 except StopIteration:
                     opened.reading = None
                     self._end_if_done(opened)

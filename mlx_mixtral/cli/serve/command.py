@@ -35,6 +35,8 @@ def serve(given: ServeOptions) -> None:
     if given.idle_unload is not None:
         refuse_in_group("--idle-unload", "leave it out: the others end when the first unloads its model")
     follow_leader(given.model, given.loading)
+    # Here, where Ctrl-C acts while others are waited for; from now on they end when this machine does.
+    own_group()
     try:
         from mlx_mixtral.server.prefixes import widen_prefixes
         from mlx_mixtral.server.serving import ModelServer
@@ -79,6 +81,8 @@ def serve(given: ServeOptions) -> None:
         note(line)
     del model
     if server.run():
+        if server.engine.group_error is not None:
+            raise server.engine.group_error
         raise MixtralError("the engine failed too often; the lines above say why")
     note("the server has ended")
 
