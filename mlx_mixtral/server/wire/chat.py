@@ -140,11 +140,13 @@ class ChatReply(StreamedReply):
         if not answer.is_told:
             answer.is_told = True
             deltas.insert(0, {"role": "assistant", "content": ""})
-        if entries and not deltas:
+        texts = [index for index, delta in enumerate(deltas) if "content" in delta]
+        if entries and not texts:
+            texts.append(len(deltas))
             deltas.append({"content": ""})
         chunks = [self._chunk([self._choice(event.row, delta)]) for delta in deltas]
         if entries:
-            chunks[-1]["choices"][0]["logprobs"] = {"content": chat_logprobs(entries), "refusal": None}
+            chunks[texts[-1]]["choices"][0]["logprobs"] = {"content": chat_logprobs(entries), "refusal": None}
         if part.finish_reason is not None:
             chunks.append(self._chunk([self._choice(event.row, {}, part.finish_reason)]))
         return chunks
