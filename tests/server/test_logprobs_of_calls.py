@@ -16,6 +16,7 @@ from mlx_mixtral.server.jobs import NewToken
 from mlx_mixtral.server.wire.answers import AnswerReader
 from mlx_mixtral.server.wire.chat import ChatReply
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs
+from mlx_mixtral.server.wire.reply import UsageSoFar
 from mlx_mixtral.server.wire.responses_reply import ResponsesReply
 from mlx_mixtral.tokenizer import Tokenizer
 from tests.server.conftest import Running
@@ -68,7 +69,7 @@ def test_entries_are_of_the_text_only(tokenizer: Tokenizer, text: str, content: 
     chunks = _chunks(tokenizer, text, ends)
     told = "".join(chunk.text for chunk in chunks)
     logprobs = [AnswerLogprobs(tokenizer, frozenset({EOS}), 0, continues=False) for _ in range(2)]
-    chat = ChatReply({}, [AnswerReader()], [logprobs[0]], has_usage=False)
+    chat = ChatReply({}, [AnswerReader()], [logprobs[0]], used=UsageSoFar())
     responses = ResponsesReply({}, logprobs[1])
     events = [event for chunk in chunks for event in chat.add(NewToken(0, chunk))]
     for chunk in chunks:
