@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_mixtral.calls.markup import Delimiters
-from mlx_mixtral.calls.parser import CallParser
+from mlx_mixtral.calls.parser import CallBegin, CallEnd, CallParser
 from mlx_mixtral.generation.stats import Token
 from mlx_mixtral.runtime.marked_stops import MarkedStops
 from mlx_mixtral.runtime.stream import Chunk, TextAssembler
@@ -90,3 +90,34 @@ def test_entries_are_of_the_text_only(tokenizer: Tokenizer, text: str, content: 
     for item in items:
         (part,) = item["content"]
         assert _shown(part["logprobs"]).replace(" ", "") == part["text"].replace(" ", "")
+
+
+def test_entries_are_told_with_their_text_in_a_stream(tokenizer: Tokenizer) -> None:
+    """Also where one token holds text and the beginning of a call, or its end and text, and the next has one character."""
+    (word,) = tokenizer.encode_plain("the")
+    comma = next(token for token in range(tokenizer.vocab_size) if tokenizer.surface(token) == ",")
+    chunks = [
+        Chunk("the", word, -1.0),
+        Chunk(" the", word, -2.0, call_events=(CallBegin(0, "id", "now"),)),
+        Chunk("", word, -3.0),
+        Chunk("the", word, -4.0, call_events=(CallEnd(0),)),
+        Chunk(",", comma, -5.0),
+        Chunk("", EOS, -6.0, finish_reason="stop"),
+    ]
+    logprobs = [AnswerLogprobs(tokenizer, frozenset({EOS}), 0, continues=False) for _ in range(2)]
+    chat = ChatReply({}, [AnswerReader()], [logprobs[0]], used=UsageSoFar())
+    responses = ResponsesReply({}, logprobs[1])
+    told = []
+    for chunk in chunks:
+        for event in chat.add(NewToken(0, chunk)):
+            choice = event["choices"][0]
+            if choice["logprobs"]:
+                told.append((choice["delta"].get("content"), [e["token"] for e in choice["logprobs"]["content"]]))
+        responses.add(NewToken(0, chunk))
+    assert told == [("the", ["the"]), (" the", [" the"]), ("the", [" the"]), (",", [","])]
+    items = [item for item in responses.whole(USAGE)["output"] if item["type"] == "message"]
+    parts = [item["content"][0] for item in items]
+    assert [(part["text"], [entry["logprob"] for entry in part["logprobs"]]) for part in parts] == [
+        ("the the", [-1.0, -2.0]),
+        ("the,", [-4.0, -5.0]),
+    ]
