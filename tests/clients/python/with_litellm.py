@@ -39,8 +39,8 @@ def tools() -> None:
     wanted = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
     reply = litellm.completion(messages=HELLO, max_tokens=200, **wanted, **ASK)
     call = reply.choices[0].message.tool_calls[0]
-    assert "city" in json.loads(call.function.arguments)
-    assert reply.choices[0].finish_reason == "tool_calls"
+    assert "city" in json.loads(call.function.arguments), call.function.arguments
+    assert reply.choices[0].finish_reason == "tool_calls", reply.choices[0]
 
 
 def schema() -> None:
