@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-__all__ = ["Deadline", "end_process", "start_deadline"]
+from mlx_mixtral.distributed.sockets import Connections
 
-TICK_S = 0.25
+__all__ = ["Deadline", "end_process", "lost_connection", "start_deadline"]
+
+TICK_S, GRACE_S = 0.25, 1.5
 # Reads the line on its stdin that calls it off; else says why and ends its parent.
 _GUARD = """
 import os, select, sys
@@ -50,14 +52,23 @@ def end_process(said: str, status: int = 1) -> NoReturn:
     os._exit(status)
 
 
+def lost_connection(rank: int, size: int) -> str:
+    """What a machine says when it has lost another."""
+    others = "another machine" if size > 2 else f"rank {1 - rank}"
+    return f"rank {rank} of {size}: the connection to {others} was lost; see what it said last, and start all again"
+
+
 class Deadline:
     """Ends the process when the group makes no progress for ``timeout_s`` while something is waited for.
 
     A thread watches; MLX gives the interpreter's lock back while it waits.
+
+    Args:
+        connections: to the other machines. Where one breaks and MLX does not say so within ``GRACE_S``, that is enough.
     """
 
-    def __init__(self, timeout_s: float, rank: int, size: int) -> None:
-        self.timeout_s, self._rank, self._size = timeout_s, rank, size
+    def __init__(self, timeout_s: float, rank: int, size: int, connections: Connections) -> None:
+        self.timeout_s, self._rank, self._size, self._connections = timeout_s, rank, size, connections
         self._lock = threading.Lock()
         self._since: float | None = None
         self._depth = 0
@@ -86,9 +97,16 @@ class Deadline:
             self._since = time.monotonic()
 
     def _watch(self) -> None:
+        broken_since: float | None = None
         while True:
             time.sleep(min(TICK_S, self.timeout_s / 4))
             since = self._since
+            if since is None or not self._connections.is_broken:
+                broken_since = None
+            elif broken_since is None:
+                broken_since = time.monotonic()
+            elif time.monotonic() - broken_since > GRACE_S:
+                end_process(lost_connection(self._rank, self._size))
             if since is not None and time.monotonic() - since > self.timeout_s:
                 end_process(
                     f"rank {self._rank} of {self._size}: nothing came from {self._for} for {self.timeout_s:g} s; see whether "

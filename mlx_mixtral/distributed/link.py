@@ -22,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_mixtral.distributed.deadline import lost_connection
 from mlx_mixtral.distributed.group import Group
 from mlx_mixtral.distributed.shares import Share
 from mlx_mixtral.errors import GroupError
@@ -218,11 +219,7 @@ class Link:
 
     @property
     def _lost(self) -> str:
-        others = "another machine" if self.group.size > 2 else f"rank {1 - self.group.rank}"
-        return (
-            f"rank {self.group.rank} of {self.group.size}: the connection to {others} was lost; see what it said last, and "
-            "start all again"
-        )
+        return lost_connection(self.group.rank, self.group.size)
 
 
 def is_lost(error: BaseException) -> bool:
