@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_mixtral.distributed.deadline import Deadline, start_deadline
 from mlx_mixtral.distributed.environment import group_backend, group_rank
+from mlx_mixtral.distributed.neighbours import Neighbours
 from mlx_mixtral.errors import GroupError
 
 __all__ = ["DEFAULT_PEER_TIMEOUT_S", "Group", "join_group"]
@@ -58,7 +59,7 @@ class Group:
         self._group = group
         self.rank, self.size = group.rank(), group.size()
         self.stream = mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
-        self.deadline = Deadline(timeout_s, self.rank, self.size)
+        self.deadline = Deadline(timeout_s, self.rank, self.size, Neighbours(self.rank, self.size).lost)
         self._broken: str | None = None
 
     @property
