@@ -59,7 +59,8 @@ class Group:
         self._group = group
         self.rank, self.size = group.rank(), group.size()
         self.stream = mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
-        self.deadline = Deadline(timeout_s, self.rank, self.size, Neighbours(self.rank, self.size).lost)
+        self.neighbours = Neighbours(self.rank, self.size)
+        self.deadline = Deadline(timeout_s, self.rank, self.size, self.neighbours.lost)
         self._broken: str | None = None
 
     @property

@@ -131,6 +131,12 @@ class Link:
             self.group.give_up(self._lost)
             raise GroupError(self._lost) from None
 
+    def look(self) -> None:
+        """While nothing is computed: raise GroupError where a machine was lost."""
+        if self.group.neighbours.lost() is not None:
+            self.group.give_up(self._lost)
+        self.group.check()
+
     def end(self) -> None:
         """Tell the others that nothing follows; after a failure they know."""
         if not self.is_leader or self.group.is_broken:

@@ -202,7 +202,7 @@ class EngineThread:
                 message = self._inbox.get(timeout=idle_s if link is None else LOOK_S)
             except queue.Empty:
                 if link is not None:
-                    link.group.check()
+                    link.look()
                     continue
                 self._release()
                 self._become(EngineState.UNLOADED)

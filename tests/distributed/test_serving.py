@@ -108,11 +108,17 @@ def test_answers_are_those_of_one_machine_and_the_leaders_end_is_everybodys(
         assert found[1].said == ""
 
 
-@pytest.mark.parametrize("split", ["experts", "layers"])
-def test_a_machine_that_is_killed_ends_the_server_with_an_error_for_its_client(short: Path, split: str) -> None:
-    """MLX may wait for ever then, so that it depends on the moment who notices; layers is where it mostly does."""
+def assert_lost(found: list[Rank], started: float) -> None:
+    assert ended(found, 5) == [1, -signal.SIGKILL]
+    assert time.monotonic() - started < 5
+    assert found[0].said.splitlines()[-1].startswith("error: rank 0 of 2: the connection to rank 1 was lost")
+    assert "ends it\nerror: " in found[0].said
+
+
+def test_a_machine_that_is_killed_ends_the_server_with_an_error_for_its_client(short: Path) -> None:
+    """MLX may wait for ever then: it depends on the moment who notices."""
     body = {"prompt": "Once", "max_tokens": 900, "temperature": 0, "stream": True, "logit_bias": {"2": -100}}
-    with served_together(short, split) as (client, found):
+    with served_together(short, "layers") as (client, found):
         with client.stream("POST", COMPLETIONS, json=body) as reply:
             lines = reply.iter_lines()
             for _ in range(20):
@@ -121,11 +127,14 @@ def test_a_machine_that_is_killed_ends_the_server_with_an_error_for_its_client(s
             started = time.monotonic()
             rest = "\n".join(lines)
         assert '"code":"engine_failed"' in rest
-        assert ended(found, 5) == [1, -signal.SIGKILL]
-        assert time.monotonic() - started < 5
-        (line,) = found[0].said.splitlines()[-1:]
-        assert line.startswith("error: rank 0 of 2: the connection to rank 1 was lost")
-        assert "ends it\nerror: " in found[0].said
+        assert_lost(found, started)
+
+
+def test_an_idle_server_ends_as_well(short: Path) -> None:
+    with served_together(short, "experts") as (client, found):
+        assert client.get("/health").status_code == 200
+        found[1].process.kill()
+        assert_lost(found, time.monotonic())
 
 
 def test_weights_cannot_be_released_and_loaded_again(short: Path) -> None:
