@@ -8,14 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from mlx_mixtral.distributed.sockets import Connections
+__all__ = ["Deadline", "end_process", "start_deadline"]
 
-__all__ = ["Deadline", "end_process", "lost_connection", "start_deadline"]
-
-TICK_S, GRACE_S = 0.25, 1.5
+TICK_S = 0.25
+LOST_S = 1.0
+"""How long MLX may take to notice that a connection has ended."""
 # Reads the line on its stdin that calls it off; else says why and ends its parent.
 _GUARD = """
 import os, select, sys
@@ -52,23 +52,20 @@ def end_process(said: str, status: int = 1) -> NoReturn:
     os._exit(status)
 
 
-def lost_connection(rank: int, size: int) -> str:
-    """What a machine says when it has lost another."""
-    others = "another machine" if size > 2 else f"rank {1 - rank}"
-    return f"rank {rank} of {size}: the connection to {others} was lost; see what it said last, and start all again"
-
-
 class Deadline:
     """Ends the process when the group makes no progress for ``timeout_s`` while something is waited for.
 
-    A thread watches; MLX gives the interpreter's lock back while it waits.
+    A thread watches; MLX gives the interpreter's lock back while it waits. It ends the process also when a connection has
+    ended and MLX does not notice.
 
     Args:
-        connections: to the other machines. Where one breaks and MLX does not say so within ``GRACE_S``, that is enough.
+        lost: tells which machine's connection has ended.
     """
 
-    def __init__(self, timeout_s: float, rank: int, size: int, connections: Connections) -> None:
-        self.timeout_s, self._rank, self._size, self._connections = timeout_s, rank, size, connections
+    def __init__(self, timeout_s: float, rank: int, size: int, lost: Callable[[], int | None] = lambda: None) -> None:
+        self.timeout_s, self._rank, self._size, self._lost = timeout_s, rank, size, lost
+        self.on_end: Callable[[str], None] = end_process
+        """What ends the process, told why; called on the watching thread."""
         self._lock = threading.Lock()
         self._since: float | None = None
         self._depth = 0
@@ -97,18 +94,26 @@ class Deadline:
             self._since = time.monotonic()
 
     def _watch(self) -> None:
-        broken_since: float | None = None
+        lost_at: float | None = None
+        own = f"rank {self._rank} of {self._size}"
         while True:
             time.sleep(min(TICK_S, self.timeout_s / 4))
-            since = self._since
-            if since is None or not self._connections.is_broken:
-                broken_since = None
-            elif broken_since is None:
-                broken_since = time.monotonic()
-            elif time.monotonic() - broken_since > GRACE_S:
-                end_process(lost_connection(self._rank, self._size))
-            if since is not None and time.monotonic() - since > self.timeout_s:
-                end_process(
-                    f"rank {self._rank} of {self._size}: nothing came from {self._for} for {self.timeout_s:g} s; see whether "
-                    "each of them still runs, or give --peer-timeout more"
+            since, now = self._since, time.monotonic()
+            if since is None:
+                lost_at = None
+                continue
+            if (rank := self._lost()) is None:
+                lost_at = None
+            elif lost_at is None:
+                lost_at = now
+            elif now - lost_at > LOST_S:
+                self.on_end(
+                    f"{own}: the connection to rank {rank} was lost; see what it said last, and start all again"
                 )
+                return
+            if now - since > self.timeout_s:
+                self.on_end(
+                    f"{own}: nothing came from {self._for} for {self.timeout_s:g} s; see whether each of them still runs, or "
+                    "give --peer-timeout more"
+                )
+                return

@@ -14,14 +14,12 @@ import numpy as np
 
 from mlx_mixtral.distributed.deadline import Deadline, start_deadline
 from mlx_mixtral.distributed.environment import group_backend, group_rank
-from mlx_mixtral.distributed.sockets import Connections, new_connections
+from mlx_mixtral.distributed.neighbours import Neighbours
 from mlx_mixtral.errors import GroupError
 
 __all__ = ["DEFAULT_PEER_TIMEOUT_S", "Group", "join_group"]
 
 TEXT_BYTES = 4096
-# Of the group that this process joined; MLX has one for a process.
-_connections: list[Connections] = []
 START_S = DEFAULT_PEER_TIMEOUT_S = 60.0
 
 
@@ -42,7 +40,7 @@ def join_group(timeout_s: float = START_S) -> mx.distributed.Group | None:
         f"rank {rank}: not all machines of the group answered within {timeout_s:g} s; start the same command on each, and see "
         "that their addresses and ports can be reached"
     )
-    with start_deadline(timeout_s, waits), new_connections(_connections):
+    with start_deadline(timeout_s, waits):
         try:
             return mx.distributed.init(strict=True, backend=backend)
         except (RuntimeError, ValueError) as error:
@@ -61,8 +59,8 @@ class Group:
         self._group = group
         self.rank, self.size = group.rank(), group.size()
         self.stream = mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
-        connections = _connections[-1] if _connections else Connections()
-        self.deadline = Deadline(timeout_s, self.rank, self.size, connections)
+        self.neighbours = Neighbours(self.rank, self.size)
+        self.deadline = Deadline(timeout_s, self.rank, self.size, self.neighbours.lost)
         self.sums = 0
         """Sums that were asked for, those of a compiled graph once."""
         self._broken: str | None = None

@@ -22,7 +22,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mixtral.distributed.deadline import lost_connection
 from mlx_mixtral.distributed.group import Group
 from mlx_mixtral.distributed.shares import Share
 from mlx_mixtral.errors import GroupError
@@ -132,6 +131,12 @@ class Link:
             self.group.give_up(self._lost)
             raise GroupError(self._lost) from None
 
+    def look(self) -> None:
+        """While nothing is computed: raise GroupError where a machine was lost."""
+        if self.group.neighbours.lost() is not None:
+            self.group.give_up(self._lost)
+        self.group.check()
+
     def end(self) -> None:
         """Tell the others that nothing follows; after a failure they know."""
         if not self.is_leader or self.group.is_broken:
@@ -219,7 +224,12 @@ class Link:
 
     @property
     def _lost(self) -> str:
-        return lost_connection(self.group.rank, self.group.size)
+        lost = self.group.neighbours.lost()
+        others = "another machine" if lost is None else f"rank {lost}"
+        return (
+            f"rank {self.group.rank} of {self.group.size}: the connection to {others} was lost; see what it said last, and "
+            "start all again"
+        )
 
 
 def is_lost(error: BaseException) -> bool:

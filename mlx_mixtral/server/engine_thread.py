@@ -30,6 +30,8 @@ MAX_FAILURES, FAILURE_WINDOW_S = 3, 60.0
 LOOK_S = 0.5
 """How often an idle engine sees whether all machines of its group are there."""
 
+ENGINE_FAILED = ApiError(500, "the engine failed while it computed this answer; try again", code="engine_failed")
+
 logger = logging.getLogger(__name__)
 
 Delivery = tuple[ServerJob, list[JobEvent]]
@@ -123,7 +125,6 @@ class EngineThread:
         self.failures = 0
         """Failures so far."""
         self.group_error: GroupError | None = None
-        """Why a group of machines had to end."""
         self.rows = max_rows or MAX_ROWS
         """Generations at once, from the first load on."""
 
@@ -163,6 +164,8 @@ class EngineThread:
             self._become(EngineState.DEAD)
             self._first.set_exception(error)
             return
+        if (link := self._model.engine.link) is not None:
+            link.group.deadline.on_end = self._group_ended
         self._note(0)
         self._become(EngineState.READY)
         self._first.set_result(self._model)
@@ -199,7 +202,7 @@ class EngineThread:
                 message = self._inbox.get(timeout=idle_s if link is None else LOOK_S)
             except queue.Empty:
                 if link is not None:
-                    link.group.check()
+                    link.look()
                     continue
                 self._release()
                 self._become(EngineState.UNLOADED)
@@ -265,22 +268,20 @@ class EngineThread:
         said = f": {_one_line(error)}" if isinstance(error, MixtralError) or type(error) is RuntimeError else ""
         line = f"the engine failed: {type(error).__name__}{said}"
         if self._model is not None and self._model.engine.link is not None:
-            is_lost = isinstance(error, GroupError)
-            self.group_error = GroupError(str(error) if is_lost else f"{line}; start all machines again")
-        else:
-            logger.error("%s", line)
+            # What was computed with others cannot be given back, nor loaded again without them.
+            self._pending.clear()
+            self._group_ended(str(error) if isinstance(error, GroupError) else f"{line}; start all machines again")
+            return
+        logger.error("%s", line)
         self.failures += 1
         self._failures.append(time.monotonic())
         too_many = len(self._failures) == MAX_FAILURES and self._failures[-1] - self._failures[0] < FAILURE_WINDOW_S
-        is_over = too_many or self.group_error is not None
-        self._become(EngineState.DEAD if is_over else EngineState.REBUILDING)
+        self._become(EngineState.DEAD if too_many else EngineState.REBUILDING)
         self._pending.clear()
-        self._fail_open(
-            ApiError(500, "the engine failed while it computed this answer; try again", code="engine_failed")
-        )
+        self._fail_open(ENGINE_FAILED)
         del error
         self._release()
-        if is_over:
+        if too_many:
             return
         try:
             self._model = self._load()
@@ -290,6 +291,13 @@ class EngineThread:
             return
         self._note(0)
         self._become(EngineState.READY)
+
+    def _group_ended(self, said: str) -> None:
+        """A machine is lost, or silent: end what is open. Called on another thread where this one waits inside MLX for good."""
+        self.group_error = self.group_error or GroupError(said)
+        self.failures += 1
+        self._fail_open(ENGINE_FAILED)
+        self._become(EngineState.DEAD)
 
     def _fail_open(self, error: ApiError) -> None:
         while not self._inbox.empty():

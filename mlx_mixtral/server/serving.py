@@ -149,7 +149,8 @@ class ModelServer:
 
     def close(self) -> None:
         """Give the port and the model back."""
-        self.engine.close(CLOSE_S)
+        # Where a machine of its group was lost, the thread may wait inside MLX for good.
+        self.engine.close(CLOSE_S if self.engine.group_error is None else LAST_WORDS_S)
         if self._service is not None:
             self._service.grammars.shutdown(wait=False, cancel_futures=True)
         if self._socket is not None:

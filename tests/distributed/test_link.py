@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import socket
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import pytest
 
+from mlx_mixtral.distributed import neighbours
 from mlx_mixtral.distributed.group import Group
 from mlx_mixtral.distributed.link import OPS, PACKET, Link, records
 from mlx_mixtral.distributed.meeting import agree, same
+from mlx_mixtral.distributed.neighbours import Neighbours
 from mlx_mixtral.distributed.shares import Share
-from mlx_mixtral.distributed.sockets import Connections, new_connections
 from mlx_mixtral.errors import CheckpointError, GroupError
 
 
@@ -117,18 +120,32 @@ def test_what_one_machine_finds_wrong_others_are_told(monkeypatch: pytest.Monkey
     assert agree(group, lambda: 5, lambda found: found + 1) == (5, [6, 7])
 
 
-def test_a_connection_that_lost_its_other_end_is_seen() -> None:
-    found: list[Connections] = []
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        with new_connections(found):
-            own = socket.create_connection(listening.getsockname())
-        other, _ = listening.accept()
-    (connections,) = found
-    assert not connections.is_broken
+def test_a_neighbour_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rank 1 of 3: it accepts the machine before it at its own address, and connects to that of the one behind it."""
+    listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{each.getsockname()[1]}"] for each in listening]))
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    before = socket.create_connection(listening[1].getsockname())
+    accepted, _ = listening[1].accept()
+    behind = socket.create_connection(listening[2].getsockname())
+    other, _ = listening[2].accept()
+    # Only this process's ends: the others are theirs.
+    monkeypatch.setattr(neighbours, "_connections", lambda: [accepted.dup(), behind.dup()])
+    found = Neighbours(1, 3)
+    assert found.lost() is None
     other.sendall(b"unread")
-    assert not connections.is_broken
+    assert found.lost() is None
+    before.close()
+    assert found.lost() == 0
+    before = socket.create_connection(listening[1].getsockname())
+    accepted, _ = listening[1].accept()
+    again = Neighbours(1, 3)
+    assert again.lost() is None
+    behind.recv(16)
     other.close()
-    assert connections.is_broken
-    own.close()
-    assert connections.is_broken
-    assert not Connections().is_broken
+    assert again.lost() == 2
+    monkeypatch.delenv("MLX_HOSTFILE")
+    assert Neighbours(1, 3).lost() is None
+    for each in (*listening, before, accepted, behind):
+        each.close()

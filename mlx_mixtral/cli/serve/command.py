@@ -47,6 +47,7 @@ def serve(given: ServeOptions) -> None:
 
     from mlx_mixtral import load
     from mlx_mixtral.cli.progress import byte_progress, fetch
+    from mlx_mixtral.distributed.deadline import end_process
 
     options = given.server()
     _ = given.loading.overrides.checked
@@ -82,7 +83,9 @@ def serve(given: ServeOptions) -> None:
     del model
     if server.run():
         if server.engine.group_error is not None:
-            raise server.engine.group_error
+            note(f"error: {one_line(server.engine.group_error)}")
+            # At once: threads of MLX may wait for machines that are gone.
+            end_process("", 1)
         raise MixtralError("the engine failed too often; the lines above say why")
     note("the server has ended")
 
