@@ -138,6 +138,7 @@ def test_a_neighbour_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     assert found.lost() is None
     before.close()
     assert found.lost() == 0
+    accepted.close()
     before = socket.create_connection(listening[1].getsockname())
     accepted, _ = listening[1].accept()
     again = Neighbours(1, 3)
