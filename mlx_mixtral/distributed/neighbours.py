@@ -6,14 +6,12 @@ evaluates a sum in that moment waits for ever, and no exception comes. So somebo
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import stat
 import weakref
-from pathlib import Path
 
-from mlx_mixtral.distributed.environment import group_backend
+from mlx_mixtral.distributed.environment import group_backend, ring_hosts
 
 __all__ = ["Neighbours"]
 
@@ -29,8 +27,7 @@ class Neighbours:
         weakref.finalize(self, _close, self._sockets)
         if group_backend() != "ring":
             return
-        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
-        ports = [{int(str(address).rpartition(":")[2]) for address in host} for host in hosts]
+        ports = [{int(str(address).rpartition(":")[2]) for address in host} for host in ring_hosts()]
         left, right = (rank - 1) % size, (rank + 1) % size
         for each in _connections():
             own, other = each.getsockname()[1], each.getpeername()[1]
