@@ -20,7 +20,8 @@ from mlx_mixtral.errors import GroupError
 __all__ = ["DEFAULT_PEER_TIMEOUT_S", "Group", "join_group"]
 
 TEXT_BYTES = 4096
-START_S = DEFAULT_PEER_TIMEOUT_S = 60.0
+START_S = 50.0
+DEFAULT_PEER_TIMEOUT_S = 60.0
 
 
 def join_group(timeout_s: float = START_S) -> mx.distributed.Group | None:
