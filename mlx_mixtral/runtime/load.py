@@ -149,7 +149,13 @@ def load(
     if team is None:
         at = found()
     else:
-        facts = {"dtype": dtype, "backend": place.kind, "split": split, "kv": asdict(kv)}
+        facts = {
+            "dtype": dtype,
+            "backend": place.kind,
+            "split": split,
+            "shares": shares and list(shares),
+            "kv": asdict(kv),
+        }
         at, told = agree(team, found, lambda at: facts | at.facts())
         same(told)
     words = _tokenizer(at, tokenizer, given)
