@@ -120,7 +120,7 @@ class Ours:
         clock = BatchClock(len(prompts))
         for prompt in prompts:
             scheduler.submit(self._request(prompt, tokens + 1))
-        with engine.running():
+        with engine.guarded(), engine.running():
             while not scheduler.is_idle:
                 clock.count(sum(update.token is not None for update in scheduler.step()))
                 if scheduler.running < len(prompts) and clock.timing is None:
@@ -142,7 +142,7 @@ class Ours:
 
     def _generate(self, prompt: Sequence[int], cache: KVCache, tokens: int) -> GenerationStats:
         engine, request = self.model.engine, self._request(prompt, tokens)
-        with engine.running():
+        with engine.guarded(), engine.running():
             for _ in decode(engine.context, request, cache):
                 pass
         return request.stats

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_mixtral.bench.backend import Timing
 from mlx_mixtral.bench.cases import Case
+from mlx_mixtral.bench.several import SumCost
 
 __all__ = ["OURS", "BenchReport", "Row", "Spread"]
 
@@ -87,6 +88,8 @@ class BenchReport:
     rows: dict[Case, Row] = field(default_factory=dict)
     in_turn: bool = True
     """Whether the backends took turns, measurement by measurement; else there was no memory for all of them at once."""
+    sums: SumCost | None = None
+    """Of a model on several machines."""
     peak_memory_bytes: int = 0
     """Peak of MLX's memory while only our backend was loaded; 0 when it never was alone."""
 
@@ -98,6 +101,10 @@ class BenchReport:
         """Bytes per second of a decode row, over those of copying."""
         rate, copy = row.bytes_per_s, self.copy_bytes_per_s
         return None if rate is None or copy is None else rate / copy.median
+
+    def share_of_sums(self, row: Row) -> float | None:
+        """Of the time of a decode row's tokens, what waits for sums over several machines."""
+        return None if self.sums is None or not row.timings.get(OURS) else self.sums.share(row.tok_s(OURS).median)
 
     def of(self, kind: str) -> list[Row]:
         return [
@@ -113,6 +120,8 @@ class BenchReport:
                 "bytes_per_s": row.bytes_per_s,
                 "share_of_copy": self.share_of_copy(row),
             }
+            if self.sums is not None:
+                found["share_of_sums"] = self.share_of_sums(row)
             decode.append(row.to_dict() | found)
         return {
             "load": {
@@ -121,6 +130,7 @@ class BenchReport:
             "sides_in_turn": self.in_turn,
             "copy_bytes_per_s": None if copy is None else copy.to_dict(),
             "peak_memory_bytes": self.peak_memory_bytes or None,
+            "group": None if self.sums is None else self.sums.to_dict(),
             "prefill": [row.to_dict() for row in self.of("prefill")],
             "decode": decode,
             "batch": [row.to_dict() for row in self.of("batch")],

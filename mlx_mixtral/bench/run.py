@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_mixtral.bench.backend import Backend, Ours, Timing
 from mlx_mixtral.bench.cases import Case, Cases, random_prompt
 from mlx_mixtral.bench.measurements import OURS, BenchReport, Row
+from mlx_mixtral.bench.several import measure_sums
 from mlx_mixtral.bench.traffic import TokenTraffic
 from mlx_mixtral.machine.bandwidth import copy_rates
 from mlx_mixtral.machine.device import current_device, wired
@@ -110,6 +111,7 @@ def _measure(backends: Mapping[str, Backend], cases: Cases, vocab_size: int, rep
             backend.go_to([])
     if isinstance(ours, Ours):
         report.copies += copy_rates(repeats=COPY_REPEATS)
+        report.sums = measure_sums(ours.model)
 
 
 def _preparing(case: Case, cases: Cases, vocab_size: int, seed: int) -> Callable[[Backend, bool], Timing | None]:

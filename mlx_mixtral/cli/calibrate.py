@@ -14,6 +14,7 @@ from mlx_mixtral.cli.console import emit_json, err_console, note, one_line, out_
 from mlx_mixtral.cli.fields import argument, flag, option, takes
 from mlx_mixtral.cli.options import device_option, json_flag, overwrite_flag, revision_option
 from mlx_mixtral.cli.progress import share_bars
+from mlx_mixtral.cli.several import refuse_in_group
 from mlx_mixtral.cli.values import ModelName
 from mlx_mixtral.errors import InvalidRequestError
 
@@ -98,6 +99,7 @@ def calibrate(given: CalibrateOptions) -> None:
     --trace takes a routing trace of SOURCE, or of a conversion of it, on text like yours. The loss of a layer's experts is
     then averaged by how often that text chose each of them, and `convert --fit` spends its bits accordingly.
     """
+    refuse_in_group("calibrate", "run it on one, without mlx.launch")
     import time
 
     from mlx_mixtral.cli.destinations import ask_to_replace

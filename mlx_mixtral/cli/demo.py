@@ -13,6 +13,7 @@ import click
 from mlx_mixtral.cli.console import emit_json, out_console, rate, seconds, terminal_safe
 from mlx_mixtral.cli.fields import option, takes
 from mlx_mixtral.cli.options import device_option, json_flag
+from mlx_mixtral.cli.several import refuse_in_group
 from mlx_mixtral.errors import DestinationError
 from mlx_mixtral.leftovers import scratch_folder
 from mlx_mixtral.sizes import format_bytes
@@ -61,6 +62,7 @@ def demo(given: DemoOptions) -> None:
 
     `tiny-mixtral` is a real Mixtral of 8.4 million parameters, trained on five languages, Python code and sums.
     """
+    refuse_in_group("demo", "run it on one, without mlx.launch")
     from mlx_mixtral.cli.convert.tables import conversion_progress
     from mlx_mixtral.cli.load import load_model
     from mlx_mixtral.demo import checkpoint_path

@@ -61,6 +61,7 @@ def _check_group() -> GroupDiagnosis | None:
     group = own_group()
     if group is None:
         return None
+    from mlx_mixtral.distributed.cost import sums_per_token
     from mlx_mixtral.distributed.deadline import end_process
     from mlx_mixtral.distributed.group import DEFAULT_PEER_TIMEOUT_S, Group
     from mlx_mixtral.doctor.several import diagnose_group
@@ -72,9 +73,12 @@ def _check_group() -> GroupDiagnosis | None:
         f"{found.machines} machines: a sum of one token's states takes {found.sum_s * 1e3:.2f} ms, a large one runs at "
         f"{format_bytes(found.bytes_per_s)}/s, and all have the same bits"
     )
-    each = f"--split experts waits for one sum in each layer, {32 * found.sum_s * 1e3:.1f} ms a token for 8x7B and "
+    ms = found.sum_s * 1e3
+    small, large = (sums_per_token("experts", found.machines, layers) * ms for layers in (32, 56))
+    layers_ms = sums_per_token("layers", found.machines, 32) * ms
     note(
-        f"{each}{56 * found.sum_s * 1e3:.1f} ms for 8x22B; --split layers for {found.machines * found.sum_s * 1e3:.1f} ms"
+        f"with --split experts, a token waits {small:.1f} ms for sums in 8x7B and {large:.1f} ms in 8x22B; with --split "
+        f"layers, {layers_ms:.1f} ms"
     )
     if found.is_slow:
         note("that is slow: is it Wi-Fi? connect the machines by Thunderbolt, and see docs/several-macs.md")

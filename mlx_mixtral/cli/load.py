@@ -31,9 +31,16 @@ class LoadedModel:
 
 
 def load_model(
-    source: str | Path, options: LoadOptions | None = None, *, chat_template: str | None = None
+    source: str | Path,
+    options: LoadOptions | None = None,
+    *,
+    chat_template: str | None = None,
+    is_grouped: bool = True,
 ) -> LoadedModel:
-    """``mlx_mixtral.load``, with bars on stderr when that is a terminal, and what is to be said of the tokenizer."""
+    """``mlx_mixtral.load``, with bars on stderr when that is a terminal, and what is to be said of the tokenizer.
+
+    Where this process is the first machine of a group, all of them load it together, unless ``is_grouped`` is False.
+    """
     options = options or LoadOptions()
     _ = options.overrides.checked  # before anything is downloaded
     folder = fetch(str(source), revision=options.revision)
@@ -43,7 +50,7 @@ def load_model(
             folder,
             progress=lambda at: show(at.done_bytes, at.total_bytes),
             chat_template=chat_template,
-            group=own_group(),
+            group=own_group() if is_grouped else None,
             **options.arguments(),
         )
     load_s = time.perf_counter() - started
@@ -67,6 +74,7 @@ def load_with_speculation(
     """``load_model``, and how to speculate with it.
 
     The draft is loaded first: without a budget the model then gets what the draft has left, with one the rest of it.
+    Of a group the first machine alone has the draft; the others know nothing of it.
 
     Raises:
         MemoryBudgetError: the draft alone fills the budget.
@@ -78,7 +86,7 @@ def load_with_speculation(
     if speculation.speculate is not None:
         raise click.UsageError("give either --speculate or --draft")
     budget = None if loading.memory is None else parse_size(loading.memory)
-    drafting = load_model(speculation.draft, LoadOptions(dtype=loading.dtype))
+    drafting = load_model(speculation.draft, LoadOptions(dtype=loading.dtype), is_grouped=False)
     if budget is not None:
         taken = drafting.model.engine.plan.resident_bytes
         if taken >= budget:

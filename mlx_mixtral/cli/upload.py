@@ -12,6 +12,7 @@ import click
 from mlx_mixtral.cli.console import emit_json, note, one_line, out_console
 from mlx_mixtral.cli.fields import argument, flag, group, option, takes
 from mlx_mixtral.cli.options import json_flag
+from mlx_mixtral.cli.several import refuse_in_group
 from mlx_mixtral.cli.values import Place
 from mlx_mixtral.sizes import format_bytes
 
@@ -48,6 +49,7 @@ def upload(ctx: click.Context, given: UploadOptions) -> None:
 
     It is verified first. After an interruption the same command goes on: what the hub has already is not sent again.
     """
+    refuse_in_group("upload", "run it on one, without mlx.launch")
     from mlx_mixtral_convert.upload import upload as run
 
     found = run(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_mixtral.errors import GroupError
 
-__all__ = ["group_backend", "group_rank", "is_grouped"]
+__all__ = ["group_backend", "group_rank", "is_grouped", "ring_hosts"]
 
 
 def group_backend() -> str | None:
@@ -21,16 +21,25 @@ def group_backend() -> str | None:
         return "jaccl"
     if os.environ.get("NCCL_HOST_IP"):
         return "nccl"
+    return "ring" if len(ring_hosts()) > 1 else None
+
+
+def ring_hosts() -> list[list[str]]:
+    """Addresses of each machine of a ring, with ports; none where no ring is named, or one of a single process.
+
+    Raises:
+        GroupError: the file of hosts cannot be read.
+    """
     file = os.environ.get("MLX_HOSTFILE")
     if not file:
-        return None
+        return []
     try:
         text = Path(file).read_text()
+        # A launcher of one process writes an empty file.
         hosts = json.loads(text) if text.strip() else []
     except (OSError, ValueError) as error:
         raise GroupError(f"MLX_HOSTFILE is {file!r}, which cannot be read: {error}; start with mlx.launch") from None
-    # A launcher of one process writes an empty file.
-    return "ring" if isinstance(hosts, list) and len(hosts) > 1 else None
+    return hosts if isinstance(hosts, list) else []
 
 
 def group_rank() -> int:

@@ -26,8 +26,8 @@ START_S = DEFAULT_PEER_TIMEOUT_S = 60.0
 def join_group(timeout_s: float = START_S) -> mx.distributed.Group | None:
     """Join the group that MLX's environment names (``mlx.launch`` sets it); None where there is none.
 
-    Waits for all machines. When one of them is missing after ``timeout_s``, the process ends with a line on stderr and status
-    1: MLX waits without end, and holds the interpreter's lock.
+    Waits for all machines. When one of them is missing after ``timeout_s``, the process is killed after a line on stderr: MLX
+    waits without end, and holds the interpreter's lock.
 
     Raises:
         GroupError: the group cannot be formed.
@@ -61,6 +61,8 @@ class Group:
         self.stream = mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
         self.neighbours = Neighbours(self.rank, self.size)
         self.deadline = Deadline(timeout_s, self.rank, self.size, self.neighbours.lost)
+        self.sums = 0
+        """Sums that were asked for, those of a compiled graph once."""
         self._broken: str | None = None
 
     @property
@@ -70,6 +72,7 @@ class Group:
 
     def sum(self, x: mx.array) -> mx.array:
         """The sum of every machine's ``x``, lazy, the same bits on each; shapes and types must be equal."""
+        self.sums += 1
         return mx.distributed.all_sum(x, group=self._group, stream=self.stream)
 
     def from_rank(self, rank: int, x: mx.array, after: mx.array | None = None) -> mx.array:

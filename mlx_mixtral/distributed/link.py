@@ -30,7 +30,7 @@ __all__ = ["OPS", "Link", "Record", "is_lost", "records"]
 
 OPS = (
     "cache", "batch", "fork", "take", "row", "extract", "trim", "join", "keep", "take_back", "drop",
-    "hidden", "remember", "step", "collect", "spread", "tick", "end",
+    "hidden", "remember", "step", "collect", "spread", "time", "tick", "end",
 )  # fmt: skip
 PACKET = 64
 MAX_TICK_S = 10.0
@@ -229,7 +229,8 @@ class Link:
 
     @property
     def _lost(self) -> str:
-        others = "another machine" if self.group.size > 2 else f"rank {1 - self.group.rank}"
+        lost = self.group.neighbours.lost()
+        others = "another machine" if lost is None else f"rank {lost}"
         return (
             f"rank {self.group.rank} of {self.group.size}: the connection to {others} was lost; see what it said last, and "
             "start all again"
@@ -250,7 +251,7 @@ def records(numbers: Sequence[int]) -> tuple[list[Record], list[int]]:
         name, count = OPS[numbers[at]], numbers[at + 1]
         found.append((name, list(numbers[at + 2 : at + 2 + count])))
         at += 2 + count
-        if name in ("hidden", "remember", "step", "collect", "spread", "tick", "end"):
+        if name in ("hidden", "remember", "step", "collect", "spread", "time", "tick", "end"):
             break
     return found, list(numbers[at:])
 

@@ -6,13 +6,12 @@ evaluates a sum in that moment waits for ever, and no exception comes. So somebo
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import stat
-from pathlib import Path
+import weakref
 
-from mlx_mixtral.distributed.environment import group_backend
+from mlx_mixtral.distributed.environment import group_backend, ring_hosts
 
 __all__ = ["Neighbours"]
 
@@ -25,10 +24,10 @@ class Neighbours:
 
     def __init__(self, rank: int, size: int) -> None:
         self._sockets: list[tuple[int, socket.socket]] = []
+        weakref.finalize(self, _close, self._sockets)
         if group_backend() != "ring":
             return
-        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
-        ports = [{int(str(address).rpartition(":")[2]) for address in host} for host in hosts]
+        ports = [{int(str(address).rpartition(":")[2]) for address in host} for host in ring_hosts()]
         left, right = (rank - 1) % size, (rank + 1) % size
         for each in _connections():
             own, other = each.getsockname()[1], each.getpeername()[1]
@@ -51,6 +50,11 @@ class Neighbours:
             except OSError:
                 return rank
         return None
+
+
+def _close(sockets: list[tuple[int, socket.socket]]) -> None:
+    for _, each in sockets:
+        each.close()
 
 
 def _connections() -> list[socket.socket]:

@@ -38,11 +38,6 @@ class LinkSpeed:
         """Seconds of one small sum over ``machines`` machines."""
         return self.crossing_s + 2 * (machines - 1) * self.step_s
 
-    @property
-    def hop_s(self) -> float:
-        """Seconds of handing a hidden state to the next machine, which concerns two machines however many there are."""
-        return self.collective_s(2)
-
 
 LINKS = (
     LinkSpeed(

@@ -22,7 +22,7 @@ from mlx_mixtral.info.estimate import BUILT_IN, PARTS, WIDTHS, bytes_by_part
 from mlx_mixtral.info.links import LinkSpeed, find_link
 from mlx_mixtral.info.macs import CHIPS, Chip, usable_bytes
 from mlx_mixtral.info.plans import DEFAULT_DISK, READBACK_S, mac_planner, one_chip, sizes_of
-from mlx_mixtral.info.splits import BANDWIDTH_SHARE, SPLITS, Held, ModelParts, TokenBytes, decoding_rate
+from mlx_mixtral.info.splits import BANDWIDTH_SHARE, SPLITS, Held, ModelParts, decoding_rate, token_bytes
 from mlx_mixtral.sizes import parse_size
 
 __all__ = ["Cluster", "checkpoint_machines", "shape_machines"]
@@ -134,7 +134,6 @@ def _report(models: Mapping[str, ModelParts], cluster: Cluster, context: int | N
         "link": link.name,
         "over": link.over,
         "collective_s": link.collective_s(len(cluster.memories_gib)),
-        "hop_s": link.hop_s,
         "source": link.source,
         "machines": [
             {"memory_gib": memory, "usable_bytes": usable}
@@ -166,7 +165,7 @@ def _one_machine(model: ModelParts, cluster: Cluster, context: int | None) -> di
         pass  # not even with experts on disk
     else:
         streams = residency is not None
-        whole_s = TokenBytes.of(model).one_machine_s(cluster.chip.bandwidth_gb_s)
+        whole_s = token_bytes(model).one_machine_s(decoding_rate(cluster.chip.bandwidth_gb_s))
         tok_s = 1 / whole_s if residency is None else residency.tok_s
     return {
         "memory_gib": max(cluster.memories_gib),
@@ -187,12 +186,16 @@ def _split(split: str, model: ModelParts, cluster: Cluster, context: int | None)
         sizes = sizes_of(held.config, held.trunk_bytes, held.expert_bytes)
         needs = mac_planner(held.config, sizes, cluster.speeds).needs(context)
         machines.append(_machine(held, usable, needs))
-    token, bandwidth, count = TokenBytes.of(model), cluster.chip.bandwidth_gb_s, len(machines)
+    token, rate, sum_s = (
+        token_bytes(model),
+        decoding_rate(cluster.chip.bandwidth_gb_s),
+        cluster.link.collective_s(len(machines)),
+    )
     if split == "layers":
-        seconds = token.layers_s(bandwidth, cluster.link, count)
+        seconds = token.layers_s(rate, sum_s, len(machines))
     else:
         largest = max(held.config.intermediate_size for held in shares) / model.config.intermediate_size
-        seconds = token.experts_s(bandwidth, cluster.link, count, model.config.num_hidden_layers, largest)
+        seconds = token.experts_s(rate, sum_s, model.config.num_hidden_layers, largest)
     fits = all(machine["fits"] for machine in machines)
     return {"fits": fits, "problem": None, "machines": machines, "predicted_tok_s": 1 / seconds if fits else None}
 

@@ -102,8 +102,10 @@ def record_routing(
     """The choices for ``texts`` of token ids, each of which ``compute`` sends through ``module``.
 
     Raises:
-        InvalidRequestError: no texts, or a dense model, which has no routers.
+        InvalidRequestError: no texts, a dense model, which has no routers, or one on several machines.
     """
+    if module.link is not None:
+        raise InvalidRequestError("a routing trace is recorded on one machine: load the model without group=")
     if not texts:
         raise InvalidRequestError("no texts were given; give at least one list of token ids")
     parts = []

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import mlx.core as mx
 
 from mlx_mixtral.cache.views import CacheView
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.distributed.link import Link
-
-if TYPE_CHECKING:
-    from mlx_mixtral.model.transformer import MixtralModel
 
 __all__ = ["through_stages"]
 
 
+class Staged(Protocol):
+    """What is asked of a model whose layers lie on several machines: ``MixtralModel``."""
+
+    config: MixtralConfig
+    dtype: mx.Dtype
+
+    def embed(self, tokens: mx.array) -> mx.array: ...
+
+    def stage(self, x: mx.array, view: CacheView, *, last_only: bool = False) -> mx.array: ...
+
+    def remember_stage(self, x: mx.array, view: CacheView) -> None: ...
+
+
 def through_stages(
-    model: MixtralModel,
+    model: Staged,
     link: Link,
     tokens: mx.array,
     view: CacheView,

@@ -150,9 +150,8 @@ class Engine:
     def forward_cost(self) -> ForwardCost:
         """What a forward over several tokens costs, as far as the plan in force tells."""
         sizes, plan = self.residency.sizes, self.plan.residency
-        if plan is None:
-            return ForwardCost(sizes)
-        return ForwardCost(sizes, self.planner.speeds, plan.slots, plan.hit_rates)
+        known = () if plan is None else (self.planner.speeds, plan.slots, plan.hit_rates)
+        return ForwardCost(sizes, *known)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from mlx_mixtral.cache.batch import BatchCache
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.distributed.link import Link
 from mlx_mixtral.generation.context import DecodeContext
+from mlx_mixtral.runtime.joining import sum_seconds
 from mlx_mixtral.runtime.shared_prompts import collect, spread
 
 __all__ = ["Follower"]
@@ -53,6 +54,8 @@ class Follower:
             collect(self._model, self._caches[own])
         elif name == "spread":
             spread(self._model, self._caches[own], None, rest[0])
+        elif name == "time":
+            sum_seconds(self._link.group, rest[0])
         elif name == "drop":
             self._caches.pop(own, None)
         elif name in ("trim", "join", "keep", "take_back"):

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.cache.options import KVOptions
-from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.distributed.cost import TokenBytes
 from mlx_mixtral.distributed.group import Group
 from mlx_mixtral.distributed.link import Link
 from mlx_mixtral.distributed.meeting import agree
@@ -153,7 +153,7 @@ def choose_shares(
     fitting = [name for name in candidates if all(each[name] for each in fits)]
     if len(fitting) == 1:
         return candidates[fitting[0]]
-    return candidates["experts" if _experts_are_faster(config, whole, every) else "layers"]
+    return candidates["experts" if _experts_are_faster(whole, candidates["experts"], every[0]) else "layers"]
 
 
 def _shares(split: str, whole: Builder, weights: Sequence[float]) -> list[Share]:
@@ -170,12 +170,13 @@ def _shares(split: str, whole: Builder, weights: Sequence[float]) -> list[Share]
     return layer_shares(config, weights, layer_bytes=layer_bytes, leader_bytes=leader_bytes)
 
 
-def _experts_are_faster(config: MixtralConfig, whole: Builder, every: Sequence[_Seen]) -> bool:
-    """Whether a sum a layer costs less than what dividing the experts' reading saves (times of rank 0, told to all)."""
-    sizes, machines, first = whole.sizes(), len(every), every[0]
-    read = sum(sizes.expert_bytes) * config.num_experts_per_tok
-    saved = read * (1 - 1 / machines) / first.bytes_per_s
-    return config.num_hidden_layers * first.sum_s < saved + machines * first.sum_s
+def _experts_are_faster(whole: Builder, experts: Sequence[Share], first: _Seen) -> bool:
+    """Whether a token should take less time with experts split than with layers split, by what the leader has measured."""
+    sizes, config = whole.sizes(), whole.config
+    token = TokenBytes(sizes.trunk_bytes, sum(sizes.expert_bytes) * config.num_experts_per_tok)
+    largest = max(share.part_of(config).intermediate_size for share in experts) / config.intermediate_size
+    apart = token.experts_s(first.bytes_per_s, first.sum_s, config.num_hidden_layers, largest)
+    return apart < token.layers_s(first.bytes_per_s, first.sum_s, len(experts))
 
 
 def agreed_plan(

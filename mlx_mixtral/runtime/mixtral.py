@@ -24,11 +24,11 @@ from mlx_mixtral.model.routing import record_routing
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.runtime.batch import Batch, collect_batch, stream_batch
 from mlx_mixtral.runtime.chat import CHAT_SAMPLING, ChatRequests
+from mlx_mixtral.runtime.described import described
 from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.requests import GenerationOptions, Requests, TextRequest, with_options
 from mlx_mixtral.runtime.steps import Steps
 from mlx_mixtral.runtime.stream import Chunk, Generation, TextStream
-from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral.tokenizer import Tokenizer
 from mlx_mixtral.tokenizer.base import Message
 
@@ -52,14 +52,7 @@ class Mixtral:
         self._chats = ChatRequests(self._requests)
 
     def __repr__(self) -> str:
-        c, plan = self.config, self.engine.plan
-        if self.engine.is_closed:
-            return "<Mixtral: closed>"
-        experts = "dense" if c.is_dense else f"{c.num_local_experts} experts, {c.num_experts_per_tok} per token"
-        memory = f"{format_bytes(self.residency.resident_bytes)} of weights in memory"
-        if plan.residency is not None:
-            memory += ", other experts streamed"
-        return f"<Mixtral: {c.num_hidden_layers} layers, {experts}; {memory}; {self.device.name}>"
+        return described(self.engine)
 
     def __enter__(self) -> Self:
         return self

@@ -7,8 +7,8 @@ from functools import cache, partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Send
+from starlette.routing import Match, Route, Router
+from starlette.types import ASGIApp, Scope, Send
 
 from mlx_mixtral.server.endpoints import about, chat, completions, embeddings, messages, page, responses, tokens
 from mlx_mixtral.server.guards import Guards
@@ -58,4 +58,9 @@ def make_app(service: Service) -> ASGIApp:
         routes += [Route(place, endpoint, methods=[method]) for place in places]
     if service.options.has_page:
         routes.append(Route("/", Endpoint("/", partial(page.page, service)), methods=["GET"]))
-    return Guards(Router(routes, redirect_slashes=False), service.options, service.log, service.metrics)
+
+    def methods_of(scope: Scope) -> list[str]:
+        found = {method for route in routes if route.matches(scope)[0] != Match.NONE for method in route.methods or ()}
+        return sorted(found)
+
+    return Guards(Router(routes, redirect_slashes=False), methods_of, service.options, service.log, service.metrics)

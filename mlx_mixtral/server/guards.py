@@ -7,7 +7,7 @@ import ipaddress
 import re
 import secrets
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,7 +28,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _OPEN_PATHS = frozenset({"/health", "/"})
 """Paths that need no key: they say nothing of anybody's requests."""
 
-METHODS = "GET, POST, OPTIONS"
+METHODS = "GET, HEAD, POST, OPTIONS"
+"""All there are on some path."""
 
 
 def is_loopback(host: str) -> bool:
@@ -47,10 +48,22 @@ def notes_of(scope: MutableMapping[str, Any]) -> RequestNotes:
 
 
 class Guards:
-    """An ASGI application around ``app``: checks, CORS, errors as JSON, the log."""
+    """An ASGI application around ``app``: checks, CORS, errors as JSON, the log.
 
-    def __init__(self, app: ASGIApp, options: ServerOptions, log: RequestLog, metrics: Metrics) -> None:
-        self._app, self._options, self._log, self._metrics = app, options, log, metrics
+    Args:
+        methods_of: those that the path of a scope takes; none where there is no such path.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        methods_of: Callable[[Scope], Sequence[str]],
+        options: ServerOptions,
+        log: RequestLog,
+        metrics: Metrics,
+    ) -> None:
+        self._app, self._methods_of = app, methods_of
+        self._options, self._log, self._metrics = options, log, metrics
         self._keys = [key.encode() for key in options.api_keys]
         self._hosts = frozenset(host.lower() for host in options.allowed_hosts)
         self._takes_addresses = not is_loopback(options.host)
@@ -86,7 +99,7 @@ class Guards:
             notes.outcome = error.code or "error"
             await self._tell_error(scope, error, tell)
         except HTTPException as error:
-            await self._tell_error(scope, _plain_error(error, scope["path"]), tell)
+            await self._tell_error(scope, self._plain_error(error, scope), tell)
         except Exception as error:
             # The type alone: a message may hold what a request said.
             self._log.problem(f"{type(error).__name__} while answering {request_id}", error)
@@ -100,13 +113,16 @@ class Guards:
 
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         self._check_host(headers)
+        if scope["method"] not in ("GET", "HEAD"):
+            self._check_origin(scope, headers)
         if scope["method"] == "OPTIONS":
-            start = {"type": "http.response.start", "status": 204, "headers": [(b"allow", METHODS.encode())]}
+            # Before the key: a browser asks first, and without one.
+            if not (allowed := self._allowed_methods(scope)):
+                raise HTTPException(404)
+            start = {"type": "http.response.start", "status": 204, "headers": [(b"allow", allowed.encode())]}
             await send(start)
             await send({"type": "http.response.body", "body": b""})
             return
-        if scope["method"] not in ("GET", "HEAD"):
-            self._check_origin(scope, headers)
         if self._keys and scope["path"] not in _OPEN_PATHS:
             self._check_key(headers)
         await self._app(scope, receive, send)
@@ -171,18 +187,26 @@ class Guards:
                 found["access-control-allow-private-network"] = "true"
         return found
 
+    def _allowed_methods(self, scope: Scope) -> str:
+        """As in ``Allow``; "" where there is no such path. The path ``*`` is the whole server."""
+        if scope["path"] == "*":
+            return METHODS
+        methods = self._methods_of(scope)
+        return ", ".join([*methods, "OPTIONS"]) if methods else ""
+
+    def _plain_error(self, error: HTTPException, scope: Scope) -> ApiError:
+        path = scope["path"][:100]
+        if error.status_code == 405:
+            headers = {"allow": self._allowed_methods(scope)}
+            return ApiError(405, f"{path} does not take this method; it takes {headers['allow']}", headers=headers)
+        return ApiError(error.status_code, f"there is no {path!r} here; /openapi.json lists what there is")
+
     @staticmethod
     async def _tell_error(scope: Scope, error: ApiError, send: Send) -> None:
         notes = notes_of(scope)
         if notes.status is None:
             body = error_body(error, scope["path"], notes.request_id)
             await send_json(body, send, status=error.status, headers=error.headers)
-
-
-def _plain_error(error: HTTPException, path: str) -> ApiError:
-    if error.status_code == 405:
-        return ApiError(405, f"{path[:100]} does not take this method", headers=error.headers)
-    return ApiError(error.status_code, f"there is no {path[:100]!r} here; /openapi.json lists what there is")
 
 
 def _tidy_path(scope: Scope) -> None:

@@ -25,9 +25,10 @@ sys.path[:0] = [str(ROOT)]
 
 import numpy as np  # noqa: E402
 
+from mlx_mixtral.distributed.cost import TokenBytes  # noqa: E402
 from mlx_mixtral.info.estimate import BUILT_IN, Width, bytes_by_part  # noqa: E402
 from mlx_mixtral.info.links import find_link  # noqa: E402
-from mlx_mixtral.info.splits import ModelParts, TokenBytes  # noqa: E402
+from mlx_mixtral.info.splits import ModelParts, decoding_rate, token_bytes  # noqa: E402
 from mlx_mixtral.sizes import format_bytes  # noqa: E402
 
 BANDWIDTHS_GB_S = (400, 546, 800)
@@ -41,7 +42,7 @@ SECONDS = 150
 def token_of(name: str) -> TokenBytes:
     """Bytes that a token of a published model reads at 4 bits (4.5 with scales)."""
     config = BUILT_IN[name]
-    return TokenBytes.of(ModelParts(config, bytes_by_part(config, Width(4)), 64))
+    return token_bytes(ModelParts(config, bytes_by_part(config, Width(4)), 64))
 
 
 def predicted_rows() -> list[list[str]]:
@@ -52,13 +53,21 @@ def predicted_rows() -> list[list[str]]:
 
     rows = [["predicted tok/s", *(f"{name.replace('b', 'B')} on {machines}" for name, machines in CASES)]]
     rows.append(
-        ["one machine, if it fits", *(cell([token_of(n).one_machine_s(b) for b in BANDWIDTHS_GB_S]) for n, _ in CASES)]
+        [
+            "one machine, if it fits",
+            *(cell([token_of(n).one_machine_s(decoding_rate(b)) for b in BANDWIDTHS_GB_S]) for n, _ in CASES),
+        ]
     )
     for cable in CABLES:
         link = find_link(cable)
-        layers = [[token_of(n).layers_s(b, link, m) for b in BANDWIDTHS_GB_S] for n, m in CASES]
+        layers = [
+            [token_of(n).layers_s(decoding_rate(b), link.collective_s(m), m) for b in BANDWIDTHS_GB_S] for n, m in CASES
+        ]
         experts = [
-            [token_of(n).experts_s(b, link, m, BUILT_IN[n].num_hidden_layers) for b in BANDWIDTHS_GB_S]
+            [
+                token_of(n).experts_s(decoding_rate(b), link.collective_s(m), BUILT_IN[n].num_hidden_layers, 1 / m)
+                for b in BANDWIDTHS_GB_S
+            ]
             for n, m in CASES
         ]
         rows.append([f"layers, {cable}", *map(cell, layers)])

@@ -18,6 +18,7 @@ from tests.distributed.worker import CALLS, Job
 
 EVERYTHING = [
     "logits", "greedy", "drawn", "seeded", "stopped", "batch", "again", "lookup", "saved", "constrained", "chat",
+    "cut",
 ]  # fmt: skip
 
 

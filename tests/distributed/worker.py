@@ -88,6 +88,26 @@ def _chat(model: Mixtral) -> Any:
     return model.chat(message, max_tokens=12, sampling=SamplingParams()).text
 
 
+def _cut(model: Mixtral) -> Any:
+    """Streams that are closed and rows that are cancelled on the way."""
+    stream = model.stream(PROMPTS[1], max_tokens=30)
+    begun = [next(stream).token_id for _ in range(5)]
+    stream.close()
+    with model.batch(max_rows=2) as batch:
+        tickets = [batch.add(prompt, max_tokens=12)[0] for prompt in PROMPTS[:4]]
+        found: dict[int, list[int]] = {ticket: [] for ticket in tickets}
+        for step in range(200):
+            if step == 4:
+                batch.cancel(tickets[0])
+                batch.cancel(tickets[3])
+            for update in batch.step():
+                if update.chunk is not None:
+                    found[update.ticket].append(update.chunk.token_id)
+            if batch.is_idle:
+                break
+    return begun, [found[ticket] for ticket in tickets[1:3]]
+
+
 def _facts(model: Mixtral) -> Any:
     plan = model.engine.plan
     return model.nbytes, model.residency.resident_bytes, plan.resident_bytes, len(model.module.layers)
@@ -95,7 +115,8 @@ def _facts(model: Mixtral) -> Any:
 
 CALLS: dict[str, Callable[[Mixtral], Any]] = {
     "logits": _logits, "greedy": _greedy, "drawn": _drawn, "seeded": _seeded, "stopped": _stopped, "batch": _batch,
-    "again": _again, "lookup": _lookup, "saved": _saved, "constrained": _constrained, "chat": _chat, "facts": _facts,
+    "again": _again, "lookup": _lookup, "saved": _saved, "constrained": _constrained, "chat": _chat, "cut": _cut,
+    "facts": _facts,
 }  # fmt: skip
 
 

@@ -58,6 +58,23 @@ def test_replies_are_as_described(server: Running, description: Any) -> None:
         jsonschema.validate(wrong.json(), schema | {"components": description["components"]})
 
 
+def test_streams_are_described_whether_as_text_or_as_events(description: Any) -> None:
+    """OpenAPI 3.1 leaves open whether the schema of a stream is that of its text or of each event."""
+    paths = {path for path, methods in description["paths"].items() if _streams(methods)}
+    assert paths == {CHAT, "/v1/completions", "/v1/responses", "/v1/messages"}
+    for path in paths:
+        schema = _streams(description["paths"][path])["schema"]
+        assert schema["description"]
+        for value in ("data: {}\n\n", {"event": "message_stop", "data": "{}"}):
+            jsonschema.validate(value, schema)
+
+
+def _streams(methods: Any) -> Any:
+    return methods.get("post", {"responses": {"200": {"content": {}}}})["responses"]["200"]["content"].get(
+        "text/event-stream"
+    )
+
+
 def test_the_openai_package_reads_it_all(server: Running) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1/", api_key="none", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["tiny", "small"]

@@ -63,8 +63,12 @@ def test_allowed_origins_get_their_headers(serve: Serve) -> None:
         reply = server.post(CHAT, BODY, headers={"origin": page})
         assert reply.status_code == 200
         assert reply.headers["access-control-allow-origin"] == page
-        other = server.client.options(CHAT, headers={"origin": "https://other.example"})
-        assert "access-control-allow-origin" not in other.headers
+        wanted = {"access-control-request-method": "POST"}
+        other = server.client.options(CHAT, headers=wanted | {"origin": "https://other.example"})
+        assert other.status_code == 403
+        assert "--cors-origin" in other.json()["error"]["message"]
+        assert not [name for name in other.headers if name.startswith("access-control-")]
+        assert server.client.options("/nowhere", headers=wanted | {"origin": page}).status_code == 404
         # An error can be read by the page as well.
         assert server.post(CHAT, {}, headers={"origin": page}).headers["access-control-allow-origin"] == page
 
@@ -73,7 +77,39 @@ def test_options_are_answered_without_a_key(serve: Serve) -> None:
     with serve(api_keys=("secret",)) as server:
         reply = server.client.options(CHAT, headers={"authorization": ""})
         assert reply.status_code == 204
-        assert "POST" in reply.headers["allow"]
+        assert reply.headers["allow"] == "POST, OPTIONS"
+        assert server.client.options("/nowhere", headers={"authorization": ""}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        (CHAT, "POST, OPTIONS"), ("/chat/completions/", "POST, OPTIONS"), ("/v1/models", "GET, HEAD, OPTIONS"),
+        ("/v1/models/small", "GET, HEAD, OPTIONS"), ("/", "GET, HEAD, OPTIONS"), ("/health", "GET, HEAD, OPTIONS"),
+        ("*", "GET, HEAD, POST, OPTIONS"),
+    ],
+)  # fmt: skip
+def test_options_tell_the_methods_of_the_path(server: Running, path: str, methods: str) -> None:
+    head = f"OPTIONS {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    connection = server.raw(head.encode())
+    received = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    assert received.startswith("HTTP/1.1 204 ")
+    assert f"\r\nallow: {methods}\r\n" in received
+    assert "access-control-" not in received
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/v1/chat", "/v1/chat/completions/more", "/models2"])
+def test_options_of_an_unknown_path_are_404(server: Running, path: str) -> None:
+    reply = server.client.options(path)
+    assert reply.status_code == 404
+    assert "allow" not in reply.headers
+
+
+def test_a_page_of_the_server_itself_may_ask_first(server: Running) -> None:
+    """Of an origin that is none of its own it is told so at once."""
+    wanted = {"access-control-request-method": "POST"}
+    assert server.client.options(CHAT, headers=wanted | {"origin": server.url}).status_code == 204
+    assert server.client.options(CHAT, headers=wanted | {"origin": "https://evil.example"}).status_code == 403
 
 
 def test_a_key_is_asked_for(serve: Serve) -> None:
@@ -114,9 +150,10 @@ def test_an_unknown_path_is_404_in_json(server: Running, path: str) -> None:
 
 
 def test_a_wrong_method_is_405_in_json(server: Running) -> None:
-    assert server.client.get(CHAT).status_code == 405
+    assert server.client.get(CHAT).headers["allow"] == "POST, OPTIONS"
     reply = server.client.delete("/v1/models")
     assert reply.status_code == 405
+    assert reply.headers["allow"] == "GET, HEAD, OPTIONS"
     assert reply.json()["error"]["code"] == "method_not_allowed"
 
 

@@ -9,7 +9,7 @@ import click
 from mlx_mixtral.cli.bench.options import BenchOptions
 from mlx_mixtral.cli.console import emit_json
 from mlx_mixtral.cli.fields import takes
-from mlx_mixtral.cli.several import follow_leader
+from mlx_mixtral.cli.several import follow_leader, refuse_in_group
 
 __all__ = ["bench"]
 
@@ -25,6 +25,8 @@ def bench(given: BenchOptions) -> None:
 
     On MLX's CPU backend, --compare runs mlx-lm twice: with its default type, and in float32, the type used here.
     """
+    if given.compare is not None:
+        refuse_in_group("--compare", "compare on one, without mlx.launch")
     follow_leader(given.model, given.loading)
     from mlx_mixtral.cli.bench.job import BenchJob
 

@@ -50,6 +50,8 @@ def print_bench(found: Mapping[str, Any]) -> None:
         console.print(terminal_safe(f"- {side}: {one_line(reason)}"), soft_wrap=True)
     if (copy := found["copy_bytes_per_s"]) is not None and found["decode"]:
         _print_traffic(found["decode"], copy)
+    if (group := found["group"]) is not None:
+        _print_sums(group, [row["share_of_sums"] for row in found["decode"] if row["share_of_sums"] is not None])
     _print_published(found["published"])
 
 
@@ -103,6 +105,18 @@ def _print_traffic(rows: Sequence[Mapping[str, Any]], copy: Mapping[str, float])
     spread = f"{format_bytes(copy['min'])}..{format_bytes(copy['max'])}"
     title = f"Decode and memory, which copies {format_bytes(copy['median'])}/s ({spread}, read and written)"
     print_table(title, columns, cells)
+
+
+def _print_sums(group: Mapping[str, Any], shares: Sequence[float]) -> None:
+    """What a token waits for the other machines."""
+    line = (
+        f"{group['machines']} machines, split by {group['split']}: a token waits for {group['sums_per_token']} sums, "
+        f"which take {group['sums_s_per_token'] * 1e3:.2f} ms by themselves"
+    )
+    if shares:
+        low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+        line += f", {low if low == high else f'{low} to {high}'} of the time of decoding"
+    out_console().print(line, soft_wrap=True)
 
 
 def _rate(side: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import click
 from mlx_mixtral.cli.console import emit_json, note, one_line
 from mlx_mixtral.cli.convert.options import ConvertOptions, check_options
 from mlx_mixtral.cli.fields import takes
+from mlx_mixtral.cli.several import refuse_in_group
 from mlx_mixtral.errors import MixtralError
 
 __all__ = ["convert"]
@@ -28,6 +29,7 @@ def convert(ctx: click.Context, given: ConvertOptions) -> None:
     --to hf and --to gguf convert in the other direction: from MLX, or any other SOURCE, to the formats of other programs.
     Options that concern MLX's packing do not apply to them.
     """
+    refuse_in_group("convert", "run it on one, without mlx.launch")
     check_options(ctx, given)
     if given.upload is not None:
         from mlx_mixtral_convert.upload.run import check_repository

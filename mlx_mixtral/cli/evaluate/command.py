@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,7 +10,7 @@ import click
 from mlx_mixtral.cli.console import emit_json
 from mlx_mixtral.cli.evaluate.options import EvaluateOptions
 from mlx_mixtral.cli.fields import flag_name, takes
-from mlx_mixtral.cli.several import follow_leader
+from mlx_mixtral.cli.several import follow_leader, refuse_in_group
 
 __all__ = ["evaluate"]
 
@@ -34,6 +35,8 @@ def evaluate(ctx: click.Context, given: EvaluateOptions) -> None:
     --tasks runs benchmarks instead of texts and prints the published figures of Mixtral 8x7B beside them. Their data are
     downloaded from the hub on first use, unless --task-path names tasks in local files.
     """
+    if given.reference is not None and not Path(given.reference).is_file():
+        refuse_in_group("a --reference that is a model", "run it on one with --save-reference, and give that file here")
     follow_leader(given.model, given.loading)
     _check(ctx, given)
     if given.tasks is not None:

@@ -86,12 +86,12 @@ def _cells(plan: Mapping[str, Any], split: str) -> tuple[str, str]:
 
 
 def _print_assumptions(found: Mapping[str, Any]) -> None:
-    count, collective_ms, hop_ms = len(found["machines"]), found["collective_s"] * 1e3, found["hop_s"] * 1e3
+    count, collective_ms = len(found["machines"]), found["collective_s"] * 1e3
     out_console().print(
         f"All machines have {found['chip'] if found['chip'].startswith('a ') else 'an ' + found['chip']}, of whose "
         f"{found['bandwidth_gb_s']:g} GB/s decoding reads {found['bandwidth_share']:.0%}; disks read "
         f"{format_bytes(found['disk_bytes_per_s'])}/s.\n"
-        f"Link: {found['over']}; {collective_ms:.2g} ms for a sum over {count} machines, {hop_ms:.2g} ms to the next one.\n"
+        f"Link: {found['over']}; {collective_ms:.2g} ms for a sum over {count} machines.\n"
         f"Source: {found['source']}.\n"
         "auto is the faster split of those that fit. Bytes of a split are those of a machine with KV cache and working memory.",
         style="dim",

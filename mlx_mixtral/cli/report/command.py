@@ -9,6 +9,7 @@ import click
 from mlx_mixtral.cli.console import emit_json
 from mlx_mixtral.cli.fields import takes
 from mlx_mixtral.cli.report.options import ReportOptions
+from mlx_mixtral.cli.several import refuse_in_group
 
 __all__ = ["report"]
 
@@ -36,6 +37,7 @@ def report(ctx: click.Context, given: ReportOptions) -> None:
     Of the texts, the report contains only the names of their domains and the paths given on the command line. The folder
     appears complete or not at all.
     """
+    refuse_in_group("report", "run it on one, without mlx.launch")
     from mlx_mixtral.cli.report.job import ReportJob
 
     job = ReportJob(given, ctx.meta[TYPED])

@@ -7,6 +7,7 @@ import click
 from mlx_mixtral.cli.console import emit_json
 from mlx_mixtral.cli.fields import flag_name, takes
 from mlx_mixtral.cli.routing.options import RoutingOptions
+from mlx_mixtral.cli.several import refuse_in_group
 
 __all__ = ["routing"]
 
@@ -22,6 +23,7 @@ def routing(ctx: click.Context, given: RoutingOptions) -> None:
     expert, how often consecutive tokens choose the same one, and text coloured by expert. It adds pairs of experts and the
     entropy of the gate.
     """
+    refuse_in_group("routing", "run it on one, without mlx.launch")
     if given.trace is None:
         if given.model is None or not given.texts:
             raise click.UsageError("give MODEL and --text, or --trace")

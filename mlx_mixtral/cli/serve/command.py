@@ -33,7 +33,7 @@ def serve(given: ServeOptions) -> None:
     have had --grace seconds to finish.
     """
     if given.idle_unload is not None:
-        refuse_in_group("--idle-unload", "leave it out: their weights stay in memory")
+        refuse_in_group("--idle-unload", "leave it out: the others end when the first unloads its model")
     follow_leader(given.model, given.loading)
     # Here, where Ctrl-C acts while others are waited for; from now on they end when this machine does.
     own_group()

@@ -17,11 +17,11 @@ from mlx_mixtral.server.endpoints.answering import answers
 from mlx_mixtral.server.endpoints.generating import generate, reply_head
 from mlx_mixtral.server.service import Service
 from mlx_mixtral.server.wire.answers import AnswerReader
-from mlx_mixtral.server.wire.chat import CHAT_BODY, ChatReply
+from mlx_mixtral.server.wire.chat import CHAT_BODY, ChatReply, check_continuation
 from mlx_mixtral.server.wire.errors import ApiError, placed
 from mlx_mixtral.server.wire.given_chat import GivenChat
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs
-from mlx_mixtral.server.wire.sampling import check_stream, sampling_params, stops
+from mlx_mixtral.server.wire.sampling import check_stream, sampling_params, stops, usage_so_far
 
 __all__ = ["chat_completions", "tools_of"]
 
@@ -33,6 +33,7 @@ async def chat_completions(service: Service, request: Request, send: Send) -> No
     served = service.served
     model = served.check_name(body["model"])
     check_stream(body)
+    check_continuation(body)
     if body["top_logprobs"] is not None and not body["logprobs"]:
         raise ApiError.field("top_logprobs", "needs logprobs: true")
     logprobs = (body["top_logprobs"] or 0) if body["logprobs"] else None
@@ -59,7 +60,7 @@ async def chat_completions(service: Service, request: Request, send: Send) -> No
             None if logprobs is None else AnswerLogprobs(served.tokenizer, ends, logprobs, continues=asked.continues)
             for _ in sampling
         ],
-        has_usage=bool(body["stream"] and (body["stream_options"] or {}).get("include_usage")),
+        used=usage_so_far(body, asked.prompt_tokens),
         warnings=asked.warnings,
     )
     prompts = [asked.prompt_tokens]

@@ -17,7 +17,7 @@ from mlx_mixtral.server.service import Service
 from mlx_mixtral.server.wire.completions import COMPLETION_BODY, CompletionReply, EchoedPrompt
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs
-from mlx_mixtral.server.wire.sampling import check_stream, sampling_params, stops
+from mlx_mixtral.server.wire.sampling import check_stream, sampling_params, stops, usage_so_far
 
 __all__ = ["completions"]
 
@@ -73,7 +73,7 @@ async def completions(service: Service, request: Request, send: Send) -> None:
         [prompt if body["echo"] else None for prompt in each],
         tokenizer=served.tokenizer,
         scored=scored,
-        has_usage=bool(body["stream"] and (body["stream_options"] or {}).get("include_usage")),
+        used=usage_so_far(body, sum(len(prompt.tokens) for prompt in prompts)),
     )
     await generate(
         service,
@@ -105,7 +105,7 @@ async def _encode(service: Service, prompt: Any, param: str, body: dict[str, Any
         raise ApiError.field(param, "is empty; give some text")
 
     def encode() -> list[int]:
-        return served.encode(prompt, param, special=body["special"])
+        return served.encode(prompt, param, special=body["special"], bos=body["add_special_tokens"])
 
     tokens = await asyncio.to_thread(encode) if len(prompt) > LONG_CHARACTERS else encode()
     return EchoedPrompt(prompt, tokens, drops_first_space=True)

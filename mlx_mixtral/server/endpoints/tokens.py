@@ -13,6 +13,7 @@ from mlx_mixtral.server.endpoints.answering import chat_prompt
 from mlx_mixtral.server.endpoints.chat import tools_of
 from mlx_mixtral.server.replies import send_json
 from mlx_mixtral.server.service import Service
+from mlx_mixtral.server.wire.chat import check_continuation
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.given_chat import GivenChat
 from mlx_mixtral.server.wire.tokens import DETOKENIZE_BODY, TOKENIZE_BODY
@@ -28,6 +29,7 @@ async def tokenize(service: Service, request: Request, send: Send) -> None:
     if (body["prompt"] is None) == (body["messages"] is None):
         raise ApiError(400, "give either prompt or messages", "prompt")
     if body["messages"] is not None:
+        check_continuation(body)
         tokens = (await chat_prompt(service, GivenChat(given["messages"]), tools_of(given))).tokens
     else:
         tokens = await asyncio.to_thread(_tokens, service, body)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_mixtral.server.jobs import NewToken, ReplyPart
 from mlx_mixtral.server.wire.answers import AnswerReader
+from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, Integer, ListOf, String
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, chat_logprobs
-from mlx_mixtral.server.wire.reply import StreamedReply
+from mlx_mixtral.server.wire.reply import StreamedReply, UsageSoFar
 from mlx_mixtral.server.wire.sampling import COMMON_FIELDS, MAX_TOP_LOGPROBS, SAMPLING_FIELDS, STREAM_FIELDS
 from mlx_mixtral.server.wire.structure import STRUCTURE_FIELDS
+from mlx_mixtral.server.wire.unsupported import NOT_IN_CHATS, NOT_IN_GENERATING
 
-__all__ = ["CHAT_BODY", "ChatReply"]
+__all__ = ["CHAT_BODY", "CONTINUATION_FIELDS", "ChatReply", "check_continuation"]
 
 MAX_MESSAGES = 10_000
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -60,6 +63,16 @@ TOOL = BodyTable((
 
 _CHOSEN_FUNCTION = BodyTable((BodyField("name", String(1), "The function's name.", required=True),))
 
+CONTINUATION_FIELDS = (
+    BodyField(
+        "add_generation_prompt", Flag(), "Whether an answer begins; it does not where the assistant's message is last."
+    ),
+    BodyField(
+        "continue_final_message", Flag(), "Whether the last message goes on; it does where it is the assistant's."
+    ),
+)
+"""vLLM's. Here the last message decides, and a body that says otherwise is refused."""
+
 _CHOICE_KINDS = ("function", "allowed_tools", "auto", "none", "required", "any", "tool")
 
 TOOL_CHOICE = Either((
@@ -90,11 +103,26 @@ CHAT_BODY = BodyTable((
     *STRUCTURE_FIELDS,
     BodyField("functions", ListOf(BodyTable(_FUNCTION_FIELDS), most=128), "The older form of tools."),
     BodyField("function_call", Either((Choice(("none", "auto")), _CHOSEN_FUNCTION)), "The older form of tool_choice."),
+    *CONTINUATION_FIELDS,
     BodyField("modalities", None, "Other output than text.", off=(["text"],)),
     BodyField("audio", None, "Spoken output."),
     BodyField("prediction", None, "A predicted answer."),
     BodyField("web_search_options", None, "Searching the web.", off=({},)),
+    *NOT_IN_GENERATING,
+    *NOT_IN_CHATS,
 ), "ChatCompletionRequest")  # fmt: skip
+
+
+def check_continuation(body: Mapping[str, Any]) -> None:
+    """That ``CONTINUATION_FIELDS`` say of an answer what the last message does. Raises ApiError 400."""
+    goes_on = body["messages"][-1]["role"] == "assistant"
+    for name, kept in (("continue_final_message", goes_on), ("add_generation_prompt", not goes_on)):
+        if body[name] not in (None, kept):
+            last = "is the assistant's: it goes on" if goes_on else "is not the assistant's: an answer begins"
+            said = json.dumps(body[name])
+            raise ApiError.field(
+                name, f"is {said}, but the last message {last}; leave {name} out, or change the messages"
+            )
 
 
 @dataclass
@@ -114,7 +142,7 @@ class ChatReply(StreamedReply):
         head: ``id``, ``created``, ``model`` and ``system_fingerprint``.
         readers: one an answer.
         logprobs: one an answer, None where they are not wanted.
-        has_usage: whether chunks say what was used.
+        used: what chunks say of tokens.
     """
 
     def __init__(
@@ -123,15 +151,16 @@ class ChatReply(StreamedReply):
         readers: Sequence[AnswerReader],
         logprobs: Sequence[AnswerLogprobs | None],
         *,
-        has_usage: bool,
+        used: UsageSoFar,
         warnings: Sequence[str] = (),
     ) -> None:
-        self._head, self._has_usage, self._warnings = dict(head), has_usage, list(warnings)
+        self._head, self._used, self._warnings = dict(head), used, list(warnings)
         self._answers = [_Answer(*parts) for parts in zip(readers, logprobs, strict=True)]
 
     def add(self, event: ReplyPart) -> list[dict[str, Any]]:
         if not isinstance(event, NewToken):
             return []
+        self._used.tokens += 1
         answer = self._answers[event.row]
         part = answer.reader.add(event.chunk)
         entries = [] if answer.logprobs is None else answer.logprobs.add(event.chunk)
@@ -140,17 +169,19 @@ class ChatReply(StreamedReply):
         if not answer.is_told:
             answer.is_told = True
             deltas.insert(0, {"role": "assistant", "content": ""})
-        if entries and not deltas:
+        texts = [index for index, delta in enumerate(deltas) if "content" in delta]
+        if entries and not texts:
+            texts.append(len(deltas))
             deltas.append({"content": ""})
         chunks = [self._chunk([self._choice(event.row, delta)]) for delta in deltas]
         if entries:
-            chunks[-1]["choices"][0]["logprobs"] = {"content": chat_logprobs(entries), "refusal": None}
+            chunks[texts[-1]]["choices"][0]["logprobs"] = {"content": chat_logprobs(entries), "refusal": None}
         if part.finish_reason is not None:
             chunks.append(self._chunk([self._choice(event.row, {}, part.finish_reason)]))
         return chunks
 
     def last(self, usage: dict[str, Any]) -> list[dict[str, Any]]:
-        return [self._chunk([], usage)] if self._has_usage else []
+        return [self._chunk([], usage)] if self._used.is_told else []
 
     def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
         choices = [
@@ -173,4 +204,4 @@ class ChatReply(StreamedReply):
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         chunk = self._head | {"object": "chat.completion.chunk", "choices": choices}
-        return chunk | {"usage": usage} if self._has_usage else chunk
+        return chunk | self._used.field(usage)

@@ -10,9 +10,10 @@ from mlx_mixtral.server.jobs import NewToken, ReplyPart, ScoredPrompt
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Flag, Integer, texts_or_ids
 from mlx_mixtral.server.wire.logprobs import AnswerLogprobs, LogprobEntry, completion_logprobs, prompt_entries
-from mlx_mixtral.server.wire.reply import StreamedReply
+from mlx_mixtral.server.wire.reply import StreamedReply, UsageSoFar
 from mlx_mixtral.server.wire.sampling import COMMON_FIELDS, MAX_TOP_LOGPROBS, SAMPLING_FIELDS, STREAM_FIELDS
 from mlx_mixtral.server.wire.structure import STRUCTURE_FIELDS
+from mlx_mixtral.server.wire.unsupported import NOT_IN_GENERATING
 from mlx_mixtral.tokenizer import Tokenizer
 
 __all__ = ["COMPLETION_BODY", "CompletionReply", "EchoedPrompt"]
@@ -32,10 +33,12 @@ COMPLETION_BODY = BodyTable((
     BodyField("logprobs", Integer(0, MAX_TOP_LOGPROBS), "Log-probabilities of tokens and of so many likeliest ones."),
     BodyField("echo", Flag(), "Give the prompt back before its continuation, scored where logprobs are wanted.", False),
     BodyField("special", Flag(), "Control tokens that the text spells become these tokens.", True),
+    BodyField("add_special_tokens", Flag(), "Put BOS before a text.", True),
     *STREAM_FIELDS,
     *STRUCTURE_FIELDS,
     BodyField("best_of", None, "Choosing among several.", off=(1,), instead="use n for several answers, and choose yourself"),
     BodyField("suffix", None, "Text after the gap.", off=("",), instead="this model has not learned to fill in: leave it out"),
+    *NOT_IN_GENERATING,
 ), "CompletionRequest")  # fmt: skip
 
 
@@ -74,7 +77,7 @@ class CompletionReply(StreamedReply):
         logprobs: one a continuation, None where they are not wanted.
         echoes: the prompt of each continuation, None where it is not given back; the same object for several of one prompt.
         scored: prompts by their number in the job's scoring.
-        has_usage: whether chunks say what was used.
+        used: what chunks say of tokens.
     """
 
     def __init__(
@@ -85,9 +88,9 @@ class CompletionReply(StreamedReply):
         *,
         tokenizer: Tokenizer,
         scored: Sequence[EchoedPrompt] = (),
-        has_usage: bool = False,
+        used: UsageSoFar,
     ) -> None:
-        self._head, self._has_usage, self._tokenizer = dict(head), has_usage, tokenizer
+        self._head, self._used, self._tokenizer = dict(head), used, tokenizer
         self._rows = [_Continuation(*parts) for parts in zip(echoes, logprobs, strict=True)]
         self._scored, self._unscored = scored, len(scored)
         self._early: list[NewToken] = []
@@ -117,7 +120,7 @@ class CompletionReply(StreamedReply):
             if row.finish_reason is None:  # nothing was to be generated
                 text, entries = self._echo(row)
                 chunks.append(self._chunk([self._choice(index, text, entries, "length")]))
-        return chunks + ([self._chunk([], usage)] if self._has_usage else [])
+        return chunks + ([self._chunk([], usage)] if self._used.is_told else [])
 
     def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
         choices = []
@@ -129,6 +132,7 @@ class CompletionReply(StreamedReply):
         return self._head | {"object": "text_completion", "choices": choices, "usage": usage}
 
     def _token(self, event: NewToken) -> list[dict[str, Any]]:
+        self._used.tokens += 1
         row, chunk = self._rows[event.row], event.chunk
         ready = [] if row.logprobs is None else row.logprobs.add(chunk)
         row.text.append(chunk.text)
@@ -154,4 +158,4 @@ class CompletionReply(StreamedReply):
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         chunk = self._head | {"object": "text_completion", "choices": choices}
-        return chunk | {"usage": usage} if self._has_usage else chunk
+        return chunk | self._used.field(usage)

@@ -12,6 +12,7 @@ from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Choice, String, texts_or_ids
 from mlx_mixtral.server.wire.reply import Reply
 from mlx_mixtral.server.wire.sse import compact_json
+from mlx_mixtral.server.wire.unsupported import NOT_IN_READING
 
 __all__ = ["EMBEDDINGS_BODY", "MAX_INPUTS", "EmbeddingsReply"]
 
@@ -27,6 +28,10 @@ EMBEDDINGS_BODY = BodyTable((
     BodyField("model", String(), "Its name or an alias; the model there is when it is left out."),
     BodyField("encoding_format", Choice(("float", "base64")), "Numbers, or the bytes of float32, little-endian.", "float"),
     BodyField("dimensions", None, "Shorter vectors.", instead="this model's vectors have one size: leave it out"),
+    BodyField("add_special_tokens", None, "Texts without BOS.", off=(True,), instead="give token ids"),
+    BodyField("normalize", None, "Vectors of another length than 1.", off=(True,)),
+    BodyField("embd_normalize", None, "Vectors of another length than 1.", off=(2,)),
+    *NOT_IN_READING,
     BodyField("user", String(), "Ignored."),
 ), "EmbeddingsRequest")  # fmt: skip
 

@@ -71,7 +71,7 @@ class BodyTable(ValueKind):
                 raise ApiError(400, f"{place} is missing; give {field.about[:1].lower()}{field.about[1:]}", place)
             return field.default
         if field.kind is None:
-            if any(value == off and type(value) is type(off) for off in field.off):
+            if any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in field.off):
                 return None
             raise ApiError(400, f"{place} is not supported here; {field.instead}", place, code="unsupported_parameter")
         return field.kind.read(value, place)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_mixtral.calls.parser import CallBegin
 from mlx_mixtral.runtime.stream import Chunk
 from mlx_mixtral.server.jobs import PromptScores
 from mlx_mixtral.tokenizer import Tokenizer
@@ -71,7 +72,8 @@ class TokenSpeller:
 
 
 class AnswerLogprobs:
-    """Entries of an answer as its text becomes certain: those of text that a stop string cut off are never given.
+    """Entries of an answer as its text becomes certain: those of text that a stop string cut off are never given, nor those of
+    calls of tools, which are no text.
 
     Args:
         eos_ids: tokens that end an answer without a text.
@@ -82,21 +84,37 @@ class AnswerLogprobs:
         self._eos_ids, self._top = eos_ids, top
         self._held: list[LogprobEntry] = []
         self._given = self._shown = 0
+        self._is_behind_call = False
 
     def add(self, chunk: Chunk) -> list[LogprobEntry]:
         """Take a chunk; the entries whose text is certain with it."""
-        self._shown += len(chunk.text.encode())
         if not (chunk.finish_reason == "stop" and chunk.token_id in self._eos_ids):
             self._held.append(self._entry(chunk))
+        text = chunk.text.encode()
+        if self._is_behind_call:
+            if not text:
+                return []
+            self._drop_call(text)
+        self._shown += len(text)
         ready: list[LogprobEntry] = []
-        is_whole = chunk.finish_reason == "length" or (
-            chunk.finish_reason == "stop" and chunk.token_id in self._eos_ids
-        )
-        while self._held and (is_whole or self._given < self._shown or not self._held[0].shown):
+        while self._held and (self._given < self._shown or not self._held[0].shown):
             entry = self._held.pop(0)
             self._given += len(entry.shown)
             ready.append(entry)
+        # A chunk's text stands before the call that begins with it.
+        self._is_behind_call = any(isinstance(event, CallBegin) for event in chunk.call_events)
         return ready
+
+    def _drop_call(self, text: bytes) -> None:
+        """Forget entries of a call and of its markup, but for the token that ``text``, which follows it, begins in."""
+        all_held = b"".join(entry.shown for entry in self._held)
+        begin, end = max(0, all_held.rfind(text)), 0
+        while self._held and (end := end + len(self._held[0].shown)) <= begin:
+            self._held.pop(0)
+        self._given = self._shown
+        if self._held:
+            # What that token has before the text, such as a space, is no text.
+            self._given -= begin - (end - len(self._held[0].shown))
 
     def _entry(self, chunk: Chunk) -> LogprobEntry:
         top = tuple(

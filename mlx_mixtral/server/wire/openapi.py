@@ -50,7 +50,13 @@ _ABOUT: dict[str, tuple[str, str]] = {
     "/openapi.json": ("This description", ""),
 }
 
-_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_STREAMED = {
+    "/v1/chat/completions": "Chunks of the answer as `data`, the last `[DONE]`",
+    "/v1/completions": "Chunks of the text as `data`, the last `[DONE]`",
+    "/v1/responses": "Events with their `type` as name and as `data`; the last is response.completed or response.incomplete",
+    "/v1/messages": "Events with their `type` as name and as `data`; the last is message_stop",
+}
+"""What comes with ``stream``."""
 _OPEN = ("/health",)
 
 _ERRORS = {
@@ -106,7 +112,8 @@ def _operation(method: str, path: str) -> dict[str, Any]:
     if path == "/metrics":
         content = {"text/plain": {"schema": {"type": "string"}}}
     if path in _STREAMED:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        # No type: some readers take the schema for the whole text, others for each event.
+        content["text/event-stream"] = {"schema": {"description": _STREAMED[path]}}
     error = {"application/json": {"schema": _ref("AnthropicError" if is_anthropic(path) else "Error")}}
     operation: dict[str, Any] = {
         "operationId": "_".join([method.lower(), *re.findall(r"[a-z0-9]+", path)]),

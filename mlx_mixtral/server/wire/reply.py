@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_mixtral.server.jobs import ReplyPart
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.sse import COMMENT, DONE, compact_json, data_event
 
-__all__ = ["NamedReply", "Reply", "StreamedReply"]
+__all__ = ["NamedReply", "Reply", "StreamedReply", "UsageSoFar"]
+
+
+@dataclass
+class UsageSoFar:
+    """What chunks of a stream say of the tokens it took.
+
+    Args:
+        prompt_tokens: of all prompts.
+        is_told: chunks have the field; it is null but in the last one.
+        is_continuous: it is not null in the others either, vLLM's ``continuous_usage_stats``.
+        tokens: generated so far, of all answers together.
+    """
+
+    prompt_tokens: int = 0
+    is_told: bool = False
+    is_continuous: bool = False
+    tokens: int = 0
+
+    def field(self, whole: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What a chunk has beside the rest; ``whole`` when all is there."""
+        if not self.is_told:
+            return {}
+        if whole is None and self.is_continuous:
+            total = self.prompt_tokens + self.tokens
+            whole = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens, "total_tokens": total}
+        return {"usage": whole}
 
 
 class Reply(ABC):

@@ -16,6 +16,7 @@ from mlx_mixtral.server.wire.given_chat import GivenChat, call_message, result_m
 from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, Integer, ListOf, MapOf, String
 from mlx_mixtral.server.wire.sampling import CHOOSING_FIELDS, COMMON_FIELDS, MAX_TOP_LOGPROBS
 from mlx_mixtral.server.wire.structure import WantedStructure
+from mlx_mixtral.server.wire.unsupported import NOT_IN_GENERATING
 
 __all__ = ["LOGPROBS", "RESPONSES_BODY", "responses_chat", "responses_structure", "wanted_logprobs"]
 
@@ -126,6 +127,7 @@ RESPONSES_BODY = BodyTable((
     BodyField("prompt", None, "A stored prompt.", instead="give its text as instructions"),
     BodyField("background", None, "Answering later.", off=(False,)),
     BodyField("truncation", None, "Leaving out turns.", off=("disabled",), instead="leave out earlier items of input yourself"),
+    *NOT_IN_GENERATING,
 ), "ResponsesRequest")  # fmt: skip
 
 

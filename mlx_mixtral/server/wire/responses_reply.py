@@ -114,7 +114,6 @@ class ResponsesReply(NamedReply):
         elif step.change is Change.GREW:
             yield self._event("response.function_call_arguments.delta", **place, delta=step.text)
         elif step.change is Change.ENDED and block.is_whole:
-            self._unsent.clear()  # of the call's own tokens
             said = {"name": block.call.name, "arguments": block.text}
             yield self._event("response.function_call_arguments.done", **place, **said)
         if step.change is Change.ENDED:

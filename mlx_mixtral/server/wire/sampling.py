@@ -11,10 +11,12 @@ from mlx_mixtral.server.options import MAX_CHOICES
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Anything, Either, Flag, Integer, ListOf, MapOf, Number, String
+from mlx_mixtral.server.wire.reply import UsageSoFar
+from mlx_mixtral.server.wire.unsupported import PENALTY_WINDOWS, check_windows
 
 __all__ = [
     "CHOOSING_FIELDS", "COMMON_FIELDS", "MAX_STOPS", "MAX_TOP_LOGPROBS", "SAMPLING_FIELDS", "STREAM_FIELDS", "check_stream",
-    "sampling_params", "seed_of_row", "stops",
+    "sampling_params", "seed_of_row", "stops", "usage_so_far",
 ]  # fmt: skip
 
 MAX_TOP_LOGPROBS = 20
@@ -33,9 +35,12 @@ CHOOSING_FIELDS = (
     ),
     BodyField("top_k", Integer(-1), "Sample from the K likeliest tokens; 0 and -1 are no limit.", 0),
     BodyField("min_p", Number(0, 1), "Drop tokens less likely than this fraction of the likeliest.", 0.0),
+    BodyField("xtc_probability", Number(0, 1), "XTC: how often the likeliest tokens are left out.", 0.0),
+    BodyField("xtc_threshold", Number(0, 0.5), "XTC: of those likelier than this, all but the last are left out.", 0.1),
     BodyField("repetition_penalty", Number(above=0, most=100), "Divides the logits of earlier tokens; 1 is off.", 1.0),
     BodyField("presence_penalty", Number(-2, 2), "Lowers the logits of tokens that were generated.", 0.0),
     BodyField("frequency_penalty", Number(-2, 2), "The same for each time a token was generated.", 0.0),
+    *PENALTY_WINDOWS,
     BodyField(
         "logit_bias", MapOf(Number(-100, 100), MAX_BIASES), "Added to the logits of token ids, which are the keys."
     ),
@@ -67,6 +72,7 @@ STREAM_FIELDS = (
         "stream_options",
         BodyTable((
             BodyField("include_usage", Flag(), "A last event with the counts of tokens, before [DONE].", False),
+            BodyField("continuous_usage_stats", Flag(), "And the counts so far in each event; needs include_usage.", False),
             BodyField("include_obfuscation", Flag(), "Ignored: nothing is padded.", False),
         )),
         "Only with stream.",
@@ -96,6 +102,7 @@ def sampling_params(
     Raises:
         ApiError: 400, with the field.
     """
+    check_windows(body)
     biases: dict[int, float] = {}
     for key, bias in (body["logit_bias"] or {}).items():
         if not (key.isascii() and key.isdigit() and len(key) <= 9):
@@ -107,6 +114,8 @@ def sampling_params(
             top_p=top_p if body["top_p"] is None else body["top_p"],
             top_k=max(0, body["top_k"]),
             min_p=body["min_p"],
+            xtc_probability=body["xtc_probability"],
+            xtc_threshold=body["xtc_threshold"],
             repetition_penalty=body["repetition_penalty"],
             presence_penalty=body["presence_penalty"],
             frequency_penalty=body["frequency_penalty"],
@@ -131,6 +140,23 @@ def stops(body: Mapping[str, Any]) -> list[str]:
 
 
 def check_stream(body: Mapping[str, Any]) -> None:
-    """That ``stream_options`` come with ``stream``. Raises ApiError 400."""
+    """That ``stream_options`` come with ``stream``, and make sense. Raises ApiError 400."""
+    options = body["stream_options"] or {}
     if body["stream_options"] is not None and not body["stream"]:
         raise ApiError.field("stream_options", "is for streams; give stream: true, or leave it out")
+    if options.get("continuous_usage_stats") and not options.get("include_usage"):
+        raise ApiError.field("stream_options.continuous_usage_stats", "needs include_usage: true")
+
+
+def usage_so_far(body: Mapping[str, Any], prompt_tokens: int) -> UsageSoFar:
+    """What the chunks of a stream say of usage, as ``stream_options`` has it.
+
+    Args:
+        prompt_tokens: of all prompts.
+    """
+    options = (body["stream_options"] or {}) if body["stream"] else {}
+    return UsageSoFar(
+        prompt_tokens,
+        is_told=options.get("include_usage", False),
+        is_continuous=options.get("continuous_usage_stats", False),
+    )

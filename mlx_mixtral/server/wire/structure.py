@@ -10,6 +10,7 @@ from typing import Any
 from mlx_mixtral.server.wire.errors import ApiError
 from mlx_mixtral.server.wire.fields import BodyField, BodyTable
 from mlx_mixtral.server.wire.kinds import Anything, Choice, Either, Flag, ListOf, String
+from mlx_mixtral.server.wire.unsupported import NOT_IN_STRUCTURES
 
 __all__ = ["STRUCTURE_FIELDS", "WantedStructure", "wanted_structure"]
 
@@ -42,6 +43,7 @@ STRUCTURE_FIELDS = (
             BodyField("choice", ListOf(String(1), 1, 1024), "As guided_choice."),
             BodyField("grammar", String(1), "As guided_grammar."),
             BodyField("json_object", Flag(), "Any JSON object.", False),
+            *NOT_IN_STRUCTURES,
         )),
         "The newer names of these.",
     ),

@@ -35,10 +35,12 @@ def stream() -> None:
 
 
 def tools() -> None:
-    reply = litellm.completion(messages=HELLO, max_tokens=200, tools=[WEATHER], tool_choice="required", **ASK)
+    # One call: a small model may write them until its tokens are used up, and the reason it ends would be that.
+    wanted = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
+    reply = litellm.completion(messages=HELLO, max_tokens=200, **wanted, **ASK)
     call = reply.choices[0].message.tool_calls[0]
-    assert "city" in json.loads(call.function.arguments)
-    assert reply.choices[0].finish_reason == "tool_calls"
+    assert "city" in json.loads(call.function.arguments), call.function.arguments
+    assert reply.choices[0].finish_reason == "tool_calls", reply.choices[0]
 
 
 def schema() -> None:
