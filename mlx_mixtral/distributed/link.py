@@ -68,6 +68,11 @@ class Link:
     def is_leader(self) -> bool:
         return self.group.is_leader
 
+    @property
+    def kept_share(self) -> float:
+        """This machine's bytes of a token's keys and values, in those of the machine that has the most of them."""
+        return len(self.share.layers) / max(len(each.layers) for each in self.shares)
+
     # Caches, of the leader
 
     def made(self, how: str, cache: Any, source: Any, *numbers: int) -> None:

@@ -14,7 +14,6 @@ import mlx.core as mx
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.config.mixtral import MixtralConfig
-from mlx_mixtral.distributed.link import Link
 from mlx_mixtral.errors import BusyError, ClosedError, ContextLengthError, InvalidRequestError
 from mlx_mixtral.experts.residency import AllocateBank, Residency
 from mlx_mixtral.generation.constrained import decode_constrained
@@ -82,13 +81,13 @@ class Engine:
     ) -> None:
         self.config = config
         self.device, self.residency = device, residency
+        self.link, longest = module.link, config.rope.switches_at()
         self.prompt_cache = PromptCache(
-            residency.plan, prefix_cache, identity, settings=settings, max_tokens=self.config.rope.switches_at()
+            residency.plan, prefix_cache, identity, settings=settings, link=self.link, max_tokens=longest
         )
         # The lock below keeps it to one user at a time.
         self._lease, self.stream = lease, lease.stream
         self.planner, self.prefetch, self._allocate = planner, prefetch, allocate
-        self.link: Link | None = module.link
         self._busy = threading.Lock()
         self._open: weakref.WeakSet[Closable] = weakref.WeakSet()
         self._step: DecodeStep | None = None

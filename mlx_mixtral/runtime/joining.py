@@ -208,7 +208,9 @@ def agreed_plan(
         # A machine with room to spare keeps to what the others have.
         budget_bytes=own.resident_bytes if own.budget_bytes is None else own.budget_bytes,
         context_capacity=min(each["capacity"] for each in bound),
-        kv_columns=min(each["columns"] for each in bound),
+        kv_columns=(columns := min(each["columns"] for each in bound)),
+        # What the leader keeps of prompts is bounded by it, and the others keep as many tokens.
+        kv_bytes=own.kv_bytes * columns // own.kv_columns,
         chunk_tokens=chunk,
     )
 

@@ -19,6 +19,7 @@ from mlx_mixtral.arguments import as_path
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.prefixes import MIN_TOKENS, PrefixStore
+from mlx_mixtral.distributed.link import Link
 from mlx_mixtral.errors import CheckpointError, InvalidRequestError, PromptCacheError
 from mlx_mixtral.files import atomic_write, check_destination, check_kind, is_special
 from mlx_mixtral.generation.context import DecodeContext
@@ -46,6 +47,7 @@ class PromptCache:
             next one's cache.
         identity: tells the checkpoint from others; asked when a prompt is saved or loaded.
         settings: what the model computes otherwise than its checkpoint says.
+        link: to machines whose parts of a cache may be larger than this one's; none of them keeps more than the limit.
         max_tokens: longest sequence whose keys serve another one; beyond it rope scaling turns them by the sequence's length.
             None for any.
 
@@ -60,14 +62,18 @@ class PromptCache:
         identity: Callable[[], str],
         *,
         settings: str = "",
+        link: Link | None = None,
         max_tokens: int | None = None,
     ) -> None:
-        self._given, self._identify, self._settings, self._max_tokens = limit_bytes, identity, settings, max_tokens
+        share = 1.0 if link is None else link.kept_share
+        self._given = None if limit_bytes is None else int(share * limit_bytes)
+        self._default = int(share * DEFAULT_KEPT_BYTES)
+        self._identify, self._settings, self._max_tokens = identity, settings, max_tokens
         self.fit(plan)
 
     def fit(self, plan: MemoryPlan) -> None:
         """Keep nothing, and from now on what ``plan`` allows."""
-        limit = plan.kv_bytes if plan.is_bound else DEFAULT_KEPT_BYTES
+        limit = plan.kv_bytes if plan.is_bound else self._default
         self.kept = PrefixStore(
             limit if self._given is None else self._given, has_memory=self._given is not None or not plan.is_bound
         )
