@@ -117,7 +117,7 @@ def test_texts_of_a_trace(model: Mixtral, value: Any) -> None:
 def test_progress_of_loading_is_checked_before_the_weights_are_read(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_mixtral.runtime.load.fill", None)
+    monkeypatch.setattr("mlx_mixtral.runtime.filling.fill", None)
     with pytest.raises(InvalidRequestError, match=r"^progress is 5, of type int; it must be a function, or None"):
         load(tiny, progress=5)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match=r"^revision is 5"):

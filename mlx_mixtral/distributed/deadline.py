@@ -88,6 +88,11 @@ class Deadline:
                 self._depth -= 1
                 self._since = time.monotonic() if self._depth else None
 
+    def stop(self) -> None:
+        """Watch no more, until it is armed again."""
+        with self._lock:
+            self._thread = None
+
     def progress(self) -> None:
         """Something came to its end."""
         if self._since is not None:
@@ -96,7 +101,7 @@ class Deadline:
     def _watch(self) -> None:
         lost_at: float | None = None
         own = f"rank {self._rank} of {self._size}"
-        while True:
+        while self._thread is threading.current_thread():
             time.sleep(min(TICK_S, self.timeout_s / 4))
             since, now = self._since, time.monotonic()
             if since is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -60,7 +61,7 @@ class Group:
         self._group = group
         self.rank, self.size = group.rank(), group.size()
         self.stream = mx.new_thread_unsafe_stream(mx.Device(mx.cpu))
-        self.neighbours = Neighbours(self.rank, self.size)
+        self.neighbours = _neighbours(self.rank, self.size)
         self.deadline = Deadline(timeout_s, self.rank, self.size, self.neighbours.lost)
         self.sums = 0
         """Sums that were asked for, those of a compiled graph once."""
@@ -121,3 +122,9 @@ class Group:
         """Raise GroupError after a failure."""
         if self._broken is not None:
             raise GroupError(self._broken)
+
+
+@cache
+def _neighbours(rank: int, size: int) -> Neighbours:
+    """Of this process: MLX connects once, however many models are loaded."""
+    return Neighbours(rank, size)

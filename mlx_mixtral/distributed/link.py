@@ -161,6 +161,9 @@ class Link:
             if not is_lost(error):
                 raise
             self.group.give_up(self._lost)
+        finally:
+            self._ends.set()
+            self.group.deadline.stop()
 
     def receive(self) -> tuple[list[Record], list[int]]:
         """Of the others: wait for the leader's next message; its records, and the tokens of the last."""

@@ -68,6 +68,10 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
+def _mind_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def ranks(
     count: int, *arguments: str | Path, each: Sequence[Sequence[str]] = (), started: int | None = None
@@ -92,6 +96,8 @@ def ranks(
                     [sys.executable, *own],
                     env=environment,
                     cwd=ROOT,
+                    # Whoever starts the tests in the background has Ctrl-C ignored, and so would these.
+                    preexec_fn=_mind_interrupts,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,

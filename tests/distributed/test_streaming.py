@@ -18,7 +18,7 @@ from mlx_mixtral.machine.device import current_device
 from mlx_mixtral.model import planning
 from mlx_mixtral.model.planning import TRACE_FILE, make_planner
 from mlx_mixtral.model.transformer import MixtralModel
-from mlx_mixtral.runtime.load import load_module
+from mlx_mixtral.runtime.filling import load_module
 
 from .conftest import LAYERS, SHAPE, MakeFolder
 from .support import EQUAL, UNEVEN, array, builder, built, rewritten, shares_of, tensors_of
