@@ -54,14 +54,14 @@ def test_machines_that_have_nothing_to_do_wait_for_a_leader_that_lives(tiny: Pat
     """For longer than they wait for an answer; and not for one that is gone."""
     script = (
         "import sys, time; from mlx_mixtral import join_group, load; group = join_group(30)\n"
-        f"model = load({str(tiny)!r}, group=group, split='layers', peer_timeout_s=2)\n"
+        f"model = load({str(tiny)!r}, group=group, split='layers', peer_timeout_s=1.5)\n"
         "if not model.is_leader:\n    model.follow(); sys.exit(0)\n"
-        "first = model.generate('Once', max_tokens=4).text; time.sleep(5)\n"
+        "first = model.generate('Once', max_tokens=4).text; time.sleep(3)\n"
         "assert model.generate('Once', max_tokens=4).text == first\n"
         "print('done', flush=True); time.sleep(1); model.close()"
     )
-    with ranks(3, "-c", script) as found:
-        assert ended(found, 90) == [0, 0, 0], [each.said for each in found]
+    with ranks(2, "-c", script) as found:
+        assert ended(found, 90) == [0, 0], [each.said for each in found]
     with ranks(3, "-c", script) as found:
         found[0].wait_for_text()
         found[0].process.kill()
