@@ -16,6 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from types import FrameType
 from typing import Any
 
@@ -69,9 +70,9 @@ class Link:
         return self.group.is_leader
 
     @property
-    def kept_share(self) -> float:
+    def kept_share(self) -> Fraction:
         """This machine's bytes of a token's keys and values, in those of the machine that has the most of them."""
-        return len(self.share.layers) / max(len(each.layers) for each in self.shares)
+        return Fraction(len(self.share.layers), max(len(each.layers) for each in self.shares))
 
     # Caches, of the leader
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mixtral.arguments import check_type, is_number, shown
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.cache.options import KVOptions
@@ -17,7 +19,7 @@ from mlx_mixtral.distributed.cost import TokenBytes
 from mlx_mixtral.distributed.group import Group
 from mlx_mixtral.distributed.link import Link
 from mlx_mixtral.distributed.meeting import agree
-from mlx_mixtral.distributed.shares import Share, Split, expert_shares, layer_shares
+from mlx_mixtral.distributed.shares import Share, expert_shares, layer_shares
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.machine.bandwidth import memory_bandwidth
 from mlx_mixtral.machine.device import Device
@@ -28,7 +30,7 @@ from mlx_mixtral.model.planning import make_planner
 from mlx_mixtral.runtime.filling import LoadedWeights, LoadProgress, load_module, refuse_cpu_gather
 from mlx_mixtral.sizes import parse_size
 
-__all__ = ["SPLITS", "agreed_plan", "choose_shares", "load_share", "split_of", "sum_seconds"]
+__all__ = ["SPLITS", "agreed_plan", "check_joining", "choose_shares", "load_share", "sum_seconds"]
 
 SPLITS = ("auto", "experts", "layers")
 REPEATS = 12
@@ -117,7 +119,7 @@ def choose_shares(
         GroupError: another machine failed.
     """
     config = whole.config
-    if shares is not None and (len(shares) != group.size or not all(share > 0 for share in shares)):
+    if shares is not None and len(shares) != group.size:
         raise InvalidRequestError(
             f"shares is {list(shares)}; give a number above 0 for each of the {group.size} machines"
         )
@@ -215,8 +217,14 @@ def agreed_plan(
     )
 
 
-def split_of(name: str) -> Split | None:
-    """``name`` as a split, None for auto."""
-    if name not in SPLITS:
-        raise InvalidRequestError(f"split is {name!r}; it must be auto, experts or layers")
-    return None if name == "auto" else "experts" if name == "experts" else "layers"
+def check_joining(group: object, split: object, shares: object, peer_timeout_s: object) -> None:
+    """Raise InvalidRequestError for arguments of ``load`` that are none."""
+    if group is not None:
+        check_type("group", group, mx.distributed.Group, "what join_group gives, or None")
+    if not isinstance(split, str) or split not in SPLITS:
+        raise InvalidRequestError(f"split is {shown(split)}; it must be auto, experts or layers")
+    sizes = shares if isinstance(shares, list | tuple) else ()
+    if shares is not None and not (sizes and all(is_number(each) and 0 < each < math.inf for each in sizes)):
+        raise InvalidRequestError(f"shares is {shown(shares)}; give a number above 0 for each machine, or None")
+    if not is_number(peer_timeout_s) or not 0 < peer_timeout_s < math.inf:
+        raise InvalidRequestError(f"peer_timeout_s is {shown(peer_timeout_s)}; it must be a number of seconds above 0")

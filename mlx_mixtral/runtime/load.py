@@ -27,7 +27,7 @@ from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.prefetch import PrefetchControl
 from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.filling import LoadProgress, load_whole
-from mlx_mixtral.runtime.joining import load_share, split_of
+from mlx_mixtral.runtime.joining import check_joining, load_share
 from mlx_mixtral.runtime.mixtral import Mixtral
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.tokenizer import Tokenizer, load_tokenizer
@@ -134,7 +134,7 @@ def load(
     kept = None if prefix_cache is None else _kept_bytes(prefix_cache)
     given = None if chat_template is None else given_template(chat_template)
     check_kind(tokenizer)
-    split_of(split)
+    check_joining(group, split, shares, peer_timeout_s)
     team = None if group is None else Group(group, peer_timeout_s)
 
     def found() -> _Found:

@@ -9,6 +9,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class PromptCache:
         link: Link | None = None,
         max_tokens: int | None = None,
     ) -> None:
-        share = 1.0 if link is None else link.kept_share
+        share = Fraction(1) if link is None else link.kept_share
         self._given = None if limit_bytes is None else int(share * limit_bytes)
         self._default = int(share * DEFAULT_KEPT_BYTES)
         self._identify, self._settings, self._max_tokens = identity, settings, max_tokens

@@ -23,7 +23,10 @@ from mlx_mixtral_convert.export import export
 from mlx_mixtral_convert.upload import upload
 
 Call = Callable[[Any], Any]
-LOADING = ("memory", "prefix_cache", "tokenizer", "chat_template", "experts_per_token", "rope_scaling", "rope_theta")
+LOADING = (
+    "memory", "prefix_cache", "tokenizer", "chat_template", "experts_per_token", "rope_scaling", "rope_theta", "group", "split",
+    "shares", "peer_timeout_s",
+)  # fmt: skip
 UPLOADING = ("repository", "base_model", "licence", "report", "source", "verified")
 WRONG: list[Any] = [
     object(), b"x", {1: 2}, [[1, 2]], np.zeros((2, 3), np.int32), mx.zeros((2, 2), mx.int32), mx.array([1.0, 5.0]),
