@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +12,12 @@ import numpy as np
 
 from mlx_mixtral.distributed.group import Group
 from mlx_mixtral.doctor.checks import CheckFailedError
+from mlx_mixtral.runtime.joining import sum_seconds
 
 __all__ = ["SLOW_SUM_S", "GroupDiagnosis", "diagnose_group"]
 
 SLOW_SUM_S = 2e-3
 """A sum of a token's states that takes longer is one over Wi-Fi, as a rule."""
-REPEATS = 15
 SMALL, LARGE = 4096, 4 * 2**20
 
 
@@ -49,7 +47,7 @@ def diagnose_group(group: Group) -> GroupDiagnosis:
         GroupError: a machine was lost.
     """
     with group.deadline.armed("the other machines"):
-        small, large = _seconds(group, SMALL), _seconds(group, LARGE)
+        small, large = sum_seconds(group, SMALL), sum_seconds(group, LARGE)
         own = np.random.default_rng(group.rank).standard_normal(SMALL).astype(np.float32)
         total = group.sum(mx.array(own))
         mx.eval(total)
@@ -62,15 +60,3 @@ def diagnose_group(group: Group) -> GroupDiagnosis:
     if len({json.loads(text)[0] for text in hashes}) > 1:
         raise CheckFailedError(f"a sum over {group.size} machines has other bits on some of them")
     return GroupDiagnosis(group.size, small, 4 * LARGE / large)
-
-
-def _seconds(group: Group, numbers: int) -> float:
-    times = []
-    for _ in range(REPEATS):
-        x = mx.ones(numbers, mx.float32)
-        mx.eval(x)
-        started = time.perf_counter()
-        mx.eval(group.sum(x))
-        times.append(time.perf_counter() - started)
-        group.deadline.progress()
-    return statistics.median(times[2:])

@@ -55,6 +55,7 @@ def sum_seconds(group: Group, numbers: int) -> float:
             started = time.perf_counter()
             mx.eval(group.sum(x))
             times.append(time.perf_counter() - started)
+            group.deadline.progress()
     return statistics.median(times[2:])
 
 
