@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import time
@@ -143,12 +142,27 @@ def test_mlx_launch_starts_it(tiny: Path) -> None:
 
     from tests.distributed.launching import free_ports
 
-    (port,) = free_ports(1)
     launcher = Path(sys.executable).with_name("mlx.launch")
-    command = [
-        str(launcher), "-n", "2", "--starting-port", str(port), "--", sys.executable, "-m", "mlx_mixtral", "generate",
-        str(tiny), "-p", "Once upon a time", "-n", "8", "--device", "cpu",
-    ]  # fmt: skip
-    found = subprocess.run(command, capture_output=True, text=True, timeout=90, stdin=subprocess.DEVNULL, check=True)
+    own = ["generate", str(tiny), "-p", "Once upon a time", "-n", "8", "--device", "cpu"]
+    for _ in range(8):
+        # It counts ports up from one that is free, and the next may be somebody's.
+        (port,) = free_ports(1)
+        started = [
+            str(launcher),
+            "-n",
+            "2",
+            "--starting-port",
+            str(port),
+            "--",
+            sys.executable,
+            "-m",
+            "mlx_mixtral",
+            *own,
+        ]
+        found = subprocess.run(
+            started, capture_output=True, text=True, timeout=90, stdin=subprocess.DEVNULL, check=True
+        )
+        if "Couldn't bind socket" not in found.stdout + found.stderr:
+            break
     assert "and" in found.stdout
-    assert json.dumps(found.stderr).count("Traceback") == 0
+    assert "Traceback" not in found.stderr
