@@ -6,8 +6,6 @@ order gives wrong sums and no error. So whoever adds one makes it depend on the 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from functools import cache
 
 import mlx.core as mx
@@ -103,11 +101,6 @@ class Group:
         return [
             row[4 : 4 + length].tobytes().decode(errors="replace") for row, length in zip(rows, lengths, strict=True)
         ]
-
-    def least(self, numbers: Sequence[int]) -> list[int]:
-        """The smallest of every machine's numbers, one by one. Waits for all of them."""
-        found = [json.loads(text) for text in self.texts(json.dumps(list(numbers)))]
-        return [min(column) for column in zip(*found, strict=True)]
 
     def give_up(self, reason: str) -> None:
         """Nothing more can be computed together."""
