@@ -277,7 +277,7 @@ class Scheduler:
         """The prompts are computed: their rows run now, and as many of their siblings as there is room for."""
         self._jobs.remove(job)
         # As in a step, one token a row: more would be multiplied, and rounded, as a prompt is.
-        logits, running = self._model.head(hidden)[:, -1], self._running
+        logits, running = self._model.head(hidden, job.cache.adapter)[:, -1], self._running
         rows: list[BatchRow] = []
         places: list[int] = []
         for place, row in enumerate(job.rows):
