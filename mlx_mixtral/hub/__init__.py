@@ -12,6 +12,7 @@ behind a guarded session, tried with huggingface_hub 2.4, withstands the same li
 - It pauses for as long as the hub says, however long that is, and warns of each attempt on stderr.
 """
 
-from mlx_mixtral.hub.source import Source, resolve, wanted_files
+from mlx_mixtral.hub.download import BytesDone
+from mlx_mixtral.hub.source import Source, adapter_files, resolve, wanted_files
 
-__all__ = ["Source", "resolve", "wanted_files"]
+__all__ = ["BytesDone", "Source", "adapter_files", "resolve", "wanted_files"]

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mlx_mixtral.config.folder import is_adapter
 from mlx_mixtral.errors import HubError
 from mlx_mixtral.files import put_in_place, replace_file
 from mlx_mixtral.hub.answers import logger
@@ -250,7 +251,8 @@ def _complete(folder: Path, choose: Callable[[Iterable[str]], list[str]]) -> Pat
         chosen = choose(present)
     except HubError as error:
         raise HubError(f"the cached copy is not complete ({error}) and the hub cannot be reached; go online") from error
-    needed = [] if any(name.endswith(".gguf") or name == "params.json" for name in chosen) else ["config.json"]
+    alone = any(name.endswith(".gguf") or name == "params.json" or is_adapter(name) for name in chosen)
+    needed = [] if alone else ["config.json"]
     for index in {INDEX, "pytorch_model.bin.index.json"} & set(chosen):
         weight_map = read_json(folder / index).get("weight_map")
         needed += sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []

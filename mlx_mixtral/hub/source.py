@@ -18,7 +18,7 @@ from mlx_mixtral.errors import CheckpointError, HubError, InvalidRequestError
 from mlx_mixtral.hub.download import INDEX, BytesDone, download, gguf_part
 from mlx_mixtral.model_names import hub_name, not_there
 
-__all__ = ["Source", "resolve", "wanted_files"]
+__all__ = ["Source", "adapter_files", "resolve", "wanted_files"]
 
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^\s@:]+))?(?::([^\s/:]+\.gguf))?")
 _SMALL = (
@@ -27,6 +27,7 @@ _SMALL = (
     "hf_quant_config.json",
     "quantize_config.json", "quant_config.json", "adapter_config.json",
 )  # fmt: skip
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
 # Weights that the converter reads besides: of the first kind that a repository has, all files.
 _CONVERTIBLE = (
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -110,6 +111,25 @@ class Source:
         downloaded = download(self.repository, self.revision, wanted, progress)
         return downloaded if self.file is None else downloaded / self.file
 
+    def resolve_adapter(self, *, progress: BytesDone | None = None) -> Path:
+        """The folder of an adapter, downloaded to the Hub's cache first if it is a repository.
+
+        Raises:
+            CheckpointError: there is no such folder, or it is a file.
+            HubError: as for ``resolve``, or the repository holds no adapter.
+        """
+        if self.path is not None and self.path.is_dir():
+            return self.path
+        if self.file is not None or (self.path is not None and self.path.suffix == ".gguf"):
+            raise CheckpointError(
+                f"{self.name} is a GGUF file; adapters are read as PEFT or mlx-lm wrote them: give the folder it was made from"
+            )
+        if self.path is not None and self.path.exists():
+            raise CheckpointError(f"{self.name} is a file, not an adapter's folder; give the folder it lies in")
+        if self.repository is None:
+            raise CheckpointError(not_there(self.name))
+        return download(self.repository, self.revision, adapter_files, progress)
+
     def origin(self, resolved: Path) -> tuple[str, str | None]:
         """Repository and commit, or the name of the folder or file: never a path of this machine."""
         if self.repository is None:
@@ -161,6 +181,36 @@ def wanted_files(
             fix = f"mlx-mixtral convert reads those, downloaded whole; or {fix}"
         raise HubError(f"the repository has no model*.safetensors weights ({there}); {fix}")
     return small + [name for name in top if name == INDEX] + chosen
+
+
+def adapter_files(names: Iterable[str]) -> list[str]:
+    """The files of a repository that an adapter is read from, among ``names``; files in subfolders never are.
+
+    Raises:
+        HubError: there are none, or weights that are not read.
+    """
+    there = sorted(names)
+    chosen = [name for name in _ADAPTER if name in there]
+    if len(chosen) > 1 and _ADAPTER[0] in chosen:
+        return chosen
+    if "adapter_model.bin" in there:
+        raise HubError(
+            "the repository has its adapter as a pickle only (adapter_model.bin), which can run code when it is opened and is "
+            "not read; choose one with adapter_model.safetensors, or download it and save it again as safetensors"
+        )
+    if below := next((name for name in there if name.endswith(f"/{_ADAPTER[0]}")), None):
+        fix = f"there is one in {below.rpartition('/')[0]}: download that folder and give its path"
+    elif chosen:
+        fix = f"there is only {chosen[0]}"
+    elif any(name.endswith(".gguf") for name in there):
+        fix = "adapters as GGUF are not read; choose one that PEFT or mlx-lm wrote"
+    elif "config.json" in there:
+        fix = "it holds a model"
+    else:
+        fix = "choose another"
+    raise HubError(
+        f"the repository has no adapter, which is {_ADAPTER[0]} beside {_ADAPTER[1]} or {_ADAPTER[2]}; {fix}"
+    )
 
 
 def _convertible(top: list[str]) -> list[str]:
