@@ -323,7 +323,8 @@ class Scheduler:
             return
         cache = taken(self._prefixes, rows[0], self._model.min_prompt_tokens) if len(rows) == 1 else None
         if cache is None:
-            cache = self._model.make_cache(max_tokens=max(len(row.tokens) for row in rows))
+            longest = max(len(row.tokens) for row in rows)
+            cache = self._model.make_cache(max_tokens=longest, adapter=rows[0].request.adapter)
         for row in rows:
             self._admit(row, min(cache.length, len(row.tokens)))
         row = rows[0]
