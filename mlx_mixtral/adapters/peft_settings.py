@@ -144,8 +144,8 @@ class PeftSettings:
         if str(init).lower() not in _INITS:
             raise CheckpointError(
                 f"{self.where}: init_lora_weights is {shown(init)}, which took the first factors out of the base model, so "
-                "that the adapter fits what was left of it: write true there if the model here is that rest, or save the adapter "
-                "with PEFT's path_initial_model_for_weight_conversion"
+                "that the adapter fits what was left of it: write true there if the model here is that rest, or save the "
+                "adapter with PEFT's path_initial_model_for_weight_conversion"
             )
 
     def _patterns(self, key: str) -> list[tuple[str, re.Pattern[str] | None, Any]]:
