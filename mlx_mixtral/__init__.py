@@ -19,6 +19,7 @@ from mlx_mixtral import errors
 from mlx_mixtral.machine.platforms import backend_problem
 
 if TYPE_CHECKING:
+    from mlx_mixtral.adapters.source import AdapterSource
     from mlx_mixtral.cache.kv import KVCache
     from mlx_mixtral.calls.parser import ArgumentsDelta, CallBegin, CallEnd
     from mlx_mixtral.calls.turns import ToolCall
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from mlx_mixtral.tokenizer import Tokenizer
 
 __all__ = [
+    "AdapterSource",
     "ArgumentsDelta",
     "Batch",
     "BatchUpdate",
@@ -82,6 +84,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterSource": "adapters.source",
     "ArgumentsDelta": "calls.parser",
     "Batch": "runtime.batch",
     "BatchUpdate": "runtime.batch",

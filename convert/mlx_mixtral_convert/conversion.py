@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_mixtral import __version__
+from mlx_mixtral.adapters.source import AdapterSource
 from mlx_mixtral.arguments import check_callbacks, check_type, checked
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.files import replace_file
@@ -20,7 +21,8 @@ from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.manifest import MANIFEST
 from mlx_mixtral_convert.calibration.file import Calibration, Losses
 from mlx_mixtral_convert.estimate import estimate_conversion
-from mlx_mixtral_convert.exact import exact_recipe, exact_specs, packed_as
+from mlx_mixtral_convert.exact import check_kept, exact_recipe, exact_specs, packed_as
+from mlx_mixtral_convert.fusing import OF_THE_BASE, check_adapters, fused_adapters, open_fused, recorded
 from mlx_mixtral_convert.output.destination import SPARE_BYTES, FolderDestination, as_destination
 from mlx_mixtral_convert.output.journal import ConversionJournal
 from mlx_mixtral_convert.output.manifest import (
@@ -37,6 +39,7 @@ from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
 from mlx_mixtral_convert.recipes.machine import room_for_weights
 from mlx_mixtral_convert.report import (
     ConversionReport,
+    FusedAdapter,
     Progress,
     ProgressCounter,
     downloading,
@@ -45,7 +48,8 @@ from mlx_mixtral_convert.report import (
     width_notes,
 )
 from mlx_mixtral_convert.rounding import Gptq, Search, make_rounder
-from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, open_source, small_files
+from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, small_files
+from mlx_mixtral_convert.sources.adapted import AdaptedSource
 from mlx_mixtral_convert.sources.storage.remote import open_remote
 
 __all__ = ["convert"]
@@ -59,6 +63,7 @@ def convert(
     dest: str | Path,
     *,
     recipe: Recipe | None = None,
+    adapters: Sequence[AdapterSource] = (),
     exact: bool = False,
     kind: str = "auto",
     dtype: str = "auto",
@@ -88,8 +93,11 @@ def convert(
             choose one of several.
         dest: the folder to make.
         recipe: which matrix gets which bits; 4 bits in groups of 64 when None.
+        adapters: LoRA adapters to fuse in before packing, in float32, each into what those before it made; see
+            ``sources.adapted``.
         exact: keep the packing of a source that is quantised already: integers move as they are where MLX has a packing
             for them, and what has none is rounded into the nearest. Of ``recipe`` only overrides and rounding count then.
+            Matrices that an adapter changes are rounded anew.
         kind: the source's layout, one of ``sources.KINDS``; auto finds it from the content.
         dtype: float type of scales, norms and what stays unquantised: float16, bfloat16, float32, or auto, the source's own
             (bfloat16 for a float32 source that is quantised, float16 with ``exact``).
@@ -107,9 +115,10 @@ def convert(
         cancelled: asked before each matrix; True ends the conversion with ConversionError.
 
     Raises:
-        CheckpointError: the source is damaged, incomplete, or holds NaN, infinity or values beyond ``dtype``.
+        CheckpointError: the source is damaged, incomplete, or holds NaN, infinity or values beyond ``dtype``; an adapter is
+            damaged, or one of another model.
         ConfigError: another architecture, token ids beyond the vocabulary, or a recipe that does not fit the model.
-        ConversionError: quantised already, changed while it was read, or cancelled.
+        ConversionError: quantised already, changed while it was read, or cancelled; an adapter that cannot be fused.
         DestinationError: ``dest`` cannot be used, or holds an unfinished conversion of another source or with other options.
         DiskSpaceError: the disk has too little room, before or while writing.
         HubError: the repository cannot be downloaded.
@@ -124,6 +133,7 @@ def convert(
     check_type("recipe", recipe, (Recipe, type(None)), "a Recipe, or None")
     check_type("calibration", calibration, (Calibration, str, Path, type(None)), "a Calibration, its file, or None")
     check_callbacks(progress=progress, cancelled=cancelled)
+    check_adapters(adapters)
     recipe = Recipe() if recipe is None else recipe
     if dtype not in ("auto", *DTYPES):
         raise InvalidRequestError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
@@ -132,17 +142,17 @@ def convert(
         download = downloading(progress)
         folder = named.resolve(convertible=True, progress=download) if remote is None else remote.folder
         destination = FolderDestination(place, folder, overwrite=overwrite)
-        tensors = opened.enter_context(open_source(folder if remote is None else remote, kind))
+        tensors = opened.enter_context(open_fused(folder if remote is None else remote, kind, adapters, download))
 
         def again() -> TensorSource:
-            return open_source(folder if remote is None else remote.again(), kind)
+            return open_fused(folder if remote is None else remote.again(), kind, adapters)
 
         chosen = _choose(tensors, recipe, calibration, again, exact=exact, fit=fit, dtype=dtype, context=context)
-        plan, small = chosen.plan, small_files(tensors)
+        plan, small, fused = chosen.plan, small_files(tensors), fused_adapters(tensors)
         check_vocabulary(small, tensors.config.vocab_size)
         check_stop_ids(small, tensors.config)
         asked = chosen.recipe.default is not None or any(spec is not None for spec in plan.specs.values())
-        notes = (*(width_notes(plan) if asked else ()), *tensors.notes, *tokenizer_notes(small))
+        notes = (*(width_notes(plan) if asked else ()), *tensors.notes, *tokenizer_notes(small), *chosen.notes)
         small["config.json"] = model_config_text(tensors.entries, plan, chosen.recipe.default)
         small[INDEX_FILE] = plan.index()
         needed = plan.output_bytes + sum(map(len, small.values())) + SPARE_BYTES
@@ -153,7 +163,7 @@ def convert(
         if not dry_run:
             name, commit = named.origin(folder)
             origin = {"name": name, "revision": commit, "files": tensors.files.describe()}
-            identity = _identity(origin, plan, chosen.recorded, small)
+            identity = _identity(origin, plan, chosen.recorded, small, fused)
             with destination as partial, ConversionJournal(partial, identity, plan.shards, restart=restart) as journal:
                 destination.check_space(needed - journal.kept_bytes)
                 resumed_layers = journal.kept_layers
@@ -161,7 +171,9 @@ def convert(
                 written = _write(tensors, chosen, partial, journal, counter, cancelled)
                 files = {s.file: {"bytes": s.nbytes, "sha256": written.hashes[s.file]} for s in plan.shards}
                 files |= write_small_files(partial, small)
-                told = conversion_text(origin, plan, chosen.recorded, written.errors, files)
+                told = conversion_text(
+                    origin, plan, chosen.recorded, written.errors, files, [recorded(each) for each in fused]
+                )
                 replace_file(partial / MANIFEST, told)
                 counter.finish(MANIFEST)
                 destination.commit()
@@ -188,6 +200,7 @@ def convert(
             expected_memory_bytes=needs.memory_bytes if needs else None,
             predicted_kl=None if chosen.expected is None else chosen.expected.kl,
             predicted_kl_error=None if chosen.expected is None else chosen.expected.error,
+            adapters=fused,
             notes=notes,
         )
 
@@ -201,6 +214,7 @@ class _Chosen:
     plan: Plan
     rounder: Search | Gptq | None
     expected: Expected | None
+    notes: tuple[str, ...] = ()
 
 
 def _choose(
@@ -214,6 +228,8 @@ def _choose(
     dtype: str,
     context: int | None,
 ) -> _Chosen:
+    if exact and isinstance(tensors, AdaptedSource):
+        check_kept(tensors)
     if exact and fit is not None:
         raise InvalidRequestError("exact keeps the source's bits, but fit chooses others; give only one of them")
     calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
@@ -235,7 +251,8 @@ def _choose(
     plan = _plan(tensors, recipe, dtype, exact=exact)
     # What keeps the source's integers loses none of what packing floats would.
     expected = None if exact else expected_loss(tensors.config, plan.specs, calibrated, recipe.rounding)
-    return _Chosen(recipe, recorded, plan, rounder, expected)
+    notes = (OF_THE_BASE,) if calibrated is not None and isinstance(tensors, AdaptedSource) else ()
+    return _Chosen(recipe, recorded, plan, rounder, expected, notes)
 
 
 def _write(
@@ -272,17 +289,25 @@ def _plan(tensors: TensorSource, recipe: Recipe, dtype: str, *, exact: bool = Fa
     specs, native = exact_specs(tensors, recipe) if exact else (recipe.assign(tensors.config), {})
     if dtype != "auto" or native:
         return make_plan(tensors.config, specs, "F16" if dtype == "auto" else DTYPES[dtype], native)
-    own, packs = main_dtype(tensors), any(spec is not None for spec in specs.values())
+    # What an adapter touches is read as float32, whatever the model is made of.
+    own = main_dtype(tensors.base if isinstance(tensors, AdaptedSource) else tensors)
+    packs = any(spec is not None for spec in specs.values())
     return make_plan(tensors.config, specs, "BF16" if own == "F32" and packs else own)
 
 
 def _identity(
-    origin: dict[str, Any], plan: Plan, recipe: Mapping[str, Any], small: Mapping[str, bytes]
+    origin: dict[str, Any],
+    plan: Plan,
+    recipe: Mapping[str, Any],
+    small: Mapping[str, bytes],
+    fused: Sequence[FusedAdapter],
 ) -> dict[str, Any]:
     """Everything the bytes of the output follow from: an unfinished conversion goes on only where all of it is the same."""
     return {
         "converter": __version__,
         "source": origin,
+        # By number, so that a message names what differs between two lists.
+        **({"adapters": {str(i): recorded(each) for i, each in enumerate(fused, start=1)}} if fused else {}),
         "recipe": recipe,
         "dtype": DTYPE_NAMES[plan.dtype],
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(small.items())},

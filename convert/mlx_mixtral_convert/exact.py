@@ -16,8 +16,9 @@ from mlx_mixtral_convert.recipes import Recipe
 from mlx_mixtral_convert.recipes.recipe import ROUTER_MIN_BITS
 from mlx_mixtral_convert.report import PackedAs
 from mlx_mixtral_convert.sources import PackedSource, TensorSource
+from mlx_mixtral_convert.sources.adapted import AdaptedSource
 
-__all__ = ["exact_recipe", "exact_specs", "packed_as"]
+__all__ = ["check_kept", "exact_recipe", "exact_specs", "packed_as"]
 
 
 def exact_recipe(recipe: Recipe) -> Recipe:
@@ -54,6 +55,18 @@ def exact_specs(
             packing.spec.check_divides(matrix.in_features, matrix.path)
             specs[matrix.path] = packing.spec
     return specs, native
+
+
+def check_kept(source: AdaptedSource) -> None:
+    """Raise InvalidRequestError where adapters leave no matrix of a packed source as it was, so that nothing can be kept."""
+    if not isinstance(source.base, PackedSource):
+        return
+    base, changed = source.base, [m for m in matrices(source.config) if m.path in source.touched]
+    kept = [m for m in matrices(source.config) if (packing := base.native(m)) is not None and packing.exact]
+    if kept and set(kept) <= set(changed):
+        raise InvalidRequestError(
+            f"exact keeps packed matrices as they are, but the adapters change all {len(kept)} of them; give bits instead"
+        )
 
 
 def packed_as(plan: Plan, written: Written | None) -> Iterator[PackedAs]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConversionReport",
+    "FusedAdapter",
     "PackedAs",
     "PartSize",
     "Progress",
@@ -94,6 +95,20 @@ class PackedAs:
 
 
 @dataclass(frozen=True)
+class FusedAdapter:
+    """An adapter that was fused in: its name, ``kind`` (PEFT or mlx-lm), the scale it was given, and the sha256 of what it
+    holds. ``matrices`` counts the matrices and norms it changes, ``rank`` is the largest of its ranks, 0 without any.
+    """
+
+    name: str
+    kind: str
+    scale: float
+    fingerprint: str
+    matrices: int
+    rank: int
+
+
+@dataclass(frozen=True)
 class PartSize:
     """Bytes of one part of the model on disk, scales included, and bits per weight."""
 
@@ -137,6 +152,8 @@ class ConversionReport:
     expected_memory_bytes: int | None = None
     """Of a dry run: memory that a conversion should need at most."""
 
+    adapters: tuple[FusedAdapter, ...] = ()
+    """What was fused in, in this order."""
     notes: tuple[str, ...] = ()
     """Sentences about what the result lacks, such as a tokenizer that can be used."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def conversion_text(
     recipe: Mapping[str, Any],
     errors: Iterable[MatrixError],
     files: Mapping[str, Mapping[str, Any]],
+    adapters: Sequence[Mapping[str, Any]] = (),
 ) -> bytes:
     """The output's conversion.json: where it came from, how, and what it is. No times: two runs give the same bytes."""
     bits = {"bits_per_weight": round(8 * plan.data_bytes / plan.parameters, 6)}
@@ -68,7 +69,9 @@ def conversion_text(
     }
     return _json(
         _CONVERTER
-        | {"source": origin, "recipe": recipe}
+        | {"source": origin}
+        | ({"adapters": list(adapters)} if adapters else {})
+        | {"recipe": recipe}
         | _described(plan)
         | bits
         | _listed(files)
