@@ -1,4 +1,4 @@
-"""What an adapter means, as one formula in numpy and float64: every adapted matrix is built, and the network is computed plainly."""
+"""What an adapter means, as one formula in numpy and float64: every adapted matrix is built, the network computed plainly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ __all__ = ["adapted", "forward"]
 Array = npt.NDArray[Any]
 
 
-def adapted(adapter: Adapter, config: MixtralConfig, tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+def adapted(
+    adapter: Adapter, config: MixtralConfig, tensors: Mapping[str, Array]
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """The model's tensors with the adapter in them, and the biases of the matrices that got one, under the same names."""
     found = {name: value.astype(np.float64) for name, value in tensors.items()}
     biases: dict[str, Array] = {}
@@ -45,7 +47,9 @@ def adapted(adapter: Adapter, config: MixtralConfig, tensors: Mapping[str, Array
     return found, biases
 
 
-def forward(config: Mapping[str, Any], tensors: Mapping[str, Array], biases: Mapping[str, Array], ids: list[int]) -> Array:
+def forward(
+    config: Mapping[str, Any], tensors: Mapping[str, Array], biases: Mapping[str, Array], ids: list[int]
+) -> Array:
     """Logits ``[tokens, vocabulary]`` of a Mixtral, or of a dense Mistral or Llama, with Hugging Face's names."""
     length, head_dim = len(ids), config["head_dim"]
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]

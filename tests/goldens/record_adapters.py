@@ -188,7 +188,9 @@ def mlx_adapter(kind: str, options: dict[str, Any], base: Path, folder: Path) ->
     model.eval()
     after = np.array(model(ids)[0])
     if kind == "mlx-older":
-        older = {n: v.reshape(-1, v.shape[-1]) if v.ndim == 3 and n.endswith("lora_a") else v for n, v in trained.items()}
+        older = {
+            n: v.reshape(-1, v.shape[-1]) if v.ndim == 3 and n.endswith("lora_a") else v for n, v in trained.items()
+        }
         mx.save_safetensors(str(folder / "adapters.safetensors"), older)
     return before, after
 
