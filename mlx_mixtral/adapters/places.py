@@ -50,7 +50,7 @@ class Places:
         """The error for a tensor of a matrix that is not there."""
         layer, count = _LAYER.match(path), self.config.num_hidden_layers
         if layer is not None and int(layer[1]) >= count:
-            reason = f"is of layer {int(layer[1])}, but the model has {count} layers"
+            reason = f"is of layer {int(layer[1])}, but the model has {count}"
         elif path == "lm_head" and self.config.tie_word_embeddings:
             reason = "is of the output head, which this model shares with its embedding"
         else:
