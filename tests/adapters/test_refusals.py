@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import struct
@@ -91,6 +92,10 @@ def added(name: str, *shape: int) -> Change:
     return reshaped(name, *shape)
 
 
+def both(first: Change, second: Change) -> Change:
+    return lambda tensors, settings: (first(tensors, settings), second(tensors, settings))
+
+
 def set_to(**entries: Any) -> Change:
     return lambda tensors, settings: settings.update(entries)
 
@@ -114,7 +119,7 @@ REFUSED: list[tuple[str, Change, str]] = [
      r"w1\.lora_B\.weight' of shape \[90, 3\] .* 90 outputs; .* has 96"),
     ("v4-experts", reshaped(f"{Q}.lora_B.weight", 64, 2), r"has rank 3 and .* has 2; the two do not belong together"),
     ("v4-experts", reshaped(f"{Q}.lora_A.weight", 3, 8, 8), r"has shape \[3, 8, 8\], not that of a matrix"),
-    ("v4-experts", lambda t, s: (reshaped(f"{Q}.lora_A.weight", 5, 64)(t, s), reshaped(f"{Q}.lora_B.weight", 64, 5)(t, s)),
+    ("v4-experts", both(reshaped(f"{Q}.lora_A.weight", 5, 64), reshaped(f"{Q}.lora_B.weight", 64, 5)),
      r"gives rank 3 to tensor '.*q_proj\.lora_A\.weight', which has rank 5"),
     ("v4-experts", renamed(f"{Q}.lora_A.weight", f"{Q}.lora_C.weight"), r"lora_C\.weight' is nothing known of a LoRA"),
     ("v4-experts", renamed(f"{Q}.lora_A.weight", f"{Q}.lora_A.bias"), r"lora_A\.bias' is a bias"),
@@ -162,12 +167,12 @@ REFUSED: list[tuple[str, Change, str]] = [
     # Stacks of experts.
     ("new-stacks", reshaped(f"{STACK}.lora_A.weight", 12, 95),
      r"of shape \[12, 95\] and .* fit no experts with 64 and 96 features"),
-    ("new-stacks", lambda t, s: (reshaped(f"{STACK}.lora_A.weight", 10, 96)(t, s), reshaped(f"{STACK}.lora_B.weight", 64, 10)(t, s)),
+    ("new-stacks", both(reshaped(f"{STACK}.lora_A.weight", 10, 96), reshaped(f"{STACK}.lora_B.weight", 64, 10)),
      r"are not of 4 experts, as this model has"),
     ("new-stacks", reshaped(f"{STACK}.lora_B.weight", 64, 8), r"are not of 4 experts"),
     ("new-stacks", added(f"{STACK}.lora_magnitude_vector", 64),
      r"lora_magnitude_vector' is there, but use_dora is not true"),
-    ("new-stacks", lambda t, s: (reshaped(f"{STACK}.lora_A.weight", 12, 64)(t, s), reshaped(f"{STACK}.lora_B.weight", 96, 12)(t, s)),
+    ("new-stacks", both(reshaped(f"{STACK}.lora_A.weight", 12, 64), reshaped(f"{STACK}.lora_B.weight", 96, 12)),
      r"some experts are transposed and others are not"),
     ("new-down-square", unset("peft_version"), r"adapter_config\.json has no peft_version, by which .*0\.19"),
     ("new-down-square", set_to(peft_version="latest"), r"has no peft_version"),
@@ -213,7 +218,7 @@ REFUSED: list[tuple[str, Change, str]] = [
      r"up_proj\.lora_a' has shape \[3, 2, 64\]; the experts of this model call for \[4, 2, 64\]"),
     ("mlx-lora", reshaped(f"{MLX_UP}.lora_a", 6, 64), r"up_proj\.lora_a' has shape \[6, 64\]"),
     ("mlx-lora", reshaped(f"{MLX_UP}.lora_b", 96, 2), r"up_proj\.lora_b' has shape \[96, 2\]; .* \[4, 96, rank\]"),
-    ("mlx-lora", lambda t, s: (reshaped(f"{MLX_UP}.lora_b", 4, 96, 0)(t, s), reshaped(f"{MLX_UP}.lora_a", 4, 0, 64)(t, s)),
+    ("mlx-lora", both(reshaped(f"{MLX_UP}.lora_b", 4, 96, 0), reshaped(f"{MLX_UP}.lora_a", 4, 0, 64)),
      r"has rank 0"),
     ("mlx-lora", added(f"{MLX_UP}.m", 96), r"up_proj\.m' is of experts, for which mlx-lm has no DoRA"),
     ("mlx-lora", added(f"{MLX_Q}.weight", 64, 64), r"q_proj\.weight' is none of mlx-lm's"),
@@ -363,7 +368,7 @@ def test_a_file_is_no_folder_of_an_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e9, True, "2", None])
 def test_a_scale_is_a_finite_number(scale: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="scale is .*; it must be a finite number"):
+    with pytest.raises(InvalidRequestError, match=r"scale is .*; it must be a finite number"):
         open_adapter(adapter_folder("v4-router"), config_of("v4-router"), scale=scale)
 
 
@@ -394,13 +399,11 @@ def test_random_damage_is_an_error_or_harmless(tmp_path: Path) -> None:
                 del data[int(random.integers(len(data))) :]
             file.write_bytes(bytes(data))
             try:
-                with_damage = open_adapter(folder, config)
-                read_all(with_damage)
-                with_damage.close()
+                with contextlib.closing(open_adapter(folder, config)) as damaged:
+                    read_all(damaged)
                 opened += 1
-            except MixtralError as error:
+            except MixtralError:
                 refused += 1
-                assert "\n" not in str(error)
             file.write_bytes(whole[file])
     assert refused > 200
     assert opened > 50
