@@ -19,7 +19,7 @@ from mlx_mixtral.config.layout import experts_path, layer_path
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.experts.gather import GatheredExperts
 from mlx_mixtral.layers.adapted import LowRankChange, Replaced, ReplacedRows
-from mlx_mixtral.layers.adapted_experts import ExpertChanges, Projection
+from mlx_mixtral.layers.adapted_experts import ExpertChanges, Projection, StackedChange
 from mlx_mixtral.layers.expert_bank import FeedForward
 from mlx_mixtral.layers.linear import Adapted, Linear, StackedLinear
 from mlx_mixtral.layers.norm import RMSNorm
@@ -58,23 +58,15 @@ class Adapting:
         """
         experts = [path for path in adapter.ranks if self._held.checkpoint_matrices[path].part == "expert"]
         is_dense = self._builder.config.is_dense
-        advice = "fuse it: mlx-mixtral convert SOURCE DEST --adapter PATH"
         if not is_dense and (path := next((path for path in experts if path in adapter.dora), None)):
             raise InvalidRequestError(
-                f"the adapter {adapter.name} has DoRA on experts ({path}), which takes the norms of all their weights; {advice}"
+                f"the adapter {adapter.name} has DoRA on experts ({path}), which takes the norms of all their weights; fuse "
+                "it: mlx-mixtral convert SOURCE DEST --adapter PATH"
             )
-        if (path := "model.embed_tokens") in adapter.dora:
-            raise InvalidRequestError(f"the adapter {adapter.name} has DoRA on {path}; {advice}")
         if on_cpu and experts and not is_dense and self._builder.dtype != "F32":
             raise InvalidRequestError(
                 f"the adapter {adapter.name} changes experts, which cannot be computed in {DTYPE_NAMES[self._builder.dtype]} "
                 "on MLX's CPU backend; use --dtype float32"
-            )
-        touched = {*adapter.ranks, *adapter.replaced, *adapter.token_rows}
-        if self._builder.config.tie_word_embeddings and touched & {"model.embed_tokens", "lm_head"}:
-            raise InvalidRequestError(
-                f"the adapter {adapter.name} changes the embedding, which is this model's output head too; nothing says "
-                "whether both are meant"
             )
 
     def nbytes(self, adapter: Adapter) -> int:
@@ -235,29 +227,29 @@ class Adapting:
             norms.append(np.asarray(mx.linalg.norm(whole, axis=-1)))
         return np.concatenate(norms)
 
-    def _stacked(self, adapter: Adapter, path: str) -> tuple[StackedLinear, StackedLinear] | None:
+    def _stacked(self, adapter: Adapter, path: str) -> StackedChange | None:
         """``A [E, r, in]`` and ``B [E, out, r]`` of a matrix of experts; experts of a lower rank have zeros."""
         if (rank := adapter.ranks.get(path)) is None:
             return None
         matrix = self._held.matrices[path]
-        count = matrix.num_experts or 1
+        count, out = matrix.num_experts or 1, matrix.out_features
         a = np.zeros((count, rank, matrix.in_features), np.float32)
-        b = np.zeros((count, matrix.out_features, rank), np.float32)
+        b = np.zeros((count, out, rank), np.float32)
+        bias = np.zeros((count, 1, out), np.float32)
         for expert in range(count):
             if (low := self._low(adapter, path, expert)) is None:
                 continue
-            if low.bias is not None:
-                raise InvalidRequestError(
-                    f"the adapter {adapter.name} has biases on experts ({path}), which are not computed"
-                )
             a[expert, : len(low.a)], b[expert, :, : len(low.a)] = low.a, low.b
+            if low.bias is not None:
+                bias[expert] = low.bias
         products = self._builder.products
-        pair = (
+        change = StackedChange(
             StackedLinear({"weight": self._array(a)}, None, products),
             StackedLinear({"weight": self._array(b)}, None, products),
+            self._array(bias) if bias.any() else None,
         )
-        mx.eval([matrix.weight for matrix in pair])
-        return pair
+        mx.eval(list(change.arrays))
+        return change
 
     def _low(self, adapter: Adapter, path: str, expert: int | None) -> LowRank | None:
         """This machine's part of a change."""
@@ -267,8 +259,11 @@ class Adapting:
             return low
         cut = slice(columns.start, columns.stop)
         if path.endswith(".down_proj"):
-            return LowRank(np.ascontiguousarray(low.a[:, cut]), low.b, low.magnitude, low.bias)
-        return LowRank(low.a, low.b[cut], None if low.magnitude is None else low.magnitude[cut], low.bias)
+            # What machines compute is added up: the bias is the first one's.
+            is_leader = self._builder.share is None or self._builder.share.is_leader
+            return LowRank(np.ascontiguousarray(low.a[:, cut]), low.b, low.magnitude, low.bias if is_leader else None)
+        magnitude, bias = (None if array is None else array[cut] for array in (low.magnitude, low.bias))
+        return LowRank(low.a, low.b[cut], magnitude, bias)
 
     def _linear(self, weight: Floats) -> Linear:
         return Linear({"weight": self._array(weight)}, None, self._builder.products)
