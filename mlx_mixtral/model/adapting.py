@@ -36,7 +36,7 @@ NORM_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Target:
     """A matrix of the network: its module, and the paths of the checkpoint's matrices whose rows it has, in order."""
 
     module: Linear
@@ -127,14 +127,14 @@ class Adapting:
 
     # Where things are
 
-    def _places(self, module: MixtralModel) -> Iterator[_Place]:
+    def _places(self, module: MixtralModel) -> Iterator[_Target]:
         """Every matrix that is no gathered expert's."""
         modules = [matrix for matrix in (module.embed_tokens, module.lm_head) if matrix is not None]
         for layer in module.layers:
             modules += [*layer.attention.qkv, layer.attention.o_proj]
             modules += [*layer.moe.gate_up, layer.moe.down] if isinstance(layer.moe, FeedForward) else [layer.moe.gate]
         for matrix, paths in zip(modules, self._builder.matrix_groups(), strict=True):
-            yield _Place(matrix, paths)
+            yield _Target(matrix, paths)
 
     def _expert_paths(self) -> Sequence[str]:
         """What the paths of each layer's gathered experts have in common."""
@@ -153,7 +153,7 @@ class Adapting:
 
     # What they change
 
-    def _change(self, adapter: Adapter, place: _Place) -> Adapted | None:
+    def _change(self, adapter: Adapter, place: _Target) -> Adapted | None:
         """What an adapter makes of a matrix; None where it leaves it as it is."""
         paths, change = place.paths, self._low_rank(adapter, place)
         if any(path in adapter.replaced for path in paths):
@@ -168,7 +168,7 @@ class Adapting:
             return found
         return change
 
-    def _replaced(self, adapter: Adapter, place: _Place, change: LowRankChange | None) -> Replaced:
+    def _replaced(self, adapter: Adapter, place: _Target, change: LowRankChange | None) -> Replaced:
         """A whole matrix of floats: the rows that are replaced, and the others as they are computed without that."""
         rows, start = [], 0
         for path in place.paths:
@@ -185,7 +185,7 @@ class Adapting:
         mx.eval(list(found.arrays))
         return found
 
-    def _low_rank(self, adapter: Adapter, place: _Place) -> LowRankChange | None:
+    def _low_rank(self, adapter: Adapter, place: _Target) -> LowRankChange | None:
         held = self._held
         lows = [
             self._low(adapter, path, None if held.matrices[path].num_experts is None else 0) for path in place.paths
