@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_mixtral.adapters.source import AdapterSource
 from mlx_mixtral.cli.fields import argument, flag, flag_name, is_given, option
 from mlx_mixtral.cli.options import device_option, json_flag, revision_option
 from mlx_mixtral.cli.values import ModelName, Place
@@ -65,6 +66,13 @@ def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[st
     return overrides
 
 
+def parse_adapters(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[AdapterSource, ...]:
+    """Option callback for ``lora-math`` and ``owner/name=0.5``, repeatable."""
+    return tuple(map(AdapterSource.parse, values))
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
     source: str = argument(type=ModelName(files=True))
@@ -111,6 +119,12 @@ class ConvertOptions:
         "--override PATTERN=BITS[:GROUP]|none",
         "Bits of the modules whose names match; repeatable, and the last match counts.",
         callback=parse_overrides,
+        multiple=True,
+    )
+    adapters: tuple[AdapterSource, ...] = option(
+        "--adapter PATH[=SCALE]",
+        "A LoRA adapter to fuse into the weights: a folder or a hub repository, and by how much to multiply it; repeatable.",
+        callback=parse_adapters,
         multiple=True,
     )
     exact: bool = flag(

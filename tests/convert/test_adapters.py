@@ -1,0 +1,399 @@
+"""Adapters fused by a conversion: the weights are those of plain arithmetic, and the logits those of mlx-lm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model
+
+from mlx_mixtral import AdapterSource
+from mlx_mixtral.errors import CheckpointError, ConversionError, DestinationError, InvalidRequestError, MixtralError
+from mlx_mixtral_convert import Progress, Recipe, convert, verify
+from mlx_mixtral_convert.calibration import calibrate
+from tests.convert.adapter_writer import (
+    ATTENTION, EVERYTHING, EXPERTS, Changes, fused_by_hand, write_mlx_adapter,
+)  # fmt: skip
+from tests.convert.gguf_writer import renamed, write_gguf
+from tests.convert.native_writer import make_native, native
+from tests.convert.packers import awq, fp8, gptq, grouped_packer, make_packed
+from tests.convert.support import CONFIG, dense_config, hashes, make_checkpoint, read_output, weights
+
+FLOATS: dict[str, Any] = {"recipe": Recipe(bits=None), "dtype": "float32"}
+DENSE = CONFIG | dense_config() | {"tie_word_embeddings": False}
+LOGITS = 5e-5
+
+
+def native_source(folder: Path) -> None:
+    make_native(folder, native(weights(CONFIG), CONFIG), CONFIG, "consolidated.safetensors")
+
+
+def stacked_source(folder: Path) -> None:
+    """Rows interleaved, w2 transposed, all experts in one tensor."""
+    make_native(folder, native(weights(CONFIG), CONFIG, stacked=True), CONFIG, "consolidated.{}.pt", 8)
+
+
+def gguf_source(folder: Path) -> None:
+    folder.mkdir()
+    write_gguf(folder / "m.gguf", CONFIG, renamed(weights(CONFIG), CONFIG), "F32")
+
+
+def packed_gguf_source(folder: Path) -> None:
+    folder.mkdir()
+    write_gguf(folder / "m.gguf", CONFIG, renamed(weights(CONFIG), CONFIG), "Q4_0")
+
+
+def gptq_source(folder: Path) -> None:
+    make_packed(
+        folder,
+        {"quant_method": "gptq", "bits": 4, "group_size": 64},
+        grouped_packer(gptq, 64, act_order=True),
+        shards=2,
+    )
+
+
+def awq_source(folder: Path) -> None:
+    make_packed(
+        folder, {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}, grouped_packer(awq, 64)
+    )
+
+
+def fp8_source(folder: Path) -> None:
+    make_packed(folder, {"quant_method": "compressed-tensors"}, lambda _, weight: fp8(weight, (len(weight), 1)))
+
+
+def mlx_source(folder: Path) -> None:
+    make_checkpoint(folder.with_name("floats"))
+    convert(folder.with_name("floats"), folder, recipe=Recipe(4, overrides={"*.o_proj": False}))
+
+
+SOURCES: dict[str, Callable[[Path], object]] = {
+    "hf": make_checkpoint,
+    "hf, float16": lambda folder: make_checkpoint(folder, dtype="F16"),
+    "hf, float32": lambda folder: make_checkpoint(folder, dtype="F32", shards=3),
+    "fused": lambda folder: make_checkpoint(folder, layout="fused"),
+    "native": native_source,
+    "native, stacked": stacked_source,
+    "gguf": gguf_source,
+    "gguf, packed": packed_gguf_source,
+    "gptq": gptq_source,
+    "awq": awq_source,
+    "fp8": fp8_source,
+    "mlx": mlx_source,
+}
+
+
+def place(folder: Path) -> Path:
+    """The source in a folder: itself, or the one GGUF in it."""
+    return next(folder.glob("*.gguf"), folder)
+
+
+def base_of(source: Path, folder: Path) -> dict[str, mx.array]:
+    """A source's own weights in float32, as a plain conversion gives them."""
+    convert(source, folder, **FLOATS)
+    return read_output(folder)
+
+
+def same(found: dict[str, mx.array], wanted: dict[str, Any]) -> None:
+    assert sorted(found) == sorted(wanted)
+    for name, value in found.items():
+        np.testing.assert_allclose(np.array(value), wanted[name], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def logits(folder: Path, adapter: Path | None = None) -> Any:
+    """mlx-lm's, in float32."""
+    network, _ = load_model(folder)
+    network.set_dtype(mx.float32)
+    if adapter is not None:
+        network = load_adapters(network, str(adapter))
+        network.eval()
+    return np.array(network(mx.array([[1, 5, 9, 33, 2, 60]])))
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_kind_of_source_gives_the_weights_of_plain_arithmetic(tmp_path: Path, kind: str) -> None:
+    SOURCES[kind](tmp_path / "source")
+    source = place(tmp_path / "source")
+    before = hashes(tmp_path / "source")
+    changes = write_mlx_adapter(tmp_path / "lora", CONFIG, EVERYTHING)
+    report = convert(source, tmp_path / "out", adapters=[AdapterSource(tmp_path / "lora")], **FLOATS)
+    base = base_of(source, tmp_path / "base")
+    same(read_output(tmp_path / "out"), fused_by_hand(base, changes))
+    assert hashes(tmp_path / "source") == before
+    (fused,) = report.adapters
+    assert (fused.name, fused.kind, fused.scale, fused.matrices, fused.rank) == ("lora", "mlx-lm", 1.0, 16, 4)
+
+
+@pytest.mark.parametrize("kind", ["hf", "native, stacked", "gguf", "gptq"])
+def test_mlx_lm_runs_the_result_as_it_runs_the_source_with_the_adapter(tmp_path: Path, kind: str) -> None:
+    """In the source's order of rows or in any other: the logits would tell."""
+    SOURCES[kind](tmp_path / "source")
+    source = place(tmp_path / "source")
+    write_mlx_adapter(tmp_path / "lora", CONFIG, EVERYTHING)
+    convert(source, tmp_path / "base", **FLOATS)
+    convert(source, tmp_path / "out", adapters=[AdapterSource(tmp_path / "lora")], **FLOATS)
+    theirs = logits(tmp_path / "base", tmp_path / "lora")
+    np.testing.assert_allclose(logits(tmp_path / "out"), theirs, atol=LOGITS)
+    assert np.abs(theirs - logits(tmp_path / "base")).max() > 100 * LOGITS
+
+
+def test_dora_is_mlx_lm_s(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    changes = write_mlx_adapter(tmp_path / "dora", CONFIG, ATTENTION, dora=True)
+    convert(source, tmp_path / "out", adapters=[AdapterSource(tmp_path / "dora")], **FLOATS)
+    base = base_of(source, tmp_path / "base")
+    same(read_output(tmp_path / "out"), fused_by_hand(base, changes))
+    np.testing.assert_allclose(logits(tmp_path / "out"), logits(tmp_path / "base", tmp_path / "dora"), atol=LOGITS)
+
+
+def test_a_dense_model_is_the_case_of_one_expert(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", **DENSE)
+    keys = ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    changes = write_dense_adapter(tmp_path / "lora", keys)
+    convert(source, tmp_path / "out", adapters=[AdapterSource(tmp_path / "lora")], **FLOATS)
+    same(read_output(tmp_path / "out"), fused_by_hand(base_of(source, tmp_path / "base"), changes))
+
+
+def write_dense_adapter(folder: Path, keys: tuple[str, ...]) -> Changes:
+    changes = write_mlx_adapter(folder, DENSE, keys)
+    # A dense model's matrices are stacks of one: mlx-lm has them without that axis.
+    file = folder / "adapters.safetensors"
+    tensors = mx.load(str(file))
+    assert isinstance(tensors, dict)
+    flat = {n: v[0].T if v.ndim == 3 else v for n, v in tensors.items()}
+    mx.save_safetensors(str(file), flat)
+    return changes
+
+
+def test_several_adapters_add_up_by_their_scales(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    first = write_mlx_adapter(tmp_path / "a", CONFIG, ATTENTION, scale=2.0)
+    second = write_mlx_adapter(tmp_path / "b", CONFIG, EVERYTHING, scale=3.0, rank=8, seed=2)
+    given = [AdapterSource(tmp_path / "a", scale=0.5), AdapterSource(tmp_path / "b", scale=-1)]
+    convert(source, tmp_path / "out", adapters=given, **FLOATS)
+    halved = {place: scaled(change, 0.5) for place, change in first.items()}
+    negated = {place: scaled(change, -1) for place, change in second.items()}
+    same(read_output(tmp_path / "out"), fused_by_hand(base_of(source, tmp_path / "base"), halved, negated))
+    convert(source, tmp_path / "turned", adapters=given[::-1], **FLOATS)
+    same(read_output(tmp_path / "turned"), fused_by_hand(read_output(tmp_path / "base"), halved, negated))
+
+
+def scaled(change: Any, scale: float) -> Any:
+    return type(change)(change.a, change.b * np.float32(scale), change.magnitude)
+
+
+def test_dora_after_another_adapter_is_of_what_that_left(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    lora = write_mlx_adapter(tmp_path / "lora", CONFIG, ATTENTION)
+    dora = write_mlx_adapter(tmp_path / "dora", CONFIG, ATTENTION, dora=True, seed=2)
+    base = base_of(source, tmp_path / "base")
+    for name, order, changes in (("one", ("lora", "dora"), (lora, dora)), ("two", ("dora", "lora"), (dora, lora))):
+        convert(source, tmp_path / name, adapters=[AdapterSource(tmp_path / each) for each in order], **FLOATS)
+        same(read_output(tmp_path / name), fused_by_hand(base, *changes))
+
+
+def test_packed_weights_are_those_of_the_fused_floats(tmp_path: Path) -> None:
+    """The same packing of the same values, in bfloat16 as the source."""
+    source = make_checkpoint(tmp_path / "source")
+    write_mlx_adapter(tmp_path / "lora", CONFIG, EXPERTS)
+    given = [AdapterSource(tmp_path / "lora")]
+    convert(source, tmp_path / "floats", adapters=given, recipe=Recipe(bits=None))
+    assert json.loads((tmp_path / "floats" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    convert(tmp_path / "floats", tmp_path / "wanted", recipe=Recipe(4))
+    report = convert(source, tmp_path / "out", adapters=given, recipe=Recipe(4))
+    found, wanted = read_output(tmp_path / "out"), read_output(tmp_path / "wanted")
+    assert report.dtype == "bfloat16"
+    for name in wanted:
+        assert mx.array_equal(found[name], wanted[name]), name
+    assert verify(tmp_path / "out").ok
+
+
+def test_what_was_fused_is_recorded(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    write_mlx_adapter(tmp_path / "lora", CONFIG, ATTENTION)
+    report = convert(source, tmp_path / "out", adapters=[AdapterSource(tmp_path / "lora", scale=0.5)])
+    manifest = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    (fused,) = report.adapters
+    wanted = {"name": "lora", "kind": "mlx-lm", "scale": 0.5, "fingerprint": fused.fingerprint}
+    assert manifest["adapters"] == [wanted]
+    assert report.to_dict()["adapters"] == [wanted | {"matrices": 8, "rank": 4}]
+    convert(source, tmp_path / "plain")
+    assert "adapters" not in json.loads((tmp_path / "plain" / "conversion.json").read_text())
+
+
+def stop_at(step: int) -> Callable[[Progress], None]:
+    seen = iter(range(1, 10**9))
+
+    def progress(_: Progress) -> None:
+        if next(seen) == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def interrupted(tmp_path: Path) -> tuple[Path, list[AdapterSource]]:
+    source = make_checkpoint(tmp_path / "source")
+    write_mlx_adapter(tmp_path / "lora", CONFIG, EVERYTHING)
+    given = [AdapterSource(tmp_path / "lora")]
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", adapters=given, progress=stop_at(17 + 5))
+    return source, given
+
+
+def test_an_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    source, given = interrupted(tmp_path)
+    assert convert(source, tmp_path / "out", adapters=given).resumed_layers == 1
+    convert(source, tmp_path / "whole", adapters=given)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_it_does_not_go_on_with_other_adapters(tmp_path: Path) -> None:
+    source, given = interrupted(tmp_path)
+    write_mlx_adapter(tmp_path / "other", CONFIG, EVERYTHING, seed=5)
+    for other, words in (
+        ([], "adapters.1.name lora, but this one has absent"),
+        ([AdapterSource(tmp_path / "lora", scale=0.5)], "adapters.1.scale 1.0, but this one has 0.5"),
+        ([*given, *given], "adapters.2.name absent, but this one has lora"),
+        ([AdapterSource(tmp_path / "other")], "adapters.1.name lora, but this one has other"),
+    ):
+        with pytest.raises(DestinationError) as caught:
+            convert(source, tmp_path / "out", adapters=other)
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+    shutil.rmtree(tmp_path / "lora")
+    write_mlx_adapter(tmp_path / "lora", CONFIG, EVERYTHING, seed=6)
+    with pytest.raises(DestinationError, match="adapters.1.fingerprint [0-9a-f]{64}, but this one has [0-9a-f]{64}"):
+        convert(source, tmp_path / "out", adapters=given)
+    assert convert(source, tmp_path / "out", adapters=given, restart=True).resumed_layers == 0
+
+
+def test_an_adapter_that_changes_meanwhile_ends_the_conversion(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    write_mlx_adapter(tmp_path / "lora", CONFIG, ATTENTION)
+
+    def touch(at: Progress) -> None:
+        if at.layer == 1:
+            (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(ConversionError, match="adapter_config.json changed during the conversion"):
+        convert(source, tmp_path / "out", adapters=[AdapterSource(tmp_path / "lora")], progress=touch)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["gguf, packed", "mlx"])
+def test_exact_keeps_the_bytes_of_what_no_adapter_touches(tmp_path: Path, kind: str) -> None:
+    SOURCES[kind](tmp_path / "source")
+    source = place(tmp_path / "source")
+    changes = write_mlx_adapter(tmp_path / "lora", CONFIG, ("self_attn.q_proj", EXPERTS[2]))
+    plain = convert(source, tmp_path / "plain", exact=True)
+    report = convert(source, tmp_path / "out", exact=True, adapters=[AdapterSource(tmp_path / "lora")])
+    before, after = read_output(tmp_path / "plain"), read_output(tmp_path / "out")
+    assert sorted(before) == sorted(after)
+    touched = {path for path, _ in changes}
+    wanted = fused_by_hand(base_of(source, tmp_path / "base"), changes)
+    for name, value in after.items():
+        path, _, kind_of = name.rpartition(".")
+        if path not in touched:
+            assert mx.array_equal(value, before[name]), name
+        elif kind_of == "weight":
+            spec = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+            scales, biases = (after[f"{path}.{field}"] for field in ("scales", "biases"))
+            decoded = np.array(mx.dequantize(value, scales, biases, spec["group_size"], spec["bits"]), np.float32)
+            error = np.linalg.norm(decoded - wanted[name]) / np.linalg.norm(wanted[name])
+            assert error < 0.15, name
+    how = {entry.how: entry.matrices for entry in report.packings}
+    assert how["requantised"] == len(touched)
+    assert sum(how.values()) == sum(entry.matrices for entry in plain.packings)
+
+
+def test_exact_with_nothing_left_to_keep_is_refused(tmp_path: Path) -> None:
+    mlx_source(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    write_mlx_adapter(tmp_path / "lora", config, EVERYTHING)
+    everything = tmp_path / "lora"
+    # All but the embedding and the head.
+    assert convert(tmp_path / "source", tmp_path / "out", exact=True, adapters=[AdapterSource(everything)]).packings
+
+
+def test_the_calibration_stays_that_of_the_source_and_a_note_says_so(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    write_mlx_adapter(tmp_path / "lora", CONFIG, EVERYTHING)
+    tokens = np.random.default_rng(3).integers(3, 60, (8, 32)).astype(np.int32)
+    stats = calibrate(source, tmp_path / "c.calibration", tokens=tokens)
+    given = [AdapterSource(tmp_path / "lora")]
+    errors = {}
+    for rounding in ("plain", "gptq"):
+        report = convert(
+            source,
+            tmp_path / rounding,
+            recipe=Recipe(3, rounding=rounding),
+            calibration=stats if rounding == "gptq" else None,
+            adapters=given,
+        )
+        errors[rounding] = report
+    assert any("the calibration is of the model without its adapters" in note for note in errors["gptq"].notes)
+    assert not any("calibration" in note for note in errors["plain"].notes)
+    convert(source, tmp_path / "floats", adapters=given, **FLOATS)
+    whole = logits(tmp_path / "floats")
+    lost = {r: float(np.square(logits(tmp_path / r) - whole).mean()) for r in ("plain", "gptq")}
+    assert lost["gptq"] < lost["plain"]
+
+
+def test_a_dry_run_writes_nothing_and_names_the_adapter(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    write_mlx_adapter(tmp_path / "lora", CONFIG, ATTENTION)
+    report = convert(source, tmp_path / "out", adapters=[AdapterSource(tmp_path / "lora")], dry_run=True)
+    assert [fused.name for fused in report.adapters] == ["lora"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "source"]
+
+
+def damaged(folder: Path) -> None:
+    file = folder / "adapters.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def not_a_number(folder: Path) -> None:
+    file = folder / "adapters.safetensors"
+    tensors = mx.load(str(file))
+    assert isinstance(tensors, dict)
+    mx.save_safetensors(str(file), tensors | {name: value * float("nan") for name, value in list(tensors.items())[:1]})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damaged, "adapters.safetensors"),
+        (not_a_number, "holds NaN or infinity"),
+        (lambda folder: (folder / "adapters.safetensors").unlink(), "no adapters.safetensors"),
+        (shutil.rmtree, "lora"),
+    ],
+)
+def test_a_bad_adapter_is_one_line_and_nothing_is_written(
+    tmp_path: Path, damage: Callable[[Path], object], words: str
+) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    write_mlx_adapter(tmp_path / "lora", CONFIG, EVERYTHING)
+    damage(tmp_path / "lora")
+    before = hashes(source)
+    with pytest.raises(CheckpointError) as caught:
+        convert(source, tmp_path / "out", adapters=[AdapterSource(tmp_path / "lora")])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.partial").exists()
+    assert hashes(source) == before
+
+
+@pytest.mark.parametrize("adapters", ["lora", AdapterSource("lora"), ["lora"], None, [("lora", 1.0)]])
+def test_adapters_are_a_list_of_their_sources(tmp_path: Path, adapters: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        convert(tmp_path, tmp_path / "out", adapters=adapters)
+    assert "AdapterSource" in str(caught.value)
+    assert isinstance(caught.value, MixtralError)
