@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,20 @@ from mlx_lm.utils import load_model
 from mlx_mixtral import AdapterSource
 from mlx_mixtral.errors import CheckpointError, ConversionError, DestinationError, InvalidRequestError, MixtralError
 from mlx_mixtral_convert import Progress, Recipe, convert, verify
-from mlx_mixtral_convert.calibration import calibrate
+from mlx_mixtral_convert.calibration.file import identity
+from mlx_mixtral_convert.sources import open_source
 from tests.convert.adapter_writer import (
-    ATTENTION, EVERYTHING, EXPERTS, Changes, fused_by_hand, write_mlx_adapter,
-)  # fmt: skip
+    ATTENTION,
+    EVERYTHING,
+    EXPERTS,
+    Changes,
+    fused_by_hand,
+    write_mlx_adapter,
+)
 from tests.convert.gguf_writer import renamed, write_gguf
 from tests.convert.native_writer import make_native, native
 from tests.convert.packers import awq, fp8, gptq, grouped_packer, make_packed
-from tests.convert.support import CONFIG, dense_config, hashes, make_checkpoint, read_output, weights
+from tests.convert.support import CONFIG, dense_config, hashes, make_checkpoint, measured, read_output, weights
 
 FLOATS: dict[str, Any] = {"recipe": Recipe(bits=None), "dtype": "float32"}
 DENSE = CONFIG | dense_config() | {"tie_word_embeddings": False}
@@ -269,7 +276,7 @@ def test_it_does_not_go_on_with_other_adapters(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     shutil.rmtree(tmp_path / "lora")
     write_mlx_adapter(tmp_path / "lora", CONFIG, EVERYTHING, seed=6)
-    with pytest.raises(DestinationError, match="adapters.1.fingerprint [0-9a-f]{64}, but this one has [0-9a-f]{64}"):
+    with pytest.raises(DestinationError, match=r"adapters\.1\.fingerprint [0-9a-f]{64}, but this one has [0-9a-f]{64}"):
         convert(source, tmp_path / "out", adapters=given)
     assert convert(source, tmp_path / "out", adapters=given, restart=True).resumed_layers == 0
 
@@ -282,7 +289,7 @@ def test_an_adapter_that_changes_meanwhile_ends_the_conversion(tmp_path: Path) -
         if at.layer == 1:
             (tmp_path / "lora" / "adapter_config.json").write_text("{}")
 
-    with pytest.raises(ConversionError, match="adapter_config.json changed during the conversion"):
+    with pytest.raises(ConversionError, match=r"adapter_config\.json changed during the conversion"):
         convert(source, tmp_path / "out", adapters=[AdapterSource(tmp_path / "lora")], progress=touch)
     assert not (tmp_path / "out").exists()
 
@@ -314,36 +321,33 @@ def test_exact_keeps_the_bytes_of_what_no_adapter_touches(tmp_path: Path, kind: 
 
 
 def test_exact_with_nothing_left_to_keep_is_refused(tmp_path: Path) -> None:
-    mlx_source(tmp_path / "source")
-    config = json.loads((tmp_path / "source" / "config.json").read_text())
-    write_mlx_adapter(tmp_path / "lora", config, EVERYTHING)
-    everything = tmp_path / "lora"
-    # All but the embedding and the head.
-    assert convert(tmp_path / "source", tmp_path / "out", exact=True, adapters=[AdapterSource(everything)]).packings
+    """Only experts are packed here, and the adapter changes them all."""
+    make_checkpoint(tmp_path / "floats")
+    packed = {f"*.{name.rpartition('.')[2]}": {"bits": 4} for name in EXPERTS}
+    convert(tmp_path / "floats", tmp_path / "source", recipe=Recipe(None, overrides=packed))
+    write_mlx_adapter(tmp_path / "lora", CONFIG, EXPERTS)
+    with pytest.raises(InvalidRequestError, match="the adapters change all 6 of them; give bits instead"):
+        convert(tmp_path / "source", tmp_path / "out", exact=True, adapters=[AdapterSource(tmp_path / "lora")])
+    with pytest.raises(InvalidRequestError, match="this source has none"):
+        convert(tmp_path / "floats", tmp_path / "out", exact=True, adapters=[AdapterSource(tmp_path / "lora")])
 
 
-def test_the_calibration_stays_that_of_the_source_and_a_note_says_so(tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "source")
-    write_mlx_adapter(tmp_path / "lora", CONFIG, EVERYTHING)
-    tokens = np.random.default_rng(3).integers(3, 60, (8, 32)).astype(np.int32)
-    stats = calibrate(source, tmp_path / "c.calibration", tokens=tokens)
-    given = [AdapterSource(tmp_path / "lora")]
-    errors = {}
-    for rounding in ("plain", "gptq"):
-        report = convert(
-            source,
-            tmp_path / rounding,
-            recipe=Recipe(3, rounding=rounding),
-            calibration=stats if rounding == "gptq" else None,
-            adapters=given,
-        )
-        errors[rounding] = report
-    assert any("the calibration is of the model without its adapters" in note for note in errors["gptq"].notes)
-    assert not any("calibration" in note for note in errors["plain"].notes)
+def test_gptq_sees_the_inputs_of_the_changed_model_and_a_note_says_what_it_does_not_see(tmp_path: Path) -> None:
+    """As a conversion of the fused floats would, with the same calibration."""
+    source = make_checkpoint(tmp_path / "source", num_hidden_layers=1)
+    write_mlx_adapter(tmp_path / "lora", CONFIG | {"num_hidden_layers": 1}, EVERYTHING)
+    given, stats = [AdapterSource(tmp_path / "lora")], measured(source)
+    gptq_3 = Recipe(3, rounding="gptq")
+    report = convert(source, tmp_path / "out", recipe=gptq_3, calibration=stats, adapters=given)
+    assert any("the calibration is of the model without its adapters" in note for note in report.notes)
     convert(source, tmp_path / "floats", adapters=given, **FLOATS)
-    whole = logits(tmp_path / "floats")
-    lost = {r: float(np.square(logits(tmp_path / r) - whole).mean()) for r in ("plain", "gptq")}
-    assert lost["gptq"] < lost["plain"]
+    with open_source(tmp_path / "floats") as opened:
+        renamed_stats = replace(stats, identity=identity(opened))
+    report = convert(tmp_path / "floats", tmp_path / "wanted", recipe=gptq_3, calibration=renamed_stats)
+    assert not any("calibration" in note for note in report.notes)
+    found, wanted = read_output(tmp_path / "out"), read_output(tmp_path / "wanted")
+    for name in wanted:
+        assert mx.array_equal(found[name], wanted[name]), name
 
 
 def test_a_dry_run_writes_nothing_and_names_the_adapter(tmp_path: Path) -> None:

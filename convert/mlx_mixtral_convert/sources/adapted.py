@@ -227,11 +227,11 @@ def _low_rank(adapter: Adapter, matrix: Matrix, expert: int) -> LowRank | None:
 
 
 def _check_fusable(adapter: Adapter, config: MixtralConfig) -> None:
-    touched = touched_by(adapter)
-    if config.tie_word_embeddings and (both := sorted(touched & {"model.embed_tokens", "lm_head"})):
+    # mlx-lm trains a tied embedding as both; PEFT changes what looks tokens up and leaves the output as it was.
+    if config.tie_word_embeddings and adapter.kind == "PEFT" and "model.embed_tokens" in touched_by(adapter):
         raise ConversionError(
-            f"adapter {adapter.name} changes {both[0]}, but this model has one matrix for embeddings and output, and fusing "
-            "would change both; use the adapter at run time instead"
+            f"adapter {adapter.name} changes model.embed_tokens, but this model has one matrix for embeddings and output, and "
+            "fusing would change both; use the adapter at run time instead"
         )
     for matrix in matrices(config):
         if matrix.path in adapter.replaced:
