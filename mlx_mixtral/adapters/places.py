@@ -101,8 +101,8 @@ class Places:
         matrix = self.matrix(path, info)
         if matrix.part == "expert":
             raise CheckpointError(
-                f"{info.file}: tensor {info.name!r} replaces experts, which makes it a model rather than an adapter; merge the "
-                "two where it was trained, and convert the result"
+                f"{info.file}: tensor {info.name!r} replaces a matrix of a feed-forward network, which makes it a model rather "
+                "than an adapter; merge it into its base where it was trained, and convert the result"
             )
         self.check_shape(info, matrix.shape)
 
