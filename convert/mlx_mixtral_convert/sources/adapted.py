@@ -142,6 +142,12 @@ class AdaptedSource:
                 return Values(adapter.replacement(norm.path).reshape(1, norm.size), "F32")
         return self.base.read_norm(norm)
 
+    @property
+    def largest_changes_bytes(self) -> int:
+        """Memory that the changes of one matrix take at most, with the factors of all its experts where a file mixes them."""
+        listed = list(matrices(self.config))
+        return sum(max((_changes_bytes(adapter, matrix) for matrix in listed), default=0) for adapter in self.adapters)
+
     def small_files(self) -> dict[str, bytes]:
         """Those of the source."""
         return small_files(self.base)
@@ -220,6 +226,12 @@ def _apply(adapter: Adapter, matrix: Matrix, expert: int, weights: Floats) -> No
     if matrix.path in adapter.token_rows:
         trained = adapter.rows(matrix.path)
         weights[list(trained.tokens)] = trained.rows
+
+
+def _changes_bytes(adapter: Adapter, matrix: Matrix) -> int:
+    whole = matrix.out_features * matrix.in_features if matrix.path in adapter.replaced | adapter.token_rows else 0
+    factors = adapter.ranks.get(matrix.path, 0) * (matrix.out_features + matrix.in_features) * (matrix.num_experts or 1)
+    return 4 * (whole + factors)
 
 
 def _low_rank(adapter: Adapter, matrix: Matrix, expert: int) -> LowRank | None:

@@ -66,9 +66,7 @@ def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[st
     return overrides
 
 
-def parse_adapters(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> tuple[AdapterSource, ...]:
+def parse_adapters(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[AdapterSource, ...]:
     """Option callback for ``lora-math`` and ``owner/name=0.5``, repeatable."""
     return tuple(map(AdapterSource.parse, values))
 
