@@ -95,7 +95,7 @@ class AdaptedSource:
     def __init__(self, base: TensorSource, adapters: Sequence[Adapter]) -> None:
         self.base, self.adapters = base, tuple(adapters)
         self.touched = frozenset().union(*(touched_by(adapter) for adapter in adapters))
-        self.files: SourceFiles = _Files(base.files, adapters)
+        self.files: SourceFiles = _WatchedFiles(base.files, adapters)
 
     @property
     def config(self) -> MixtralConfig:
@@ -188,7 +188,7 @@ class _AdaptedPackedSource(AdaptedSource):
         return self.base.read_packed(matrix, expert)
 
 
-class _Files(SourceFiles):
+class _WatchedFiles(SourceFiles):
     """The weight files of a source, while those of adapters are watched with them."""
 
     def __init__(self, base: SourceFiles, adapters: Sequence[Adapter]) -> None:
