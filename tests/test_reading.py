@@ -33,7 +33,7 @@ from mlx_mixtral.reading import (
     read_given,
     read_json,
 )
-from mlx_mixtral.runtime.prompt_cache import check_saved
+from mlx_mixtral.runtime.saved_prompt import check_saved
 from mlx_mixtral.tokenizer import load_tokenizer
 from mlx_mixtral_convert import Recipe, convert
 from mlx_mixtral_convert.calibration.file import Calibration

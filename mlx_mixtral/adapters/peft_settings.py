@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_mixtral.adapters.peft_patterns import Patterns
 from mlx_mixtral.adapters.settings import flag, mapping, positive, rank, text
 from mlx_mixtral.arguments import is_integer, shown
 from mlx_mixtral.errors import CheckpointError
@@ -29,13 +30,6 @@ _OTHER_MATHS = {
 }
 # Ways to begin that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take the first factors out of it.
 _INITS = ("default", "gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
-MAX_PATTERNS = 100_000
-MAX_PATTERN_CHARACTERS = 300
-# A stranger's expression is matched only if it cannot take long: few repetitions, none of them of a group.
-MAX_REPETITIONS = 3
-_REPETITION = re.compile(r"(?<!\\)[*+{]|(?<![(\\])\?")
-_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{?]")
-_LITERAL = re.compile(r"[\w.-]+")
 
 
 def check_type(config_file: Path, entries: Mapping[str, Any]) -> None:
@@ -75,23 +69,25 @@ class PeftSettings:
         if self.is_lora:
             self._rank = rank(f"{self.where}: r", entries.get("r"))
             self._alpha = positive(f"{self.where}: lora_alpha", entries.get("lora_alpha"))
-        self._ranks = self._patterns("rank_pattern")
-        self._alphas = self._patterns("alpha_pattern")
+        self._ranks, self._alphas = (
+            Patterns(f"{self.where}: {key}", mapping(self.where, entries, key))
+            for key in ("rank_pattern", "alpha_pattern")
+        )
 
-    def scale(self, *keys: str, found_rank: int, tensor: str) -> float:
+    def scale(self, *modules: str, found_rank: int, tensor: str) -> float:
         """What multiplies the change of a module (or parameter) of these names, whose factors have this rank.
 
         Raises:
             CheckpointError: the rank is another one than the settings say, so that the scale is not known.
         """
-        wanted = _matching(self._ranks, keys)
+        wanted = self._ranks.value(*modules)
         own = self._rank if wanted is None else rank(f"{self.where}: rank_pattern", wanted)
         if own != found_rank:
             raise CheckpointError(
                 f"{self.where} gives rank {own} to tensor {tensor!r}, which has rank {found_rank}; the two files do not belong "
                 "together"
             )
-        alpha = _matching(self._alphas, keys)
+        alpha = self._alphas.value(*modules)
         value = self._alpha if alpha is None else positive(f"{self.where}: alpha_pattern", alpha)
         return value / (math.sqrt(own) if self._rslora else own)
 
@@ -128,12 +124,8 @@ class PeftSettings:
             yield f"dropout {shown(self._entries['lora_dropout'])} is for training and ignored"
         targets = self._entries.get("target_modules")
         if isinstance(targets, list):
-            ends = {path.rpartition(".")[2] for path in paths} | paths
-            nowhere = [
-                target
-                for target in targets
-                if isinstance(target, str) and target not in ends and not any(p.endswith(f".{target}") for p in ends)
-            ]
+            ends = {path[start:] for path in paths for start in (0, *(dot.end() for dot in re.finditer(r"\.", path)))}
+            nowhere = [target for target in targets if isinstance(target, str) and target not in ends]
             if nowhere:
                 yield f"target_modules {', '.join(map(repr, sorted(nowhere)[:6]))} changed nothing where it was trained"
         if base := text(self._entries, "base_model_name_or_path"):
@@ -144,36 +136,6 @@ class PeftSettings:
         if str(init).lower() not in _INITS:
             raise CheckpointError(
                 f"{self.where}: init_lora_weights is {shown(init)}, which took the first factors out of the base model, so "
-                "that the adapter fits what was left of it: write true there if the model here is that rest, or save the adapter "
-                "with PEFT's path_initial_model_for_weight_conversion"
+                "that the adapter fits what was left of it: write true there if the model here is that rest, or save the "
+                "adapter with PEFT's path_initial_model_for_weight_conversion"
             )
-
-    def _patterns(self, key: str) -> list[tuple[str, re.Pattern[str] | None, Any]]:
-        """Names or expressions, and their values; no expression where there is only a name."""
-        entries = mapping(self.where, self._entries, key)
-        if len(entries) > MAX_PATTERNS:
-            raise CheckpointError(f"{self.where}: {key} has {len(entries)} entries; at most {MAX_PATTERNS} are read")
-        return [(name, self._compiled(key, name), value) for name, value in entries.items()]
-
-    def _compiled(self, key: str, name: str) -> re.Pattern[str] | None:
-        if _LITERAL.fullmatch(name):
-            return None
-        repetitions = len(_REPETITION.findall(name))
-        if len(name) > MAX_PATTERN_CHARACTERS or repetitions > MAX_REPETITIONS or _REPEATED_GROUP.search(name):
-            raise CheckpointError(
-                f"{self.where}: {key} has the expression {shown(name)}; at most {MAX_REPETITIONS} repetitions, none of a "
-                f"group, and {MAX_PATTERN_CHARACTERS} characters are read: name the modules instead"
-            )
-        try:
-            return re.compile(rf"(.*\.)?({name})$")
-        except (re.error, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{self.where}: {key} has {shown(name)}, which is no expression: {error}") from error
-
-
-def _matching(patterns: list[tuple[str, re.Pattern[str] | None, Any]], keys: tuple[str, ...]) -> Any:
-    """The value of the first pattern that one of the keys ends in, as PEFT looks for it; None if there is none."""
-    for name, pattern, value in patterns:
-        for key in keys:
-            if key == name or key.endswith(f".{name}") if pattern is None else pattern.match(key) is not None:
-                return value
-    return None

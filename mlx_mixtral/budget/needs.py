@@ -37,6 +37,7 @@ class MemoryNeeds:
         reading_bytes: buffers of the threads that read experts.
         kv: how keys and values are kept.
         product_bytes: buffers of the threads that multiply, which do it in float32; 0 where MLX's kernels do.
+        adapter_bytes: of adapters that are loaded with it.
     """
 
     config: MixtralConfig
@@ -47,6 +48,7 @@ class MemoryNeeds:
     reading_bytes: int = 0
     kv: KVOptions = field(default_factory=KVOptions)
     product_bytes: int = 0
+    adapter_bytes: int = 0
 
     @property
     def context_capacity(self) -> int:
@@ -86,7 +88,7 @@ class MemoryNeeds:
     def resident_bytes(self) -> int:
         """With all experts resident."""
         experts = sum(nbytes * self.sizes.num_experts for nbytes in self.sizes.expert_bytes)
-        return self.sizes.trunk_bytes + experts + self.kv_bytes + self.working_bytes(RESIDENT_CHUNK_TOKENS)
+        return self._held_bytes + experts + self.kv_bytes + self.working_bytes(RESIDENT_CHUNK_TOKENS)
 
     @property
     def min_bytes(self) -> int:
@@ -116,6 +118,8 @@ class MemoryNeeds:
             ]
             if experts := min_expert_bytes(self.sizes):
                 parts.insert(1, f"{format_bytes(experts)} for the experts of one token")
+            if self.adapter_bytes:
+                parts.insert(1, f"{format_bytes(self.adapter_bytes)} of adapters")
             raise MemoryBudgetError(
                 f"a budget of {format_bytes(budget_bytes)} is too small: the minimum is {format_bytes_up(self.min_bytes)}: "
                 f"{', '.join(parts)}; give a larger budget or a smaller context"
@@ -123,4 +127,8 @@ class MemoryNeeds:
         return budget_bytes - self._fixed_bytes(chunk_tokens)
 
     def _fixed_bytes(self, chunk_tokens: int) -> int:
-        return self.sizes.trunk_bytes + self.kv_bytes + self.working_bytes(chunk_tokens) + self.reading_bytes
+        return self._held_bytes + self.kv_bytes + self.working_bytes(chunk_tokens) + self.reading_bytes
+
+    @property
+    def _held_bytes(self) -> int:
+        return self.sizes.trunk_bytes + self.adapter_bytes

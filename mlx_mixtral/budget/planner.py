@@ -52,6 +52,8 @@ class Planner:
         self._item_bytes, self._keeps_scores = item_bytes, keeps_scores
         self._reading_bytes, self._product_bytes = reading_bytes, product_bytes
         self._available_bytes, self._measure, self._make_hit_rates = available_bytes, speeds, hit_rates
+        self.adapter_bytes = 0
+        """Of adapters that are in memory with the model, or are to be."""
 
     def needs(self, context: int | None) -> MemoryNeeds:
         """What the model needs beside experts, with ``context`` tokens of KV cache.
@@ -73,6 +75,7 @@ class Planner:
             self._reading_bytes,
             self.kv,
             self._product_bytes,
+            self.adapter_bytes,
         )
 
     def plan(self, memory: str | float | None, context: int | None) -> MemoryPlan:
@@ -92,6 +95,12 @@ class Planner:
         if self.config.is_dense:
             return MemoryPlan.of(needs, budget, chunk, None)
         return MemoryPlan.of(needs, budget, chunk, plan_residency(self.sizes, room, self.speeds, self.hit_rates))
+
+    def again(self, plan: MemoryPlan) -> MemoryPlan:
+        """``plan`` for the adapters there are now. Raises as ``plan``."""
+        if plan.is_bound:
+            return self.plan(plan.budget_bytes, plan.context_tokens)
+        return MemoryPlan.of(self.needs(plan.context_tokens), None, plan.chunk_tokens, None)
 
     @cached_property
     def speeds(self) -> Speeds:

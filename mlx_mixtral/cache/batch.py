@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from mlx_mixtral.cache.choice import AdapterChoice, choice_of
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.mirror import Mirror
 from mlx_mixtral.cache.options import STEP_TOKENS
@@ -23,10 +24,14 @@ SPREAD = 2.0
 
 @dataclass(eq=False)
 class HeldRow:
-    """What a row has in the cache: ``taken`` tokens; ``written`` is the most there were before some were taken back."""
+    """What a row has in the cache: ``taken`` tokens; ``written`` is the most there were before some were taken back.
+
+    ``adapter`` is the number of the one it is computed with.
+    """
 
     taken: int
     written: int
+    adapter: int | None = None
 
 
 @dataclass(eq=False)
@@ -127,6 +132,11 @@ class BatchCache:
         return self.groups
 
     @property
+    def adapter(self) -> AdapterChoice:
+        """Whose adapters the rows are computed with, as they lie in ``parts``: those of one adapter side by side."""
+        return choice_of(row.adapter for group in self.groups for row in group.rows)
+
+    @property
     def orders(self) -> tuple[mx.array, mx.array] | None:
         """Places of the rows as they lie in ``parts``, and the way back, ``[B]``; None where they lie in their own order."""
         if self._orders is None and len(self.groups) > 1:
@@ -137,11 +147,14 @@ class BatchCache:
         return self._orders
 
     def columns_with(self, joining: Sequence[int], more: int = 1) -> int:
-        """Columns there will be when rows of ``joining`` tokens have come and every row has ``more`` tokens more."""
+        """Columns there will be at most when rows of ``joining`` tokens have come and every row has ``more`` tokens more.
+
+        Adapters are left out of account: rows that share no arrays because of them have no more columns for that.
+        """
         rows = [*self._rows, *(HeldRow(taken, taken) for taken in joining)]
         groups: dict[Hashable, list[int]] = {}
         for row in rows:
-            groups.setdefault(self._key(row, more), []).append(self._columns(row.taken + more))
+            groups.setdefault(self._length_key(row, more), []).append(self._columns(row.taken + more))
         return sum(len(columns) * max(columns) for columns in groups.values())
 
     def reserve(self, rows: int, L: int) -> None:
@@ -161,7 +174,7 @@ class BatchCache:
             cache.layers = []
         places: dict[int, tuple[RowGroup, int]] = {}
         for place, tokens in members:
-            row = HeldRow(tokens, cache.written if tokens == cache.length else tokens)
+            row = HeldRow(tokens, cache.written if tokens == cache.length else tokens, cache.adapter)
             self._rows.append(row)
             places[id(row)] = (source, place)
         self._arrange([*self.groups, source], 1, places)
@@ -185,6 +198,7 @@ class BatchCache:
         layers = [tuple(mx.contiguous(array[place : place + 1, :, :used]) for array in layer) for layer in group.layers]
         cache = KVCache(len(layers), 1, 1, window=self.window, storage=self.storage)
         cache.adopt(layers, held.taken, written=held.written)
+        cache.adapter = held.adapter
         if self.mirror is not None:
             cache.mirror = self.mirror
             self.mirror.made("extract", cache, self, row)
@@ -209,6 +223,9 @@ class BatchCache:
 
     def _key(self, row: HeldRow, more: int) -> Hashable:
         """Equal for rows that share a group once they have ``more`` tokens more."""
+        return row.adapter, self._length_key(row, more)
+
+    def _length_key(self, row: HeldRow, more: int) -> Hashable:
         if self._spread is None:
             return id(row)
         if math.isinf(self._spread):
@@ -229,7 +246,9 @@ class BatchCache:
         for row in self._rows:
             members.setdefault(self._key(row, more), []).append(row)
         made, changed = [], []
-        for rows in members.values():
+        # Those of one adapter lie side by side.
+        adapters = list(dict.fromkeys(row.adapter for row in self._rows))
+        for rows in sorted(members.values(), key=lambda rows: adapters.index(rows[0].adapter)):
             capacity = max(self._columns(row.taken + more) for row in rows)
             source = found[id(rows[0])][0]
             if source.rows == rows and source.capacity == capacity:

@@ -62,6 +62,8 @@ class KVCache:
         self._max_tokens = max_tokens
         self._written = 0
         self._lengths: mx.array | None = None
+        self.adapter: int | None = None
+        """Number of the adapter that all rows are computed with; None for the model itself."""
         self.mirror: Mirror | None = None
         """Told of every change, where other machines hold their part of it."""
 
@@ -119,10 +121,20 @@ class KVCache:
         """
         self.reserve(rows, L)
         if self.window is not None and max(self.length + L, self._written) > self.window.columns:
-            return RingPrefillView(self.storage, self.layers, self.window, self.length, L, self.padding, frequencies)
+            ring = (self.storage, self.layers, self.window, self.length, L, self.padding, frequencies, self.adapter)
+            return RingPrefillView(*ring)
         positions = self.length if self.padding is None else self.length - self.padding
         return PrefillView(
-            self.storage, self.layers, self.length, L, positions, self._first_key, self.mask(L), frequencies, ends
+            self.storage,
+            self.layers,
+            self.length,
+            L,
+            positions,
+            self._first_key,
+            self.mask(L),
+            frequencies,
+            ends,
+            self.adapter,
         )
 
     def reserve(self, rows: int, L: int) -> None:

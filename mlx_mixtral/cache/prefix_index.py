@@ -7,24 +7,30 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-__all__ = ["PrefixIndex", "SequenceKey", "common_prefix", "sequence_key", "tokens_of"]
+__all__ = ["PrefixIndex", "SequenceKey", "adapter_of", "common_prefix", "sequence_key", "tokens_of"]
 
 SequenceKey = bytes
-"""Tokens as big-endian numbers of 4 bytes: they are in order when these bytes are."""
+"""Tokens as big-endian numbers of 4 bytes: they are in order when these bytes are. The first one tells an adapter instead."""
 _WIDTH = 4
 
 
-def sequence_key(tokens: Sequence[int]) -> SequenceKey:
-    return np.asarray(tokens, ">u4").tobytes()
+def sequence_key(tokens: Sequence[int], adapter: int | None = None) -> SequenceKey:
+    """Of tokens whose keys and values were computed with an adapter, by its number; None for the model itself."""
+    return np.asarray([0 if adapter is None else adapter + 1, *tokens], ">u4").tobytes()
 
 
 def tokens_of(key: SequenceKey) -> list[int]:
-    found: list[int] = np.frombuffer(key, ">u4").tolist()
+    found: list[int] = np.frombuffer(key, ">u4")[1:].tolist()
     return found
 
 
+def adapter_of(key: SequenceKey) -> int | None:
+    first = int(np.frombuffer(key, ">u4", 1)[0])
+    return first - 1 if first else None
+
+
 def common_prefix(a: SequenceKey, b: SequenceKey) -> int:
-    """Tokens that both begin with."""
+    """Numbers that both begin with."""
     length = min(len(a), len(b)) // _WIDTH
     differ = np.frombuffer(a, "<u4", length) != np.frombuffer(b, "<u4", length)
     first = int(differ.argmax()) if length else 0
@@ -57,7 +63,7 @@ class PrefixIndex:
         self._keys.clear()
 
     def likest(self, key: SequenceKey, most: int) -> tuple[SequenceKey, int] | None:
-        """The sequence that begins like ``key`` for the most tokens, up to ``most``, and for how many; None where none does.
+        """The sequence that begins like ``key`` for the most numbers, up to ``most``, and for how many; None where none does.
 
         Of several that do, one that ends there if there is one.
         """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_mixtral.cache.kv import KVCache
-from mlx_mixtral.cache.prefix_index import PrefixIndex, SequenceKey, sequence_key, tokens_of
+from mlx_mixtral.cache.prefix_index import PrefixIndex, SequenceKey, adapter_of, sequence_key, tokens_of
 
 __all__ = ["MIN_TOKENS", "PrefixStore"]
 
@@ -29,7 +29,7 @@ class KeptPrefix:
 
 
 class PrefixStore:
-    """Sequences with their caches, the one used least recently first.
+    """Sequences with their caches, the one used least recently first. Those of an adapter are sequences of their own.
 
     A cache is lent, not shared: it leaves the store while a generation writes into it, and comes back longer. Where a prompt
     leaves a kept sequence in its middle, the part they share is copied and the sequence stays for others.
@@ -57,14 +57,17 @@ class PrefixStore:
         """The tokens of all that are kept, those used least recently first."""
         return [tokens_of(key) for key in self._kept]
 
-    def reusable(self, tokens: Sequence[int], left: int = 1) -> int:
+    def reusable(self, tokens: Sequence[int], left: int = 1, adapter: int | None = None) -> int:
         """How many tokens ``take`` would give."""
-        found = self._best(tokens, left)
+        found = self._best(tokens, left, adapter)
         return 0 if found is None else found[1]
 
-    def take(self, tokens: Sequence[int], left: int = 1) -> KVCache | None:
-        """A cache of the longest beginning of ``tokens`` that is kept, without the last ``left`` at least; or None."""
-        found = self._best(tokens, left)
+    def take(self, tokens: Sequence[int], left: int = 1, adapter: int | None = None) -> KVCache | None:
+        """A cache of the longest beginning of ``tokens`` that is kept, without the last ``left`` at least; or None.
+
+        Only what was computed with the same ``adapter`` is.
+        """
+        found = self._best(tokens, left, adapter)
         if found is None:
             return None
         key, shared = found
@@ -90,7 +93,7 @@ class PrefixStore:
         cache = cache.fork(len(tokens)) if is_short else cache
         # It must not hold on to what it was made from. Rows that run need not wait for that, only those who borrow memory.
         (mx.async_eval if self.has_memory else mx.eval)(cache.arrays)
-        key = sequence_key(tokens)
+        key = sequence_key(tokens, cache.adapter)
         # What the new one begins with, it replaces.
         for beginning in list(self._index.beginnings(key)):
             self._remove(beginning)
@@ -104,6 +107,11 @@ class PrefixStore:
         while self._kept and self.nbytes > nbytes:
             self._remove(next(iter(self._kept)))
 
+    def forget(self, adapter: int) -> None:
+        """Give up what was computed with an adapter."""
+        for key in [key for key in self._kept if adapter_of(key) == adapter]:
+            self._remove(key)
+
     def clear(self) -> None:
         self._kept.clear()
         self._index.clear()
@@ -113,13 +121,14 @@ class PrefixStore:
         self.nbytes -= self._kept.pop(key).nbytes
         self._index.remove(key)
 
-    def _best(self, tokens: Sequence[int], left: int) -> tuple[SequenceKey, int] | None:
+    def _best(self, tokens: Sequence[int], left: int, adapter: int | None) -> tuple[SequenceKey, int] | None:
         """Which sequence has the longest beginning, and how much of it can be had."""
         self.why_not = None
-        found = self._index.likest(sequence_key(tokens), len(tokens) - left)
-        if found is None:
+        found = self._index.likest(sequence_key(tokens, adapter), 1 + len(tokens) - left)
+        # The adapter counts as one of what they have in common.
+        if found is None or found[1] == 1:
             return None
-        key, shared = found
+        key, shared = found[0], found[1] - 1
         best = self._kept[key]
         if shared < MIN_TOKENS:
             count = f"{shared} token{'s' * (shared != 1)}"

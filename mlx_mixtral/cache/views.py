@@ -13,6 +13,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.cache.storage import Kernel, KVStorage, LayerArrays, joined, written
 from mlx_mixtral.cache.window import Window, causal_mask
 
@@ -34,6 +35,11 @@ class CacheView(Protocol):
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> None:
         """Put rotated keys and values ``[B, KV, L, d]`` into the cache; once a layer, before ``attend``."""
+        ...
+
+    @property
+    def adapter(self) -> AdapterChoice:
+        """Whose adapter the rows are computed with."""
         ...
 
     @property
@@ -72,8 +78,10 @@ class PrefillView:
         mask: mx.array | str | None,
         frequencies: mx.array | None,
         ends: tuple[int, ...] | None = None,
+        adapter: int | None = None,
     ) -> None:
         self.positions, self.frequencies, self.ends = positions, frequencies, ends
+        self.adapter: AdapterChoice = adapter
         self._storage, self._layers = storage, layers
         self._start, self._end = start, start + length
         self._first, self._mask = first, mask
@@ -123,7 +131,9 @@ class RingPrefillView:
         length: int,
         padding: mx.array | None,
         frequencies: mx.array | None,
+        adapter: int | None = None,
     ) -> None:
+        self.adapter: AdapterChoice = adapter
         self.positions: int | mx.array = start if padding is None else start - padding
         self.frequencies, self.ends = frequencies, None
         self._storage, self._layers, self._window = storage, layers, window
@@ -172,7 +182,9 @@ class DecodeView:
         length: int,
         window: Window | None,
         frequencies: mx.array | None,
+        adapter: AdapterChoice = None,
     ) -> None:
+        self.adapter = adapter
         self.positions: mx.array = lengths if padding is None else lengths - padding
         self.frequencies, self.ends = frequencies, None
         self._storage, self.layers = storage, layers
@@ -199,7 +211,8 @@ class DecodeView:
 class GroupedDecodeView:
     """Rows of several ``views``, one behind the other: each group's attention is over its own arrays."""
 
-    def __init__(self, views: Sequence[DecodeView]) -> None:
+    def __init__(self, views: Sequence[DecodeView], adapter: AdapterChoice = None) -> None:
+        self.adapter = adapter
         self.positions: mx.array = mx.concatenate([view.positions for view in views])
         self.frequencies, self.ends = views[0].frequencies, None
         self._views = views

@@ -116,7 +116,7 @@ def _is_evaluation(place: Path) -> bool:
 
 
 def _is_prompt(place: Path) -> bool:
-    from mlx_mixtral.runtime.prompt_cache import is_saved_prompt
+    from mlx_mixtral.runtime.saved_prompt import is_saved_prompt
 
     return is_saved_prompt(place)
 

@@ -89,7 +89,7 @@ def generate(given: GenerateOptions) -> None:
     from mlx_mixtral.cli.answer import print_answer
     from mlx_mixtral.cli.destinations import PROMPT, check_place
     from mlx_mixtral.cli.load import load_with_speculation
-    from mlx_mixtral.runtime.prompt_cache import check_saved
+    from mlx_mixtral.runtime.saved_prompt import check_saved
 
     # Everything that can be refused without the model is refused before it is loaded.
     sampling = given.sampling.params(given.logprobs)

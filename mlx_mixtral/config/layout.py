@@ -29,6 +29,7 @@ __all__ = [
     "Matrix",
     "Norm",
     "Rows",
+    "experts_path",
     "fields_of",
     "hf_name",
     "layer_path",

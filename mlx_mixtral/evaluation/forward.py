@@ -79,7 +79,7 @@ def predict(
     """As ``score``, from hidden states ``[B, n, D]``, one for each of ``targets [B, n]``."""
     parts: list[list[Scored]] = [[] for _ in targets]
     for start, stop in _pieces(hidden.shape[1], len(targets), model.config.vocab_size):
-        logits = model.module.head(hidden[:, start:stop]).astype(mx.float32)  # [B, n, V]
+        logits = model.module.head(hidden[:, start:stop], model.module.adapter).astype(mx.float32)  # [B, n, V]
         wanted = None if ids is None else mx.array(ids[:, start:stop])
         for part, piece in zip(parts, _scored(logits, mx.array(targets[:, start:stop]), top_k, wanted), strict=True):
             part.append(piece)

@@ -17,10 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from mlx.nn.layers.base import Module
 
+from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.errors import CheckpointError
 from mlx_mixtral.experts.pool import Key, SlotPool
 from mlx_mixtral.experts.store import Counters, ExpertStore, Loading
+from mlx_mixtral.layers.adapted_experts import ExpertChanges, PairChanges, changes_of_pairs
 from mlx_mixtral.layers.expert_bank import ExpertBank, token_rows
+from mlx_mixtral.layers.linear import Products
 
 __all__ = ["GatheredExperts", "Prefetch"]
 
@@ -41,6 +44,18 @@ class GatheredExperts(Module):
         self.bank = bank
         self._store = store
         self._pool: SlotPool | None = None
+        self._adapted: dict[int, ExpertChanges] = {}
+
+    @property
+    def adapted(self) -> dict[int, ExpertChanges]:
+        """What adapters make of the experts, by their numbers."""
+        return self._adapted
+
+    @property
+    def products(self) -> Products:
+        """Who multiplies."""
+        assert self.bank is not None
+        return self.bank.products
 
     @property
     def pool(self) -> SlotPool | None:
@@ -61,18 +76,25 @@ class GatheredExperts(Module):
         self.bank, self._pool = pool.bank, pool
 
     def __call__(
-        self, x: mx.array, selected_experts: mx.array, num_experts: int, ahead: Prefetch | None = None
-    ) -> mx.array:
+        self,
+        x: mx.array,
+        selected_experts: mx.array,
+        num_experts: int,
+        ahead: Prefetch | None = None,
+        choice: AdapterChoice = None,
+    ) -> tuple[mx.array, mx.array | None]:
         """Each token through each of its experts: ``x [B, L, D]``, ``selected_experts [B, L, K]`` give ``[B, L, K, D]``.
+
+        The second result is what adapters add to the first; None where they add nothing.
 
         Raises:
             CheckpointError: an expert cannot be read.
         """
         if self._pool is None:
             assert self.bank is not None
-            return self.bank(x, selected_experts, num_experts)
+            return self.bank.outputs(x, selected_experts, num_experts, choice, self._adapted)
         chosen = self._read_back(selected_experts, ahead)
-        return _Call(self, self._pool, self._store, x, chosen, selected_experts.shape).run()
+        return _Call(self, self._pool, self._store, x, chosen, selected_experts.shape, choice).run()
 
     def _read_back(self, selected_experts: mx.array, ahead: Prefetch | None) -> Indices:
         """The router's choice ``[P]`` on the host: the only synchronisation of a layer."""
@@ -122,16 +144,18 @@ class _Call:
         x: mx.array,
         chosen: Indices,
         shape: tuple[int, ...],
+        choice: AdapterChoice,
     ) -> None:
         self.layer, self.num_experts = experts.layer, experts.num_experts
+        self.choice, self.adapted = choice, experts.adapted
         self.pool, self.store = pool, store
         self.x, self.chosen, self.shape = x, chosen, shape
         self.is_sorted = pool.bank.sorts(shape, experts.num_experts)
         self.loading: dict[int, Loading] = {}
-        self.outputs: list[mx.array] = []
+        self.outputs: list[tuple[mx.array, mx.array | None]] = []
         self.order: list[Indices] = []
 
-    def run(self) -> mx.array:
+    def run(self) -> tuple[mx.array, mx.array | None]:
         pool, counters = self.pool, self.store.counters
         # Reading back has waited for all of it, but for results nobody asked for.
         pool.wait()
@@ -154,7 +178,7 @@ class _Call:
             pool.wait()
         return result
 
-    def _take_turns(self, hits: list[int], misses: deque[int]) -> mx.array:
+    def _take_turns(self, hits: list[int], misses: deque[int]) -> tuple[mx.array, mx.array | None]:
         pool = self.pool
         for expert in [expert for expert in misses if self._key(expert) in pool.prefetched]:
             self.loading[expert] = pool.prefetched.pop(self._key(expert))
@@ -221,15 +245,14 @@ class _Call:
         self._begin(misses, [], self.pool.size)
         pairs = np.flatnonzero(self.chosen == expert)
         slots = mx.array(np.full(len(pairs), loading.slot, np.uint32))
-        inner = bank.inner(self._rows(pairs), slots, is_sorted=False)
+        changes = self._changes(pairs)
+        inner = bank.inner(self._rows(pairs), slots, changes, is_sorted=False)
         # Until the rest is there nothing but ``inner`` reads this slot, and the threads write to none of what it reads.
         self._start(inner)
         if (problem := self.store.finish([loading])) is not None:
             raise problem
         self.pool.put(self._key(expert), self.loading.pop(expert).slot)
-        y = bank.down(inner, slots, is_sorted=False).squeeze(-2)
-        self._start(y)
-        self._keep(y, pairs)
+        self._keep(*bank.outer(inner, slots, changes, is_sorted=False), pairs)
 
     def _abandon(self) -> None:
         """After a failure: no thread writes any more, and what it wrote counts as nothing."""
@@ -246,7 +269,8 @@ class _Call:
         slot_of = np.zeros(self.num_experts, np.uint32)
         slot_of[experts] = [self.pool.slot(self._key(expert)) for expert in experts]
         slots, bank = slot_of[self.chosen[pairs]], self.pool.bank
-        if len(pairs) == len(self.chosen):
+        change = None
+        if len(pairs) == len(self.chosen) and (self.choice is None or not self.adapted):
             y = bank(self.x, mx.array(slots.reshape(self.shape)), self.num_experts)
             y = y.reshape(len(pairs), -1)
         else:
@@ -260,9 +284,17 @@ class _Call:
                 filler = np.concatenate([np.arange(count), np.full(missing, count - 1)])
             else:
                 filler = np.arange(count)
-            y = bank.pairs(self._rows(pairs[filler]), mx.array(slots[filler]), is_sorted=self.is_sorted)[:count]
-        self._start(y)
-        self._keep(y, pairs)
+            filled = pairs[filler]
+            y, change = bank.pairs(
+                self._rows(filled), mx.array(slots[filler]), self._changes(filled), is_sorted=self.is_sorted
+            )
+            y, change = y[:count], None if change is None else change[:count]
+        self._keep(y, change, pairs)
+
+    def _changes(self, pairs: Indices) -> PairChanges | None:
+        """What adapters change of these pairs."""
+        experts = self.chosen[pairs]
+        return changes_of_pairs(self.choice, self.adapted, experts, pairs, self.shape, is_sorted=self.is_sorted)
 
     def _rows(self, pairs: Indices) -> mx.array:
         """The tokens ``[P, 1, D]`` of token-expert pairs."""
@@ -272,17 +304,26 @@ class _Call:
         self.pool.track(result)
         mx.async_eval(result)
 
-    def _keep(self, y: mx.array, pairs: Indices) -> None:
-        self.outputs.append(y)
+    def _keep(self, y: mx.array, change: mx.array | None, pairs: Indices) -> None:
+        self._start(y)
+        if change is not None:
+            self._start(change)
+        self.outputs.append((y, change))
         self.order.append(pairs)
 
-    def _assembled(self) -> mx.array:
+    def _assembled(self) -> tuple[mx.array, mx.array | None]:
         """The groups' results in the order of the call."""
-        shape = (*self.shape, self.x.shape[-1])
-        if len(self.outputs) == 1:
-            return self.outputs[0].reshape(shape)
-        back = np.argsort(np.concatenate(self.order))
-        return mx.concatenate(self.outputs)[mx.array(back)].reshape(shape)
+        ys, changes = [y for y, _ in self.outputs], [change for _, change in self.outputs]
+        if all(change is None for change in changes):
+            return self._in_order(ys), None
+        there = [mx.zeros_like(y) if change is None else change for y, change in self.outputs]
+        return self._in_order(ys), self._in_order(there)
+
+    def _in_order(self, parts: list[mx.array]) -> mx.array:
+        shape, order = (*self.shape, self.x.shape[-1]), np.concatenate(self.order)
+        if len(parts) == 1 and (order == np.arange(len(order))).all():
+            return parts[0].reshape(shape)
+        return mx.concatenate(parts)[mx.array(np.argsort(order))].reshape(shape)
 
     def _key(self, expert: int) -> Key:
         return (self.layer, expert)

@@ -65,7 +65,7 @@ def first_logits(context: DecodeContext, request: Request, cache: KVCache) -> mx
             if hidden is None and request.on_prefill is not None:
                 request.on_prefill(before + done, total)
         assert hidden is not None
-        return context.model.head(hidden[:, -1])
+        return context.model.head(hidden[:, -1], cache.adapter)
 
 
 def read_token(sampled: Sampled) -> Token:

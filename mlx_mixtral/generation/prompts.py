@@ -150,8 +150,8 @@ def taken(prefixes: Prefixes | None, row: BatchRow, least: int) -> KVCache | Non
     if prefixes is None:
         return None
     if not row.made:
-        return prefixes.take(row.tokens, least)
-    cache, latest = prefixes.take(row.sequence, 1), len(row.tokens) - least
+        return prefixes.take(row.tokens, least, row.request.adapter)
+    cache, latest = prefixes.take(row.sequence, 1, row.request.adapter), len(row.tokens) - least
     if cache is None or not latest < cache.length < len(row.tokens):
         return cache
     if cache.length - latest > cache.trimmable:

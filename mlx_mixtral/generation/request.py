@@ -33,6 +33,7 @@ class Request:
         on_prefill: told ``(done, total)`` prompt tokens while the prompt is computed; raising from it cancels.
         stats: filled in as it goes.
         constraint: which tokens may come; a loop that does not know of it must not carry out the request.
+        adapter: number of the adapter it is computed with; None for the model itself.
     """
 
     tokens: Sequence[int]
@@ -42,6 +43,7 @@ class Request:
     on_prefill: Callable[[int, int], None] | None = None
     stats: GenerationStats = field(default_factory=GenerationStats)
     constraint: Constraint | None = None
+    adapter: int | None = None
 
 
 Decoder = Callable[[DecodeContext, Request, KVCache], Generator[Token, None, None]]

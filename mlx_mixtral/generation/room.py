@@ -68,6 +68,9 @@ class Room:
         if len(joining) > 1:
             if not go_together(self._model, [len(row.tokens) for row in joining]):
                 return False
+            # The rows of a prompt's cache have one adapter.
+            if any(row.request.adapter != joining[0].request.adapter for row in joining):
+                return False
             # One that goes on from an earlier prompt has other columns than those beside it.
             if any(row.made or self.reusable(row) for row in joining):
                 return False
@@ -80,7 +83,7 @@ class Room:
         """Tokens of its prompt that need not be computed."""
         if self._prefixes is None:
             return 0
-        return self._prefixes.reusable(row.tokens, self._model.min_prompt_tokens)
+        return self._prefixes.reusable(row.tokens, self._model.min_prompt_tokens, row.request.adapter)
 
     def claim(self, cache: BatchCache, jobs: Sequence[PromptJob], shared: int) -> bool:
         """Take back what rows need of borrowed memory; whether the next step needs more columns than there are."""

@@ -39,12 +39,15 @@ class Prefixes(Protocol):
         """Whether they lie in memory that rows have the first right to: see ``shrink``."""
         ...
 
-    def reusable(self, tokens: Sequence[int], left: int) -> int:
+    def reusable(self, tokens: Sequence[int], left: int, adapter: int | None) -> int:
         """How many tokens ``take`` would give."""
         ...
 
-    def take(self, tokens: Sequence[int], left: int) -> KVCache | None:
-        """A cache of a beginning of ``tokens``, without the last ``left`` at least; the caller's own from now on."""
+    def take(self, tokens: Sequence[int], left: int, adapter: int | None) -> KVCache | None:
+        """A cache of a beginning of ``tokens``, without the last ``left`` at least; the caller's own from now on.
+
+        It was computed with ``adapter``.
+        """
         ...
 
     def put(self, tokens: Sequence[int], cache: KVCache) -> None:

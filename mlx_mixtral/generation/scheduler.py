@@ -277,7 +277,7 @@ class Scheduler:
         """The prompts are computed: their rows run now, and as many of their siblings as there is room for."""
         self._jobs.remove(job)
         # As in a step, one token a row: more would be multiplied, and rounded, as a prompt is.
-        logits, running = self._model.head(hidden)[:, -1], self._running
+        logits, running = self._model.head(hidden, job.cache.adapter)[:, -1], self._running
         rows: list[BatchRow] = []
         places: list[int] = []
         for place, row in enumerate(job.rows):
@@ -323,7 +323,8 @@ class Scheduler:
             return
         cache = taken(self._prefixes, rows[0], self._model.min_prompt_tokens) if len(rows) == 1 else None
         if cache is None:
-            cache = self._model.make_cache(max_tokens=max(len(row.tokens) for row in rows))
+            longest = max(len(row.tokens) for row in rows)
+            cache = self._model.make_cache(max_tokens=longest, adapter=rows[0].request.adapter)
         for row in rows:
             self._admit(row, min(cache.length, len(row.tokens)))
         row = rows[0]

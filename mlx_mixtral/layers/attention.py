@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.cache.views import CacheView
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.layers.linear import MLX, Linear, Products
@@ -45,7 +46,7 @@ class Attention(Module):
             self._update_for_last(x, layer, view) if last_only and x.shape[1] > 1 else self._update(x, layer, view)
         )
         y = view.attend(layer, queries, self._scale, self._products.attention, last_only=last_only)
-        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(x.shape[0], y.shape[2], -1))
+        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(x.shape[0], y.shape[2], -1), view.adapter)
 
     def remember(self, x: mx.array, layer: int, view: CacheView) -> None:
         """Put keys and values of ``x [B, L, D]`` into the cache and compute nothing else."""
@@ -54,7 +55,7 @@ class Attention(Module):
     def _update(self, x: mx.array, layer: int, view: CacheView) -> mx.array:
         """Queries ``[B, H, L, d]``; keys and values are put into the cache."""
         B, L, _ = x.shape
-        projected = [projection(x) for projection in self.qkv]
+        projected = [projection(x, view.adapter) for projection in self.qkv]
         qkv = projected[0] if len(projected) == 1 else mx.concatenate(projected, axis=-1)
         rotated = (self.heads + self.kv_heads) * self.head_dim
         qk, v = qkv[..., :rotated], qkv[..., rotated:]
@@ -68,12 +69,12 @@ class Attention(Module):
     def _update_for_last(self, x: mx.array, layer: int, view: CacheView) -> mx.array:
         """Queries ``[B, H, 1, d]`` of the last token alone; keys and values of all are put into the cache."""
         self._update_keys(x, layer, view)
-        queries = self._heads_of(self._rows_of_qkv(last_of(x, view), 0, self.heads))
+        queries = self._heads_of(self._rows_of_qkv(last_of(x, view), 0, self.heads, view.adapter))
         ends = x.shape[1] - 1 if view.ends is None else mx.array(view.ends, mx.int32)
         return self.rotary(queries, view.positions + ends, view.frequencies)
 
     def _update_keys(self, x: mx.array, layer: int, view: CacheView) -> None:
-        both = self._heads_of(self._rows_of_qkv(x, self.heads, self.heads + 2 * self.kv_heads))
+        both = self._heads_of(self._rows_of_qkv(x, self.heads, self.heads + 2 * self.kv_heads, view.adapter))
         keys, values = both[:, : self.kv_heads], both[:, self.kv_heads :]
         view.update(layer, self.rotary(keys, view.positions, view.frequencies), values)
 
@@ -82,9 +83,9 @@ class Attention(Module):
         B, L, _ = projected.shape
         return projected.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)
 
-    def _rows_of_qkv(self, x: mx.array, first: int, end: int) -> mx.array:
+    def _rows_of_qkv(self, x: mx.array, first: int, end: int, choice: AdapterChoice) -> mx.array:
         """What heads ``first`` to ``end`` of q, k and v are: both ends are those of a matrix where there are three."""
         if len(self.qkv) == 1:
-            return self.qkv[0].part(first * self.head_dim, end * self.head_dim)(x)
-        projected = [projection(x) for projection in (self.qkv[:1] if first == 0 else self.qkv[1:])]
+            return self.qkv[0].part(first * self.head_dim, end * self.head_dim)(x, choice)
+        projected = [projection(x, choice) for projection in (self.qkv[:1] if first == 0 else self.qkv[1:])]
         return projected[0] if len(projected) == 1 else mx.concatenate(projected, axis=-1)

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.layers.blas import BLOCK, FloatMatrix, Floats, matrix_of, product, write_product
-from mlx_mixtral.layers.linear import MLX, Products, Weights
+from mlx_mixtral.layers.linear import MLX, Changes, Products, Weights
 from mlx_mixtral.machine.device import Device
 from mlx_mixtral.machine.processor import blas_name, one_blas_thread, shares_blas, thread_count
 from mlx_mixtral.weights.dtypes import bytes_of
@@ -99,7 +99,17 @@ class CpuProducts(Products):
     def sorts(self, shape: tuple[int, ...], num_experts: int) -> bool:
         return _is_long(shape)
 
-    def swiglu(self, gate: mx.array, up: mx.array, *, is_long: bool) -> mx.array:
+    def low_rank(self, x: mx.array, y: mx.array, a: Weights, b: Weights) -> mx.array:
+        return y + self.linear(self.linear(x, a), b)
+
+    def weighted_sum(
+        self, residual: mx.array, weights: mx.array, y: mx.array, change: mx.array | None = None
+    ) -> mx.array:
+        return super().weighted_sum(residual, weights, y if change is None else y + change)
+
+    def swiglu(self, gate: mx.array, up: mx.array, *, is_long: bool, changes: Changes = (None, None)) -> mx.array:
+        of_gate, of_up = changes
+        gate, up = gate if of_gate is None else gate + of_gate, up if of_up is None else up + of_up
         if not is_long:
             return super().swiglu(gate, up, is_long=False)
         result, y = _allocated(gate.shape)

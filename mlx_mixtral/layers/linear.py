@@ -6,13 +6,15 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.layers.compiled import Compiled
+from mlx_mixtral.layers.runs import by_runs
 
 __all__ = ["MLX", "Linear", "Products", "StackedLinear", "Weights", "gathers_sorted"]
 
@@ -82,13 +84,36 @@ class Products:
             sorted_indices=is_sorted,
         )
 
+    def low_rank(self, x: mx.array, y: mx.array, a: Weights, b: Weights) -> mx.array:
+        """``y + (x A^T) B^T`` for ``x [..., in]``, ``y [..., out]``, ``A [r, in]`` and ``B [out, r]``: two kernels."""
+        low = x @ a.weight.T
+        rows = prod(x.shape[:-1])
+        added = mx.addmm(y.reshape(rows, -1), low.reshape(rows, -1), b.weight.T)
+        return added.reshape(y.shape)
+
+    def weighted_sum(
+        self, residual: mx.array, weights: mx.array, y: mx.array, change: mx.array | None = None
+    ) -> mx.array:
+        """``residual + sum_k weights_k (y_k + change_k)`` for ``y [B, L, K, D]``, ``weights [B, L, K]``: one kernel."""
+        if change is not None:
+            return _weighted_sum(residual, weights, y, change)
+        return mx.addmm(residual[..., None, :], weights[..., None, :], y).squeeze(-2)
+
     def sorts(self, shape: tuple[int, ...], num_experts: int) -> bool:
         """Whether the token-expert pairs of a call, ``[B, L, K]``, are sorted by expert before they are gathered."""
         return gathers_sorted(prod(shape), num_experts)
 
-    def swiglu(self, gate: mx.array, up: mx.array, *, is_long: bool) -> mx.array:
-        """``silu(gate) * up`` in one kernel; ``is_long`` says that the call it is part of has many rows."""
-        return _swiglu(gate, up)
+    def swiglu(self, gate: mx.array, up: mx.array, *, is_long: bool, changes: Changes = (None, None)) -> mx.array:
+        """``silu(gate) * up`` in one kernel; ``is_long`` says that the call it is part of has many rows.
+
+        ``changes`` are added to either first, in the same kernel.
+        """
+        of_gate, of_up = changes
+        if of_gate is None and of_up is None:
+            return _swiglu(gate, up)
+        if of_gate is None:
+            return _swiglu_up(gate, up, of_up)
+        return _swiglu_gate(gate, up, of_gate) if of_up is None else _swiglu_both(gate, up, of_gate, of_up)
 
     def attention(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
@@ -97,8 +122,41 @@ class Products:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
-_swiglu = Compiled[[mx.array, mx.array], mx.array](lambda gate, up: gate * mx.sigmoid(gate) * up, shapeless=True)
+def _gated(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
+
+
+def _summed(residual: mx.array, weights: mx.array, y: mx.array, change: mx.array) -> mx.array:
+    total = residual
+    for k in range(y.shape[-2]):
+        total = total + weights[..., k : k + 1] * (y[..., k, :] + change[..., k, :])
+    return total
+
+
+_swiglu = Compiled(_gated, shapeless=True)
+_swiglu_gate = Compiled(lambda gate, up, change: _gated(gate + change, up), shapeless=True)
+_swiglu_up = Compiled(lambda gate, up, change: _gated(gate, up + change), shapeless=True)
+_swiglu_both = Compiled(lambda gate, up, of_gate, of_up: _gated(gate + of_gate, up + of_up), shapeless=True)
+_weighted_sum = Compiled(_summed)
+Changes = tuple[mx.array | None, mx.array | None]
+"""What is added to gate and to up, None for nothing."""
 MLX = Products()
+
+
+class Adapted(Protocol):
+    """What an adapter makes of a matrix: see ``layers.adapted``."""
+
+    def product(self, x: mx.array, y: mx.array, products: Products) -> mx.array:
+        """What stands in place of the base's product ``y [..., out]`` of ``x [..., in]``."""
+        ...
+
+    def rows(self, indices: mx.array, y: mx.array) -> mx.array:
+        """What stands in place of the base's rows ``y [..., in]``, which ``indices [...]`` name."""
+        ...
+
+    def part(self, start: int, stop: int) -> Adapted:
+        """The same for the matrix' rows ``start`` to ``stop``."""
+        ...
 
 
 class Weights(Module):
@@ -149,17 +207,35 @@ class Weights(Module):
 
 
 class Linear(Weights):
-    r"""``y = x W^T`` for ``x [..., in]``, giving ``[..., out]``; no bias, as nowhere in this family."""
+    r"""``y = x W^T`` for ``x [..., in]``, giving ``[..., out]``; no bias, as nowhere in this family.
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._products.linear(x, self)
+    ``adapted`` is what adapters make of it, by their numbers; ``choice`` says which rows of ``x`` are whose.
+    """
+
+    def __init__(self, arrays: dict[str, mx.array], spec: QuantizationSpec | None, products: Products = MLX) -> None:
+        super().__init__(arrays, spec, products)
+        self._adapted: dict[int, Adapted] = {}
+
+    @property
+    def adapted(self) -> dict[int, Adapted]:
+        return self._adapted
+
+    def __call__(self, x: mx.array, choice: AdapterChoice = None) -> mx.array:
+        y = self._products.linear(x, self)
+        return by_runs(choice, self._adapted, y, lambda own, rows, part: own.product(x[rows], part, self._products))
 
     def part(self, start: int, stop: int) -> Linear:
         """Its rows from ``start`` to ``stop`` as a matrix of their own: views, nothing is copied."""
-        return Linear({name: array[start:stop] for name, array in self.arrays.items()}, self.spec, self._products)
+        part = Linear({name: array[start:stop] for name, array in self.arrays.items()}, self.spec, self._products)
+        part.adapted.update({number: own.part(start, stop) for number, own in self._adapted.items()})
+        return part
 
-    def rows(self, indices: mx.array, dtype: mx.Dtype) -> mx.array:
+    def rows(self, indices: mx.array, dtype: mx.Dtype, choice: AdapterChoice = None) -> mx.array:
         """Rows of the matrix, dequantised: an embedding look-up. ``indices [...]`` gives ``[..., in]``."""
+        y = self._rows(indices, dtype)
+        return by_runs(choice, self._adapted, y, lambda own, rows, part: own.rows(indices[rows], part))
+
+    def _rows(self, indices: mx.array, dtype: mx.Dtype) -> mx.array:
         if self.spec is None:
             return self.weight[indices]
         scales, biases, group_size, bits, mode = self.packed

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import mlx.core as mx
 
 from mlx_mixtral.budget.slots import ModelSizes
-from mlx_mixtral.config.layout import layer_path
+from mlx_mixtral.config.layout import experts_path, layer_path
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.distributed.shares import Share
@@ -217,6 +217,20 @@ class Builder:
                         experts[expert].append(part)
                 above += self.held.matrices[path].out_features
         return experts
+
+    def matrix_groups(self) -> Iterator[list[str]]:
+        """Paths of the held matrices but for gathered experts', those of one module together: embedding, head, then layers."""
+        outside = ["model.embed_tokens", "lm_head"]
+        yield from ([path] for path in outside if path in self.held.matrices)
+        for layer in self.held.layers:
+            path, experts = layer_path(layer), experts_path(self.config, layer)
+            yield from self._fused([f"{path}.self_attn.{name}_proj" for name in "qkv"])
+            yield [f"{path}.self_attn.o_proj"]
+            if self.config.is_dense:
+                yield from self._fused([f"{experts}.gate_proj", f"{experts}.up_proj"])
+                yield [f"{experts}.down_proj"]
+            else:
+                yield [f"{path}.block_sparse_moe.gate"]
 
     def _fused(self, paths: Sequence[str]) -> list[list[str]]:
         """Which of ``paths`` become one matrix: all of them, or each its own where bits, group or mode differ."""

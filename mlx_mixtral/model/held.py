@@ -101,7 +101,7 @@ class HeldWeights:
 
     def places(self, path: str, field: Field) -> list[HeldRows]:
         """Where a field of a held matrix lies, one entry for each expert."""
-        whole, cut = self.checkpoint_matrices[path], self._columns_cut(path)
+        whole, cut = self.checkpoint_matrices[path], self.columns_cut(path)
         rows = None if whole.path.endswith(_DOWN) or cut is None else cut
         columns = None
         if cut is not None and rows is None:
@@ -116,7 +116,7 @@ class HeldWeights:
     def _group_size(self) -> int:
         return _group_size(self.checkpoint_matrices, self.specs)
 
-    def _columns_cut(self, path: str) -> range | None:
+    def columns_cut(self, path: str) -> range | None:
         """The slice of the experts' width that is held, for a matrix of experts that are cut."""
         columns = None if self.share is None else self.share.columns
         whole = self.checkpoint_matrices[path]
@@ -130,7 +130,7 @@ class HeldWeights:
         return columns
 
     def _cut(self, matrix: Matrix) -> Matrix:
-        columns = self._columns_cut(matrix.path)
+        columns = self.columns_cut(matrix.path)
         if columns is None:
             return matrix
         if matrix.path.endswith(_DOWN):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.distributed.group import Group
 from mlx_mixtral.experts.gather import GatheredExperts, Prefetch
 from mlx_mixtral.layers.linear import Linear
@@ -15,8 +16,9 @@ __all__ = ["Ahead", "Observer", "SparseMoe", "route"]
 
 Observer = Callable[[mx.array, mx.array], None]
 """Told the experts chosen ``[B, L, K]``, in no particular order, and the gate's logits ``[B, L, E]``, both lazy."""
-Ahead = Callable[[mx.array], Prefetch | None]
-"""From hidden states ``[B, L, D]`` before a layer's experts to a guess at the next layer's; None for no guess."""
+Ahead = Callable[[mx.array, AdapterChoice], Prefetch | None]
+"""From hidden states ``[B, L, D]`` before a layer's experts, and whose they are, to a guess at the next layer's experts; None
+for no guess."""
 
 
 def route(gate_logits: mx.array, num_experts_per_tok: int) -> tuple[mx.array, mx.array]:
@@ -66,17 +68,17 @@ class SparseMoe(Module):
         """Let a streamed layer guess the experts of the next one, from the state that enters its own; None ends it."""
         self._ahead = ahead
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """``residual + y`` for ``x [B, L, D]``: the weighted sum and the residual are one matrix product."""
-        gate_logits = self.gate(x)  # [B, L, E]
+    def __call__(self, x: mx.array, residual: mx.array, choice: AdapterChoice = None) -> mx.array:
+        """``residual + y`` for ``x [B, L, D]``: the weighted sum and the residual are one kernel."""
+        gate_logits = self.gate(x, choice)  # [B, L, E]
         selected_experts, weights = route(gate_logits, self.num_experts_per_tok)  # [B, L, K]
         for observer in self._observers.values():
             observer(selected_experts, gate_logits)
-        ahead = self._ahead(residual) if self._ahead is not None else None
-        y = self.experts(x, selected_experts, self.num_experts, ahead)  # [B, L, K, D]
+        ahead = self._ahead(residual, choice) if self._ahead is not None else None
+        y, change = self.experts(x, selected_experts, self.num_experts, ahead, choice)  # [B, L, K, D]
         if self._group is None or self._group.is_leader:
-            added = mx.addmm(residual[..., None, :], weights[..., None, :], y).squeeze(-2)
+            added = self.experts.products.weighted_sum(residual, weights, y, change)
         else:
-            added = (weights[..., None, :] @ y).squeeze(-2)
+            added = (weights[..., None, :] @ (y if change is None else y + change)).squeeze(-2)
         # The residual enters the sum once.
         return added if self._group is None else self._group.sum(added)

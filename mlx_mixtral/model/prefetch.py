@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.experts.gather import Prefetch
 from mlx_mixtral.model.moe import SparseMoe, route
@@ -86,7 +87,7 @@ class _Guess:
     def __init__(self, control: PrefetchControl, following: DecoderLayer, *, counts: bool) -> None:
         self._control, self._following, self._counts = control, following, counts
 
-    def __call__(self, residual: mx.array) -> Prefetch | None:
+    def __call__(self, residual: mx.array, choice: AdapterChoice) -> Prefetch | None:
         # A chunk of a prompt needs all experts anyway.
         if residual.shape[1] > 1:
             return None
@@ -96,5 +97,6 @@ class _Guess:
             return None
         moe = self._following.moe
         assert isinstance(moe, SparseMoe)
-        guessed, _ = route(moe.gate(self._following.post_attention_norm(residual)), moe.num_experts_per_tok)
+        normed = self._following.post_attention_norm(residual, choice)
+        guessed, _ = route(moe.gate(normed, choice), moe.num_experts_per_tok)
         return Prefetch(moe.experts, guessed)

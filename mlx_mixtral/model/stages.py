@@ -6,6 +6,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.cache.views import CacheView
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.distributed.link import Link
@@ -19,7 +20,7 @@ class Staged(Protocol):
     config: MixtralConfig
     dtype: mx.Dtype
 
-    def embed(self, tokens: mx.array) -> mx.array: ...
+    def embed(self, tokens: mx.array, choice: AdapterChoice = None) -> mx.array: ...
 
     def stage(self, x: mx.array, view: CacheView, *, last_only: bool = False) -> mx.array: ...
 
@@ -51,7 +52,7 @@ def through_stages(
         if stage == rank:
             if x is None:
                 assert stage == 0
-                x = model.embed(tokens)
+                x = model.embed(tokens, view.adapter)
             else:
                 mx.eval(x)
             if is_last and remembers:

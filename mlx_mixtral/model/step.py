@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
+from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.cache.storage import KVStorage, LayerArrays
 from mlx_mixtral.cache.views import CacheView, DecodeView, GroupedDecodeView
 from mlx_mixtral.cache.window import Window
@@ -51,7 +52,7 @@ class DecodeStep:
     def _step(self, tokens: mx.array, cache: StepCache, *, last_only: bool) -> mx.array:
         model, (rows, L) = self._model, tokens.shape
         cache.reserve(rows, L)
-        run = self._run(Kind(cache.storage, cache.window, last_only))
+        run = self._run(Kind(cache.storage, cache.window, last_only, cache.adapter))
         table = model.frequencies(cache.length + L)
         parts, orders = cache.parts, cache.orders
         held = [(part.layers, part.lengths, part.padding) for part in parts]
@@ -97,6 +98,9 @@ class StepCache(Protocol):
     def window(self) -> Window | None: ...
 
     @property
+    def adapter(self) -> AdapterChoice: ...
+
+    @property
     def length(self) -> int: ...
 
     @property
@@ -114,6 +118,7 @@ class Kind(NamedTuple):
     storage: KVStorage
     window: Window | None
     last_only: bool
+    adapter: AdapterChoice
 
 
 HeldPart = tuple[list[LayerArrays], mx.array, mx.array | None]
@@ -128,10 +133,10 @@ def _step(
 ) -> tuple[mx.array, list[tuple[list[LayerArrays], mx.array]]]:
     length = tokens.shape[1]
     views = [
-        DecodeView(kind.storage, list(layers), lengths, padding, length, kind.window, table)
+        DecodeView(kind.storage, list(layers), lengths, padding, length, kind.window, table, kind.adapter)
         for layers, lengths, padding in parts
     ]
-    view: CacheView = views[0] if len(views) == 1 else GroupedDecodeView(views)
+    view: CacheView = views[0] if len(views) == 1 else GroupedDecodeView(views, kind.adapter)
     hidden = model.through_layers(tokens, view, last_only=kind.last_only)
-    logits = model.head(hidden) if model.link is None or model.link.is_leader else hidden
+    logits = model.head(hidden, kind.adapter) if model.link is None or model.link.is_leader else hidden
     return logits, [(view.layers, lengths + length) for view, (_, lengths, _) in zip(views, parts, strict=True)]

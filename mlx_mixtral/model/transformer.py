@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
+from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.cache.options import KVOptions
 from mlx_mixtral.cache.quantized import PACKED_QUERIES
@@ -40,10 +42,11 @@ class DecoderLayer(Module):
 
     def __call__(self, x: mx.array, layer: int, view: CacheView, *, last_only: bool = False) -> mx.array:
         """``x [B, L, D]`` to ``[B, L, D]``, or with ``last_only`` to the last token's ``[B, 1, D]``."""
-        attended = self.attention(self.input_norm(x), layer, view, last_only=last_only)
+        choice = view.adapter
+        attended = self.attention(self.input_norm(x, choice), layer, view, last_only=last_only)
         h = (last_of(x, view) if last_only else x) + attended
-        normed = self.post_attention_norm(h)
-        return self.moe(normed, h) if isinstance(self.moe, SparseMoe) else h + self.moe(normed)
+        normed = self.post_attention_norm(h, choice)
+        return self.moe(normed, h, choice) if isinstance(self.moe, SparseMoe) else h + self.moe(normed, choice)
 
 
 class MixtralModel(Module):
@@ -74,6 +77,8 @@ class MixtralModel(Module):
         self.lm_head = lm_head
         self.min_prompt_tokens = min_prompt_tokens
         self.kv = KVOptions()
+        self.adapter: int | None = None
+        """The number of the adapter that caches are made for where nobody names one."""
         self.link: Link | None = None
         """To the machines that hold the rest of it."""
 
@@ -84,10 +89,17 @@ class MixtralModel(Module):
             if link.share.split == "experts" and isinstance(layer.moe, SparseMoe):
                 layer.moe.share_with(link.group)
 
-    def make_cache(self, left_padding: Sequence[int] | None = None, *, max_tokens: int | None = None) -> KVCache:
+    def make_cache(
+        self,
+        left_padding: Sequence[int] | None = None,
+        *,
+        max_tokens: int | None = None,
+        adapter: int | Literal["in use"] | None = "in use",
+    ) -> KVCache:
         """An empty cache; ``left_padding`` has one entry a row of the batch to come.
 
-        ``max_tokens`` are allocated at most while no more are held.
+        ``max_tokens`` are allocated at most while no more are held. Tokens are computed with ``adapter``, by its number, None
+        for the model itself.
         """
         c = self.config
         cache = KVCache(
@@ -99,9 +111,11 @@ class MixtralModel(Module):
             max_tokens=max_tokens,
             storage=self.kv.storage(c, self.dtype),
         )
+        cache.adapter = self.adapter if adapter == "in use" else adapter
         if self.link is not None and self.link.is_leader:
             cache.mirror = self.link
-            self.link.made("cache", cache, None, max_tokens or -1, *(left_padding or ()))
+            own = -1 if cache.adapter is None else cache.adapter
+            self.link.made("cache", cache, None, max_tokens or -1, own, *(left_padding or ()))
         return cache
 
     def hidden(
@@ -148,19 +162,19 @@ class MixtralModel(Module):
         if self.link is not None and self.link.share.split == "layers":
             through_stages(self, self.link, tokens, chunk, remembers=True)
         else:
-            self.remember_stage(self.embed(tokens), chunk)
+            self.remember_stage(self.embed(tokens, chunk.adapter), chunk)
         cache.advance(tokens.shape[1])
 
     def through_layers(self, tokens: mx.array, view: CacheView, *, last_only: bool = False) -> mx.array:
         """As ``hidden``, for tokens whose place in a cache ``view`` tells."""
         if self.link is not None and self.link.share.split == "layers":
             return through_stages(self, self.link, tokens, view, last_only=last_only)
-        return self.stage(self.embed(tokens), view, last_only=last_only)
+        return self.stage(self.embed(tokens, view.adapter), view, last_only=last_only)
 
-    def embed(self, tokens: mx.array) -> mx.array:
+    def embed(self, tokens: mx.array, choice: AdapterChoice = None) -> mx.array:
         """What enters the first layer, ``[B, L, D]``, of ``tokens [B, L]``."""
         assert self.embed_tokens is not None, "this machine does not hold the embedding"
-        return self.embed_tokens.rows(tokens, self.dtype)
+        return self.embed_tokens.rows(tokens, self.dtype, choice)
 
     def stage(self, x: mx.array, view: CacheView, *, last_only: bool = False) -> mx.array:
         """Hidden states ``x [B, L, D]`` through the layers held; ``last_only`` where those include the model's last."""
@@ -169,7 +183,7 @@ class MixtralModel(Module):
     def remember_stage(self, x: mx.array, view: CacheView) -> None:
         """As ``stage``, where of the last layer only keys and values are wanted."""
         x, last = self._before_last(x, view), self.layers[-1]
-        last.attention.remember(last.input_norm(x), len(self.layers) - 1, view)
+        last.attention.remember(last.input_norm(x, view.adapter), len(self.layers) - 1, view)
 
     def frequencies(self, length: int) -> mx.array | None:
         """Rotary frequencies of a sequence of ``length`` tokens, where the base alone does not say them."""
@@ -186,20 +200,21 @@ class MixtralModel(Module):
             x = layer(x, index, view)
         return x
 
-    def head(self, hidden: mx.array) -> mx.array:
-        """Logits ``[..., V]`` of hidden states ``[..., D]``."""
+    def head(self, hidden: mx.array, choice: AdapterChoice = None) -> mx.array:
+        """Logits ``[..., V]`` of hidden states ``[..., D]``, of rows whose adapters ``choice`` tells."""
         output = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         assert output is not None, "this machine does not hold the output head"
-        return output(self.final_norm(hidden))
+        return output(self.final_norm(hidden, choice), choice)
 
-    def final_norm(self, hidden: mx.array) -> mx.array:
+    def final_norm(self, hidden: mx.array, choice: AdapterChoice = None) -> mx.array:
         """Hidden states ``[..., D]`` as the output head takes them."""
         assert self.norm is not None, "this machine does not hold the final norm"
-        return self.norm(hidden)
+        return self.norm(hidden, choice)
 
     def __call__(self, tokens: mx.array, cache: KVCache | None = None) -> mx.array:
         """Lazy logits ``[B, L, V]`` of ``tokens [B, L]`` (int32), following what ``cache`` holds."""
-        return self.head(self.hidden(tokens, self.make_cache() if cache is None else cache))
+        cache = self.make_cache() if cache is None else cache
+        return self.head(self.hidden(tokens, cache), cache.adapter)
 
     @property
     def min_chunk_tokens(self) -> int:

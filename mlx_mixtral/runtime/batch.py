@@ -59,7 +59,7 @@ class Batch:
         max_stall_s: float = DEFAULT_MAX_STALL_S,
     ) -> None:
         self._scheduler = engine.scheduler(max_rows, max_stall_s=max_stall_s)
-        self._requests, self._guarded = requests, engine.guarded
+        self._requests, self._guarded, self._adapters = requests, engine.guarded, engine.adapters
         self._open: dict[int, TextRequest] = {}
         self._turn = threading.Lock()
         self._stepping: int | None = None
@@ -125,9 +125,12 @@ class Batch:
 
         Raises:
             ContextLengthError: they do not fit the memory budget.
+            InvalidRequestError: their adapter was removed meanwhile.
             ClosedError: the batch was closed.
         """
         self._check()
+        for made in requests:
+            self._adapters.by_number(made.request.adapter)
         tickets = self._scheduler.submit_group([made.request for made in requests], timeout_s=timeout_s)
         self._open.update(zip(tickets, requests, strict=True))
         return tickets

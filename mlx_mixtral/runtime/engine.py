@@ -20,16 +20,19 @@ from mlx_mixtral.generation.constrained import decode_constrained
 from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.logits import all_logits
 from mlx_mixtral.generation.loop import decode
-from mlx_mixtral.generation.request import Decoder, Request
+from mlx_mixtral.generation.request import Request
 from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S, Scheduler
 from mlx_mixtral.generation.speculation.cost import ForwardCost
 from mlx_mixtral.generation.stats import Token
 from mlx_mixtral.machine.device import Device, wired
 from mlx_mixtral.machine.streams import StreamLease
+from mlx_mixtral.model.adapting import Adapting
 from mlx_mixtral.model.prefetch import PrefetchControl
 from mlx_mixtral.model.step import DecodeStep
 from mlx_mixtral.model.transformer import MixtralModel
+from mlx_mixtral.runtime.adapters import Adapters
 from mlx_mixtral.runtime.follow import Follower
+from mlx_mixtral.runtime.generating import generated
 from mlx_mixtral.runtime.limits import context_limit, room_after
 from mlx_mixtral.runtime.prompt_cache import PromptCache, RowPrefixes
 from mlx_mixtral.runtime.rows import check_limits, default_rows
@@ -54,6 +57,7 @@ class Engine:
         planner: makes other plans of it.
         lease: the stream on ``device`` that it computes on; the engine's from now on, and given back when it is closed.
         allocate: a bank of expert slots, for when the plan changes.
+        adapting: puts adapters on ``module``.
         identity: tells the checkpoint from others; asked when a prompt is saved or loaded.
         settings: what it computes otherwise than the checkpoint says; a saved prompt is of the same.
         prefix_cache: bytes of earlier prompts that are kept; what the plan allows when None.
@@ -75,6 +79,7 @@ class Engine:
         *,
         lease: StreamLease,
         allocate: AllocateBank,
+        adapting: Adapting,
         identity: Callable[[], str],
         prefix_cache: int | None = None,
         settings: str = "",
@@ -92,6 +97,7 @@ class Engine:
         self._open: weakref.WeakSet[Closable] = weakref.WeakSet()
         self._step: DecodeStep | None = None
         self._module: MixtralModel | None = module
+        self.adapters = Adapters(self, adapting)
         self._begin(module)
 
     @property
@@ -223,7 +229,7 @@ class Engine:
             speculation = None  # every step has other rotary frequencies: several tokens cannot share a forward
         plain = decode if request.constraint is None else decode_constrained
         decoder = plain if speculation is None else speculation.decoder(self, request)
-        steps = self.opened(self._generated(self.context, decoder, request))
+        steps = self.opened(generated(self, decoder, request))
         if speculation is not None:
             for other in speculation.engines:
                 other.remember(steps)
@@ -279,12 +285,13 @@ class Engine:
         """Compute a prompt and save its keys and values. Raises as ``PromptCache.save``, and BusyError."""
         self.room(len(tokens))
         with self.guarded(), self.exclusive(), mx.stream(self.stream):
-            self.prompt_cache.save(path, tokens, self.context)
+            adapter = self.adapters.by_number(self.module.adapter)
+            self.prompt_cache.save(path, tokens, self.context, adapter)
 
     def load_prompt(self, path: str | Path) -> list[int]:
         """Load a saved prompt and return its tokens. Raises as ``PromptCache.load``, and BusyError."""
         with self.guarded(), self.exclusive(), mx.stream(self.stream):
-            return self.prompt_cache.load(path, self.module)
+            return self.prompt_cache.load(path, self.module, self.adapters.of)
 
     def set_memory(self, memory: str | float | None, *, context: int | None = None) -> None:
         """Go over to another budget: banks of experts shrink or grow. Raises as ``Mixtral.set_memory``."""
@@ -292,14 +299,25 @@ class Engine:
             raise InvalidRequestError(
                 "the memory budget of several machines is set when they load: start them again with --memory"
             )
+        with self.changing():
+            self.replan(self.planner.plan(memory, self.plan.context_tokens if context is None else context))
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """As ``AdaptedEngine`` of the adapters has it."""
         with self.exclusive(), mx.stream(self.stream):
             module = self.module
-            plan = self.planner.plan(memory, self.plan.context_tokens if context is None else context)
             try:
-                self.residency.change(plan, self._allocate)
+                yield
             finally:
-                self.prompt_cache.fit(self.plan)
                 self._begin(module)
+
+    def replan(self, plan: MemoryPlan) -> None:
+        """As ``AdaptedEngine`` of the adapters has it."""
+        try:
+            self.residency.change(plan, self._allocate)
+        finally:
+            self.prompt_cache.fit(self.plan)
 
     def close(self) -> None:
         """Release the weights; nothing can be generated afterwards. Open streams end, after the step under way.
@@ -324,26 +342,3 @@ class Engine:
         """Look at the banks there are now: the step's graph holds them, and layers that prefetch look at the next one's."""
         self.prefetch.connect(module.layers)
         self._step = DecodeStep(module, compiled=self.device.kind != "cpu")
-
-    def _generated(self, context: DecodeContext, decoder: Decoder, request: Request) -> Generator[Token, None, None]:
-        busy = contextlib.nullcontext() if request.speculation is None else request.speculation.busy()
-        with self.running(), busy:
-            request.stats.predicted_tok_s = self.plan.tok_s
-            with mx.stream(self.stream):
-                kept = self.prompt_cache.take(request.tokens, context.model.min_prompt_tokens)
-                request.stats.not_reused = self.prompt_cache.kept.why_not
-                cache = kept or context.model.make_cache(max_tokens=self.context_limit)
-            seen, is_whole = list(request.tokens), False
-            try:
-                with contextlib.closing(decoder(context, request, cache)) as tokens:
-                    for token in tokens:
-                        seen.append(token.token_id)
-                        request.stats.peak_memory_bytes = mx.get_peak_memory()
-                        # A caller that has seen enough closes us here.
-                        is_whole = True
-                        yield token
-                        is_whole = False
-                is_whole = True
-            finally:
-                if is_whole:
-                    self.prompt_cache.put(seen[: cache.length], cache)

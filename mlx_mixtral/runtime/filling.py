@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mlx_mixtral.adapters.adapter import Adapter
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.cache.options import KVOptions
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.machine.device import DTYPE_NAMES, Device
+from mlx_mixtral.model.adapting import Adapting
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.planning import make_planner
 from mlx_mixtral.model.transformer import MixtralModel
 from mlx_mixtral.weights.checkpoint import CheckpointReader
 from mlx_mixtral.weights.fill import fill
 
-__all__ = ["LoadProgress", "LoadedWeights", "load_module", "load_whole", "refuse_cpu_gather"]
+__all__ = ["LoadProgress", "LoadedWeights", "load_module", "load_whole", "refuse_cpu_gather", "room_for"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,18 @@ def refuse_cpu_gather(builder: Builder, device: Device) -> None:
         )
 
 
+def room_for(builder: Builder, adapters: Sequence[Adapter], device: Device) -> int:
+    """Bytes that adapters will take.
+
+    Raises:
+        InvalidRequestError: the model cannot run with one of them.
+    """
+    adapting = Adapting(builder)
+    for adapter in adapters:
+        adapting.check(adapter, on_cpu=device.kind == "cpu")
+    return sum(map(adapting.nbytes, adapters))
+
+
 def load_whole(
     build: Callable[[], Builder],
     place: Device,
@@ -82,8 +96,9 @@ def load_whole(
     memory: str | float | None,
     context: int | None,
     progress: Callable[[LoadProgress], None] | None,
+    adapters: Sequence[Adapter] = (),
 ) -> LoadedWeights:
-    """All of a model, as ``load`` has the arguments.
+    """All of a model, as ``load`` has the arguments, with room for ``adapters``.
 
     Raises:
         MixtralError: as ``load``.
@@ -91,5 +106,6 @@ def load_whole(
     builder = build()
     refuse_cpu_gather(builder, place)
     planner = make_planner(builder, place, kv=kv)
+    planner.adapter_bytes = room_for(builder, adapters, place)
     module, residency = load_module(builder, planner.plan(memory, context), progress)
     return LoadedWeights(builder, planner, module, residency)

@@ -68,8 +68,9 @@ class Follower:
     def _made(self, how: str, source: int, *numbers: int) -> Any:
         model = self._model
         if how == "cache":
-            most, *padding = numbers
-            return model.make_cache(padding or None, max_tokens=None if most < 0 else most)
+            most, adapter, *padding = numbers
+            own = None if adapter < 0 else adapter
+            return model.make_cache(padding or None, max_tokens=None if most < 0 else most, adapter=own)
         if how == "batch":
             empty = model.make_cache()
             return BatchCache(empty.storage, empty.window)

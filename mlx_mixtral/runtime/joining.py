@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mixtral.adapters.adapter import Adapter
 from mlx_mixtral.arguments import check_type, is_number, shown
 from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
@@ -27,7 +28,7 @@ from mlx_mixtral.machine.memory import read_system_memory, usable_bytes
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.held import expert_group_size
 from mlx_mixtral.model.planning import make_planner
-from mlx_mixtral.runtime.filling import LoadedWeights, LoadProgress, load_module, refuse_cpu_gather
+from mlx_mixtral.runtime.filling import LoadedWeights, LoadProgress, load_module, refuse_cpu_gather, room_for
 from mlx_mixtral.sizes import parse_size
 
 __all__ = ["SPLITS", "agreed_plan", "check_joining", "choose_shares", "load_share", "sum_seconds"]
@@ -70,6 +71,7 @@ def load_share(
     *,
     split: str,
     shares: Sequence[float] | None,
+    adapters: Sequence[Adapter] = (),
 ) -> LoadedWeights:
     """This machine's share of a model, joined with the others'; arguments as of ``load``. All machines must come here.
 
@@ -90,6 +92,7 @@ def load_share(
 
     def planned() -> tuple[Planner, MemoryPlan]:
         planner = make_planner(builder, place, kv=kv)
+        planner.adapter_bytes = room_for(builder, adapters, place)
         return planner, planner.plan(memory, context)
 
     planner, plan = agreed_plan(group, planned, builder.config.max_context_tokens)

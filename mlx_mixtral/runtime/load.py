@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mixtral.adapters.adapter import Adapter
+from mlx_mixtral.adapters.source import AdapterSource
 from mlx_mixtral.arguments import as_path, check_callbacks, checked
 from mlx_mixtral.cache.options import DEFAULT_SINKS, KVOptions
 from mlx_mixtral.config.mixtral import MixtralConfig
@@ -23,8 +26,10 @@ from mlx_mixtral.hub import resolve
 from mlx_mixtral.layers.cpu import products_for
 from mlx_mixtral.machine.device import compute_dtype, current_device
 from mlx_mixtral.machine.streams import StreamLease
+from mlx_mixtral.model.adapting import Adapting
 from mlx_mixtral.model.build import Builder
 from mlx_mixtral.model.prefetch import PrefetchControl
+from mlx_mixtral.runtime.adapters import AdapterSources, open_all, sources_of
 from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.filling import LoadProgress, load_whole
 from mlx_mixtral.runtime.joining import check_joining, load_share
@@ -62,6 +67,7 @@ def load(
     experts_per_token: int | None = None,
     rope_scaling: str | Mapping[str, Any] | None = None,
     rope_theta: float | None = None,
+    adapter: AdapterSources | None = None,
     progress: Callable[[LoadProgress], None] | None = None,
     group: mx.distributed.Group | None = None,
     split: str = "auto",
@@ -105,6 +111,9 @@ def load(
             pretrained with by the factor, in place of its own scaling; or a mapping as ``rope_scaling`` in config.json.
         rope_theta: base of the rotary embedding in place of the checkpoint's; without ``rope_scaling`` ``context`` may then be
             any.
+        adapter: a LoRA or DoRA adapter of mlx-lm or PEFT: a folder, ``owner/name``, or an ``AdapterSource`` with a name and a
+            scale. It is in use from the start. Of a list of them none is: generations name theirs. Their memory is part of
+            ``memory``; ``model.adapters`` adds and removes more.
         progress: told the bytes read so far, from this thread.
         group: machines to compute with, as ``join_group`` gives them. All of them load the same model with the same arguments,
             ``memory`` apart; then the first, whose ``is_leader`` is True, generates, and the others call ``follow``.
@@ -135,59 +144,71 @@ def load(
     given = None if chat_template is None else given_template(chat_template)
     check_kind(tokenizer)
     check_joining(group, split, shares, peer_timeout_s)
+    sources = sources_of(adapter)
     team = None if group is None else Group(group, peer_timeout_s)
+    with contextlib.ExitStack() as opened:
 
-    def found() -> _Found:
-        folder = resolve(path, revision=revision)
-        check_sizes(folder)
-        if verify:
-            check_files(folder)
-        own = MixtralConfig.from_folder(folder)
-        return _Found(folder, own, overrides.apply(own, context), Checkpoint(folder))
+        def found() -> _Found:
+            folder = resolve(path, revision=revision)
+            check_sizes(folder)
+            if verify:
+                check_files(folder)
+            own = MixtralConfig.from_folder(folder)
+            config = overrides.apply(own, context)
+            return _Found(folder, own, config, Checkpoint(folder), open_all(sources, config, opened))
 
-    products, lease = products_for(place), StreamLease(place)
-    if team is None:
-        at = found()
-    else:
-        facts = {
-            "dtype": dtype,
-            "backend": place.kind,
-            "split": split,
-            "shares": shares and list(shares),
-            "kv": asdict(kv),
-        }
-        at, told = agree(team, found, lambda at: facts | at.facts())
-        same(told)
-    words = _tokenizer(at, tokenizer, given)
-    for name in (kind, "BF16"):
-        build = partial(
-            Builder, at.config, at.checkpoint, name, page_cache=page_cache, policy=policy, products=products
-        )
-        try:
-            with mx.stream(lease.stream):
-                if team is None:
-                    weights = load_whole(build, place, kv, memory, context, progress)
-                else:
-                    weights = load_share(team, build, place, kv, memory, context, progress, split=split, shares=shares)
-        except DtypeRangeError:
-            if name != "F16" or dtype != "auto" or team is not None:
-                raise
-            continue
-        weights.module.kv = kv
-        engine = Engine(
-            at.config,
-            weights.module,
-            weights.residency,
-            weights.planner,
-            place,
-            control,
-            lease=lease,
-            allocate=weights.builder.bank,
-            identity=lambda: checkpoint_identity(at.folder),
-            prefix_cache=kept,
-            settings=settings_of(at.config, at.own_config),
-        )
-        return Mixtral(engine, words)
+        products, lease = products_for(place), StreamLease(place)
+        if team is None:
+            at = found()
+        else:
+            facts = {
+                "dtype": dtype,
+                "backend": place.kind,
+                "split": split,
+                "shares": shares and list(shares),
+                "kv": asdict(kv),
+            }
+            at, told = agree(team, found, lambda at: facts | at.facts())
+            same(told)
+        words = _tokenizer(at, tokenizer, given)
+        for name in (kind, "BF16"):
+            build = partial(
+                Builder, at.config, at.checkpoint, name, page_cache=page_cache, policy=policy, products=products
+            )
+            try:
+                with mx.stream(lease.stream):
+                    if team is None:
+                        weights = load_whole(build, place, kv, memory, context, progress, at.adapters)
+                    else:
+                        weights = load_share(
+                            *(team, build, place, kv, memory, context, progress),
+                            split=split,
+                            shares=shares,
+                            adapters=at.adapters,
+                        )
+            except DtypeRangeError:
+                if name != "F16" or dtype != "auto" or team is not None:
+                    raise
+                continue
+            weights.module.kv = kv
+            engine = Engine(
+                at.config,
+                weights.module,
+                weights.residency,
+                weights.planner,
+                place,
+                control,
+                lease=lease,
+                allocate=weights.builder.bank,
+                adapting=Adapting(weights.builder),
+                identity=lambda: checkpoint_identity(at.folder),
+                prefix_cache=kept,
+                settings=settings_of(at.config, at.own_config),
+            )
+            _put_on(engine, team, sources, at.adapters)
+            if sources and isinstance(adapter, str | Path | AdapterSource):
+                engine.adapters.use(sources[0].label)
+            return Mixtral(engine, words)
     raise AssertionError("bfloat16 has the range of float32")
 
 
@@ -199,6 +220,7 @@ class _Found:
     own_config: MixtralConfig
     config: MixtralConfig
     checkpoint: Checkpoint
+    adapters: list[Adapter]
 
     def facts(self) -> dict[str, Any]:
         """What machines that load it together have to have alike."""
@@ -207,7 +229,21 @@ class _Found:
             "mlx": version("mlx"),
             "checkpoint": checkpoint_identity(self.folder)[:16],
             "settings": settings_of(self.config, self.own_config),
+            "adapters": [f"{adapter.fingerprint[:16]} {adapter.scale!r}" for adapter in self.adapters],
         }
+
+
+def _put_on(engine: Engine, team: Group | None, sources: Sequence[AdapterSource], opened: Sequence[Adapter]) -> None:
+    """Put adapters on a model that was loaded, on all machines of a group or on none."""
+
+    def put_on() -> None:
+        with mx.stream(engine.stream):
+            engine.adapters.put_on(sources, opened)
+
+    if team is None:
+        put_on()
+    elif sources:
+        agree(team, put_on, lambda _: True)
 
 
 def _tokenizer(at: _Found, kind: str | None, template: GivenTemplate | None) -> Tokenizer | TokenizerError:

@@ -22,6 +22,7 @@ from mlx_mixtral.generation.scheduler import DEFAULT_MAX_STALL_S
 from mlx_mixtral.machine.device import Device
 from mlx_mixtral.model.routing import record_routing
 from mlx_mixtral.model.transformer import MixtralModel
+from mlx_mixtral.runtime.adapters import Adapters
 from mlx_mixtral.runtime.batch import Batch, collect_batch, stream_batch
 from mlx_mixtral.runtime.chat import CHAT_SAMPLING, ChatRequests
 from mlx_mixtral.runtime.described import described
@@ -77,6 +78,11 @@ class Mixtral:
     def device(self) -> Device:
         """Where it computes."""
         return self.engine.device
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters that generations can be computed with."""
+        return self.engine.adapters
 
     @property
     def residency(self) -> Residency:
@@ -161,7 +167,7 @@ class Mixtral:
             special: text that spells a control token, such as ``<|im_start|>``, becomes that token; False where the prompt
                 holds what somebody else wrote.
             options: max_tokens, sampling, stop, stop_token_ids, cancelled, on_prefill, logits_processors, speculation,
-                constraint: see ``GenerationOptions``.
+                constraint, adapter: see ``GenerationOptions``.
 
         Raises:
             InvalidRequestError: an empty prompt, a token id or an argument out of range.

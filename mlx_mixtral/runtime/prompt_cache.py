@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
-import re
 import shutil
-import struct
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.budget.plan import MemoryPlan
@@ -26,16 +22,25 @@ from mlx_mixtral.files import atomic_write, check_destination, check_kind, is_sp
 from mlx_mixtral.generation.context import DecodeContext
 from mlx_mixtral.generation.prefill import last_hidden
 from mlx_mixtral.model.transformer import MixtralModel
-from mlx_mixtral.reading import open_descriptor, open_file, parse_json
+from mlx_mixtral.runtime.saved_prompt import (
+    FORMAT,
+    VERSION,
+    PromptAdapter,
+    about_adapter,
+    adapter_number,
+    compare,
+    compare_storage,
+    is_saved_prompt,
+    read_about,
+    read_layers,
+    read_tokens,
+)
 from mlx_mixtral.runtime.shared_prompts import collect, layer_count, spread
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
-from mlx_mixtral.weights.safetensors import TensorInfo, read_header, read_into
 
-__all__ = ["DEFAULT_KEPT_BYTES", "PromptCache", "RowPrefixes", "check_saved", "is_saved_prompt"]
+__all__ = ["DEFAULT_KEPT_BYTES", "PromptCache", "RowPrefixes"]
 
 DEFAULT_KEPT_BYTES = 10**9
-FORMAT, VERSION = "mlx-mixtral-prompt", "1"
-OWN_SETTINGS = "the checkpoint's own settings"
 _TYPES = {kind: name for name, kind in MLX_DTYPES.items()} | {mx.uint32: "U32"}
 
 
@@ -79,14 +84,14 @@ class PromptCache:
             limit if self._given is None else self._given, has_memory=self._given is not None or not plan.is_bound
         )
 
-    def take(self, tokens: Sequence[int], left: int = 1) -> KVCache | None:
+    def take(self, tokens: Sequence[int], left: int = 1, adapter: int | None = None) -> KVCache | None:
         """A cache of the longest beginning of ``tokens`` that is kept; it belongs to the caller. None when there is none.
 
-        ``left`` tokens at least are left to compute.
+        ``left`` tokens at least are left to compute. It was computed with ``adapter``.
         """
         found = None
         if self.serves(tokens):
-            found = self.kept.take(tokens, left)
+            found = self.kept.take(tokens, left, adapter)
         else:
             why = f"past {self._max_tokens} tokens rope scaling turns keys by the length of the whole text"
             self.kept.why_not = why if len(self.kept) else None
@@ -108,12 +113,20 @@ class PromptCache:
         if not self.kept.has_memory:
             self.kept.clear()
 
+    def forget(self, adapter: int) -> None:
+        """Keep nothing that was computed with an adapter."""
+        self.kept.forget(adapter)
+
     def clear(self) -> None:
         """Keep nothing of what there is."""
         self.kept.clear()
 
-    def save(self, path: str | Path, tokens: Sequence[int], context: DecodeContext) -> None:
+    def save(
+        self, path: str | Path, tokens: Sequence[int], context: DecodeContext, adapter: PromptAdapter | None = None
+    ) -> None:
         """Write what ``tokens`` leave in a cache to a safetensors file; it appears whole or not at all.
+
+        They are computed with ``adapter``, which the file names.
 
         Raises:
             InvalidRequestError: more tokens than a cache of bounded size holds.
@@ -131,7 +144,9 @@ class PromptCache:
             raise InvalidRequestError(
                 f"a prompt of {len(tokens)} tokens does not fit a KV cache of {window.size}; load it with a larger kv_size"
             )
-        cache = self.take(tokens, module.min_prompt_tokens) or module.make_cache(max_tokens=len(tokens))
+        number = None if adapter is None else adapter.number
+        cache = self.take(tokens, module.min_prompt_tokens, number)
+        cache = cache or module.make_cache(max_tokens=len(tokens), adapter=number)
         rest = mx.array([list(tokens[cache.length :])], mx.int32)
         mx.eval(last_hidden(module, rest, cache, context.chunk_tokens))
         arrays = {
@@ -143,28 +158,36 @@ class PromptCache:
         nbytes = sum(array.nbytes for array in arrays.values())
         with atomic_write(place) as file:
             try:
-                mx.save_safetensors(file, arrays, self._about(cache))
+                mx.save_safetensors(file, arrays, self._about(cache) | about_adapter(adapter))
             except (RuntimeError, ValueError) as error:
                 # What MLX makes of a write that failed.
                 full = shutil.disk_usage(tempfile.gettempdir() if is_special(place) else place.parent).free < nbytes
                 raise OSError(errno.ENOSPC if full else errno.EIO, "a write failed") from error
         self.put(tokens, cache)
 
-    def load(self, path: str | Path, module: MixtralModel) -> list[int]:
+    def load(
+        self,
+        path: str | Path,
+        module: MixtralModel,
+        adapter_of: Callable[[str], PromptAdapter | None] = lambda identity: None,
+    ) -> list[int]:
         """Keep a saved prompt, and return its tokens; a prompt that begins with them is computed from there on.
+
+        ``adapter_of`` gives the adapter of an identity, if there is one.
 
         Raises:
             PromptCacheError: not such a file, a damaged one, one of another version, model or kind of cache.
         """
         place = as_path("path", path)
-        about, infos = _read_about(place)
-        cache = module.make_cache()
+        about, infos = read_about(place)
+        adapter = adapter_number(place, about, adapter_of)
+        cache = module.make_cache(adapter=adapter)
         ours = self._about(cache)
         storage = ours.pop("storage")
         for key, expected in ours.items():
-            _compare(place, key, about.get(key, "" if key == "settings" else None), expected)
-        _compare_storage(place, about.get("storage", ""), storage, module)
-        tokens = _read_tokens(place, infos, module)
+            compare(place, key, about.get(key, "" if key == "settings" else None), expected)
+        compare_storage(place, about.get("storage", ""), storage, module)
+        tokens = read_tokens(place, infos, module)
         if not self.serves(tokens):
             raise PromptCacheError(
                 f"{place} holds {len(tokens)} tokens, which no prompt of this model can have; save it again"
@@ -186,7 +209,7 @@ class PromptCache:
             raise PromptCacheError(f"{place} holds more than this model's layers; save the prompt again")
         nbytes = sum(info.nbytes for info in infos.values())
         if nbytes <= self.kept.limit_bytes:
-            spread(module, cache, _read_layers(place, names), len(tokens))
+            spread(module, cache, read_layers(place, names), len(tokens))
             self.put(tokens, cache)
         if not len(self.kept):
             raise PromptCacheError(
@@ -219,11 +242,11 @@ class RowPrefixes:
     def is_borrowed(self) -> bool:
         return not self._prompts.kept.has_memory
 
-    def reusable(self, tokens: Sequence[int], left: int) -> int:
-        return self._prompts.kept.reusable(tokens, left) if self._prompts.serves(tokens) else 0
+    def reusable(self, tokens: Sequence[int], left: int, adapter: int | None) -> int:
+        return self._prompts.kept.reusable(tokens, left, adapter) if self._prompts.serves(tokens) else 0
 
-    def take(self, tokens: Sequence[int], left: int) -> KVCache | None:
-        return self._prompts.kept.take(tokens, left) if self._prompts.serves(tokens) else None
+    def take(self, tokens: Sequence[int], left: int, adapter: int | None) -> KVCache | None:
+        return self._prompts.kept.take(tokens, left, adapter) if self._prompts.serves(tokens) else None
 
     def put(self, tokens: Sequence[int], cache: KVCache) -> None:
         if len(tokens) >= MIN_TOKENS and self._prompts.serves(tokens):
@@ -231,115 +254,3 @@ class RowPrefixes:
 
     def shrink(self, nbytes: int) -> None:
         self._prompts.kept.shrink(nbytes)
-
-
-_DIFFERENCES = {
-    "format": "is not a saved prompt",
-    "version": "is of version {found}; this program reads version {expected}: save the prompt again",
-    "model": "was made with another model; save the prompt again with this one",
-    "settings": "was made with {found}, but this model runs with {expected}; load it with the same experts_per_token and rope",
-}
-
-
-def check_saved(path: str | Path) -> None:
-    """That ``path`` is a saved prompt, before a model is loaded for it.
-
-    Raises:
-        PromptCacheError: it is not, or of another version.
-    """
-    place = as_path("path", path)
-    about, _ = _read_about(place)
-    for key, expected in (("format", FORMAT), ("version", VERSION)):
-        _compare(place, key, about.get(key), expected)
-
-
-def is_saved_prompt(place: Path) -> bool:
-    """Whether a file is a saved prompt, of whatever version and model."""
-    try:
-        return _read_about(place)[0].get("format") == FORMAT
-    except PromptCacheError:
-        return False
-
-
-def _compare(place: Path, key: str, found: str | None, expected: str) -> None:
-    if found != expected:
-        said = {"found": found or OWN_SETTINGS, "expected": expected or OWN_SETTINGS}
-        raise PromptCacheError(f"{place} {_DIFFERENCES[key].format_map(said)}")
-
-
-def _compare_storage(place: Path, found: str, expected: str, module: MixtralModel) -> None:
-    """Raise PromptCacheError unless both are the same ``KVStorage``; it says how to load the model for the first."""
-    if found == expected:
-        return
-    bits, dtype = _bits_and_dtype(found)
-    own_dtype = str(module.dtype).rpartition(".")[2]
-    wanted = []
-    if bits is not None and bits != module.kv.bits:
-        wanted.append(f"kv_bits={bits} (--kv-bits {bits})")
-    elif bits is None and (dtype, own_dtype) == ("float16", "float32"):
-        wanted, dtype = ["kv_bits=16 (--kv-bits 16)"], None
-    elif bits is None and module.kv.bits is not None:
-        wanted.append("no kv_bits")
-    if dtype not in (None, own_dtype):
-        wanted.append(f"dtype={dtype!r} (--dtype {dtype})")
-    fix = f"load the model with {' and '.join(wanted)}, or save the prompt again" if wanted else "save the prompt again"
-    held = [_held(*_bits_and_dtype(text)) for text in (found, expected)]
-    raise PromptCacheError(f"{place} was saved with {held[0]}, and this model has {held[1]}; {fix}")
-
-
-def _bits_and_dtype(storage: str) -> tuple[int | None, str | None]:
-    bits, dtype = re.search(r"\bbits=(\d{1,2})\b", storage), re.search(r"\bdtype=mlx\.core\.(\w{1,12})", storage)
-    return int(bits[1]) if bits else None, dtype[1] if dtype else None
-
-
-def _held(bits: int | None, dtype: str | None) -> str:
-    if bits is not None:
-        return f"a KV cache of {bits} bits (compute type {dtype})"
-    return f"a KV cache in {dtype}" if dtype else "a KV cache of another kind"
-
-
-def _read_about(place: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """The metadata of a safetensors file, and its tensors; sizes are checked before anything is used."""
-    try:
-        infos = read_header(place)
-        with open_file(place) as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            metadata = parse_json(place, file.read(length)).get("__metadata__", {})
-    except (CheckpointError, OSError, struct.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise PromptCacheError(f"{place} is not a saved prompt: {reason.removeprefix(f'{place} ')}") from None
-    return metadata if isinstance(metadata, dict) else {}, infos
-
-
-def _read_tokens(place: Path, infos: Mapping[str, TensorInfo], module: MixtralModel) -> list[int]:
-    """Raises PromptCacheError for tokens that no prompt of ``module`` has."""
-    info, limit = infos.get("tokens"), module.config.max_position_embeddings
-    count = info.shape[0] if info is not None and len(info.shape) == 1 and info.dtype == "I32" else 0
-    if info is None or not 0 < count < limit:
-        raise PromptCacheError(f"{place} holds {count} tokens, which no prompt of this model can have; save it again")
-    raw = np.empty(count, "<i4")
-    descriptor = open_descriptor(place, PromptCacheError)
-    try:
-        read_into(descriptor, memoryview(raw.view(np.uint8)), info.offset, str(place))  # type: ignore[arg-type]
-    except CheckpointError as error:
-        raise PromptCacheError(f"{error}; save the prompt again") from None
-    finally:
-        os.close(descriptor)
-    if not ((raw >= 0) & (raw < module.config.vocab_size)).all():
-        raise PromptCacheError(f"{place} holds tokens that this model does not have; save the prompt again")
-    return [int(token) for token in raw]
-
-
-def _read_layers(place: Path, names: Sequence[Sequence[str]]) -> list[tuple[mx.array, ...]]:
-    """Keys and values as they were held. Raises PromptCacheError for what cannot be read, or is not finite."""
-    try:
-        arrays = mx.load(str(place), format="safetensors")
-        mx.eval(arrays)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise PromptCacheError(f"{place} cannot be read: {error}; save the prompt again") from None
-    assert isinstance(arrays, dict)
-    layers = [tuple(arrays[name] for name in own) for own in names]
-    numbers = [array for held in layers for array in held if mx.issubdtype(array.dtype, mx.floating)]
-    if not all(bool(mx.isfinite(array).all()) for array in numbers):
-        raise PromptCacheError(f"{place} is damaged: it holds NaN or infinity; save the prompt again")
-    return layers

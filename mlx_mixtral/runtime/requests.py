@@ -19,6 +19,7 @@ from mlx_mixtral.generation.processors import LogitsProcessor, check_processors
 from mlx_mixtral.generation.request import PieceOf, Request, Speculation
 from mlx_mixtral.generation.sampling import Sampler, SamplingParams
 from mlx_mixtral.generation.stats import GenerationStats
+from mlx_mixtral.runtime.adapters import IN_USE
 from mlx_mixtral.runtime.engine import Engine
 from mlx_mixtral.runtime.marked_stops import MarkedStops
 from mlx_mixtral.runtime.stream import TextAssembler
@@ -57,6 +58,8 @@ class GenerationOptions(TypedDict, total=False):
     they return should follow from what they are given. For a batch also a list of them for each prompt."""
     speculation: Speculation | None
     """Propose tokens by ``PromptLookup`` or ``DraftModel`` and verify several at once; the text stays what it is without."""
+    adapter: str | None
+    """Name of the adapter it is computed with; None for the model itself. The one in use when left out."""
     constraint: ConstraintSpec | None
     """What the text has to be: ``JsonSchema``, ``Regex``, ``Grammar`` or ``JsonObject``. It ends when it is whole, and is made
     whole within ``max_tokens``; what cannot be kept ends with an error."""
@@ -114,6 +117,7 @@ class Requests:
         logits_processors: Sequence[Any] | None = None,
         speculation: Speculation | None = None,
         constraint: ConstraintSpec | None = None,
+        adapter: str | None = IN_USE,
         is_answer: bool = False,
         parser: CallParser | None = None,
     ) -> TextRequest:
@@ -130,6 +134,8 @@ class Requests:
         check_type("stop", stop, (str, list, tuple), "text, or a list of texts")
         check_callbacks(cancelled=cancelled, on_prefill=on_prefill)
         check_type("speculation", speculation, (Speculation, type(None)), "PromptLookup or DraftModel")
+        check_type("adapter", adapter, (str, type(None)), "the name of an adapter, or None for the model itself")
+        number = self._engine.adapters.number_of(adapter)
         tokens = prompt.tokens
         engine, own = self._engine, None if isinstance(self._tokenizer, Exception) else self._tokenizer
         limit = min(max_tokens, engine.room(len(tokens)))
@@ -149,7 +155,7 @@ class Requests:
         if constraint is not None:
             compiled = self.constraints.compile(constraint, from_start=is_answer)
             state, stats.warnings = compiled.begin(limit), compiled.warnings
-        return TextRequest(Request(tokens, limit, sampler, speculation, on_prefill, stats, state), text)
+        return TextRequest(Request(tokens, limit, sampler, speculation, on_prefill, stats, state, number), text)
 
     @cached_property
     def constraints(self) -> Compiler:

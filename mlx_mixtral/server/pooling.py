@@ -63,13 +63,14 @@ def _pooled(context: DecodeContext, prompts: Sequence[Sequence[int]], kind: Pool
     uneven = None if min(lengths) == longest else lengths
     first = None if kind == "last" else 0
     chunk_tokens = max(1, context.chunk_tokens // len(prompts))
-    chunks = prefill(model, filled, model.make_cache(), chunk_tokens, first=first, lengths=uneven)
+    cache = model.make_cache()
+    chunks = prefill(model, filled, cache, chunk_tokens, first=first, lengths=uneven)
     ends = mx.array(lengths)[:, None]
     pooled = mx.zeros((len(prompts), 1), mx.float32)
     before = 0
     for done, hidden in chunks:
         if hidden is not None:
-            states = model.final_norm(hidden).astype(mx.float32)  # [B, n, D]
+            states = model.final_norm(hidden, cache.adapter).astype(mx.float32)  # [B, n, D]
             counts = mx.arange(before, done)[None] < ends if kind == "mean" else mx.ones((len(prompts), 1))
             pooled = pooled + (states * counts[..., None]).sum(axis=1)
             mx.eval(pooled)

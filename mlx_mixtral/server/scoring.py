@@ -34,7 +34,9 @@ def prompt_scores(context: DecodeContext, tokens: Sequence[int], top: int) -> Ge
                 assert hidden is not None
                 following = tokens[start + 1 : done + 1]
                 if following:
-                    scores, found = _scored(context.model.head(hidden)[0, : len(following)], following, top)
+                    scores, found = _scored(
+                        context.model.head(hidden, cache.adapter)[0, : len(following)], following, top
+                    )
                     logprobs += scores
                     likeliest += found
             yield

@@ -13,6 +13,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
+from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.cache.kv import KVCache
 from mlx_mixtral.config.layout import Matrix, Norm, matrices, norms
 from mlx_mixtral.layers.attention import Attention
@@ -70,9 +71,9 @@ class _Tap(Linear):
 
     seen: mx.array
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, choice: AdapterChoice = None) -> mx.array:
         self.seen = x
-        return super().__call__(x)
+        return super().__call__(x, choice)
 
 
 @dataclass(frozen=True)

@@ -82,4 +82,4 @@ class DraftProposer:
         # After a round one token is missing, or two: the last one proposed was not fed. Those are the sizes worth a graph.
         if missing.size <= 2:
             return self._context.step(missing, cache)[:, -1]
-        return model.head(last_hidden(model, missing, cache, self._context.chunk_tokens)[:, -1])
+        return model.head(last_hidden(model, missing, cache, self._context.chunk_tokens)[:, -1], cache.adapter)
