@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +17,12 @@ import pytest
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from mlx_mixtral import AdapterSource
+from mlx_mixtral import AdapterSource, load
 from mlx_mixtral.errors import CheckpointError, ConversionError, DestinationError, InvalidRequestError, MixtralError
 from mlx_mixtral_convert import Progress, Recipe, convert, verify
 from mlx_mixtral_convert.calibration.file import identity
 from mlx_mixtral_convert.sources import open_source
+from tests.adapters import goldens
 from tests.convert.adapter_writer import (
     ATTENTION,
     EVERYTHING,
@@ -29,13 +32,18 @@ from tests.convert.adapter_writer import (
     write_mlx_adapter,
 )
 from tests.convert.gguf_writer import renamed, write_gguf
+from tests.convert.hub_server import run_all, serve
 from tests.convert.native_writer import make_native, native
 from tests.convert.packers import awq, fp8, gptq, grouped_packer, make_packed
 from tests.convert.support import CONFIG, dense_config, hashes, make_checkpoint, measured, read_output, weights
+from tests.forks import run_python
+from tests.processes import PYTHONPATH
 
 FLOATS: dict[str, Any] = {"recipe": Recipe(bits=None), "dtype": "float32"}
 DENSE = CONFIG | dense_config() | {"tie_word_embeddings": False}
 LOGITS = 5e-5
+WITH_BIAS = ("v4-bias",)
+IN_MLX_LM = ("mlx-lora", "v4-experts", "v4-dora-experts", "v4-saved", "v4-tokens", "new-stacks", "v4-dense")
 
 
 def native_source(folder: Path) -> None:
@@ -151,6 +159,29 @@ def test_mlx_lm_runs_the_result_as_it_runs_the_source_with_the_adapter(tmp_path:
     assert np.abs(theirs - logits(tmp_path / "base")).max() > 100 * LOGITS
 
 
+@pytest.mark.parametrize("kind", [kind for kind in goldens.kinds() if kind not in WITH_BIAS])
+def test_the_logits_are_those_that_its_writer_computes_with_the_adapter(tmp_path: Path, kind: str) -> None:
+    """Recorded from PEFT and mlx-lm."""
+    base = goldens.base_folder(kind, tmp_path)
+    given = [AdapterSource(goldens.adapter_folder(kind))]
+    convert(base, tmp_path / "out", adapters=given, **FLOATS)
+    with load(tmp_path / "out", dtype="float32") as model:
+        found = np.array(model.logits(goldens.tokens(kind)))
+    assert np.abs(found - goldens.logits(kind)).max() < LOGITS
+    if kind in IN_MLX_LM:
+        network, _ = load_model(tmp_path / "out")
+        theirs = np.array(network(mx.array([goldens.tokens(kind)])))[0]
+        assert np.abs(theirs - goldens.logits(kind)).max() < LOGITS
+
+
+@pytest.mark.parametrize("kind", WITH_BIAS)
+def test_an_adapter_of_biases_is_one_line(tmp_path: Path, kind: str) -> None:
+    base = goldens.base_folder(kind, tmp_path)
+    with pytest.raises(ConversionError, match=f"adapter {kind} adds a bias to the output of model\\.layers") as caught:
+        convert(base, tmp_path / "out", adapters=[AdapterSource(goldens.adapter_folder(kind))])
+    assert "\n" not in str(caught.value)
+
+
 def test_dora_is_mlx_lm_s(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source")
     changes = write_mlx_adapter(tmp_path / "dora", CONFIG, ATTENTION, dora=True)
@@ -259,6 +290,53 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path: Path) -> 
     assert convert(source, tmp_path / "out", adapters=given).resumed_layers == 1
     convert(source, tmp_path / "whole", adapters=given)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+KILLED = """
+import os, signal, sys
+from mlx_mixtral import AdapterSource, load
+from mlx_mixtral_convert import convert
+
+steps = iter(range(1, 10**9))
+
+def progress(_):
+    if next(steps) == 17 + 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+convert(sys.argv[1], sys.argv[2], adapters=[AdapterSource(sys.argv[3])], progress=progress)
+"""
+
+
+def test_a_killed_conversion_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    write_mlx_adapter(tmp_path / "lora", CONFIG, EVERYTHING)
+    arguments = [str(source), str(tmp_path / "out"), str(tmp_path / "lora")]
+    done = run_python(KILLED, arguments, {**os.environ, "PYTHONPATH": PYTHONPATH})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    given = [AdapterSource(tmp_path / "lora")]
+    assert convert(source, tmp_path / "out", adapters=given).resumed_layers == 1
+    convert(source, tmp_path / "whole", adapters=given)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_a_streamed_source_gives_the_bytes_of_a_downloaded_one(tmp_path: Path) -> None:
+    """GGUF, whose rows are put in order as they come."""
+    gguf_source(tmp_path / "repository")
+    write_mlx_adapter(tmp_path / "lora", CONFIG, EVERYTHING)
+    adapters = [str(tmp_path / "lora")]
+    with serve(tmp_path / "repository") as hub:
+        hub.failures = 0.1
+        results = run_all(
+            tmp_path / "home",
+            hub,
+            [
+                {"dest": tmp_path / name, "stream": name == "streamed", "adapters": adapters}
+                for name in ("streamed", "stored")
+            ],
+        )
+    assert not [result for result in results if "error" in result], results
+    assert hashes(tmp_path / "streamed") == hashes(tmp_path / "stored")
+    assert json.loads((tmp_path / "streamed" / "conversion.json").read_text())["adapters"][0]["name"] == "lora"
 
 
 def test_it_does_not_go_on_with_other_adapters(tmp_path: Path) -> None:

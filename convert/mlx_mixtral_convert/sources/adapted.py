@@ -66,7 +66,7 @@ def open_adapted(
 
     Raises:
         CheckpointError: no adapter, one of another model, or one that is damaged or holds NaN or infinity.
-        ConversionError: an adapter that adds to outputs, or changes one of two matrices that are tied.
+        ConversionError: an adapter that adds a bias to outputs.
         HubError: a repository cannot be used.
         InvalidRequestError: a scale for an adapter that has no use for one.
     """
@@ -239,12 +239,6 @@ def _low_rank(adapter: Adapter, matrix: Matrix, expert: int) -> LowRank | None:
 
 
 def _check_fusable(adapter: Adapter, config: MixtralConfig) -> None:
-    # mlx-lm trains a tied embedding as both; PEFT changes what looks tokens up and leaves the output as it was.
-    if config.tie_word_embeddings and adapter.kind == "PEFT" and "model.embed_tokens" in touched_by(adapter):
-        raise ConversionError(
-            f"adapter {adapter.name} changes model.embed_tokens, but this model has one matrix for embeddings and output, and "
-            "fusing would change both; use the adapter at run time instead"
-        )
     for matrix in matrices(config):
         if matrix.path in adapter.replaced:
             adapter.replacement(matrix.path)

@@ -27,7 +27,9 @@ def model_card(
     from huggingface_hub import ModelCardData
 
     relation = "finetune" if found.adapters else "quantized" if found.quantised else None
-    others: dict[str, Any] = {"base_model_relation": relation} if base_model is not None and relation is not None else {}
+    others: dict[str, Any] = (
+        {"base_model_relation": relation} if base_model is not None and relation is not None else {}
+    )
     data = ModelCardData(
         base_model=base_model,
         library_name=_LIBRARIES[found.kind],

@@ -171,7 +171,11 @@ def check_options(ctx: click.Context, given: ConvertOptions) -> None:
         known = EXPORT_OPTIONS | TYPE_OPTIONS[given.to]
         for name in typed:
             if name not in known:
-                instead = {"dtype": "; give --type", "gguf_type": "; give --dtype"}.get(name, "")
+                instead = {
+                    "dtype": "; give --type",
+                    "gguf_type": "; give --dtype",
+                    "adapters": "; fuse it with --bits none first, and convert the result",
+                }.get(name, "")
                 raise click.UsageError(f"{flag_name(ctx, name)} does not apply with --to {given.to}{instead}")
         return
     if given.gguf_type is not None:

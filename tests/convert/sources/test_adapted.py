@@ -204,32 +204,6 @@ def test_an_adapter_with_a_bias_cannot_be_fused(source: TensorSource, monkeypatc
     assert second.closed
 
 
-@pytest.mark.parametrize(
-    ("kind", "paths", "is_refused"),
-    [("PEFT", ("model.embed_tokens",), True), ("mlx-lm", ("model.embed_tokens",), False), ("PEFT", (Q,), False)],
-)
-def test_one_of_two_tied_matrices_cannot_be_changed_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, paths: tuple[str, ...], is_refused: bool
-) -> None:
-    def edit(tensors: dict[str, Any]) -> None:
-        del tensors["lm_head.weight"]
-
-    changes: Changes = {
-        (path, None): LowRank(np.ones((1, 128), np.float32), np.ones((64 if path != Q else 128, 1), np.float32))
-        for path in paths
-    }
-    with open_source(make_checkpoint(tmp_path / "tied", edit=edit, tie_word_embeddings=True)) as source:
-        adapter = MemoryAdapter(changes, kind=kind)
-        if not is_refused:
-            assert given(monkeypatch, source, adapter).touched == set(paths)
-            return
-        with pytest.raises(
-            ConversionError, match=r"changes model\.embed_tokens, but this model has one matrix for embeddings"
-        ):
-            given(monkeypatch, source, adapter)
-        assert adapter.closed
-
-
 def test_what_cannot_be_read_is_known_before_anything_is_written(
     source: TensorSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
