@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.adapters.parts import Change, Contents, Place, whole
+from mlx_mixtral.adapters.parts import AdapterContents, Factors, MatrixPlace, whole
 from mlx_mixtral.adapters.peft_experts import Stack, StackedExperts, place_of
 from mlx_mixtral.adapters.peft_settings import PeftSettings, check_type
 from mlx_mixtral.adapters.places import Places
@@ -42,14 +42,14 @@ _SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?)?\.weight"
 
 def read_peft(
     config_file: Path, entries: Mapping[str, Any], tensors: Mapping[str, TensorInfo], places: Places
-) -> Contents:
+) -> AdapterContents:
     """What a file of PEFT's changes of the model of ``places``.
 
     Raises:
         CheckpointError: settings or tensors that make no adapter of this model, or one that is not computed here.
     """
     settings = PeftSettings(config_file, entries)
-    found = _Found()
+    found = _PeftTensors()
     for name, info in unwrapped(tensors).items():
         found.add(name if name.startswith(("model.", "lm_head.")) else f"model.{name}", info)
     changes = _changes(found.factors, settings, places)
@@ -72,11 +72,11 @@ def read_peft(
     if found.copies:
         count = "one copy" if len(found.copies) == 1 else f"{len(found.copies)} copies"
         notes.append(f"{count} of the base model's own weights ({found.copies[0].name!r}) are ignored")
-    return Contents(changes, replaced, token_rows, tuple(notes))
+    return AdapterContents(changes, replaced, token_rows, tuple(notes))
 
 
 @dataclass
-class _Found:
+class _PeftTensors:
     """The tensors of a file by what they are."""
 
     factors: dict[str, dict[str, TensorInfo]] = field(default_factory=lambda: defaultdict(dict))
@@ -119,8 +119,8 @@ def _unknown(info: TensorInfo) -> CheckpointError:
 
 def _changes(
     factors: Mapping[str, Mapping[str, TensorInfo]], settings: PeftSettings, places: Places
-) -> dict[Place, Change]:
-    changes: dict[Place, Change] = {}
+) -> dict[MatrixPlace, Factors]:
+    changes: dict[MatrixPlace, Factors] = {}
     stacks: list[Stack] = []
     for module, fields in factors.items():
         first = next(iter(fields.values()))
@@ -151,7 +151,7 @@ def _changes(
             raise CheckpointError(f"{a.file}: tensor {a.name!r} is not how PEFT changes {path}")
         parts = (whole(b, transposed=True), whole(a, transposed=True)) if embedding else (whole(a), whole(b))
         scale = settings.scale(module, f"{module}.weight", found_rank=parts[0].shape[0], tensor=a.name)
-        change = Change(*parts, scale, fields.get("magnitude"), fields.get("bias"))
+        change = Factors(*parts, scale, fields.get("magnitude"), fields.get("bias"))
         if (path, expert) in changes:
             raise CheckpointError(
                 f"{a.file}: tensors {changes[path, expert].a.info.name!r} and {a.name!r} change the same matrix"
@@ -202,7 +202,7 @@ def _pair(module: str, fields: Mapping[str, TensorInfo], settings: PeftSettings)
 
 
 def _refuse_overlaps(
-    changes: Mapping[Place, Change], replaced: Mapping[str, TensorInfo], rows: Mapping[str, Any]
+    changes: Mapping[MatrixPlace, Factors], replaced: Mapping[str, TensorInfo], rows: Mapping[str, Any]
 ) -> None:
     for path in (*replaced, *rows):
         if (path, None) in changes or (path in replaced and path in rows):
@@ -210,7 +210,7 @@ def _refuse_overlaps(
 
 
 def _refuse_tied(
-    changes: Mapping[Place, Change], replaced: Mapping[str, TensorInfo], settings: PeftSettings, places: Places
+    changes: Mapping[MatrixPlace, Factors], replaced: Mapping[str, TensorInfo], settings: PeftSettings, places: Places
 ) -> None:
     """PEFT changes an embedding alone where the head shares it, unless it is told otherwise; here both are one matrix."""
     if not places.config.tie_word_embeddings or settings.ties_weights:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mlx_mixtral.adapters.parts import Change, Part, Place
+from mlx_mixtral.adapters.parts import Factors, MatrixPlace, TensorPart
 from mlx_mixtral.adapters.peft_settings import PeftSettings
 from mlx_mixtral.adapters.places import Places
 from mlx_mixtral.config.layout import EXPERT_NAMES, layer_path
@@ -32,7 +32,7 @@ _STACK = re.compile(rf"({_BLOCK}\.experts)(?:\.base_layer)*")
 _OWN_NAMES = {hub: own for own, hub in EXPERT_NAMES.items()} | {own: own for own in EXPERT_NAMES}
 
 
-def place_of(module: str, places: Places) -> Place:
+def place_of(module: str, places: Places) -> MatrixPlace:
     """Path of a matrix and its expert, for a module as PEFT calls it; a name that is not known stays as it is."""
     if places.config.is_dense:
         projection = module.rpartition(".")[2]
@@ -101,7 +101,7 @@ class StackedExperts:
     def __init__(self, stacks: Sequence[Stack], settings: PeftSettings, places: Places) -> None:
         self._stacks, self._settings, self._places = stacks, settings, places
 
-    def changes(self) -> Iterator[tuple[Place, Change]]:
+    def changes(self) -> Iterator[tuple[MatrixPlace, Factors]]:
         """The change of every expert.
 
         Raises:
@@ -143,14 +143,14 @@ class StackedExperts:
         return said
 
 
-def _change(stack: Stack, expert: int, outputs: range, experts: int, scale: float, transposed: bool) -> Change:
+def _change(stack: Stack, expert: int, outputs: range, experts: int, scale: float, transposed: bool) -> Factors:
     """One expert's; ``outputs`` are the rows of the stacked matrix."""
     ranks = range(expert * stack.rank, (expert + 1) * stack.rank)
     strided = range(expert, stack.b.shape[1], experts)
     if transposed:
-        return Change(
-            Part(stack.b, range(stack.b.shape[0]), strided, transposed=True),
-            Part(stack.a, ranks, outputs, transposed=True),
+        return Factors(
+            TensorPart(stack.b, range(stack.b.shape[0]), strided, transposed=True),
+            TensorPart(stack.a, ranks, outputs, transposed=True),
             scale,
         )
-    return Change(Part(stack.a, ranks, range(stack.a.shape[1])), Part(stack.b, outputs, strided), scale)
+    return Factors(TensorPart(stack.a, ranks, range(stack.a.shape[1])), TensorPart(stack.b, outputs, strided), scale)

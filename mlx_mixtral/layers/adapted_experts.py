@@ -19,7 +19,7 @@ from mlx_mixtral.layers.linear import StackedLinear
 
 __all__ = ["ExpertChanges", "PairChanges", "changes_of_pairs", "changes_of_rows", "changes_of_sorted"]
 
-Part = Literal["gate", "up", "down"]
+Projection = Literal["gate", "up", "down"]
 Integers = npt.NDArray[np.int64]
 
 
@@ -27,14 +27,14 @@ Integers = npt.NDArray[np.int64]
 class ExpertChanges:
     """Of all experts of a layer by one adapter: ``A [E, r, in]`` and ``B [E, out, r]`` of each part that it changes."""
 
-    pairs: Mapping[Part, tuple[StackedLinear, StackedLinear]]
+    pairs: Mapping[Projection, tuple[StackedLinear, StackedLinear]]
 
     @property
     def arrays(self) -> Iterator[mx.array]:
         """All arrays held."""
         return (matrix.weight for pair in self.pairs.values() for matrix in pair)
 
-    def change(self, part: Part, x: mx.array, experts: mx.array, *, is_sorted: bool) -> mx.array | None:
+    def change(self, part: Projection, x: mx.array, experts: mx.array, *, is_sorted: bool) -> mx.array | None:
         """``B (A x)`` of the pairs ``experts [...]``, for ``x [..., 1, in]``: ``[..., 1, out]``; None for no change."""
         if (found := self.pairs.get(part)) is None:
             return None
@@ -62,7 +62,7 @@ class PairChanges:
     back: mx.array | None
     is_sorted: bool
 
-    def change(self, part: Part, x: mx.array, width: int) -> mx.array | None:
+    def change(self, part: Projection, x: mx.array, width: int) -> mx.array | None:
         """What is added to a part's product ``[..., width]`` of ``x [..., 1, in]``; None where nothing is."""
         found = [
             None if rows.own is None else rows.own.change(part, x[rows.at], rows.experts, is_sorted=self.is_sorted)

@@ -19,7 +19,7 @@ from mlx_mixtral.config.layout import experts_path, layer_path
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.experts.gather import GatheredExperts
 from mlx_mixtral.layers.adapted import LowRankChange, Replaced, ReplacedRows
-from mlx_mixtral.layers.adapted_experts import ExpertChanges, Part
+from mlx_mixtral.layers.adapted_experts import ExpertChanges, Projection
 from mlx_mixtral.layers.expert_bank import FeedForward
 from mlx_mixtral.layers.linear import Adapted, Linear, StackedLinear
 from mlx_mixtral.layers.norm import RMSNorm
@@ -30,7 +30,7 @@ from mlx_mixtral.weights.dtypes import MLX_DTYPES
 
 __all__ = ["Adapting"]
 
-_PARTS: tuple[Part, ...] = ("gate", "up", "down")
+_PARTS: tuple[Projection, ...] = ("gate", "up", "down")
 # Rows of a matrix that are unpacked at once to take their norms.
 NORM_ROWS = 1024
 
