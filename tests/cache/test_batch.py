@@ -169,3 +169,22 @@ def test_a_compiled_step_takes_groups(small: Path, as_on_gpus: Loader) -> None:
             np.testing.assert_allclose(found, wanted, atol=1e-5)
         assert [len(group.rows) for group in batches[1].groups] == [2, 1]
         assert batches[1].taken == [8, 303, 10]
+
+
+def test_rows_of_one_adapter_lie_side_by_side(small_model: Mixtral) -> None:
+    """However they came: each adapter of a step costs its products once."""
+    batch, wanted = _batch(small_model), []
+    for index, adapter in enumerate([1, None, 0, None, 1, 0]):
+        cache = small_model.module.make_cache(adapter=adapter)
+        small_model.module.remember(mx.array([list(range(3, 20 + index))]), cache)
+        batch.join(cache, [(0, 17 + index)])
+        wanted.append(adapter)
+    assert isinstance(batch.adapter, tuple)
+    assert sorted(batch.adapter, key=str) == [(0, 2), (1, 2), (None, 2)]
+    assert batch.orders is not None
+    order = [int(place) for place in np.array(batch.orders[0])]
+    lying = [adapter for adapter, count in batch.adapter for _ in range(count)]
+    assert [wanted[place] for place in order] == lying
+    assert batch.extract(2).adapter == 0
+    batch.keep([1, 3])
+    assert batch.adapter is None

@@ -159,6 +159,16 @@ def test_no_prompt_goes_on_from_another_adapters(model: Mixtral) -> None:
     assert [each.stats.reused_tokens > 0 for each in cached][:2] == [False, True]
 
 
+def test_what_rows_leave_is_their_adapters(model: Mixtral) -> None:
+    """Prompts and answers of a batch are kept when its rows leave."""
+    found = model.generate_batch([PROMPT, OTHERS], each=[{"adapter": "one"}, {"adapter": "two"}], max_tokens=24)
+    for prompt, name, answer in zip((PROMPT, OTHERS), ("one", "two"), found, strict=True):
+        longer = [*prompt, *answer.token_ids, 7]
+        for adapter, kept in ((None, False), ("small", False), (name, True)):
+            again = model.generate(longer, adapter=adapter, max_tokens=2)
+            assert (again.stats.reused_tokens > len(prompt)) == kept
+
+
 def test_a_prompt_of_an_adapter_that_was_removed_is_forgotten(model: Mixtral, adapters: Path) -> None:
     model.generate(PROMPT, adapter="one", max_tokens=2)
     model.adapters.remove("one")
