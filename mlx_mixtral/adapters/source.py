@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mlx_mixtral.arguments import as_path, check_type, is_number, plain, shown
 from mlx_mixtral.errors import InvalidRequestError
-from mlx_mixtral.hub import Source
 
 __all__ = ["AdapterSource"]
 
@@ -95,6 +94,9 @@ class AdapterSource:
         """Its name: the one given, or the last part of the folder's or the repository's, in a name's characters."""
         if self.name is not None:
             return self.name
+        # Only here: a command's help needs nothing of the hub.
+        from mlx_mixtral.hub import Source
+
         source = Source.parse(self.path, self.revision)
         if source.repository is not None:
             last = source.repository.rpartition("/")[2]
