@@ -13,7 +13,8 @@ from mlx_mixtral.config.mixtral import MixtralConfig
 
 __all__ = ["made_adapter"]
 
-KEYS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "switch_mlp.up_proj", "switch_mlp.down_proj")
+EXPERTS = "block_sparse_moe.switch_mlp"
+KEYS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", f"{EXPERTS}.up_proj", f"{EXPERTS}.down_proj")
 
 
 def made_adapter(
@@ -30,7 +31,8 @@ def made_adapter(
         # Of unit gain from its inputs to its outputs, whichever axis they are on.
         return mx.array((random.standard_normal(shape) / np.sqrt(max(shape[-2:]))).astype(np.float32))
 
-    for each in matrices(MixtralConfig.from_folder(model)):
+    config = MixtralConfig.from_folder(model)
+    for each in matrices(config):
         if not each.path.endswith(KEYS):
             continue
         if (count := each.num_experts) is None:
@@ -41,7 +43,12 @@ def made_adapter(
             tensors[f"{each.path}.lora_b"] = matrix(count, each.out_features, rank)
     folder.mkdir(parents=True)
     parameters = {"rank": rank, "scale": 4 * strength, "dropout": dropout, "keys": list(KEYS)}
-    settings = {"fine_tune_type": "lora", "model": "someone/base", "lora_parameters": parameters}
+    settings = {
+        "fine_tune_type": "lora",
+        "model": "someone/base",
+        "num_layers": config.num_hidden_layers,
+        "lora_parameters": parameters,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
     return folder

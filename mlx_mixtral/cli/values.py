@@ -93,7 +93,7 @@ def check_adapters(
     """Option callback: as many as the command can have, each with a name of its own; refused before a download."""
     if len(given) > 1:
         if ctx.command.name not in SEVERAL_ADAPTERS:
-            raise click.BadParameter(f"{ctx.command.name} takes one adapter, not {len(given)}", ctx, param)
+            raise InvalidRequestError(f"{ctx.command.name} takes one adapter, not {len(given)}; leave the others out")
         from mlx_mixtral.runtime.adapters import sources_of
 
         sources_of(given)
