@@ -20,6 +20,7 @@ from tests.shared import SharedFolders
 
 from .conftest import Invoke, assert_one_error
 
+TASKS = Path(__file__).parents[1] / "evaluation" / "harness" / "tasks"
 PROMPT = "The quick brown fox jumps over the lazy dog"
 
 
@@ -145,6 +146,36 @@ def test_evaluate_measures_it_beside_the_model_without(
     assert found["reference"] == f"{short.name} with a (scale 0.5)"
     assert found["kl_mean"] == pytest.approx(0, abs=1e-6)
     assert "with b (scale 0.5)" in invoke(*command, "--adapter", f"b={one}=0.5").stdout
+
+
+@pytest.mark.filterwarnings("default")  # of lm_eval and what it imports
+def test_tasks_are_answered_with_it(
+    invoke: Invoke, short: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    import datasets
+
+    from mlx_mixtral.evaluation.harness.responder import Responder
+
+    # Two continuations of one context, which are computed after copies of it, and one of another.
+    asked = [("And it came", " to pass"), ("And it came", " in those days"), ("def f(x):", " return")]
+    with load(short, adapter=one) as model:
+        answers = Responder(model).loglikelihood(asked)
+        texts = Responder(model).generate_until([("And it came", {"until": ["."], "max_gen_toks": 6})])
+        assert model.generate("And it came", max_tokens=6, stop=".").text == texts[0]
+        for (context, continuation), answer in zip(asked, answers, strict=True):
+            ids, first = model.tokenizer.encode(context + continuation), len(model.tokenizer.encode(context))
+            logits = model.logits(ids).astype(mx.float32)
+            scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            wanted = sum(scores[place - 1, ids[place]].item() for place in range(first, len(ids)))
+            assert answer.logprob == pytest.approx(wanted, abs=1e-4)
+    monkeypatch.chdir(TASKS)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    command = ("evaluate", short, "--tasks", "tiny_arithmetic", "--task-path", TASKS, "--limit", "2")
+    result = invoke(*command, "--adapter", f"a={one}", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["adapter"]["name"] == "a"
 
 
 @pytest.mark.parametrize("other", ["another", "none", "scale"])
