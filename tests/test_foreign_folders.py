@@ -54,10 +54,10 @@ MLX_LM = {"fine_tune_type": "lora", "model": "mistralai/Mixtral-8x7B-v0.1", "lor
     ("config", "file", "match"),
     [
         (PEFT, "adapter_model.safetensors",
-         r"an adapter of PEFT, which modifies mistralai/Mixtral-8x7B-v0\.1 and is not a model itself; .*merge_and_unload\(\)"),
+         r"an adapter of PEFT, which modifies mistralai/Mixtral-8x7B-v0\.1 and is not a model itself; .*v0\.1 DEST --adapter "),
         (PEFT, "adapter_model.bin", "an adapter of PEFT"),
         (MLX_LM, "adapters.safetensors",
-         r"an adapter of mlx-lm, .*mlx_lm\.fuse --model mistralai/Mixtral-8x7B-v0\.1 --adapter-path"),
+         r"an adapter of mlx-lm, .*convert mistralai/Mixtral-8x7B-v0\.1 DEST --adapter "),
         (MLX_LM | {"model": 3}, "adapters.safetensors", "which modifies another model"),
     ],
 )  # fmt: skip

@@ -228,13 +228,12 @@ def _choose(
     dtype: str,
     context: int | None,
 ) -> _Chosen:
-    if exact and isinstance(tensors, AdaptedSource):
-        check_kept(tensors)
+    base = tensors.base if isinstance(tensors, AdaptedSource) else tensors
     if exact and fit is not None:
         raise InvalidRequestError("exact keeps the source's bits, but fit chooses others; give only one of them")
     calibrated = Calibration.load(calibration) if isinstance(calibration, (str, Path)) else calibration
     if calibrated is not None:
-        calibrated.check_fits(tensors)
+        calibrated.check_fits(base)
     if fit is not None:
         losses = None if calibrated is None else calibrated.losses
         if losses is not None and not losses:
@@ -244,6 +243,8 @@ def _choose(
             )
         budget = room_for_weights(tensors.config, current_device(), context) if fit == "mac" else parse_size(fit)
         recipe = _fit(tensors, budget, losses, recipe.rounding, dtype)
+    if exact and isinstance(tensors, AdaptedSource):
+        check_kept(tensors)
     rounder = make_rounder(recipe.rounding, calibrated, again)
     recipe = exact_recipe(recipe) if exact else recipe
     recorded = recipe.to_dict() | ({"exact": True} if exact else {})

@@ -17,6 +17,7 @@ from mlx_mixtral_convert.pipeline import pack_piece, packed_arrays, read_piece
 from mlx_mixtral_convert.report import peak_memory_bytes
 from mlx_mixtral_convert.rounding import Gptq, Rounder
 from mlx_mixtral_convert.sources import TensorSource, matrix_bytes
+from mlx_mixtral_convert.sources.adapted import AdaptedSource
 
 __all__ = ["Needs", "estimate_conversion"]
 
@@ -82,4 +83,5 @@ def _memory_bytes(source: TensorSource, plan: Plan) -> int:
             cast = max(cast, count * typed)
         if spec is not None:
             packed = max(packed, spec.nbytes(matrix.out_features, matrix.in_features, typed))
-    return peak_memory_bytes() + WORKING_BYTES + 3 * read + 3 * cast + 3 * packed
+    changes = source.largest_changes_bytes if isinstance(source, AdaptedSource) else 0
+    return peak_memory_bytes() + WORKING_BYTES + changes + 3 * read + 3 * cast + 3 * packed

@@ -17,8 +17,8 @@ from mlx_mixtral_convert.sources.adapted import AdaptedSource, open_adapted, tou
 __all__ = ["OF_THE_BASE", "check_adapters", "fused_adapters", "open_fused", "recorded"]
 
 OF_THE_BASE = (
-    "the calibration is of the model without its adapters; to measure the changed one, convert it with --bits none first, and "
-    "calibrate the result"
+    "the calibration is of the model without its adapters; to measure the changed one, convert it with --bits none, calibrate "
+    "the result and convert that"
 )
 """The note about a calibration beside adapters."""
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.adapters.parts import Change, Contents, Part, Place, whole
+from mlx_mixtral.adapters.parts import AdapterContents, Factors, MatrixPlace, TensorPart, whole
 from mlx_mixtral.adapters.places import Places
 from mlx_mixtral.adapters.settings import mapping, positive, rank
 from mlx_mixtral.arguments import shown
@@ -32,7 +32,7 @@ _KINDS = ("lora", "dora", "full")
 
 def read_mlx(
     config_file: Path, entries: Mapping[str, Any], tensors: Mapping[str, TensorInfo], places: Places
-) -> Contents:
+) -> AdapterContents:
     """What a file of mlx-lm's changes of the model of ``places``.
 
     Raises:
@@ -49,7 +49,7 @@ def read_mlx(
         raise CheckpointError(f"{where} has no scale, by which every change is multiplied")
     scale = positive(f"{where}: scale", settings["scale"])
     wanted_rank = rank(f"{where}: rank", settings["rank"]) if "rank" in settings else None
-    changes: dict[Place, Change] = {}
+    changes: dict[MatrixPlace, Factors] = {}
     for path, fields in _by_path(tensors).items():
         first = next(iter(fields.values()))
         matrix = places.matrix(path, first)
@@ -64,10 +64,10 @@ def read_mlx(
                     f"{wanted_rank}; the two files do not belong together"
                 )
             changes[path, expert] = change
-    return Contents(changes, notes=tuple(_notes(settings)))
+    return AdapterContents(changes, notes=tuple(_notes(settings)))
 
 
-def _full(tensors: Mapping[str, TensorInfo], places: Places) -> Contents:
+def _full(tensors: Mapping[str, TensorInfo], places: Places) -> AdapterContents:
     replaced: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         path, _, field = name.rpartition(".")
@@ -75,7 +75,7 @@ def _full(tensors: Mapping[str, TensorInfo], places: Places) -> Contents:
             raise CheckpointError(f"{info.file}: tensor {name!r} has no place in a model that was trained in full")
         places.replacement(path, info)
         replaced[path] = info
-    return Contents(replaced=replaced)
+    return AdapterContents(replaced=replaced)
 
 
 def _by_path(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
@@ -88,7 +88,7 @@ def _by_path(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInf
     return found
 
 
-def _changes(matrix: Matrix, fields: Mapping[str, TensorInfo], scale: float) -> Iterator[tuple[int | None, Change]]:
+def _changes(matrix: Matrix, fields: Mapping[str, TensorInfo], scale: float) -> Iterator[tuple[int | None, Factors]]:
     a, b, magnitude = fields["lora_a"], fields["lora_b"], fields.get("m")
     experts = matrix.num_experts
     if experts is not None and not (experts == 1 and len(b.shape) == 2):
@@ -100,13 +100,13 @@ def _changes(matrix: Matrix, fields: Mapping[str, TensorInfo], scale: float) -> 
         if len(info.shape) != 2:
             raise CheckpointError(f"{a.file}: tensor {info.name!r} has shape {list(info.shape)}, not that of a matrix")
     if matrix.part == "embedding":
-        change = Change(whole(b), whole(a), scale, magnitude)
+        change = Factors(whole(b), whole(a), scale, magnitude)
     else:
-        change = Change(whole(a, transposed=True), whole(b, transposed=True), scale, magnitude)
+        change = Factors(whole(a, transposed=True), whole(b, transposed=True), scale, magnitude)
     yield None if experts is None else 0, change
 
 
-def _stacked(matrix: Matrix, experts: int, a: TensorInfo, b: TensorInfo, scale: float) -> Iterator[Change]:
+def _stacked(matrix: Matrix, experts: int, a: TensorInfo, b: TensorInfo, scale: float) -> Iterator[Factors]:
     if len(b.shape) != 3 or b.shape[0] != experts:
         raise _other_experts(b, f"[{experts}, {matrix.out_features}, rank]")
     r = b.shape[2]
@@ -114,9 +114,9 @@ def _stacked(matrix: Matrix, experts: int, a: TensorInfo, b: TensorInfo, scale: 
         raise _other_experts(a, f"[{experts}, {r}, {matrix.in_features}]")
     out = b.shape[1]
     for expert in range(experts):
-        yield Change(
-            Part(a, range(expert * r, (expert + 1) * r), range(a.shape[-1])),
-            Part(b, range(expert * out, (expert + 1) * out), range(r)),
+        yield Factors(
+            TensorPart(a, range(expert * r, (expert + 1) * r), range(a.shape[-1])),
+            TensorPart(b, range(expert * out, (expert + 1) * out), range(r)),
             scale,
         )
 

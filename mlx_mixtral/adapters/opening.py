@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_mixtral.adapters import mlx, peft
 from mlx_mixtral.adapters.adapter import Adapter
-from mlx_mixtral.adapters.parts import Contents
+from mlx_mixtral.adapters.parts import AdapterContents
 from mlx_mixtral.adapters.places import Places
 from mlx_mixtral.adapters.reader import FileAdapter
 from mlx_mixtral.adapters.settings import CONFIG, MAX_SCALE
@@ -121,7 +121,7 @@ def _gguf(where: str, file: str) -> CheckpointError:
     )
 
 
-def _check_scale(scale: float, contents: Contents, name: str) -> None:
+def _check_scale(scale: float, contents: AdapterContents, name: str) -> None:
     if scale == 1:
         return
     for what, paths in (("matrices or norms", contents.replaced), ("rows of tokens", contents.token_rows)):

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from mlx_mixtral.weights.safetensors import TensorInfo
 
-__all__ = ["Change", "Contents", "Part", "whole"]
+__all__ = ["AdapterContents", "Factors", "TensorPart", "whole"]
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """Some rows and columns of a tensor, its leading axes flattened, or their transpose."""
 
     info: TensorInfo
@@ -26,33 +26,33 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Change:
+class Factors:
     """The factors of ``LowRank``, still in the file; ``scale`` is the adapter's own."""
 
-    a: Part
+    a: TensorPart
     """``[r, in]``."""
-    b: Part
+    b: TensorPart
     """``[out, r]``."""
     scale: float
     magnitude: TensorInfo | None = None
     bias: TensorInfo | None = None
 
 
-Place = tuple[str, int | None]
+MatrixPlace = tuple[str, int | None]
 """Path of a matrix, and the expert, None where it has none."""
 
 
 @dataclass(frozen=True)
-class Contents:
+class AdapterContents:
     """All that a file changes of a model; ``notes`` say what is in it and of no consequence."""
 
-    changes: Mapping[Place, Change] = field(default_factory=dict)
+    changes: Mapping[MatrixPlace, Factors] = field(default_factory=dict)
     replaced: Mapping[str, TensorInfo] = field(default_factory=dict)
     token_rows: Mapping[str, tuple[tuple[int, ...], TensorInfo]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-def whole(info: TensorInfo, *, transposed: bool = False) -> Part:
+def whole(info: TensorInfo, *, transposed: bool = False) -> TensorPart:
     """All of a tensor of two axes."""
     rows, columns = info.shape
-    return Part(info, range(rows), range(columns), transposed)
+    return TensorPart(info, range(rows), range(columns), transposed)

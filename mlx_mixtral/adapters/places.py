@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mlx_mixtral.adapters.parts import Change, Part
+from mlx_mixtral.adapters.parts import Factors, TensorPart
 from mlx_mixtral.config.layout import Matrix, Norm, matrices, norms
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError
@@ -50,14 +50,14 @@ class Places:
         """The error for a tensor of a matrix that is not there."""
         layer, count = _LAYER.match(path), self.config.num_hidden_layers
         if layer is not None and int(layer[1]) >= count:
-            reason = f"is of layer {int(layer[1])}, but the model has {count} layers"
+            reason = f"is of layer {int(layer[1])}, but the model has {count}"
         elif path == "lm_head" and self.config.tie_word_embeddings:
             reason = "is of the output head, which this model shares with its embedding"
         else:
             reason = f"changes {path[:120]!r}, which the model does not have"
         return CheckpointError(f"{info.file}: tensor {info.name!r} {reason}; the adapter is of another model")
 
-    def check(self, matrix: Matrix, change: Change) -> Change:
+    def check(self, matrix: Matrix, change: Factors) -> Factors:
         """``change``, if its factors fit one expert of the matrix.
 
         Raises:
@@ -101,15 +101,15 @@ class Places:
         matrix = self.matrix(path, info)
         if matrix.part == "expert":
             raise CheckpointError(
-                f"{info.file}: tensor {info.name!r} replaces experts, which makes it a model rather than an adapter; merge the "
-                "two where it was trained, and convert the result"
+                f"{info.file}: tensor {info.name!r} replaces a matrix of a feed-forward network, which makes it a model rather "
+                "than an adapter; merge it into its base where it was trained, and convert the result"
             )
         self.check_shape(info, matrix.shape)
 
     def norm(self, path: str) -> Norm | None:
         return self._norms.get(path)
 
-    def _unfit(self, matrix: Matrix, part: Part, side: str, wanted: int, found: int) -> CheckpointError:
+    def _unfit(self, matrix: Matrix, part: TensorPart, side: str, wanted: int, found: int) -> CheckpointError:
         info = part.info
         return CheckpointError(
             f"{info.file}: tensor {info.name!r} of shape {list(info.shape)} is for a matrix with {found} {side}puts; "

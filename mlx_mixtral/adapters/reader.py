@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_mixtral.adapters.adapter import Adapter, Floats, LowRank, TokenRows
-from mlx_mixtral.adapters.parts import Change, Contents, Part, Place
+from mlx_mixtral.adapters.parts import AdapterContents, Factors, MatrixPlace, TensorPart
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import CheckpointError, ClosedError, NonFiniteWeightsError
 from mlx_mixtral.reading import open_descriptor
@@ -36,7 +36,7 @@ class FileAdapter(Adapter):
     """
 
     def __init__(
-        self, name: str, kind: str, file: Path, contents: Contents, config: MixtralConfig, scale: float = 1.0
+        self, name: str, kind: str, file: Path, contents: AdapterContents, config: MixtralConfig, scale: float = 1.0
     ) -> None:
         self.name, self.kind, self.folder, self.scale = name, kind, file.parent, scale
         self.notes = contents.notes
@@ -105,7 +105,7 @@ class FileAdapter(Adapter):
     def _tensor(self, info: TensorInfo) -> Floats:
         return self._read(info, range(info.rows)).reshape(info.shape)
 
-    def _part(self, part: Part) -> Floats:
+    def _part(self, part: TensorPart) -> Floats:
         if part.columns.step == 1:
             values = self._read(part.info, part.rows)
         else:
@@ -143,14 +143,14 @@ class FileAdapter(Adapter):
         return scaled
 
 
-def _ranks(contents: Contents) -> dict[str, int]:
+def _ranks(contents: AdapterContents) -> dict[str, int]:
     ranks: dict[str, int] = {}
     for (path, _), change in contents.changes.items():
         ranks[path] = max(ranks.get(path, 0), change.a.shape[0])
     return ranks
 
 
-def _order(item: tuple[Place, Change]) -> tuple[str, int]:
+def _order(item: tuple[MatrixPlace, Factors]) -> tuple[str, int]:
     (path, expert), _ = item
     return path, -1 if expert is None else expert
 

@@ -38,13 +38,10 @@ def refuse_adapter(folder: Path) -> None:
     named = entries.get("base_model_name_or_path") or entries.get("model")
     # A stranger's text, as a terminal can be given it.
     base = repr(named)[1:-1][:200] if isinstance(named, str) and named else None
-    if "peft_type" in entries:
-        kind, fix = "PEFT", "PEFT's merge_and_unload() and save_pretrained()"
-    else:
-        kind, fix = "mlx-lm", f"mlx_lm.fuse --model {base or 'MODEL'} --adapter-path {folder}"
+    kind = "PEFT" if "peft_type" in entries else "mlx-lm"
     raise CheckpointError(
         f"{folder} holds an adapter of {kind}, which modifies {base or 'another model'} and is not a model "
-        f"itself; merge the two with {fix}, and use the result"
+        f"itself; fuse the two with mlx-mixtral convert {base or 'MODEL'} DEST --adapter {folder}, and use the result"
     )
 
 
@@ -57,7 +54,8 @@ def refuse_foreign(names: Iterable[str], folder: Path) -> None:
                 raise must_convert(folder, what, name)
     for name in filter(is_adapter, listed):
         raise CheckpointError(
-            f"{folder} holds an adapter ({name}) and no model; merge it into the model it was trained on, and use the result"
+            f"{folder} holds an adapter ({name}) and no model; fuse it into the model it was trained on, and use the result: "
+            f"mlx-mixtral convert MODEL DEST --adapter {folder}"
         )
 
 

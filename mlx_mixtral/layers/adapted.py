@@ -39,7 +39,8 @@ class LowRankChange:
         return self._finished(products.low_rank(x, y, self._a, self._b))
 
     def rows(self, indices: mx.array, y: mx.array) -> mx.array:
-        return y + (self._b.weight[indices] @ self._a.weight).astype(y.dtype)
+        y = y + (self._b.weight[indices] @ self._a.weight).astype(y.dtype)
+        return y if self._factor is None else y * self._factor[indices][..., None]
 
     def part(self, start: int, stop: int) -> LowRankChange:
         factor, bias = (None if array is None else array[start:stop] for array in (self._factor, self._bias))

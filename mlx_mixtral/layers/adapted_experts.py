@@ -17,29 +17,47 @@ import numpy.typing as npt
 from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.layers.linear import StackedLinear
 
-__all__ = ["ExpertChanges", "PairChanges", "changes_of_pairs", "changes_of_rows", "changes_of_sorted"]
+__all__ = ["ExpertChanges", "PairChanges", "StackedChange", "changes_of_pairs", "changes_of_rows", "changes_of_sorted"]
 
-Part = Literal["gate", "up", "down"]
+Projection = Literal["gate", "up", "down"]
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class ExpertChanges:
-    """Of all experts of a layer by one adapter: ``A [E, r, in]`` and ``B [E, out, r]`` of each part that it changes."""
+class StackedChange:
+    """``B_e (A_e x) + bias_e`` of the experts of a layer: ``A [E, r, in]``, ``B [E, out, r]``, ``bias [E, 1, out]`` or none."""
 
-    pairs: Mapping[Part, tuple[StackedLinear, StackedLinear]]
+    a: StackedLinear
+    b: StackedLinear
+    bias: mx.array | None = None
 
     @property
     def arrays(self) -> Iterator[mx.array]:
         """All arrays held."""
-        return (matrix.weight for pair in self.pairs.values() for matrix in pair)
+        held = (self.a.weight, self.b.weight, self.bias)
+        return (array for array in held if array is not None)
 
-    def change(self, part: Part, x: mx.array, experts: mx.array, *, is_sorted: bool) -> mx.array | None:
-        """``B (A x)`` of the pairs ``experts [...]``, for ``x [..., 1, in]``: ``[..., 1, out]``; None for no change."""
-        if (found := self.pairs.get(part)) is None:
-            return None
-        a, b = found
-        return b(a(x, experts, is_sorted=is_sorted), experts, is_sorted=is_sorted)
+    def __call__(self, x: mx.array, experts: mx.array, *, is_sorted: bool) -> mx.array:
+        """Of the pairs ``experts [...]``, for ``x [..., 1, in]``: ``[..., 1, out]``."""
+        y = self.b(self.a(x, experts, is_sorted=is_sorted), experts, is_sorted=is_sorted)
+        return y if self.bias is None else y + self.bias[experts]
+
+
+@dataclass(frozen=True)
+class ExpertChanges:
+    """Of all experts of a layer by one adapter: of each part that it changes."""
+
+    parts: Mapping[Projection, StackedChange]
+
+    @property
+    def arrays(self) -> Iterator[mx.array]:
+        """All arrays held."""
+        return (array for change in self.parts.values() for array in change.arrays)
+
+    def change(self, part: Projection, x: mx.array, experts: mx.array, *, is_sorted: bool) -> mx.array | None:
+        """What is added to a part's product of ``x [..., 1, in]``; None for no change."""
+        found = self.parts.get(part)
+        return None if found is None else found(x, experts, is_sorted=is_sorted)
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,7 @@ class PairChanges:
     back: mx.array | None
     is_sorted: bool
 
-    def change(self, part: Part, x: mx.array, width: int) -> mx.array | None:
+    def change(self, part: Projection, x: mx.array, width: int) -> mx.array | None:
         """What is added to a part's product ``[..., width]`` of ``x [..., 1, in]``; None where nothing is."""
         found = [
             None if rows.own is None else rows.own.change(part, x[rows.at], rows.experts, is_sorted=self.is_sorted)

@@ -19,7 +19,7 @@ from mlx_mixtral.config.layout import experts_path, layer_path
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.experts.gather import GatheredExperts
 from mlx_mixtral.layers.adapted import LowRankChange, Replaced, ReplacedRows
-from mlx_mixtral.layers.adapted_experts import ExpertChanges, Part
+from mlx_mixtral.layers.adapted_experts import ExpertChanges, Projection, StackedChange
 from mlx_mixtral.layers.expert_bank import FeedForward
 from mlx_mixtral.layers.linear import Adapted, Linear, StackedLinear
 from mlx_mixtral.layers.norm import RMSNorm
@@ -30,13 +30,13 @@ from mlx_mixtral.weights.dtypes import MLX_DTYPES
 
 __all__ = ["Adapting"]
 
-_PARTS: tuple[Part, ...] = ("gate", "up", "down")
+_PARTS: tuple[Projection, ...] = ("gate", "up", "down")
 # Rows of a matrix that are unpacked at once to take their norms.
 NORM_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Target:
     """A matrix of the network: its module, and the paths of the checkpoint's matrices whose rows it has, in order."""
 
     module: Linear
@@ -58,23 +58,15 @@ class Adapting:
         """
         experts = [path for path in adapter.ranks if self._held.checkpoint_matrices[path].part == "expert"]
         is_dense = self._builder.config.is_dense
-        advice = "fuse it: mlx-mixtral convert SOURCE DEST --adapter PATH"
         if not is_dense and (path := next((path for path in experts if path in adapter.dora), None)):
             raise InvalidRequestError(
-                f"the adapter {adapter.name} has DoRA on experts ({path}), which takes the norms of all their weights; {advice}"
+                f"the adapter {adapter.name} has DoRA on experts ({path}), which takes the norms of all their weights; fuse "
+                "it: mlx-mixtral convert SOURCE DEST --adapter PATH"
             )
-        if (path := "model.embed_tokens") in adapter.dora:
-            raise InvalidRequestError(f"the adapter {adapter.name} has DoRA on {path}; {advice}")
         if on_cpu and experts and not is_dense and self._builder.dtype != "F32":
             raise InvalidRequestError(
                 f"the adapter {adapter.name} changes experts, which cannot be computed in {DTYPE_NAMES[self._builder.dtype]} "
                 "on MLX's CPU backend; use --dtype float32"
-            )
-        touched = {*adapter.ranks, *adapter.replaced, *adapter.token_rows}
-        if self._builder.config.tie_word_embeddings and touched & {"model.embed_tokens", "lm_head"}:
-            raise InvalidRequestError(
-                f"the adapter {adapter.name} changes the embedding, which is this model's output head too; nothing says "
-                "whether both are meant"
             )
 
     def nbytes(self, adapter: Adapter) -> int:
@@ -135,14 +127,14 @@ class Adapting:
 
     # Where things are
 
-    def _places(self, module: MixtralModel) -> Iterator[_Place]:
+    def _places(self, module: MixtralModel) -> Iterator[_Target]:
         """Every matrix that is no gathered expert's."""
         modules = [matrix for matrix in (module.embed_tokens, module.lm_head) if matrix is not None]
         for layer in module.layers:
             modules += [*layer.attention.qkv, layer.attention.o_proj]
             modules += [*layer.moe.gate_up, layer.moe.down] if isinstance(layer.moe, FeedForward) else [layer.moe.gate]
         for matrix, paths in zip(modules, self._builder.matrix_groups(), strict=True):
-            yield _Place(matrix, paths)
+            yield _Target(matrix, paths)
 
     def _expert_paths(self) -> Sequence[str]:
         """What the paths of each layer's gathered experts have in common."""
@@ -161,7 +153,7 @@ class Adapting:
 
     # What they change
 
-    def _change(self, adapter: Adapter, place: _Place) -> Adapted | None:
+    def _change(self, adapter: Adapter, place: _Target) -> Adapted | None:
         """What an adapter makes of a matrix; None where it leaves it as it is."""
         paths, change = place.paths, self._low_rank(adapter, place)
         if any(path in adapter.replaced for path in paths):
@@ -176,7 +168,7 @@ class Adapting:
             return found
         return change
 
-    def _replaced(self, adapter: Adapter, place: _Place, change: LowRankChange | None) -> Replaced:
+    def _replaced(self, adapter: Adapter, place: _Target, change: LowRankChange | None) -> Replaced:
         """A whole matrix of floats: the rows that are replaced, and the others as they are computed without that."""
         rows, start = [], 0
         for path in place.paths:
@@ -193,7 +185,7 @@ class Adapting:
         mx.eval(list(found.arrays))
         return found
 
-    def _low_rank(self, adapter: Adapter, place: _Place) -> LowRankChange | None:
+    def _low_rank(self, adapter: Adapter, place: _Target) -> LowRankChange | None:
         held = self._held
         lows = [
             self._low(adapter, path, None if held.matrices[path].num_experts is None else 0) for path in place.paths
@@ -235,29 +227,29 @@ class Adapting:
             norms.append(np.asarray(mx.linalg.norm(whole, axis=-1)))
         return np.concatenate(norms)
 
-    def _stacked(self, adapter: Adapter, path: str) -> tuple[StackedLinear, StackedLinear] | None:
+    def _stacked(self, adapter: Adapter, path: str) -> StackedChange | None:
         """``A [E, r, in]`` and ``B [E, out, r]`` of a matrix of experts; experts of a lower rank have zeros."""
         if (rank := adapter.ranks.get(path)) is None:
             return None
         matrix = self._held.matrices[path]
-        count = matrix.num_experts or 1
+        count, out = matrix.num_experts or 1, matrix.out_features
         a = np.zeros((count, rank, matrix.in_features), np.float32)
-        b = np.zeros((count, matrix.out_features, rank), np.float32)
+        b = np.zeros((count, out, rank), np.float32)
+        bias = np.zeros((count, 1, out), np.float32)
         for expert in range(count):
             if (low := self._low(adapter, path, expert)) is None:
                 continue
-            if low.bias is not None:
-                raise InvalidRequestError(
-                    f"the adapter {adapter.name} has biases on experts ({path}), which are not computed"
-                )
             a[expert, : len(low.a)], b[expert, :, : len(low.a)] = low.a, low.b
+            if low.bias is not None:
+                bias[expert] = low.bias
         products = self._builder.products
-        pair = (
+        change = StackedChange(
             StackedLinear({"weight": self._array(a)}, None, products),
             StackedLinear({"weight": self._array(b)}, None, products),
+            self._array(bias) if bias.any() else None,
         )
-        mx.eval([matrix.weight for matrix in pair])
-        return pair
+        mx.eval(list(change.arrays))
+        return change
 
     def _low(self, adapter: Adapter, path: str, expert: int | None) -> LowRank | None:
         """This machine's part of a change."""
@@ -267,8 +259,11 @@ class Adapting:
             return low
         cut = slice(columns.start, columns.stop)
         if path.endswith(".down_proj"):
-            return LowRank(np.ascontiguousarray(low.a[:, cut]), low.b, low.magnitude, low.bias)
-        return LowRank(low.a, low.b[cut], None if low.magnitude is None else low.magnitude[cut], low.bias)
+            # What machines compute is added up: the bias is the first one's.
+            is_leader = self._builder.share is None or self._builder.share.is_leader
+            return LowRank(np.ascontiguousarray(low.a[:, cut]), low.b, low.magnitude, low.bias if is_leader else None)
+        magnitude, bias = (None if array is None else array[cut] for array in (low.magnitude, low.bias))
+        return LowRank(low.a, low.b[cut], magnitude, bias)
 
     def _linear(self, weight: Floats) -> Linear:
         return Linear({"weight": self._array(weight)}, None, self._builder.products)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from mlx_mixtral.budget.plan import MemoryPlan
 from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.distributed.link import Link
-from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.errors import ClosedError, InvalidRequestError
 from mlx_mixtral.machine.device import Device
 from mlx_mixtral.model.adapting import Adapting
 from mlx_mixtral.model.transformer import MixtralModel
@@ -116,10 +117,17 @@ class Adapters:
     """
 
     def __init__(self, engine: AdaptedEngine, adapting: Adapting) -> None:
-        self._engine, self._adapting = engine, adapting
+        # The engine holds this: an engine that is dropped goes at once.
+        self._owner, self._adapting = weakref.ref(engine), adapting
         self._loaded: dict[str, LoadedAdapter] = {}
         self._in_use: str | None = None
         self._last = -1
+
+    @property
+    def _engine(self) -> AdaptedEngine:
+        if (engine := self._owner()) is None:
+            raise ClosedError("the model of these adapters was closed; load it again")
+        return engine
 
     def __repr__(self) -> str:
         names = ", ".join(f"{name} (in use)" if name == self._in_use else name for name in self._loaded)

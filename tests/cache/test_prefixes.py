@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_mixtral import Mixtral, load
 from mlx_mixtral.cache.kv import KVCache
-from mlx_mixtral.cache.prefix_index import PrefixIndex, common_prefix, sequence_key, tokens_of
+from mlx_mixtral.cache.prefix_index import PrefixIndex, adapter_of, common_prefix, sequence_key, tokens_of
 from mlx_mixtral.cache.prefixes import MAX_LOST_TOKENS, MIN_TOKENS, PrefixStore
 from mlx_mixtral.cache.window import Window
 
@@ -259,7 +259,7 @@ def test_what_can_be_had_is_said_without_taking_it(model: Mixtral) -> None:
 
 
 def _alike(a: list[int], b: list[int]) -> int:
-    """Tokens that both begin with, one by one."""
+    """Numbers that both begin with, one by one."""
     same = 0
     while same < min(len(a), len(b)) and a[same] == b[same]:
         same += 1
@@ -269,10 +269,16 @@ def _alike(a: list[int], b: list[int]) -> int:
 SEQUENCE = st.lists(st.sampled_from([0, 1, 256, 2**31]), max_size=12)
 
 
-@given(SEQUENCE, SEQUENCE)
-def test_common_prefix_is_what_a_loop_finds(a: list[int], b: list[int]) -> None:
-    assert common_prefix(sequence_key(a), sequence_key(b)) == _alike(a, b)
-    assert tokens_of(sequence_key(a)) == a
+ADAPTER = st.sampled_from([None, 0, 1])
+
+
+@given(SEQUENCE, SEQUENCE, ADAPTER, ADAPTER)
+def test_common_prefix_is_what_a_loop_finds(a: list[int], b: list[int], adapter: int | None, other: int | None) -> None:
+    """Of what two adapters computed nothing is common."""
+    alike = 1 + _alike(a, b) if adapter == other else 0
+    assert common_prefix(sequence_key(a, adapter), sequence_key(b, other)) == alike
+    assert tokens_of(sequence_key(a, adapter)) == a
+    assert adapter_of(sequence_key(a, adapter)) == adapter
 
 
 @given(st.lists(SEQUENCE, max_size=30), st.lists(SEQUENCE, max_size=5), SEQUENCE, st.integers(0, 14))
@@ -290,17 +296,17 @@ def test_an_index_finds_what_looking_at_each_sequence_finds(
             kept.remove(tokens)
     assert len(index) == len(kept)
     longest = max((min(_alike(tokens, wanted), most) for tokens in kept), default=0)
-    found = index.likest(sequence_key(wanted), most)
+    # The first number of a key is the adapter's.
+    found = index.likest(sequence_key(wanted), 1 + most)
     if found is None:
-        assert longest == 0
+        assert not kept
     else:
         tokens = tokens_of(found[0])
-        assert (tokens in kept, found[1]) == (True, longest)
+        assert (tokens in kept, found[1]) == (True, 1 + longest)
         assert min(_alike(tokens, wanted), most) == longest
         assert (wanted[:longest] in kept) == (tokens == wanted[:longest])
-    # Nothing may begin with the empty one: no cache holds it.
-    expected = sorted((tokens for tokens in kept if tokens and wanted[: len(tokens)] == tokens), key=len, reverse=True)
-    assert [tokens_of(key) for key in index.beginnings(sequence_key(wanted)) if key] == expected
+    expected = sorted((tokens for tokens in kept if wanted[: len(tokens)] == tokens), key=len, reverse=True)
+    assert [tokens_of(key) for key in index.beginnings(sequence_key(wanted))] == expected
 
 
 class _CountedKey(bytes):
@@ -319,7 +325,7 @@ class _CountedKey(bytes):
 
 def test_more_sequences_that_begin_otherwise_hardly_cost_more(model: Mixtral, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty times as many: five comparisons more at most wherever a sequence is looked up, for they are sorted."""
-    monkeypatch.setattr("mlx_mixtral.cache.prefixes.sequence_key", lambda tokens: _CountedKey(sequence_key(tokens)))
+    monkeypatch.setattr("mlx_mixtral.cache.prefixes.sequence_key", lambda *given: _CountedKey(sequence_key(*given)))
     compared = {}
     lookups: list[object] = []
     monkeypatch.setattr(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlx_mixtral import load
+from tests.convert.adapter_writer import write_mlx_adapter
 
 from .conftest import SLOW_READS, Invoke, Spawn, assert_one_error
 
@@ -232,3 +233,42 @@ def test_a_tokenizer_that_cannot_be_used_is_noted_and_the_model_converts(
         "tokenizer cannot be used"
         in json.loads(invoke("convert", checkpoint_copy, tmp_path / "b", "--dry-run", "--json").stdout)["notes"][0]
     )
+
+
+@pytest.fixture
+def lora(short: Path, tmp_path: Path) -> Path:
+    write_mlx_adapter(tmp_path / "lora", json.loads((short / "config.json").read_text()), ("self_attn.q_proj",))
+    return tmp_path / "lora"
+
+
+def test_adapters_are_fused_by_their_scales_and_named(invoke: Invoke, short: Path, lora: Path, tmp_path: Path) -> None:
+    shutil.copytree(lora, tmp_path / "x=2")
+    given = ["--adapter", lora, "--adapter", f"{lora}=-0.5", "--adapter", tmp_path / "x=2"]
+    result = invoke("convert", short, tmp_path / "out", *given, "--dry-run")
+    assert result.exit_code == 0
+    for line in (
+        "fused: lora (mlx-lm, scale 1, rank 4) into 2 tensors",
+        "scale -0.5, rank 4) into 2",
+        "fused: x=2 (mlx-lm",
+    ):
+        assert line in result.stdout
+    assert not (tmp_path / "out").exists()
+    report = json.loads(invoke("convert", short, tmp_path / "out", *given, "--json").stdout)
+    assert [(each["name"], each["scale"]) for each in report["adapters"]] == [("lora", 1), ("lora", -0.5), ("x=2", 1)]
+
+
+@pytest.mark.parametrize("scale", ["", "big", "nan", "1e400"])
+def test_a_scale_that_is_no_number_is_one_line(
+    invoke: Invoke, short: Path, lora: Path, tmp_path: Path, scale: str
+) -> None:
+    result = invoke("convert", short, tmp_path / "out", "--adapter", f"{lora}={scale}")
+    assert_one_error(result, "the scale is")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_in_place_of_the_source_is_told_how_to_be_fused(
+    invoke: Invoke, short: Path, lora: Path, tmp_path: Path
+) -> None:
+    result = invoke("convert", lora, tmp_path / "out")
+    assert_one_error(result, f"DEST --adapter {lora}")
+    assert invoke("convert", short, tmp_path / "out", "--adapter", lora).exit_code == 0

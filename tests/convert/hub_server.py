@@ -32,6 +32,7 @@ WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".npz")
 SCRIPT = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
+from mlx_mixtral import AdapterSource
 from mlx_mixtral.errors import MixtralError
 from mlx_mixtral_convert import Recipe, convert
 from mlx_mixtral.hub import ranges
@@ -68,6 +69,7 @@ def watch(at):
 for options in json.loads(sys.argv[3]):
     sizes.clear(), readers.clear(), watch(None)
     options["recipe"] = Recipe(**options.get("recipe", {}))
+    options["adapters"] = [AdapterSource(path) for path in options.get("adapters", ())]
     try:
         report = convert(options.pop("source", sys.argv[2]), **options, progress=watch)
         result = {"resumed": report.resumed_layers, "source_bytes": report.source_bytes}

@@ -13,6 +13,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_mixtral_convert import Calibration
+from mlx_mixtral_convert.calibration.file import identity
+from mlx_mixtral_convert.calibration.walk import Sums, Walk
+from mlx_mixtral_convert.sources import open_source
+
 Floats = npt.NDArray[np.float32]
 Tensors = dict[str, Any]
 
@@ -155,6 +160,20 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
     arrays = mx.load(str(path))
     assert isinstance(arrays, dict)
     return arrays
+
+
+def measured(folder: Path) -> Calibration:
+    """A calibration on random tokens."""
+    ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (16, 60)).astype(np.int32)
+    with open_source(folder) as source:
+        walk = Walk(source, ids)
+        sums: Sums = {}
+        for _, found in walk.layers():
+            sums |= found
+        sums |= walk.head_sum()
+        squares = {name: np.stack([one.mean_squares for one in found]) for name, found in sums.items()}
+        counts = {name: np.array([one.tokens for one in found]) for name, found in sums.items()}
+        return Calibration(identity(source), ids, squares, counts, {})
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 
 from mlx_mixtral import load
 from mlx_mixtral_convert import Recipe, convert
+from tests.adapters.made import lora
 from tests.conftest import MlxLmFolder, read_npz
 from tests.distributed.launching import ended, ranks
 from tests.distributed.worker import CALLS, Job
@@ -58,9 +59,17 @@ def check(found: dict[str, Any], expected: dict[str, Any], *, is_exact: bool) ->
 
 @pytest.mark.parametrize("split", ["experts", "layers"])
 def test_two_machines_give_what_one_gives(short: Path, tmp_path: Path, split: str) -> None:
-    job: Job = {"folder": str(short), "load": {"split": split}, "calls": EVERYTHING}
-    (found,) = run([job], 2, tmp_path / "out.npz")
-    check(found, alone(job), is_exact=split == "layers")
+    adapters = [str(lora(tmp_path / name, short, seed=seed)) for seed, name in enumerate(("one", "two"))]
+    jobs: list[Job] = [
+        {"folder": str(short), "load": {"split": split}, "calls": EVERYTHING},
+        {
+            "folder": str(short),
+            "load": {"split": split, "adapter": adapters},
+            "calls": ["adapted", "logits", "adapted_logits", "saved", "adapted"],
+        },
+    ]
+    for job, found in zip(jobs, run(jobs, 2, tmp_path / "out.npz"), strict=True):
+        check(found, alone(job), is_exact=split == "layers")
 
 
 def test_three_machines_with_uneven_shares(short: Path, tmp_path: Path) -> None:

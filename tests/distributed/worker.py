@@ -108,6 +108,19 @@ def _cut(model: Mixtral) -> Any:
     return begun, [found[ticket] for ticket in tickets[1:3]]
 
 
+def _adapted(model: Mixtral) -> Any:
+    """Rows of every adapter and of none."""
+    names = [*model.adapters, None]
+    prompts = [_ids(model, 20, 5), _ids(model, 9, 6), _ids(model, 20, 7)]
+    each: list[Any] = [{"adapter": name} for name in names]
+    return [found.token_ids for found in model.generate_batch(prompts[: len(names)], each=each, max_tokens=10)]
+
+
+def _adapted_logits(model: Mixtral) -> Any:
+    model.adapters.use(next(iter(model.adapters)))
+    return np.asarray(model.logits(_ids(model, 50)).astype(mx.float32))
+
+
 def _facts(model: Mixtral) -> Any:
     plan = model.engine.plan
     return model.nbytes, model.residency.resident_bytes, plan.resident_bytes, len(model.module.layers)
@@ -116,7 +129,7 @@ def _facts(model: Mixtral) -> Any:
 CALLS: dict[str, Callable[[Mixtral], Any]] = {
     "logits": _logits, "greedy": _greedy, "drawn": _drawn, "seeded": _seeded, "stopped": _stopped, "batch": _batch,
     "again": _again, "lookup": _lookup, "saved": _saved, "constrained": _constrained, "chat": _chat, "cut": _cut,
-    "facts": _facts,
+    "facts": _facts, "adapted": _adapted, "adapted_logits": _adapted_logits,
 }  # fmt: skip
 
 

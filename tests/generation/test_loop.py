@@ -42,9 +42,9 @@ class Watched:
         self.events += [("forward", tokens.shape[1]), ("head", 1)]
         return self.compute(tokens, cache)
 
-    def head(self, hidden: mx.array) -> mx.array:
+    def head(self, hidden: mx.array, choice: Any = None) -> mx.array:
         self.events.append(("head", hidden.size // hidden.shape[-1]))
-        return self.model.head(hidden)
+        return self.model.head(hidden, choice)
 
 
 def _run(

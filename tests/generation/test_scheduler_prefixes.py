@@ -48,8 +48,8 @@ class _Checked(StorePrefixes):
         super().__init__(limit_bytes)
         self.model, self.given = model, 0
 
-    def take(self, tokens: Sequence[int], left: int = 1) -> KVCache | None:
-        cache = super().take(tokens, left)
+    def take(self, tokens: Sequence[int], left: int = 1, adapter: int | None = None) -> KVCache | None:
+        cache = super().take(tokens, left, adapter)
         assert self.nbytes <= self.limit_bytes
         if cache is not None:
             self.given += 1

@@ -143,14 +143,19 @@ def hub() -> Iterator[FakeHub]:
     server.server_close()
 
 
-def ask(home: Path, url: str, *args: Any, settings: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
-    """``resolve(*args, **options)`` in a fresh process that knows only this hub; what it printed must be the result alone."""
+def ask(
+    home: Path, url: str, *args: Any, settings: dict[str, str] | None = None, script: str = SCRIPT, **options: Any
+) -> dict[str, Any]:
+    """``resolve(*args, **options)``, or another script, in a fresh process that knows only this hub.
+
+    What it printed must be the result alone.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {
         "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_ETAG_TIMEOUT": "2", "PYTHONPATH": PYTHONPATH, "NO_PROXY": "*",
     }  # fmt: skip
-    done = run_python(SCRIPT, [json.dumps(args), json.dumps(options)], environment | (settings or {}))
+    done = run_python(script, [json.dumps(args), json.dumps(options)], environment | (settings or {}))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert isinstance(result, dict)

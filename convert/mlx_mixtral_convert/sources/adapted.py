@@ -66,7 +66,7 @@ def open_adapted(
 
     Raises:
         CheckpointError: no adapter, one of another model, or one that is damaged or holds NaN or infinity.
-        ConversionError: an adapter that adds to outputs, or changes one of two matrices that are tied.
+        ConversionError: an adapter that adds a bias to outputs.
         HubError: a repository cannot be used.
         InvalidRequestError: a scale for an adapter that has no use for one.
     """
@@ -95,7 +95,7 @@ class AdaptedSource:
     def __init__(self, base: TensorSource, adapters: Sequence[Adapter]) -> None:
         self.base, self.adapters = base, tuple(adapters)
         self.touched = frozenset().union(*(touched_by(adapter) for adapter in adapters))
-        self.files: SourceFiles = _Files(base.files, adapters)
+        self.files: SourceFiles = _WatchedFiles(base.files, adapters)
 
     @property
     def config(self) -> MixtralConfig:
@@ -142,6 +142,12 @@ class AdaptedSource:
                 return Values(adapter.replacement(norm.path).reshape(1, norm.size), "F32")
         return self.base.read_norm(norm)
 
+    @property
+    def largest_changes_bytes(self) -> int:
+        """Memory that the changes of one matrix take at most, with the factors of all its experts where a file mixes them."""
+        listed = list(matrices(self.config))
+        return sum(max((_changes_bytes(adapter, matrix) for matrix in listed), default=0) for adapter in self.adapters)
+
     def small_files(self) -> dict[str, bytes]:
         """Those of the source."""
         return small_files(self.base)
@@ -182,7 +188,7 @@ class _AdaptedPackedSource(AdaptedSource):
         return self.base.read_packed(matrix, expert)
 
 
-class _Files(SourceFiles):
+class _WatchedFiles(SourceFiles):
     """The weight files of a source, while those of adapters are watched with them."""
 
     def __init__(self, base: SourceFiles, adapters: Sequence[Adapter]) -> None:
@@ -222,17 +228,17 @@ def _apply(adapter: Adapter, matrix: Matrix, expert: int, weights: Floats) -> No
         weights[list(trained.tokens)] = trained.rows
 
 
+def _changes_bytes(adapter: Adapter, matrix: Matrix) -> int:
+    whole = matrix.out_features * matrix.in_features if matrix.path in adapter.replaced | adapter.token_rows else 0
+    factors = adapter.ranks.get(matrix.path, 0) * (matrix.out_features + matrix.in_features) * (matrix.num_experts or 1)
+    return 4 * (whole + factors)
+
+
 def _low_rank(adapter: Adapter, matrix: Matrix, expert: int) -> LowRank | None:
     return adapter.low_rank(matrix.path, None if matrix.num_experts is None else expert)
 
 
 def _check_fusable(adapter: Adapter, config: MixtralConfig) -> None:
-    touched = touched_by(adapter)
-    if config.tie_word_embeddings and (both := sorted(touched & {"model.embed_tokens", "lm_head"})):
-        raise ConversionError(
-            f"adapter {adapter.name} changes {both[0]}, but this model has one matrix for embeddings and output, and fusing "
-            "would change both; use the adapter at run time instead"
-        )
     for matrix in matrices(config):
         if matrix.path in adapter.replaced:
             adapter.replacement(matrix.path)

@@ -26,7 +26,10 @@ def model_card(
     """README.md of a repository: YAML for the hub, then sizes, errors, how to run it, and ``section``, a report's Markdown."""
     from huggingface_hub import ModelCardData
 
-    others: dict[str, Any] = {"base_model_relation": "quantized"} if base_model is not None and found.quantised else {}
+    relation = "finetune" if found.adapters else "quantized" if found.quantised else None
+    others: dict[str, Any] = (
+        {"base_model_relation": relation} if base_model is not None and relation is not None else {}
+    )
     data = ModelCardData(
         base_model=base_model,
         library_name=_LIBRARIES[found.kind],
@@ -52,6 +55,9 @@ def _origin(found: Uploadable, base_model: str | None) -> Iterator[str]:
         f"{linked}{revision}, converted to {what} by mlx-mixtral {__version__}: {format_bytes(found.nbytes)}, "
         f"{found.bits_per_weight:.2f} bits per weight, {found.parameters:,} parameters."
     )
+    if found.adapters:
+        fused = (f"{escaped(name)} ({escaped(kind)}, scale {scale:g})" for name, kind, scale in found.adapters)
+        yield f"With LoRA adapters fused into the weights: {', '.join(fused)}."
 
 
 def _weights(found: Uploadable) -> Iterator[str]:

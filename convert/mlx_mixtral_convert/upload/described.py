@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Uploadable:
     quantised: bool
     worst: tuple[tuple[str, str, float], ...]
     template: bool
+    adapters: tuple[tuple[str, str, float], ...] = ()
+    """Name, kind and scale of what was fused in."""
 
     @property
     def repository(self) -> str | None:
@@ -111,6 +113,7 @@ def _folder(path: Path) -> Uploadable:
         tuple(_worst(manifest)),
         any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
         or bool(_settings(path).get("chat_template")),
+        tuple(_adapters(manifest)),
     )
 
 
@@ -126,6 +129,13 @@ def _worst(manifest: Mapping[str, Any]) -> list[tuple[str, str, float]]:
         if isinstance(entry, Mapping) and is_number(entry.get("relative_rms"))
     ]
     return sorted(found, key=lambda entry: (-entry[2], entry[0]))[:WORST_SHOWN]
+
+
+def _adapters(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    found = manifest.get("adapters")
+    for entry in found if isinstance(found, list) else ():
+        if isinstance(entry, Mapping) and is_number(entry.get("scale")):
+            yield str(entry.get("name", "")), str(entry.get("kind", "")), float(entry["scale"])
 
 
 def _gguf(path: Path) -> Uploadable:

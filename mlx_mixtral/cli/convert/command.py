@@ -78,6 +78,7 @@ def _convert(given: ConvertOptions) -> None:
             recipe=recipe,
             dtype=given.dtype,
             revision=given.revision,
+            adapters=given.adapters,
             exact=given.exact,
             kind=given.kind,
             overwrite=given.overwrite,

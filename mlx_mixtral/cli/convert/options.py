@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_mixtral.adapters.source import AdapterSource
 from mlx_mixtral.cli.fields import argument, flag, flag_name, is_given, option
 from mlx_mixtral.cli.options import device_option, json_flag, revision_option
 from mlx_mixtral.cli.values import ModelName, Place
@@ -65,6 +66,11 @@ def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[st
     return overrides
 
 
+def parse_adapters(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[AdapterSource, ...]:
+    """Option callback for ``lora-math`` and ``owner/name=0.5``, repeatable."""
+    return tuple(map(AdapterSource.parse, values))
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
     source: str = argument(type=ModelName(files=True))
@@ -113,6 +119,12 @@ class ConvertOptions:
         callback=parse_overrides,
         multiple=True,
     )
+    adapters: tuple[AdapterSource, ...] = option(
+        "--adapter PATH[=SCALE]",
+        "A LoRA adapter to fuse into the weights: a folder or a hub repository, and by how much to multiply it; repeatable.",
+        callback=parse_adapters,
+        multiple=True,
+    )
     exact: bool = flag(
         "--exact", "Keep the integers of a quantised source unchanged wherever MLX has a format for them."
     )
@@ -159,7 +171,11 @@ def check_options(ctx: click.Context, given: ConvertOptions) -> None:
         known = EXPORT_OPTIONS | TYPE_OPTIONS[given.to]
         for name in typed:
             if name not in known:
-                instead = {"dtype": "; give --type", "gguf_type": "; give --dtype"}.get(name, "")
+                instead = {
+                    "dtype": "; give --type",
+                    "gguf_type": "; give --dtype",
+                    "adapters": "; fuse it with --bits none first, and convert the result",
+                }.get(name, "")
                 raise click.UsageError(f"{flag_name(ctx, name)} does not apply with --to {given.to}{instead}")
         return
     if given.gguf_type is not None:

@@ -71,6 +71,8 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
     console = out_console()
     _print_title(dest, report)
     line = _sizes(report)
+    for adapter in report["adapters"]:
+        line += f"\nfused: {_adapter(adapter)}"
     if report["predicted_kl"] is not None:
         line += f"\n{_expected_loss(report)}"
     if report["dry_run"]:
@@ -116,6 +118,12 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
         talks = "instruct" in source.lower()
         example = f"chat {shown}" if talks else f'generate {shown} -p "Once upon a time"'
         console.print(f"Next: mlx-mixtral {example}", soft_wrap=True)
+
+
+def _adapter(adapter: Mapping[str, Any]) -> str:
+    rank = f", rank {adapter['rank']}" if adapter["rank"] else ""
+    count = "1 tensor" if adapter["matrices"] == 1 else f"{adapter['matrices']} tensors"
+    return f"{one_line(adapter['name'])} ({adapter['kind']}, scale {adapter['scale']:g}{rank}) into {count}"
 
 
 def _expected_loss(report: Mapping[str, Any]) -> str:

@@ -11,16 +11,13 @@ import numpy as np
 import pytest
 
 from mlx_mixtral_convert import Recipe, convert
-from mlx_mixtral_convert.calibration import Calibration
-from mlx_mixtral_convert.calibration.file import identity
-from mlx_mixtral_convert.calibration.walk import Sums, Walk
-from mlx_mixtral_convert.sources import detect, open_source
+from mlx_mixtral_convert.sources import detect
 from tests.convert.gguf_writer import renamed, write_gguf
 from tests.convert.hub_server import WEIGHTS, run_all, serve
 from tests.convert.module_packers import integers, lookup
 from tests.convert.native_writer import make_native, native, params
 from tests.convert.packers import awq, fp8, gptq, grouped_packer, make_packed
-from tests.convert.support import CONFIG, hashes, make_checkpoint, read_output, weights
+from tests.convert.support import CONFIG, hashes, make_checkpoint, measured, read_output, weights
 from tests.convert.torch_writer import save_torch
 
 # Wide enough for blocks of 256.
@@ -213,20 +210,6 @@ def test_parts_of_a_matrix_are_fetched_once(tmp_path: Path) -> None:
     assert "switch_mlp" in str(layer.read_bytes()[:5000])
     served = sum(count for name, _, count in hub.served if name == layer.name)
     assert 0.9 * layer.stat().st_size < served < 1.1 * layer.stat().st_size + 2**17
-
-
-def measured(folder: Path) -> Calibration:
-    """A calibration on random tokens."""
-    ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (16, 60)).astype(np.int32)
-    with open_source(folder) as source:
-        walk = Walk(source, ids)
-        sums: Sums = {}
-        for _, found in walk.layers():
-            sums |= found
-        sums |= walk.head_sum()
-        squares = {name: np.stack([one.mean_squares for one in found]) for name, found in sums.items()}
-        counts = {name: np.array([one.tokens for one in found]) for name, found in sums.items()}
-        return Calibration(identity(source), ids, squares, counts, {})
 
 
 @pytest.mark.parametrize("rounding", ["search", "gptq"])

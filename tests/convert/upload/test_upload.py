@@ -199,6 +199,18 @@ def test_an_exported_folder_of_floats_is_no_quantisation(source: Path, tmp_path:
     assert found["library_name"] == "transformers"
 
 
+def test_a_card_names_the_adapters_that_were_fused_in(converted: Path) -> None:
+    manifest = json.loads((converted / "conversion.json").read_text())
+    lora = {"name": "someone/lora_*x*", "kind": "PEFT", "scale": 0.5, "fingerprint": "0" * 64}
+    manifest["adapters"] = [lora, {"name": "b", "kind": "mlx-lm", "scale": 1.0}, "nonsense", {"scale": None}]
+    (converted / "conversion.json").write_text(json.dumps(manifest))
+    card = upload(converted, REPOSITORY, base_model="mistralai/Base", dry_run=True).card
+    assert card is not None
+    shown = r"someone/lora\_\*x\* (PEFT, scale 0.5), b (mlx-lm, scale 1)"
+    assert f"With LoRA adapters fused into the weights: {shown}." in card
+    assert card_of(card)["base_model_relation"] == "finetune"
+
+
 def test_a_hub_source_is_the_base_model_and_odd_names_stay_text(converted: Path) -> None:
     manifest = json.loads((converted / "conversion.json").read_text())
     manifest["source"] |= {"name": "mistralai/Base", "revision": "0" * 40}

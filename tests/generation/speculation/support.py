@@ -33,7 +33,7 @@ class ChainCache:
 
     arrays: tuple[mx.array, ...] = ()
 
-    window = None
+    window = adapter = None
 
     def __init__(self) -> None:
         self.length = 0
@@ -75,7 +75,7 @@ class Chain:
     def remember(self, tokens: mx.array, cache: ChainCache, *, total: int = 0) -> None:
         self.hidden(tokens, cache)
 
-    def head(self, hidden: mx.array) -> mx.array:
+    def head(self, hidden: mx.array, choice: object = None) -> mx.array:
         return self._table[hidden[..., 0]]
 
     def __call__(self, tokens: mx.array, cache: ChainCache, **_: Any) -> mx.array:
