@@ -14,25 +14,31 @@ from mlx_mixtral.bench.traffic import TokenTraffic
 from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.texts import read_texts
 from mlx_mixtral.machine.bandwidth import copy_rates
-from tests.adapters_made import made_adapter
+from tests.adapters.made import lora
 from tests.distributed.launching import ended, ranks
 from tests.shared import SharedFolders
 
 from .conftest import Invoke, assert_one_error
 
 TASKS = Path(__file__).parents[1] / "evaluation" / "harness" / "tasks"
+PARTS = ("attention", "expert")
 PROMPT = "The quick brown fox jumps over the lazy dog"
 
 
 @pytest.fixture(scope="module")
 def one(short: Path, shared: SharedFolders) -> Path:
-    return shared("command-line adapter 1", lambda folder: made_adapter(folder, short, seed=1))
+    return shared("command-line adapter 1", lambda folder: lora(folder, short, seed=1, rank=2, parts=PARTS, size=0.2))
 
 
 @pytest.fixture(scope="module")
 def two(short: Path, shared: SharedFolders) -> Path:
     """One with something to be said of it."""
-    return shared("command-line adapter 2", lambda folder: made_adapter(folder, short, seed=2, dropout=0.1))
+
+    def make(folder: Path) -> None:
+        config = lora(folder, short, seed=2, rank=2, parts=PARTS, size=0.2) / "adapter_config.json"
+        config.write_text(config.read_text().replace('"dropout": 0.0', '"dropout": 0.1'))
+
+    return shared("command-line adapter 2", make)
 
 
 def generated(invoke: Invoke, *arguments: object) -> Any:
@@ -240,10 +246,10 @@ def test_bench_measures_it_beside_mlx_lm(
     assert found["adapter"]["name"] == "a"
     held = mx.load(str(one / "adapters.safetensors"))
     assert isinstance(held, dict)
-    # In float32 on the CPU. q, k and v are one matrix here: B of its changes has rows of zeros for what is not of its own.
+    # In float32 on the CPU. q, k and v are one matrix here, and B of its changes is block-diagonal.
     whole = sum(array.nbytes for array in held.values())
     for name, array in held.items():
-        if name.endswith(("q_proj.lora_b", "v_proj.lora_b")):
+        if name.endswith(("q_proj.lora_b", "k_proj.lora_b", "v_proj.lora_b")):
             whole += array.nbytes // array.shape[1] * (rows - array.shape[1])
     assert found["load"]["mlx-mixtral"]["weight_bytes"] == own + whole
     assert found["load"]["mlx-lm float32"]["weight_bytes"] > whole
@@ -317,7 +323,7 @@ def test_bad_ones_are_refused_in_a_line(
     else:
         refused(f"{command} takes one adapter, not 2", adapters=[f"a={one}", f"b={one}"])
     other = tmp_path / "other"
-    made_adapter(other, small)
+    lora(other, small, parts=PARTS)
     refused("shape", "of another model", adapters=[other])
 
 

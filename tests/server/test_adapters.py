@@ -15,7 +15,7 @@ import pytest
 
 from mlx_mixtral import Mixtral, SamplingParams, load
 from mlx_mixtral.adapters.source import AdapterSource
-from tests.adapters_made import made_adapter
+from tests.adapters.made import lora
 from tests.server.conftest import Running, running, wait_until
 from tests.shared import SharedFolders
 
@@ -27,7 +27,12 @@ CONVERSATION = [{"role": "user", "content": "Hello"}]
 @pytest.fixture(scope="module")
 def loading(short: Path, shared: SharedFolders) -> Callable[[], Mixtral]:
     sources = [
-        AdapterSource(shared(f"served adapter {seed}", partial(made_adapter, model=short, seed=seed)), name)
+        AdapterSource(
+            shared(
+                f"served adapter {seed}", partial(lora, model=short, seed=seed, parts=("attention", "expert"), size=0.2)
+            ),
+            name,
+        )
         for seed, name in ((1, "one"), (2, "two"))
     ]
     return lambda: load(short, adapter=sources)
