@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_mixtral import Mixtral, SamplingParams, load
+from mlx_mixtral.bench.backend import Ours
+from mlx_mixtral.bench.mlx_lm_backend import MlxLm
 from mlx_mixtral.bench.traffic import TokenTraffic
 from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.texts import read_texts
+from mlx_mixtral.hub import Source
 from mlx_mixtral.machine.bandwidth import copy_rates
 from tests.adapters.made import lora
 from tests.distributed.launching import ended, ranks
@@ -252,7 +256,6 @@ def test_bench_measures_it_beside_mlx_lm(
         if name.endswith(("q_proj.lora_b", "k_proj.lora_b", "v_proj.lora_b")):
             whole += array.nbytes // array.shape[1] * (rows - array.shape[1])
     assert found["load"]["mlx-mixtral"]["weight_bytes"] == own + whole
-    assert found["load"]["mlx-lm float32"]["weight_bytes"] > whole
     experts = sum(array.nbytes for name, array in held.items() if "switch_mlp" in name)
     # Of the experts' part a token reads that of its own.
     share = config.num_experts_per_tok / config.num_local_experts
@@ -262,9 +265,26 @@ def test_bench_measures_it_beside_mlx_lm(
     assert_one_error(refused, "at another scale than its own (here 0.5)", "--compare")
 
 
-def test_what_bench_times_is_the_adapters(short: Path, one: Path) -> None:
-    from mlx_mixtral.bench.backend import Ours
+def test_mlx_lm_computes_with_the_same_adapter(short: Path, one: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    ids = [1, 300, 401, 502, 333]
+    theirs = MlxLm(short, None, one, in_float32=True)
+    with load(short, adapter=one) as model:
+        logits = model.logits(ids)
+        np.testing.assert_allclose(np.asarray(theirs._network(mx.array([ids]))[0]), np.asarray(logits), atol=5e-5)
+    theirs.close()
 
+
+def test_one_from_the_hub_keeps_its_name(
+    invoke: Invoke, short: Path, one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder that a download leaves is called by its commit."""
+    monkeypatch.setattr(Source, "resolve_adapter", lambda self, **options: one)
+    found = generated(invoke, short, "-p", PROMPT, "--adapter", "owner/lora-sql@main=0.5")["adapter"]
+    assert (found["name"], found["scale"]) == ("lora-sql", 0.5)
+
+
+def test_what_bench_times_is_the_adapters(short: Path, one: Path) -> None:
     seen: list[object] = []
     with load(short, adapter=one) as model:
         ours = Ours(model)
