@@ -22,6 +22,7 @@ from mlx_mixtral.experts.trace import chance_of_repeat
 from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral_convert import NAMED
 from mlx_mixtral_convert.sources import KINDS
+from tests.adapters.made import lora
 from tests.benchmarks.residency import policy_rows
 from tests.markdown import anchors, blocks_of_code, code_spans, links, tables_as_written
 from tests.test_rooms import ROOMS
@@ -198,6 +199,9 @@ def test_the_snippets_of_a_page_run_one_after_another(
     page: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for index, name in enumerate(re.findall(r"\./(lora-\w+)", TEXTS[page])):
+        if not (tmp_path / name).exists():
+            lora(tmp_path / name, tiny, seed=index, rank=2)
     names: dict[str, Any] = {}
     for language, code in blocks_of_code(TEXTS[page]):
         if language == "python":

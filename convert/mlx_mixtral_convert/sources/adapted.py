@@ -38,13 +38,18 @@ from mlx_mixtral_convert.sources.storage.local import LocalStorage
 
 __all__ = ["AdaptedSource", "adapt", "fuse", "open_adapted", "touched_by"]
 
+# Of one product of factors, 16 MB: in the small blocks of other passes BLAS's threads would mostly wait for each other.
+PRODUCT_VALUES = 2**22
+
 
 def fuse(weights: Floats, change: LowRank) -> None:
     """Apply a low-rank change to ``weights [out, in]`` in place, blocks of rows at a time.
 
     A row that is all zero after the change stays so, whatever its magnitude.
     """
-    for rows in row_blocks(*weights.shape):
+    step = max(1, PRODUCT_VALUES // weights.shape[1])
+    for start in range(0, len(weights), step):
+        rows = slice(start, start + step)
         block = weights[rows]
         block += change.b[rows] @ change.a
         if change.magnitude is not None:

@@ -26,6 +26,7 @@ DOWN = EXPERTS[2]
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices of several blocks, the last of them short."""
     monkeypatch.setattr("mlx_mixtral_convert.packing.measure.BLOCK_VALUES", 700)
+    monkeypatch.setattr("mlx_mixtral_convert.sources.adapted.PRODUCT_VALUES", 1500)
 
 
 @pytest.fixture(params=["BF16", "F16", "F32"])
