@@ -16,6 +16,8 @@ from mlx_mixtral.bench.mlx_lm_backend import MlxLm
 from mlx_mixtral.bench.traffic import TokenTraffic
 from mlx_mixtral.evaluation.perplexity import evaluate
 from mlx_mixtral.evaluation.texts import read_texts
+from mlx_mixtral.generation.request import Request
+from mlx_mixtral.generation.scheduler import Scheduler
 from mlx_mixtral.hub import Source
 from mlx_mixtral.machine.bandwidth import copy_rates
 from tests.adapters.made import lora
@@ -284,23 +286,18 @@ def test_one_from_the_hub_keeps_its_name(
     assert (found["name"], found["scale"]) == ("lora-sql", 0.5)
 
 
-def test_what_bench_times_is_the_adapters(short: Path, one: Path) -> None:
-    seen: list[object] = []
+def test_the_rows_that_bench_times_are_the_adapters(short: Path, one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int | None] = []
+    submit = Scheduler.submit
+
+    def watched(self: Scheduler, request: Request, **options: Any) -> int:
+        seen.append(request.adapter)
+        return submit(self, request, **options)
+
+    monkeypatch.setattr(Scheduler, "submit", watched)
     with load(short, adapter=one) as model:
-        ours = Ours(model)
-        assert ours._request([1, 2, 3], 2).adapter == model.module.adapter
-        ours.prefill([1, 2, 3])
-        make = type(model.module).make_cache
-
-        def watched(self: Any, *arguments: Any, **options: Any) -> Any:
-            cache = make(self, *arguments, **options)
-            seen.append(cache.adapter)
-            return cache
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(model.module), "make_cache", watched)
-            ours.batch([[1, 2, 3], [4, 5, 6]], 2)
-        assert 0 in seen
+        Ours(model).batch([[1, 2, 3], [4, 5, 6]], 2)
+        assert seen == [model.adapters.number_of(one.name)] * 2
 
 
 def test_several_machines_have_it(short: Path, one: Path) -> None:
