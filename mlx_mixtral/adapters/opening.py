@@ -32,6 +32,7 @@ def open_adapter(
     *,
     scale: float = 1.0,
     revision: str | None = None,
+    name: str | None = None,
     progress: BytesDone | None = None,
 ) -> Adapter:
     """The adapter in a folder, or in a repository ``owner/name[@revision]`` of the hub, for the model of ``config``.
@@ -40,6 +41,7 @@ def open_adapter(
 
     Args:
         scale: multiplies what the adapter changes; negative takes it away from the model, 0 leaves the model as it is.
+        name: what errors call it; the folder's or the repository's when None.
         progress: told (done bytes, total bytes) while downloading.
 
     Raises:
@@ -51,7 +53,7 @@ def open_adapter(
         raise InvalidRequestError(f"scale is {shown(scale)}; it must be a finite number of at most {MAX_SCALE:g}")
     named = Source.parse(source, revision)
     folder = named.resolve_adapter(progress=progress)
-    name, _ = named.origin(folder)
+    name = name or named.origin(folder)[0]
     kind, file, entries = _choose(folder)
     tensors, places = read_header(file), Places(config)
     if not tensors:

@@ -84,10 +84,13 @@ class BatchClock:
 
 
 class Ours:
-    """This package's runtime, by the loops that ``generate`` and ``generate_batch`` run. Nothing else may use the model."""
+    """This package's runtime, by the loops that ``generate`` and ``generate_batch`` run, with the adapter in use.
+
+    Nothing else may use the model.
+    """
 
     def __init__(self, model: Mixtral) -> None:
-        self.model, self.nbytes = model, model.nbytes
+        self.model, self.nbytes = model, model.nbytes + model.adapters.nbytes
         self._prompt: Sequence[int] = ()
         self._cache: KVCache | None = None
 
@@ -132,7 +135,8 @@ class Ours:
         self.model.close()
 
     def _request(self, prompt: Sequence[int], tokens: int) -> Request:
-        return Request(prompt, tokens, Sampler(SamplingParams(), prompt, self.model.engine.vocab_size))
+        sampler = Sampler(SamplingParams(), prompt, self.model.engine.vocab_size)
+        return Request(prompt, tokens, sampler, adapter=self.model.module.adapter)
 
     def _filled(self) -> KVCache:
         cache, before = self.model.make_cache(), mx.array([list(self._prompt[:-1])], mx.int32)

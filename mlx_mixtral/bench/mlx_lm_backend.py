@@ -34,37 +34,52 @@ def mlx_lm_version() -> str:
     return version
 
 
-def check_mlx_lm(folder: Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Open the folder with mlx-lm without reading weights; ``settings`` as for ``MlxLm``.
+def check_mlx_lm(folder: Path, settings: Mapping[str, Any] | None = None, adapter: Path | None = None) -> None:
+    """Open the folder with mlx-lm without reading weights; ``settings`` and ``adapter`` as for ``MlxLm``.
 
     Raises:
         MissingDependencyError: mlx-lm is not installed.
-        CheckpointError: it cannot load this folder; its reason is in the message.
+        CheckpointError: it cannot load this folder, or this adapter; its reason is in the message.
     """
     mlx_lm_version()
-    _load(folder, settings, lazy=True)
+    _load(folder, settings, adapter, lazy=True)
 
 
-def _load(folder: Path, settings: Mapping[str, Any] | None, *, lazy: bool) -> Any:
+def _load(folder: Path, settings: Mapping[str, Any] | None, adapter: Path | None, *, lazy: bool) -> Any:
+    from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
+    loading = folder
     try:
-        return load_model(folder, lazy=lazy, model_config=dict(settings or {}))[0]
+        network = load_model(folder, lazy=lazy, model_config=dict(settings or {}))[0]
+        if adapter is not None:
+            loading = adapter
+            network = load_adapters(network, str(adapter))
+            network.eval()
+        return network
     except Exception as error:  # of mlx-lm's own, whatever it is
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"mlx-lm cannot load {folder}: {type(error).__name__}: {reason}; leave out the comparison"
+            f"mlx-lm cannot load {loading}: {type(error).__name__}: {reason}; leave out the comparison"
         ) from error
 
 
 class MlxLm:
     """mlx-lm's own loops, greedy. ``in_float32`` computes in float32, where it would in the checkpoint's 16-bit type.
 
-    ``settings`` are keys of config.json that it computes with in place of the file's.
+    ``settings`` are keys of config.json that it computes with in place of the file's; ``adapter`` is the folder of one that
+    mlx-lm wrote.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None, *, in_float32: bool = False) -> None:
-        network = _load(folder, settings, lazy=False)
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any] | None = None,
+        adapter: Path | None = None,
+        *,
+        in_float32: bool = False,
+    ) -> None:
+        network = _load(folder, settings, adapter, lazy=False)
         if in_float32:
             network.set_dtype(mx.float32)
         mx.eval(network.parameters())

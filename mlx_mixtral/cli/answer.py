@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_mixtral import Chunk, TextStream
+from mlx_mixtral.cli.adapters import AdapterFacts
 from mlx_mixtral.cli.console import emit_json, note
 from mlx_mixtral.cli.streaming import Interruptible, completion, note_warnings, print_stream, stats_line
 
@@ -16,6 +17,7 @@ def print_answer(
     begin: Callable[[Interruptible], TextStream],
     *,
     load_s: float,
+    adapter: AdapterFacts | None,
     as_json: bool,
     with_stats: bool,
     with_logprobs: bool = False,
@@ -26,6 +28,7 @@ def print_answer(
     Args:
         begin: starts the generation; its ``cancelled`` and ``on_prefill`` are those of what it is given.
         load_s: seconds that loading took, part of the JSON.
+        adapter: what it is computed with, part of the JSON.
         show_ids: print token ids in place of text.
 
     Raises:
@@ -46,7 +49,8 @@ def print_answer(
             interrupt.pressed = True
     if as_json and (chunks or not interrupt.pressed):
         stats = {**stream.stats.to_dict(), "load_s": load_s}
-        emit_json(completion(chunks) | {"stats": stats} | ({"logprobs": _logprobs(chunks)} if with_logprobs else {}))
+        found = completion(chunks) | {"adapter": None if adapter is None else adapter.to_dict(), "stats": stats}
+        emit_json(found | ({"logprobs": _logprobs(chunks)} if with_logprobs else {}))
     if interrupt.pressed:
         raise KeyboardInterrupt
     if with_stats and not as_json:

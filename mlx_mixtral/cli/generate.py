@@ -86,6 +86,7 @@ def generate(given: GenerateOptions) -> None:
     if given.logprobs is not None and not given.as_json:
         raise click.UsageError("--logprobs are part of the JSON result; add --json")
 
+    from mlx_mixtral.cli.adapters import adapter_used
     from mlx_mixtral.cli.answer import print_answer
     from mlx_mixtral.cli.destinations import PROMPT, check_place
     from mlx_mixtral.cli.load import load_with_speculation
@@ -103,7 +104,7 @@ def generate(given: GenerateOptions) -> None:
     if given.save_prompt is not None:
         check_place("--save-prompt", given.save_prompt, PROMPT, overwrite=given.overwrite)
     if saved is not None:
-        check_saved(saved)
+        check_saved(saved, has_adapter=bool(given.loading.adapters))
 
     loaded, speculation = load_with_speculation(
         given.model, given.loading, given.speculation, chat_template=given.chat_template
@@ -139,6 +140,7 @@ def generate(given: GenerateOptions) -> None:
     print_answer(
         begin,
         load_s=loaded.load_s,
+        adapter=adapter_used(model),
         as_json=given.as_json,
         with_stats=given.stats,
         with_logprobs=given.logprobs is not None,

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from mlx_mixtral import Mixtral, load
+from mlx_mixtral.cli.adapters import adapter_notes, fetch_adapters
 from mlx_mixtral.cli.console import note, one_line
 from mlx_mixtral.cli.options import LoadOptions, SpeculationOptions
 from mlx_mixtral.cli.progress import byte_progress, fetch
@@ -19,7 +20,7 @@ from mlx_mixtral.generation.request import Speculation
 from mlx_mixtral.runtime.speculation import DraftModel, PromptLookup
 from mlx_mixtral.sizes import format_bytes, parse_size
 
-__all__ = ["LoadedModel", "load_model", "load_with_speculation"]
+__all__ = ["LoadedModel", "load_model", "load_with_speculation", "note_loaded"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ def load_model(
     chat_template: str | None = None,
     is_grouped: bool = True,
 ) -> LoadedModel:
-    """``mlx_mixtral.load``, with bars on stderr when that is a terminal, and what is to be said of the tokenizer.
+    """``mlx_mixtral.load``, with bars on stderr when that is a terminal, and what is to be said of tokenizer and adapters.
 
+    Of several adapters the first is in use.
     Where this process is the first machine of a group, all of them load it together, unless ``is_grouped`` is False.
     """
     options = options or LoadOptions()
     _ = options.overrides.checked  # before anything is downloaded
     folder = fetch(str(source), revision=options.revision)
+    options = replace(options, adapters=fetch_adapters(options.adapters))
     started = time.perf_counter()
     with byte_progress("loading") as show:
         model = load(
@@ -53,14 +56,23 @@ def load_model(
             group=own_group() if is_grouped else None,
             **options.arguments(),
         )
+    if options.adapters:
+        model.adapters.use(options.adapters[0].label)
     load_s = time.perf_counter() - started
     if model.engine.link is not None and (context := click.get_current_context(silent=True)) is not None:
         # The other machines wait for what is asked next until they are told that nothing is.
         context.find_root().call_on_close(lambda: _close(model))
+    note_loaded(model)
+    return LoadedModel(model, load_s)
+
+
+def note_loaded(model: Mixtral) -> None:
+    """Say on stderr what is to be said of a model's tokenizer and adapters."""
     with contextlib.suppress(TokenizerError):
         for message in model.tokenizer.notes:
             note(f"note: {one_line(message)}")
-    return LoadedModel(model, load_s)
+    for message in adapter_notes(model):
+        note(f"note: {message}")
 
 
 def _close(model: Mixtral) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mlx_mixtral.adapters.source import AdapterSource
 from mlx_mixtral.cli.fields import flag, group, option
+from mlx_mixtral.cli.values import check_adapters
 from mlx_mixtral.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -165,6 +167,13 @@ class LoadOptions:
         "--context N",
         "Context length, in tokens, for which --memory reserves KV cache.  [default: 4096, or the model's own if shorter]",
     )
+    adapters: tuple[AdapterSource, ...] = option(
+        "--adapter [NAME=]PATH[=SCALE]",
+        "A LoRA adapter of PEFT or mlx-lm to compute with: a folder or a hub repository, a name for it, and what to multiply "
+        "it by. chat and serve take several: chat begins with the first, requests to serve name theirs.",
+        callback=check_adapters,
+        multiple=True,
+    )
     dtype: str = option("--dtype", "Compute type.", type=click.Choice(DTYPES), default="auto")
     device: str | None = device_option()
     revision: str | None = revision_option()
@@ -214,12 +223,13 @@ class LoadOptions:
     overrides: OverrideOptions = group(OverrideOptions)
 
     def arguments(self) -> dict[str, Any]:
-        """As ``load`` takes them, of a folder and for the device in force."""
-        left_out = ("device", "revision", "overrides")
-        return {name: value for name, value in vars(self).items() if name not in left_out} | vars(self.overrides)
+        """As ``load`` takes them, of a folder and for the device in force; a list of adapters, none of them in use yet."""
+        left_out = ("device", "revision", "adapters", "overrides")
+        given = {name: value for name, value in vars(self).items() if name not in left_out} | vars(self.overrides)
+        return given | {"adapter": list(self.adapters)}
 
     def identity(self) -> dict[str, Any]:
-        """What changes the numbers a model gives."""
+        """What changes the numbers a model gives, adapters left out."""
         found = {name: value for name, value in vars(self).items() if name == "dtype" or name.startswith("kv_")}
         found |= {name: value for name, value in vars(self.overrides).items() if value is not None}
         return found | {name: value for name in ("device", "tokenizer") if (value := getattr(self, name)) is not None}

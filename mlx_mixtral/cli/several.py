@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ def follow_leader(model: str, loading: LoadOptions) -> None:
     if not is_grouped() or (rank := group_rank()) == 0:
         return
     from mlx_mixtral import load
+    from mlx_mixtral.cli.adapters import fetch_adapters
     from mlx_mixtral.cli.progress import fetch
     from mlx_mixtral.distributed.deadline import end_process
     from mlx_mixtral.distributed.link import is_lost
@@ -40,6 +42,7 @@ def follow_leader(model: str, loading: LoadOptions) -> None:
         group = own_group()
         assert group is not None
         folder = fetch(str(model), revision=loading.revision)
+        loading = replace(loading, adapters=fetch_adapters(loading.adapters))
         with load(folder, group=group, **loading.arguments()) as loaded:
             loaded.follow()
     except KeyboardInterrupt:

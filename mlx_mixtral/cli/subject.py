@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mlx_mixtral import Mixtral, MixtralConfig, Tokenizer
 from mlx_mixtral.arguments import as_path, check_integer
+from mlx_mixtral.cli.adapters import AdapterFacts, fetch_adapters, look_at
 from mlx_mixtral.cli.load import load_model
 from mlx_mixtral.cli.options import LoadOptions, RecordOptions
 from mlx_mixtral.cli.progress import count_progress, fetch
@@ -41,7 +43,7 @@ def read_corpus(paths: tuple[str, ...], records: RecordOptions, max_bytes: int |
 
 
 class Subject:
-    """A model by its folder: configuration as it is run, tokenizer and identity, without weights.
+    """A model by its folder: configuration as it is run, its adapter, tokenizer and identity, without weights.
 
     Raises:
         CheckpointError, ConfigError, HubError, TokenizerError: it cannot be found or read.
@@ -54,16 +56,34 @@ class Subject:
         self.name = Source.parse(source, loading.revision).repository or self.folder.resolve().name
         self._own_config = MixtralConfig.from_folder(self.folder)
         self.config = overrides.apply(self._own_config, loading.context)
+        self._adapters = fetch_adapters(loading.adapters)
+        self.adapter: AdapterFacts | None = look_at(self._adapters[0], self.config) if self._adapters else None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         eos = self.config.eos_token_ids
         return load_tokenizer(self.folder, vocab_size=self.config.vocab_size, eos_token_ids=eos, kind=self._kind)
 
+    @property
+    def title(self) -> str:
+        """Its name, and that of its adapter."""
+        return self.name if self.adapter is None else f"{self.name} with {self.adapter.title}"
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """Where its adapter lies."""
+        return Path(self._adapters[0].path) if self._adapters else None
+
     @cached_property
     def identity(self) -> str:
-        identity, settings = checkpoint_identity(self.folder), settings_of(self.config, self._own_config)
-        return f"{identity} {settings}" if settings else identity
+        """Tells what it computes from what others do: other weights, settings, adapters, scales of them."""
+        adapter = "" if self.adapter is None else f"adapter {self.adapter.identity}"
+        parts = checkpoint_identity(self.folder), settings_of(self.config, self._own_config), adapter
+        return " ".join(filter(None, parts))
+
+    def facts(self) -> dict[str, Any]:
+        """How results name it, as JSON has it."""
+        return {"model": self.name, "adapter": None if self.adapter is None else self.adapter.to_dict()}
 
     def encode(self, texts: list[Text]) -> Corpus:
         return encode_texts(self.tokenizer, texts)
@@ -82,7 +102,7 @@ class Subject:
     def header(self, corpus: Corpus, window: int, stride: int, top_k: int) -> ReferenceHeader:
         """What a reference file of this model says."""
         return ReferenceHeader(
-            self.name, self.identity, corpus.sha256, corpus.vocabulary, self.config.vocab_size, window, stride,
+            self.title, self.identity, corpus.sha256, corpus.vocabulary, self.config.vocab_size, window, stride,
             corpus.tokens, top_k,
         )  # fmt: skip
 
@@ -96,7 +116,8 @@ class Subject:
 
     def load(self, options: LoadOptions) -> Mixtral:
         """The model itself; close it when done."""
-        return load_model(self.folder, replace(options, revision=None, overrides=self._overrides)).model
+        own = replace(options, revision=None, adapters=self._adapters, overrides=self._overrides)
+        return load_model(self.folder, own).model
 
     def make_reference(
         self,
@@ -126,7 +147,8 @@ class Subject:
 class Baseline:
     """What a model is compared with: a file of distributions, another model that is run first, or nothing.
 
-    The other model is run with the same rope, which long windows may need, and with its own number of experts per token.
+    The other model is run with the same rope, which long windows may need, and with its own number of experts per token,
+    without an adapter.
 
     Raises:
         CheckpointError: a file that is something else.
@@ -134,7 +156,8 @@ class Baseline:
 
     def __init__(self, name: str | None, loading: LoadOptions) -> None:
         self.name = name
-        self._loading = replace(loading, revision=None, overrides=replace(loading.overrides, experts_per_token=None))
+        overrides = replace(loading.overrides, experts_per_token=None)
+        self._loading = replace(loading, revision=None, adapters=(), overrides=overrides)
         self.file = Reference(as_path("reference", name)) if name is not None and _is_file(name) else None
         self.other: Subject | None = None
 

@@ -1,4 +1,4 @@
-"""What the value of an option or argument is, for checking it and for completing it in a shell: paths, models, sizes."""
+"""What the value of an option or argument is, to check it and to complete it in a shell: paths, models, adapters, sizes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from mlx_mixtral.adapters.source import AdapterSource
 from mlx_mixtral.arguments import as_path
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.sizes import parse_size
 
-__all__ = ["ModelName", "Place", "Size", "kind_of_value"]
+__all__ = ["AdapterName", "ModelName", "Place", "Size", "check_adapters", "kind_of_value"]
 
 
 if TYPE_CHECKING:
@@ -70,6 +71,35 @@ class ModelName(Kind):
         return [*(CompletionItem(f"{prefix}{name}") for name in visible), *cached]
 
 
+class AdapterName(Kind):
+    """``[NAME=]PATH[=SCALE]``, as an ``AdapterSource``; completed to folders."""
+
+    name = "adapter"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AdapterSource:
+        return value if isinstance(value, AdapterSource) else AdapterSource.parse(str(value))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[Any]]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
+# Commands that can go from one adapter to another; the others compute with one.
+SEVERAL_ADAPTERS = ("chat", "serve")
+
+
+def check_adapters(
+    ctx: click.Context, param: click.Parameter, given: tuple[AdapterSource, ...]
+) -> tuple[AdapterSource, ...]:
+    """Option callback: as many as the command can have, each with a name of its own; refused before a download."""
+    if len(given) > 1:
+        if ctx.command.name not in SEVERAL_ADAPTERS:
+            raise InvalidRequestError(f"{ctx.command.name} takes one adapter, not {len(given)}; leave the others out")
+        from mlx_mixtral.runtime.adapters import sources_of
+
+        sources_of(given)
+    return given
+
+
 class Size(Kind):
     """A size such as 32KB, as a number of bytes."""
 
@@ -96,6 +126,8 @@ def kind_of_value(metavar: str | None, hint: Any) -> Kind | None:
         return Place(completes, expands=expands, as_text="Path" not in str(hint))
     if metavar in ("MODEL", "OTHER"):
         return ModelName(files=metavar == "OTHER")
+    if metavar is not None and "PATH[=SCALE]" in metavar:
+        return AdapterName()
     return Size() if metavar == "SIZE" and "str" not in str(hint) else None
 
 

@@ -41,7 +41,8 @@ def refuse_adapter(folder: Path) -> None:
     kind = "PEFT" if "peft_type" in entries else "mlx-lm"
     raise CheckpointError(
         f"{folder} holds an adapter of {kind}, which modifies {base or 'another model'} and is not a model "
-        f"itself; fuse the two with mlx-mixtral convert {base or 'MODEL'} DEST --adapter {folder}, and use the result"
+        f"itself; use it beside its model: mlx-mixtral generate {base or 'MODEL'} --adapter {folder}; or fuse the two: "
+        f"mlx-mixtral convert {base or 'MODEL'} DEST --adapter {folder}"
     )
 
 
@@ -54,8 +55,8 @@ def refuse_foreign(names: Iterable[str], folder: Path) -> None:
                 raise must_convert(folder, what, name)
     for name in filter(is_adapter, listed):
         raise CheckpointError(
-            f"{folder} holds an adapter ({name}) and no model; fuse it into the model it was trained on, and use the result: "
-            f"mlx-mixtral convert MODEL DEST --adapter {folder}"
+            f"{folder} holds an adapter ({name}) and no model; use it beside the model it was trained on: mlx-mixtral generate "
+            f"MODEL --adapter {folder}; or fuse the two: mlx-mixtral convert MODEL DEST --adapter {folder}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
@@ -145,6 +145,11 @@ MLX = Products()
 
 class Adapted(Protocol):
     """What an adapter makes of a matrix: see ``layers.adapted``."""
+
+    @property
+    def arrays(self) -> Iterator[mx.array]:
+        """All arrays held."""
+        ...
 
     def product(self, x: mx.array, y: mx.array, products: Products) -> mx.array:
         """What stands in place of the base's product ``y [..., out]`` of ``x [..., in]``."""

@@ -261,7 +261,7 @@ class Adapters:
         name = source.label
         self._check_name(name)
         with contextlib.closing(
-            open_adapter(source.path, self._engine.config, scale=source.scale, revision=source.revision)
+            open_adapter(source.path, self._engine.config, scale=source.scale, revision=source.revision, name=name)
         ) as own:
             self._adapting.check(own, on_cpu=self._engine.device.kind == "cpu")
             before = self.nbytes
@@ -320,7 +320,9 @@ def open_all(sources: Sequence[AdapterSource], config: MixtralConfig, held: cont
     """Adapters that were opened; ``held`` closes them. Raises as ``open_adapter``."""
     return [
         held.enter_context(
-            contextlib.closing(open_adapter(source.path, config, scale=source.scale, revision=source.revision))
+            contextlib.closing(
+                open_adapter(source.path, config, scale=source.scale, revision=source.revision, name=source.label)
+            )
         )
         for source in sources
     ]

@@ -60,16 +60,26 @@ _DIFFERENCES = {
 }
 
 
-def check_saved(path: str | Path) -> None:
+def check_saved(path: str | Path, *, has_adapter: bool | None = None) -> None:
     """That ``path`` is a saved prompt, before a model is loaded for it.
 
+    Args:
+        has_adapter: whether it is to be continued with an adapter; None: not known yet.
+
     Raises:
-        PromptCacheError: it is not, or of another version.
+        PromptCacheError: it is not, or of another version, or was computed with an adapter and is to be continued without
+            one, or the other way round.
     """
     place = as_path("path", path)
     about, _ = read_about(place)
     for key, expected in (("format", FORMAT), ("version", VERSION)):
         compare(place, key, about.get(key), expected)
+    if has_adapter is False and "adapter" in about:
+        raise _needs_adapter(place, about)
+    if has_adapter and "adapter" not in about:
+        raise PromptCacheError(
+            f"{place} was made without an adapter; continue it without --adapter, or save the prompt again with it"
+        )
 
 
 def is_saved_prompt(place: Path) -> bool:
@@ -91,12 +101,16 @@ def adapter_number(
     if (identity := about.get("adapter")) is None:
         return None
     if (found := adapter_of(identity)) is None:
-        scale = identity.rpartition(" ")[2][:12]
-        raise PromptCacheError(
-            f"{place} was made with an adapter ({about.get('adapter_name', '')[:64]}, scale {scale}) that is not loaded; "
-            "load the model with it, or save the prompt again"
-        )
+        raise _needs_adapter(place, about)
     return found.number
+
+
+def _needs_adapter(place: Path, about: Mapping[str, str]) -> PromptCacheError:
+    name, scale = about.get("adapter_name", "")[:64], about["adapter"].rpartition(" ")[2][:12]
+    return PromptCacheError(
+        f"{place} was made with the adapter {name} at scale {scale}, which is not loaded; load the model with it "
+        f"(--adapter PATH={scale}), or save the prompt again"
+    )
 
 
 def compare(place: Path, key: str, found: str | None, expected: str) -> None:

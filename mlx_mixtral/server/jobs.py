@@ -46,6 +46,7 @@ class RowSpec:
         is_answer: the text starts afresh, as an answer does.
         constraint: what the text has to be; compiled.
         parser: makes what finds calls of tools in the text; None: there are none.
+        adapter: the name of the one it is computed with; None: the model itself.
     """
 
     tokens: Sequence[int]
@@ -56,22 +57,25 @@ class RowSpec:
     is_answer: bool = False
     constraint: CompiledConstraint | None = None
     parser: Callable[[], CallParser] | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Log-probabilities of prompts that are wanted: ``top`` likeliest tokens beside each."""
+    """Log-probabilities of prompts that are wanted: ``top`` likeliest tokens beside each. ``adapter``: see ``RowSpec``."""
 
     prompts: Sequence[Sequence[int]]
     top: int
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """Vectors of prompts that are wanted; ``kind``: see ``pooled_prompts``."""
+    """Vectors of prompts that are wanted; ``kind``: see ``pooled_prompts``, ``adapter``: see ``RowSpec``."""
 
     prompts: Sequence[Sequence[int]]
     kind: PoolingKind
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,11 @@ class ServerJob:
         self._events: list[JobEvent] = []
         self._unsent_bytes = 0
         self._news = asyncio.Event()
+
+    @property
+    def adapter(self) -> str | None:
+        """What all of it is computed with; None: the model itself."""
+        return next((part.adapter for part in (*self.rows, self.scoring, self.pooling) if part is not None), None)
 
     @property
     def size(self) -> int:

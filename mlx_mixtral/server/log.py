@@ -23,6 +23,7 @@ class RequestNotes:
     status: int | None = None
     outcome: str = ""
     """"disconnected", an error's code, or nothing."""
+    adapter: str | None = None
     is_stream: bool = False
     rows: int = 0
     prompt_tokens: int | None = None
@@ -49,6 +50,7 @@ class RequestLog:
             "method": notes.method,
             "path": notes.path or "-",
             "seconds": round(took_s, 3),
+            "adapter": notes.adapter,
             "stream": notes.is_stream or None,
             "rows": notes.rows if notes.rows > 1 else None,
             "prompt": notes.prompt_tokens,

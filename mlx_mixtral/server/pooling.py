@@ -18,9 +18,9 @@ __all__ = ["pooled_prompts"]
 
 
 def pooled_prompts(
-    context: DecodeContext, prompts: Sequence[Sequence[int]], kind: PoolingKind
+    context: DecodeContext, prompts: Sequence[Sequence[int]], kind: PoolingKind, adapter: int | None = None
 ) -> Generator[list[PooledPrompt], None, None]:
-    """The vector of each prompt: a step a chunk, with what became whole in it.
+    """The vector of each prompt, computed with an adapter, by its number: a step a chunk, with what became whole in it.
 
     Hidden states are those after the final norm. "mean" is their average over all tokens of a prompt, "last" that of its last
     token; either is divided by its length.
@@ -28,7 +28,7 @@ def pooled_prompts(
     The stream of ``context`` is entered for each step, and never held across a ``yield``.
     """
     for group in _groups(context.model, [len(prompt) for prompt in prompts], context.chunk_tokens):
-        work = _pooled(context, [prompts[index] for index in group], kind)
+        work = _pooled(context, [prompts[index] for index in group], kind, adapter)
         vectors: np.ndarray | None = None
         while vectors is None:
             with mx.stream(context.stream):
@@ -55,7 +55,9 @@ def _fit_together(model: MixtralModel, lengths: Sequence[int]) -> bool:
     return is_alike and go_together(model, lengths)
 
 
-def _pooled(context: DecodeContext, prompts: Sequence[Sequence[int]], kind: PoolingKind) -> Iterator[np.ndarray | None]:
+def _pooled(
+    context: DecodeContext, prompts: Sequence[Sequence[int]], kind: PoolingKind, adapter: int | None
+) -> Iterator[np.ndarray | None]:
     """None for each chunk but the last, which gives ``[B, D]`` float32."""
     model, lengths = context.model, [len(prompt) for prompt in prompts]
     longest = max(lengths)
@@ -63,7 +65,7 @@ def _pooled(context: DecodeContext, prompts: Sequence[Sequence[int]], kind: Pool
     uneven = None if min(lengths) == longest else lengths
     first = None if kind == "last" else 0
     chunk_tokens = max(1, context.chunk_tokens // len(prompts))
-    cache = model.make_cache()
+    cache = model.make_cache(adapter=adapter)
     chunks = prefill(model, filled, cache, chunk_tokens, first=first, lengths=uneven)
     ends = mx.array(lengths)[:, None]
     pooled = mx.zeros((len(prompts), 1), mx.float32)

@@ -171,6 +171,7 @@ class EngineRows:
             is_answer=spec.is_answer,
             parser=None if spec.parser is None else spec.parser(),
             on_prefill=begun,
+            adapter=spec.adapter,
         )
         if spec.constraint is None:
             return made
@@ -184,12 +185,13 @@ class EngineRows:
 
     def _read(self, opened: _Open) -> Generator[None, None, None]:
         job, context = opened.job, self._model.engine.context
+        adapter = self._model.adapters.number_of(job.adapter)
         if job.scoring is not None:
             for index, prompt in enumerate(job.scoring.prompts):
-                scores: PromptScores = yield from prompt_scores(context, prompt, job.scoring.top)
+                scores: PromptScores = yield from prompt_scores(context, prompt, job.scoring.top, adapter)
                 self._post(job, ScoredPrompt(index, scores))
         if job.pooling is not None:
-            for pooled in pooled_prompts(context, job.pooling.prompts, job.pooling.kind):
+            for pooled in pooled_prompts(context, job.pooling.prompts, job.pooling.kind, adapter):
                 for event in pooled:
                     self._post(job, event)
                 yield

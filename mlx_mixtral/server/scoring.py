@@ -14,8 +14,10 @@ from mlx_mixtral.server.jobs import PromptScores
 __all__ = ["prompt_scores"]
 
 
-def prompt_scores(context: DecodeContext, tokens: Sequence[int], top: int) -> Generator[None, None, PromptScores]:
-    """Score ``tokens``: a step a chunk; the value is returned with the last.
+def prompt_scores(
+    context: DecodeContext, tokens: Sequence[int], top: int, adapter: int | None = None
+) -> Generator[None, None, PromptScores]:
+    """Score ``tokens`` with an adapter, by its number: a step a chunk; the value is returned with the last.
 
     The stream of ``context`` is entered for each step, and never held across a ``yield``.
     """
@@ -24,7 +26,7 @@ def prompt_scores(context: DecodeContext, tokens: Sequence[int], top: int) -> Ge
     if len(tokens) > 1:
         with mx.stream(context.stream):
             given = mx.array([list(tokens)], mx.int32)
-            cache = context.model.make_cache()
+            cache = context.model.make_cache(adapter=adapter)
             chunks = prefill(context.model, given, cache, context.chunk_tokens, first=0)
         done = 0
         while done < len(tokens):

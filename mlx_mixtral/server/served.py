@@ -17,11 +17,12 @@ __all__ = ["ServedModel"]
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model under its names.
+    """One model under its names, and its adapters under theirs.
 
     Args:
         context_tokens: tokens that prompt and answer may have together.
         created: seconds since 1970: when it was loaded.
+        adapters: what requests call it when it is to compute with one of them; none is one of the other names.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ServedModel:
     context_tokens: int
     eos_token_ids: frozenset[int]
     created: int
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: Mixtral, name: str, aliases: Sequence[str]) -> ServedModel:
@@ -48,6 +50,7 @@ class ServedModel:
             engine.context_limit,
             frozenset(engine.config.eos_token_ids) | model.tokenizer.eos_token_ids,
             int(time.time()),
+            tuple(model.adapters),
         )
 
     @property
@@ -60,21 +63,25 @@ class ServedModel:
         return (self.name, *self.aliases)
 
     def check_name(self, given: str | None) -> str:
-        """The model's name as a request calls it; "" and none stand for the one there is.
+        """The model's or an adapter's name as a request has it; "" and none stand for the model.
 
         Raises:
             ApiError: 404.
         """
         if not given:
             return self.name
-        if given in self.names:
+        if given in (there := (*self.names, *self.adapters)):
             return given
         raise ApiError(
             404,
-            f"model {given[:100]!r} is not here; this server has {' and '.join(self.names)}",
+            f"model {given[:100]!r} is not here; this server has {' and '.join(there)}",
             "model",
             code="model_not_found",
         )
+
+    def adapter_of(self, name: str) -> str | None:
+        """The adapter that a name which ``check_name`` gave stands for; None for the model itself."""
+        return name if name in self.adapters else None
 
     def check_ids(self, ids: Sequence[int], param: str) -> list[int]:
         """``ids``, all of them in the vocabulary.

@@ -182,7 +182,7 @@ def test_a_saved_prompt_knows_its_adapter(folder: Path, adapters: Path, model: M
     model.adapters.use("one")
     model.save_prompt(file, PROMPT[:-1])
     with load(folder) as other:
-        with pytest.raises(PromptCacheError, match=r"made with an adapter \(one, scale 1.0\) that is not loaded"):
+        with pytest.raises(PromptCacheError, match=r"made with the adapter one at scale 1\.0, which is not loaded"):
             other.load_prompt(file)
         other.adapters.add(adapters / "one", name="renamed")
         assert other.load_prompt(file) == PROMPT[:-1]

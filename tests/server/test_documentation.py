@@ -19,6 +19,8 @@ from typing import Any
 import click
 import pytest
 
+from mlx_mixtral import load
+from mlx_mixtral.adapters.source import AdapterSource
 from mlx_mixtral.cli.app import app
 from mlx_mixtral.cli.fields import group, takes
 from mlx_mixtral.cli.options import LoadOptions
@@ -34,6 +36,7 @@ from mlx_mixtral.server.wire.completions import COMPLETION_BODY, MAX_PROMPTS
 from mlx_mixtral.server.wire.errors import _KINDS
 from mlx_mixtral.server.wire.openapi import BODIES
 from mlx_mixtral.server.wire.sampling import MAX_TOP_LOGPROBS
+from tests.adapters.made import lora
 from tests.markdown import blocks_of_code, code_spans, tables_as_written
 from tests.server.conftest import Running, running
 
@@ -67,10 +70,12 @@ def _curl_lines() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def documented() -> Iterator[Running]:
-    """The bundled checkpoint under the name that the page uses."""
+def documented(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The bundled checkpoint, and an adapter, under the names that the page uses."""
+    folder = ROOT / "mlx_mixtral" / "demo" / "tiny-mixtral"
+    adapter = AdapterSource(lora(tmp_path_factory.mktemp("adapter") / "tone", folder, rank=2))
     with running(
-        ROOT / "mlx_mixtral" / "demo" / "tiny-mixtral", name="mixtral-4bit", aliases=(), pooling="mean"
+        folder, lambda: load(folder, adapter=[adapter]), name="mixtral-4bit", aliases=(), pooling="mean"
     ) as found:
         yield found
 

@@ -66,7 +66,8 @@ class BenchJob:
                 raise InvalidRequestError(
                     "mlx-lm cannot compute with --rope-scaling and --rope-theta; leave them out of a comparison"
                 )
-            check_mlx_lm(self.subject.folder, self._settings)
+            self._check_adapter()
+            check_mlx_lm(self.subject.folder, self._settings, self.subject.adapter_folder)
         self.dtype = DTYPE_NAMES[compute_dtype(loading.dtype, self.device)]
         self._loading = replace(loading, context=loading.context or self.cases.context)
         self._openers = self._sides(given.compare)
@@ -85,7 +86,7 @@ class BenchJob:
         if MLX_LM in self._openers:
             versions[MLX_LM] = mlx_lm_version()
         return {
-            "model": self.subject.name,
+            **self.subject.facts(),
             "device": {"kind": self.device.kind, "name": self.device.name, "memory_bytes": self.device.memory_bytes},
             "compute_dtype": self.dtype,
             "products": products_for(self.device).description,
@@ -108,8 +109,14 @@ class BenchJob:
             DestinationError, DiskSpaceError: it cannot be written.
         """
         if self._place is not None:
-            title = f"{self.subject.name} on {self.device.name}, {self.dtype}"
+            title = f"{self.subject.title} on {self.device.name}, {self.dtype}"
             replace_file(self._place, draw_bench(title, self.report))
+
+    def _check_adapter(self) -> None:
+        """That mlx-lm can have the adapter, if there is one."""
+        if (adapter := self.subject.adapter) is not None and (adapter.kind != "mlx-lm" or adapter.scale != 1):
+            what = "of PEFT" if adapter.kind != "mlx-lm" else f"at another scale than its own (here {adapter.scale:g})"
+            raise InvalidRequestError(f"mlx-lm loads no adapters {what}; leave out --compare or --adapter")
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -127,9 +134,10 @@ class BenchJob:
     def _sides(self, compare: str | None) -> dict[str, Opener]:
         openers: dict[str, Opener] = {OURS: lambda: Ours(self.subject.load(self._loading))}
         if compare is not None:
-            openers[MLX_LM] = lambda: MlxLm(self.subject.folder, self._settings)
+            folder, adapter = self.subject.folder, self.subject.adapter_folder
+            openers[MLX_LM] = lambda: MlxLm(folder, self._settings, adapter)
             if self.device.kind == "cpu":
-                openers[MLX_LM_F32] = lambda: MlxLm(self.subject.folder, self._settings, in_float32=True)
+                openers[MLX_LM_F32] = lambda: MlxLm(folder, self._settings, adapter, in_float32=True)
         return openers
 
     def _fit_together(self) -> bool:

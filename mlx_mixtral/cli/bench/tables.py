@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_mixtral.bench.measurements import OURS
+from mlx_mixtral.cli.adapters import AdapterFacts
 from mlx_mixtral.cli.console import figures, one_line, out_console, print_table, seconds, terminal_safe
 from mlx_mixtral.sizes import format_bytes
 
@@ -21,10 +22,11 @@ SECTIONS = (
 
 def print_bench(found: Mapping[str, Any]) -> None:
     """Print the result of ``bench --json`` for people."""
-    console, device = out_console(), found["device"]
+    console, device, adapter = out_console(), found["device"], found["adapter"]
+    used = "" if adapter is None else f" with {AdapterFacts(**adapter).title}"
     console.print(
         terminal_safe(
-            f"{found['model']} on {device['name']} ({device['kind']}), computing in {found['compute_dtype']}"
+            f"{found['model']}{used} on {device['name']} ({device['kind']}), computing in {found['compute_dtype']}"
         ),
         style="bold",
         soft_wrap=True,

@@ -106,9 +106,10 @@ def _talk(session: Session, given: ChatOptions) -> None:
     session.ask = reader.confirm
     if reader.is_terminal:
         model = session.model
+        used = "" if (name := model.adapters.in_use) is None else f", adapter {name}"
         note(
             f"{one_line(given.model)}: {format_bytes(model.nbytes)}, context {model.config.max_context_tokens} tokens, "
-            f"format {model.tokenizer.chat_format}. /help for help, Ctrl-D to leave."
+            f"format {model.tokenizer.chat_format}{used}. /help for help, Ctrl-D to leave."
         )
     # At a terminal no Ctrl-C ends the program, whenever it comes: what was said would be lost.
     with Interruptible(asks_only=True) if reader.is_terminal else nullcontext(), reader.session():
@@ -150,4 +151,5 @@ def _reader(session: Session, with_history: bool) -> LineReader | TerminalReader
 
     place = history_path() if with_history else None
     history = None if place is None else FileHistory(place)
-    return TerminalReader(CommandCompleter(session.commands, session.settings.names), history)
+    completer = CommandCompleter(session.commands, {"/set": session.settings.names, "/adapter": session.adapters})
+    return TerminalReader(completer, history)

@@ -1,8 +1,8 @@
-"""Completion of what begins with a slash: commands, names of settings, and files where a command takes one."""
+"""Completion of what begins with a slash: commands, names of settings and adapters, and files where a command takes one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
@@ -18,11 +18,12 @@ class CommandCompleter(Completer):
 
     Args:
         commands: those there are.
-        settings: what ``/set`` takes.
+        words: what the first word after some of them may be.
     """
 
-    def __init__(self, commands: Sequence[str], settings: Sequence[str]) -> None:
-        self._commands, self._settings = sorted(commands), sorted(settings)
+    def __init__(self, commands: Sequence[str], words: Mapping[str, Sequence[str]]) -> None:
+        self._commands = sorted(commands)
+        self._words = {command: sorted(taken) for command, taken in words.items()}
         self._files = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
@@ -39,8 +40,8 @@ class CommandCompleter(Completer):
                 yield from _words([OVERWRITE.strip()], rest)
             name = rest.removeprefix(OVERWRITE) if command == "/save" else rest
             yield from self._files.get_completions(Document(name), complete_event)
-        elif command == "/set" and " " not in rest.lstrip():
-            yield from _words(self._settings, rest.lstrip())
+        elif command in self._words and " " not in rest.lstrip():
+            yield from _words(self._words[command], rest.lstrip())
 
 
 def _words(words: Iterable[str], begun: str) -> Iterable[Completion]:

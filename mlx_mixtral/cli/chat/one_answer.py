@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlx_mixtral import TextStream
+from mlx_mixtral.cli.adapters import adapter_used
 from mlx_mixtral.cli.answer import print_answer
 from mlx_mixtral.cli.chat.settings import AnswerOptions
 from mlx_mixtral.cli.load import LoadedModel
@@ -40,4 +41,5 @@ def print_one_answer(
             constraint=constraint,
         )
 
-    print_answer(begin, load_s=loaded.load_s, as_json=as_json, with_stats=with_stats)
+    adapter = adapter_used(loaded.model)
+    print_answer(begin, load_s=loaded.load_s, adapter=adapter, as_json=as_json, with_stats=with_stats)

@@ -15,10 +15,12 @@ from mlx_mixtral.cli.streaming import Interruptible, note_warnings, print_stream
 from mlx_mixtral.constraints.specs import ConstraintSpec
 from mlx_mixtral.errors import ContextLengthError, MixtralError
 from mlx_mixtral.generation.request import Speculation
+from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["Session"]
 
 LEAVE = ("/exit", "/quit", "/bye")
+NO_ADAPTER = "none"
 HELP = """\
 /reset         forget the conversation, keep the system prompt
 /undo          forget the last question and its answer
@@ -26,6 +28,7 @@ HELP = """\
 /save FILE     write the conversation to a file; /save --overwrite FILE replaces one
 /load FILE     go on with a saved conversation
 /set           list how answers are generated; /set NAME VALUE changes it: /set temperature 0.2
+/adapter       list the adapters; /adapter NAME answers with one from now on, /adapter none with the model itself
 /stats         tokens, speed and memory so far
 /help          this list
 /exit          leave (Ctrl-D too)
@@ -59,6 +62,7 @@ class Session:
             "/save": self._save,
             "/load": self._load,
             "/set": self._set,
+            "/adapter": self._adapter,
             "/stats": self._stats,
             "/help": lambda _: note(HELP),
         }
@@ -67,6 +71,11 @@ class Session:
     def commands(self) -> list[str]:
         """What may be typed after a slash, the slash with it."""
         return [*self._commands, LEAVE[0]]
+
+    @property
+    def adapters(self) -> list[str]:
+        """What ``/adapter`` takes."""
+        return [*self.model.adapters, NO_ADAPTER] if len(self.model.adapters) else []
 
     def check(self) -> None:
         """Raise what a first message would, before one is typed: no tokenizer, no chat format, no room.
@@ -185,6 +194,19 @@ class Session:
         lines = self.settings.set(name, value) if value or equals else self.settings.show(name or None)
         for line in lines.splitlines():
             note(line)
+
+    def _adapter(self, name: str) -> None:
+        adapters = self.model.adapters
+        if name:
+            adapters.use(None if name == NO_ADAPTER else name)
+            note(f"(answers from now on are computed with {adapters.in_use or 'the model itself'})")
+            return
+        if not len(adapters):
+            note("there are no adapters; --adapter PATH loads one when the chat begins")
+        for each in adapters:
+            info = adapters[each]
+            used = ", in use" * (each == adapters.in_use)
+            note(f"{each}  {info.kind}, scale {info.scale:g}, {format_bytes(info.nbytes)}{used}")
 
     def _stats(self, _: str) -> None:
         turns = self.conversation.messages

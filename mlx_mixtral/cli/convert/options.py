@@ -66,11 +66,6 @@ def parse_overrides(ctx: click.Context, param: click.Parameter, values: tuple[st
     return overrides
 
 
-def parse_adapters(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[AdapterSource, ...]:
-    """Option callback for ``lora-math`` and ``owner/name=0.5``, repeatable."""
-    return tuple(map(AdapterSource.parse, values))
-
-
 @dataclass(frozen=True)
 class ConvertOptions:
     source: str = argument(type=ModelName(files=True))
@@ -122,7 +117,6 @@ class ConvertOptions:
     adapters: tuple[AdapterSource, ...] = option(
         "--adapter PATH[=SCALE]",
         "A LoRA adapter to fuse into the weights: a folder or a hub repository, and by how much to multiply it; repeatable.",
-        callback=parse_adapters,
         multiple=True,
     )
     exact: bool = flag(

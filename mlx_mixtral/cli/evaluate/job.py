@@ -99,7 +99,7 @@ class EvaluationJob:
             self._evaluate(journal, reference)
             if self.plot is not None:
                 buckets = self.evaluation.by_length if self.evaluation is not None and self.given.by_length else []
-                replace_file(self.plot, draw_long_context(self.subject.name, self.passkeys, buckets))
+                replace_file(self.plot, draw_long_context(self.subject.title, self.passkeys, buckets))
             found = self._result(reference)
             if self.output is not None:
                 replace_file(self.output, (json_text(found) + "\n").encode())
@@ -110,7 +110,7 @@ class EvaluationJob:
     def report(self) -> None:
         """Tables on stdout."""
         if self.evaluation is not None:
-            print_evaluation(self.subject.name, self.reference_name, self.evaluation)
+            print_evaluation(self.subject.title, self.reference_name, self.evaluation)
             if self.given.by_length:
                 print_lengths(self.evaluation)
         if self.passkeys is not None:
@@ -159,7 +159,7 @@ class EvaluationJob:
                         save_reference=self.save if self.baseline.other is None else None,
                         top_k=self.top_k,
                         worst=self.given.worst,
-                        name=self.subject.name,
+                        name=self.subject.title,
                         identity=self.subject.identity if self.save else "",
                         journal=journal,
                         progress=predicted(show),
@@ -177,7 +177,7 @@ class EvaluationJob:
                     )
 
     def _result(self, reference: Reference | None) -> dict[str, Any]:
-        found: dict[str, Any] = {"model": self.subject.name}
+        found = self.subject.facts()
         if reference is not None:
             found["reference"] = self.reference_name = reference.header.model
         if self.evaluation is not None:

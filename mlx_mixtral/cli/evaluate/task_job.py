@@ -66,7 +66,7 @@ class TaskJob:
                 harness = HarnessLM(
                     model,
                     batch_size=self.given.batch_size or DEFAULT_BATCH,
-                    name=self.subject.name,
+                    name=self.subject.title,
                     journal=journal,
                     progress=show,
                 )
@@ -81,11 +81,11 @@ class TaskJob:
     def report(self) -> None:
         """A table on stdout."""
         assert self.results is not None
-        print_tasks(self.subject.name, self.results, self.given.limit, self.given.chat_template)
+        print_tasks(self.subject.title, self.results, self.given.limit, self.given.chat_template)
 
     def _result(self, results: TaskResults) -> dict[str, Any]:
         return {
-            "model": self.subject.name,
+            **self.subject.facts(),
             "tasks": [_score(score) for score in results.scores],
             "limit": self.given.limit,
             "chat_template": self.given.chat_template,

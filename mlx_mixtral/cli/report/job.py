@@ -48,7 +48,8 @@ class ReportJob:
         if not given.no_plots:
             _check_plotting()
         self.subject = Subject(given.model, given.loading)
-        place = f"{self.subject.name.rpartition('/')[2]}-report" if given.output is None else given.output
+        used = "" if self.subject.adapter is None else f"-{self.subject.adapter.name}"
+        place = f"{self.subject.name.rpartition('/')[2]}{used}-report" if given.output is None else given.output
         self.folder = check_folder("--output", place, overwrite=given.overwrite, holds=(SECTION_FILE, "plots"))
         usual_bytes = QUICK_BYTES if given.quick else MAX_BYTES
         self.max_bytes = usual_bytes if given.max_bytes is None else given.max_bytes
@@ -106,7 +107,7 @@ class ReportJob:
                 "Perplexity by length of context is left out because the texts are too short to fill the longest context."
             )
         self.contents = Contents(
-            self.subject.name,
+            self.subject.title,
             self.facts,
             evaluation,
             self._run(model),
@@ -115,6 +116,7 @@ class ReportJob:
             routing,
             self.left_out,
             FITS_NOTE,
+            None if self.subject.adapter is None else self.subject.adapter.to_dict(),
         )
         self.files = report_files(self.contents, with_plots=not self.given.no_plots)
         write_folder(self.folder, self.files)
@@ -139,7 +141,7 @@ class ReportJob:
         else:
             with count_progress("routing") as show:
                 record = record_texts(
-                    model, self.corpus, window=self.window, keep_text=False, name=self.subject.name,
+                    model, self.corpus, window=self.window, keep_text=False, name=self.subject.title,
                     progress=predicted(show),
                 )  # fmt: skip
             routing = analyse(record)
@@ -169,7 +171,7 @@ class ReportJob:
 
     def _result(self) -> dict[str, Any]:
         contents, run = self.contents, self.contents.run
-        found: dict[str, Any] = {"model": contents.model}
+        found = self.subject.facts()
         if contents.reference is not None:
             found["reference"] = contents.reference
         found |= {"folder": str(self.folder), "files": sorted(self.files)}

@@ -105,7 +105,7 @@ class RoutingJob:
                     window=self.window,
                     max_tokens=self.given.max_tokens,
                     keep_text=not self.given.no_text,
-                    name=self.subject.name,
+                    name=self.subject.title,
                     progress=predicted(show),
                 )
         if (trace := self.places.get("--save-trace")) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -46,12 +47,15 @@ def serve(given: ServeOptions) -> None:
         ) from None
 
     from mlx_mixtral import load
+    from mlx_mixtral.cli.adapters import fetch_adapters
+    from mlx_mixtral.cli.load import note_loaded
     from mlx_mixtral.cli.progress import byte_progress, fetch
     from mlx_mixtral.distributed.deadline import end_process
 
     options = given.server()
     _ = given.loading.overrides.checked
     folder = fetch(given.model, revision=given.loading.revision)
+    loading = replace(given.loading, adapters=fetch_adapters(given.loading.adapters))
     is_first = True
 
     def loaded() -> Mixtral:
@@ -63,9 +67,9 @@ def serve(given: ServeOptions) -> None:
                 folder,
                 progress=None if show is None else lambda at: show(at.done_bytes, at.total_bytes),
                 chat_template=given.chat_template,
-                device=given.loading.device,
+                device=loading.device,
                 group=own_group(),
-                **given.loading.arguments(),
+                **loading.arguments(),
             )
         if given.loading.prefix_cache is None:
             widen_prefixes(model.engine)
@@ -75,9 +79,10 @@ def serve(given: ServeOptions) -> None:
     server = ModelServer(loaded, options)
     server.bind()
     model = server.start()
+    note_loaded(model)
     with contextlib.suppress(TokenizerError):
-        for message in (*model.tokenizer.notes, *filter(None, [model.tokenizer.chat_note])):
-            note(f"note: {one_line(message)}")
+        if chat_note := model.tokenizer.chat_note:
+            note(f"note: {one_line(chat_note)}")
     for line in _facts(server, model):
         note(line)
     del model
@@ -101,6 +106,9 @@ def _facts(server: ModelServer, model: Mixtral) -> Iterator[str]:
         f"{one_line(served.name)}: {format_bytes(model.residency.resident_bytes)} of weights in memory{experts}; context "
         f"{served.context_tokens} tokens, up to {server.engine.rows} answers at once, {options.queue} waiting"
     )
+    if served.adapters:
+        sizes = (f"{name} ({format_bytes(model.adapters[name].nbytes)})" for name in served.adapters)
+        yield f"adapters, by their names in requests: {', '.join(sizes)}"
     yield f"chat format {served.tokenizer.chat_format}, tools {server.service.chat.name}"
     key = "with a key" if options.api_keys else "without a key"
     if options.has_page:

@@ -122,6 +122,7 @@ class ServeOptions:
                 raise InvalidRequestError(
                     f"cors_origins holds {origin!r}; write https://example.com, without a path, or *"
                 )
+        self._check_names()
         keys = self._keys()
         if not keys and not is_loopback(self.host) and not self.insecure:
             raise InvalidRequestError(
@@ -152,6 +153,18 @@ class ServeOptions:
             pooling=self.pooling,
             log_format=self.log_format,
         )
+
+    def _check_names(self) -> None:
+        """That a name stands for the model or for one adapter."""
+        from mlx_mixtral.errors import InvalidRequestError
+
+        own = (model_name(self.model), *self.aliases)
+        for adapter in self.loading.adapters:
+            if adapter.label in own:
+                raise InvalidRequestError(
+                    f"{adapter.label} is a name of the model and of an adapter; give the adapter another: "
+                    f"--adapter NAME={adapter.path}"
+                )
 
     def _keys(self) -> tuple[str, ...]:
         from mlx_mixtral.errors import InvalidRequestError

@@ -47,11 +47,12 @@ class Contents:
     """All that a report says.
 
     Args:
-        model: name to show.
+        model: name to show, that of its adapter included.
         facts: what ``mlx-mixtral info`` has of the checkpoint: shape, parts, ``fits``, ``kv_cache``, ``conversion``.
         reference: name of the model that ``evaluation`` compares with.
         left_out: for each part that is missing why, in a sentence.
         fits_note: what ``fits`` assumes, in a sentence.
+        adapter: the one it was measured with: ``name``, ``kind``, ``scale``, ``fingerprint``.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Contents:
     routing: RoutingAnalysis | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     fits_note: str = ""
+    adapter: Mapping[str, Any] | None = None
 
     @property
     def has_lengths(self) -> bool:

@@ -25,6 +25,11 @@ def checkpoint_part(contents: Contents) -> Iterator[str]:
         lines.append("There is no conversion.json, so its source is unknown")
     else:
         lines += _provenance(conversion)
+    if (adapter := contents.adapter) is not None:
+        lines.append(
+            f"Measured with the adapter {adapter['name']} ({adapter['kind']}, scale {adapter['scale']:g}, sha256 "
+            f"{adapter['fingerprint'][:12]}…), which is no part of the sizes here"
+        )
     yield "### Checkpoint"
     yield "\n".join(f"- {escaped(line)}" for line in lines)
     rows = [

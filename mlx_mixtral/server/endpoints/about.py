@@ -19,16 +19,15 @@ _UP = (EngineState.READY, EngineState.UNLOADED, EngineState.LOADING)
 
 
 async def models(service: Service, request: Request, send: Send) -> None:
-    """The one model, under each of its names."""
-    await send_json({"object": "list", "data": [_model(service, name) for name in service.served.names]}, send)
+    """The one model, under each of its names, and its adapters."""
+    names = (*service.served.names, *service.served.adapters)
+    await send_json({"object": "list", "data": [_model(service, name) for name in names]}, send)
 
 
 async def model(service: Service, request: Request, send: Send) -> None:
     """One name."""
     name = request.path_params["model"]
-    if name not in service.served.names:
-        service.served.check_name(name or "?")
-    await send_json(_model(service, name), send)
+    await send_json(_model(service, service.served.check_name(name or "?")), send)
 
 
 async def health(service: Service, request: Request, send: Send) -> None:
@@ -69,6 +68,7 @@ async def status(service: Service, request: Request, send: Send) -> None:
             "version": __version__,
             "model": served.name,
             "aliases": list(served.aliases),
+            "adapters": list(served.adapters),
             "engine": engine.state.value,
             "engine_failures": engine.failures,
             "uptime_seconds": round(time.monotonic() - service.started_at, 1),
@@ -98,4 +98,5 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "mlx-mixtral",
         "max_model_len": served.context_tokens,
+        "parent": None if served.adapter_of(name) is None else served.name,
     }

@@ -55,6 +55,7 @@ async def answers(
     max_tokens: int | None,
     stops: Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
+    adapter: str | None = None,
 ) -> Answers:
     """Check what is asked for, and prepare it.
 
@@ -62,6 +63,7 @@ async def answers(
         wanted: what the answer has to be where it is text.
         sampling: one an answer.
         max_tokens: of an answer; the server's when None.
+        adapter: what to compute with; None: the model itself.
 
     Raises:
         ApiError: 400 with the field; 429, 501 or 503.
@@ -94,6 +96,7 @@ async def answers(
             is_answer=not continues,
             constraint=constraint,
             parser=prompt.parser if use.callable_tools else None,
+            adapter=adapter,
         )
         for params in sampling
     ]

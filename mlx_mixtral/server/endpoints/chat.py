@@ -51,6 +51,7 @@ async def chat_completions(service: Service, request: Request, send: Send) -> No
         max_tokens=body["max_completion_tokens"] or body["max_tokens"],
         stops=stops(body),
         stop_token_ids=body["stop_token_ids"],
+        adapter=served.adapter_of(model),
     )
     ends = served.eos_token_ids | {*body["stop_token_ids"]}
     reply = ChatReply(

@@ -30,6 +30,7 @@ async def completions(service: Service, request: Request, send: Send) -> None:
     body = COMPLETION_BODY.read(await read_json_body(request, service.options.max_body_bytes))
     served = service.served
     model = served.check_name(body["model"])
+    adapter = served.adapter_of(model)
     check_stream(body)
     max_tokens = DEFAULT_MAX_TOKENS if body["max_tokens"] is None else body["max_tokens"]
     if not max_tokens and not body["echo"]:
@@ -55,6 +56,7 @@ async def completions(service: Service, request: Request, send: Send) -> None:
             stops(body),
             served.check_ids(body["stop_token_ids"], "stop_token_ids"),
             constraint=constraint,
+            adapter=adapter,
         )
         for prompt, room in zip(prompts, rooms, strict=True)
         for row in range(body["n"] if max_tokens else 0)
@@ -83,7 +85,7 @@ async def completions(service: Service, request: Request, send: Send) -> None:
         reply,
         prompts=[len(prompt.tokens) for prompt in prompts],
         is_stream=body["stream"],
-        scoring=Scoring([prompt.tokens for prompt in scored], body["logprobs"]) if scored else None,
+        scoring=Scoring([prompt.tokens for prompt in scored], body["logprobs"], adapter) if scored else None,
     )
 
 

@@ -40,7 +40,8 @@ async def embeddings(service: Service, request: Request, send: Send) -> None:
     prompts = await asyncio.to_thread(encode) if size > LONG_CHARACTERS else encode()
     reply = EmbeddingsReply(model, len(prompts), is_base64=body["encoding_format"] == "base64")
     lengths = [len(prompt) for prompt in prompts]
-    await generate(service, request, send, [], reply, prompts=lengths, pooling=Pooling(prompts, kind))
+    pooling = Pooling(prompts, kind, service.served.adapter_of(model))
+    await generate(service, request, send, [], reply, prompts=lengths, pooling=pooling)
 
 
 def _tokens(served: ServedModel, given: Any, param: str) -> list[int]:

@@ -133,9 +133,11 @@ def _note(service: Service, job: ServerJob, notes: RequestNotes) -> None:
     metrics, now = service.metrics, time.monotonic()
     notes.generated_tokens = job.tokens
     notes.cached_tokens = job.cached_tokens
-    metrics.count("mlx_mixtral_generated_tokens_total", job.tokens)
-    metrics.count("mlx_mixtral_prompt_tokens_total", notes.prompt_tokens or 0)
-    metrics.count("mlx_mixtral_cached_prompt_tokens_total", job.cached_tokens)
+    notes.adapter = job.adapter
+    label = {} if job.adapter is None else {"adapter": job.adapter}
+    metrics.count("mlx_mixtral_generated_tokens_total", job.tokens, **label)
+    metrics.count("mlx_mixtral_prompt_tokens_total", notes.prompt_tokens or 0, **label)
+    metrics.count("mlx_mixtral_cached_prompt_tokens_total", job.cached_tokens, **label)
     metrics.observe("mlx_mixtral_request_seconds", now - job.opened_at)
     if job.began_at is not None:
         notes.queued_s = job.began_at - job.opened_at

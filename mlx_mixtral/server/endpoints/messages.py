@@ -46,9 +46,11 @@ async def messages(service: Service, request: Request, send: Send) -> None:
     wanted = constraint_of(messages_structure(body))
     sampling = sampling_params(body, 0, temperature=CHAT_SAMPLING.temperature, top_p=CHAT_SAMPLING.top_p, logprobs=None)
     chat = messages_chat(body)
-    stops = body["stop_sequences"]
+    stops, adapter = body["stop_sequences"], service.served.adapter_of(model)
     try:
-        asked = await answers(service, chat, use, wanted, [sampling], max_tokens=body["max_tokens"], stops=stops)
+        asked = await answers(
+            service, chat, use, wanted, [sampling], max_tokens=body["max_tokens"], stops=stops, adapter=adapter
+        )
     except ApiError as error:
         raise _in_own_words(error) from None
     reply = MessagesReply(

@@ -36,7 +36,8 @@ async def responses(service: Service, request: Request, send: Send) -> None:
     wanted = constraint_of(responses_structure(body))
     sampling = sampling_params(body, 0, temperature=CHAT_SAMPLING.temperature, top_p=CHAT_SAMPLING.top_p, logprobs=top)
     chat = responses_chat(body)
-    asked = await answers(service, chat, use, wanted, [sampling], max_tokens=body["max_output_tokens"])
+    adapter = served.adapter_of(model)
+    asked = await answers(service, chat, use, wanted, [sampling], max_tokens=body["max_output_tokens"], adapter=adapter)
     logprobs = None
     if top is not None:
         logprobs = AnswerLogprobs(served.tokenizer, served.eos_token_ids, top, continues=asked.continues)

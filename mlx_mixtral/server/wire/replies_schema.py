@@ -195,13 +195,16 @@ REPLY_SCHEMAS: dict[str, dict[str, Any]] = {
         chat_format=_TEXT,
         chat_template=_maybe(_TEXT),
     ),
-    "Model": _object(id=_TEXT, object=_is("model"), created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT),
+    "Model": _object(
+        id=_TEXT, object=_is("model"), created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT, parent=_maybe(_TEXT)
+    ),
     "ModelList": _object(object=_is("list"), data=_list(_ref("Model"))),
     "Health": _object(status=_TEXT, engine=_TEXT),
     "Status": _object(
         version=_TEXT,
         model=_TEXT,
         aliases=_list(_TEXT),
+        adapters=_list(_TEXT),
         engine=_TEXT,
         engine_failures=_COUNT,
         uptime_seconds=_NUMBER,

@@ -93,9 +93,9 @@ NOT_IN_GENERATING = (
     BodyField("samplers", None, "The order of samplers.", instead="the order is fixed: leave it out"),
     BodyField("n_indent", None, "Least indentation.", off=(0,)),
     BodyField("t_max_predict_ms", None, "Most time of an answer.", off=(-1, 0), instead="give max_tokens"),
-    BodyField("lora", None, "Adapters.", off=([],), instead="a request loads nothing: leave it out"),
+    BodyField("lora", None, "Adapters.", off=([],), instead="a request loads nothing: name one of /v1/models as model"),
     # mlx-lm's
-    BodyField("adapters", None, "Adapters.", instead="a request loads nothing: leave it out"),
+    BodyField("adapters", None, "Adapters.", instead="a request loads nothing: name one of /v1/models as model"),
     BodyField("role_mapping", None, "Other names of roles.", instead="start the server with --chat-template"),
 )  # fmt: skip
 """Wherever text is generated."""
