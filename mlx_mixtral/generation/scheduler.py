@@ -236,7 +236,7 @@ class Scheduler:
 
     def _prompts(self, updates: list[RowUpdate]) -> None:
         """Let rows in whose prompts are there, and compute a chunk of one whose turn it is."""
-        while (row := self._line.take_ready(self._fits)) is not None:
+        while (row := self._line.take_ready(lambda row: self._fit([row]))) is not None:
             assert row.ready is not None
             shared, row.ready = row.ready, None
             self._admit(row, len(row.tokens))
@@ -323,8 +323,8 @@ class Scheduler:
             return
         cache = taken(self._prefixes, rows[0], self._model.min_prompt_tokens) if len(rows) == 1 else None
         if cache is None:
-            longest = max(len(row.tokens) for row in rows)
-            cache = self._model.make_cache(max_tokens=longest, adapter=rows[0].request.adapter)
+            most = max(len(row.tokens) for row in rows)
+            cache = self._model.make_cache(max_tokens=most, adapter=rows[0].request.adapter)
         for row in rows:
             self._admit(row, min(cache.length, len(row.tokens)))
         row = rows[0]
@@ -343,9 +343,6 @@ class Scheduler:
         row.admitted, row.deadline_s = self._admitted, None
         if not row.made:
             row.meter.admit(reused)
-
-    def _fits(self, row: BatchRow) -> bool:
-        return self._fit([row])
 
     def _fit(self, rows: list[BatchRow]) -> bool:
         return self._room.fits(self._running.cache, self._running.rows, self._jobs, self._line.shared_tokens, rows)

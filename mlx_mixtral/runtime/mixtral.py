@@ -93,8 +93,8 @@ class Mixtral:
     def module(self) -> MixtralModel:
         """The network itself: ``module(tokens [B, L] int32, cache)`` gives lazy logits ``[B, L, V]``.
 
-        Work with it on the thread that evaluates the result, not while a generation runs; loaded for another device than MLX's
-        default one, within ``mx.stream(model.device.mlx)``.
+        Use it on the thread that evaluates them, not while a generation runs; on another device than MLX's default one within
+        ``mx.stream(model.device.mlx)``.
         """
         return self.engine.module
 
@@ -145,9 +145,7 @@ class Mixtral:
     def set_memory(self, memory: str | float | None, *, context: int | None = None) -> None:
         """Give the model another budget, without loading it again: banks of experts shrink or grow.
 
-        Args:
-            memory: such as "12GB"; what this machine can give when None.
-            context: as for ``load``; the present one when None.
+        ``memory`` is such as "12GB", None for what this machine can give; ``context`` as for ``load``, or the present one.
 
         Raises:
             MemoryBudgetError: less than the model can do with; nothing has changed then.
@@ -184,7 +182,7 @@ class Mixtral:
         self, prompt: str | Sequence[int], *, special: bool = True, **options: Unpack[GenerationOptions]
     ) -> TextStream:
         """As ``generate``, chunk by chunk. Arguments are checked here; work starts with the first step."""
-        _ = self.module  # a closed model says so before anything else
+        _ = self.module  # a closed model says so first
         return self._stream(self._requests.request(self._requests.prompt(prompt, special=special), **options))
 
     @with_options
@@ -312,10 +310,7 @@ class Mixtral:
 
     @checked()
     def logits(self, token_ids: Sequence[int]) -> mx.array:
-        """Logits ``[L, V]`` (in the compute type, evaluated) for every position of ``token_ids``.
-
-        Computed in chunks, so that working memory does not grow with the square of L.
-        """
+        """Logits ``[L, V]`` (in the compute type, evaluated) for every position of ``token_ids``, computed in chunks."""
         return self.engine.logits(self.engine.checked_ids(token_ids, "token_ids"))
 
     @checked()
