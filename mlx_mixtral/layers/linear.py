@@ -127,10 +127,12 @@ def _gated(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def _summed(residual: mx.array, weights: mx.array, y: mx.array, change: mx.array) -> mx.array:
-    total = residual
+    # As the matrix product has it without changes: sums in float32, rounded once.
+    total, shares = residual.astype(mx.float32), weights.astype(mx.float32)
     for k in range(y.shape[-2]):
-        total = total + weights[..., k : k + 1] * (y[..., k, :] + change[..., k, :])
-    return total
+        both = y[..., k, :].astype(mx.float32) + change[..., k, :].astype(mx.float32)
+        total = total + shares[..., k : k + 1] * both
+    return total.astype(residual.dtype)
 
 
 _swiglu = Compiled(_gated, shapeless=True)
