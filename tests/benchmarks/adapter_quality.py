@@ -47,15 +47,14 @@ def train(folder: Path, place: Path, iterations: int) -> Path:
     for name, count, seed in (("train", 256, 1), ("valid", 16, 2)):
         texts = ["\n".join(sums(4, seed * 1000 + index)) for index in range(count // 4)]
         (data / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    settings = {"lora_parameters": {"rank": 8, "scale": 4.0, "dropout": 0.0, "keys": KEYS}}
+    settings = {"lora_parameters": {"rank": 8, "scale": 2.0, "dropout": 0.0, "keys": KEYS}}
     (place / "lora.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "mlx_lm", "lora", "--model", str(folder), "--train", "--data", str(data)]
     command += ["--adapter-path", str(adapter), "--iters", str(iterations), "--batch-size", "4", "--num-layers", "-1"]
-    command += ["--learning-rate", "5e-4", "--max-seq-length", "256", "-c", str(place / "lora.yaml"), "--seed", "0"]
+    command += ["--learning-rate", "1e-4", "--max-seq-length", "256", "-c", str(place / "lora.yaml"), "--seed", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "loss" in line]
-    print(*(said[:1] + said[-1:]), sep="\n")
-    done.check_returncode()
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
     return adapter
 
 
@@ -74,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--roundings", nargs="+", default=["plain", "search", "gptq"])
-    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--iterations", type=int, default=100)
     given = parser.parse_args()
     source = checkpoint_path()
     with tempfile.TemporaryDirectory() as folder:
