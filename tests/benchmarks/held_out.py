@@ -154,7 +154,7 @@ def held_out_kl(weights: Path | Mapping[str, mx.array] | Any, model: str = "tiny
     subject = SUBJECTS[model]
     if isinstance(weights, Path):
         network = load_network(weights)
-    elif isinstance(weights, Mapping):
+    elif not isinstance(weights, nn.Module):  # modules are mappings too
         network = load_network(subject.folder)
         network.load_weights([(name, array.astype(mx.float32)) for name, array in weights.items()], strict=False)
     else:

@@ -149,3 +149,8 @@ def read_back(path: Path, config: MixtralConfig) -> dict[str, tuple[Floats, int,
             part_halves(values, heads)
         found[matrix.path] = (values, int(tensor.n_bytes), tensor.tensor_type.name)
     return found
+
+
+def file_bytes(path: Path) -> int:
+    """Of all its tensors."""
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
