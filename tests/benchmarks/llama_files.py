@@ -57,7 +57,7 @@ if len(sys.argv) > 4:
     given.imatrix = ctypes.cast(entries, ctypes.POINTER(lib.llama_model_imatrix_data))
 assert lib.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(given)) == 0
 """
-"""What llama.cpp does in its own interpreter: an F16 file, the file to make, its mix, and the importance of inputs or nothing."""
+"""What llama.cpp does. Arguments: an F16 file, the file to make, its mix, and the importance of inputs if there is one."""
 
 
 def run_llama(python: str, code: str, *arguments: object) -> None:
@@ -126,7 +126,9 @@ def join_rows(path: Path, config: MixtralConfig) -> None:
     reader.data.flush()
 
 
-def quantise(python: str, source: Path, dest: Path, mix: str, weights: Mapping[str, Floats] | None, *, join: bool) -> None:
+def quantise(
+    python: str, source: Path, dest: Path, mix: str, weights: Mapping[str, Floats] | None, *, join: bool
+) -> None:
     """Have llama.cpp quantise an F16 file, weighted by ``weights``; ``join``: its rows are joined."""
     with TemporaryDirectory(dir=dest.parent) as held:
         entries = []

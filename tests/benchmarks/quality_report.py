@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import exp, log
 from typing import Any
 
@@ -47,7 +48,7 @@ def _size(row: Row) -> tuple[float, float]:
 
 def interpolated(curve: list[Row], bits: float) -> float | None:
     """KL at a size between two rows of ``curve``, its logarithm linear in bits; None outside of it."""
-    for low, high in zip(curve, curve[1:], strict=False):
+    for low, high in pairwise(curve):
         if low["bits"] <= bits <= high["bits"]:
             share = (bits - low["bits"]) / (high["bits"] - low["bits"])
             return exp(log(low["kl"]) * (1 - share) + log(high["kl"]) * share)
