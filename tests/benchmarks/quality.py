@@ -42,6 +42,7 @@ from upcycle import upcycle
 from mlx_mixtral.demo import checkpoint_path
 from mlx_mixtral.weights.safetensors import read_header
 from mlx_mixtral_convert import Calibration, Recipe, calibrate, convert
+from mlx_mixtral_convert.calibration.run import DEFAULT_TOKENS
 from mlx_mixtral_convert.sources import open_source
 
 FIT_TO = (2.3, 2.4, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.25, 4.5)
@@ -104,7 +105,8 @@ class Bench:
         row: Row = {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
         network.set_dtype(mx.bfloat16)
         nbytes: Counter[str] = Counter()
-        for name, array in tree_flatten(network.parameters()):
+        flat: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
+        for name, array in flat:
             nbytes[name.rpartition(".")[0]] += array.nbytes
         network.set_dtype(mx.float32)
         return row | self.grade(network, nbytes, nbytes.total())
@@ -139,8 +141,8 @@ class Bench:
         reference(self.model, self.file("record"))
 
     def calibrate(self, step: str = "calibrate") -> None:
-        limit = {} if self.subject.calibration_tokens is None else {"tokens": self.subject.calibration_tokens}
-        calibrate(self.subject.folder, sensitivities=step == "calibrate", save=self.file(step), **limit)
+        tokens = self.subject.calibration_tokens or DEFAULT_TOKENS
+        calibrate(self.subject.folder, tokens=tokens, sensitivities=step == "calibrate", save=self.file(step))
 
     def moments(self) -> None:
         save_moments(self.subject.folder, Calibration.load(self.file("statistics")), self.file("moments"))
@@ -151,7 +153,8 @@ class Bench:
         write_f16(self.subject.folder, vocabulary, self.file("f16"))
 
     def join(self) -> None:
-        partial = shutil.copy(self.file("f16"), self.folder / "joining.gguf")
+        partial = self.folder / "joining.gguf"
+        shutil.copy(self.file("f16"), partial)
         with open_source(self.subject.folder, "hf") as source:
             join_rows(partial, source.config)
         partial.rename(self.file("join"))
