@@ -36,7 +36,7 @@ from kinds import by_kind, save_moments
 from llama_files import MIXES, file_bytes, importance, join_rows, quantise, read_back, write_f16
 from mlx_lm_quantizers import METHODS, WIDTHS
 from processes import peak_bytes, run_json
-from quality_report import Row, against_llama, kinds_table, line, markdown, plot
+from quality_report import Row, against_llama, kinds_table, line, markdown, plot, predictions
 from upcycle import upcycle
 
 from mlx_mixtral.demo import checkpoint_path
@@ -87,8 +87,9 @@ class Bench:
                 besides = plan.output_bytes - plan.bits_per_weight * self.subject.parameters / 8
                 size = int(besides + fit_to * self.subject.parameters / 8)
             started = time.perf_counter()
-            convert(source, dest, recipe=recipe, fit=size, calibration=used)
+            report = convert(source, dest, recipe=recipe, fit=size, calibration=used)
             row: Row = {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
+            row["predicted"] = report.predicted_kl
             nbytes: Counter[str] = Counter()
             for file in dest.glob("*.safetensors"):
                 for info in read_header(file).values():
@@ -291,7 +292,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         results = run(arguments, folder)
     if arguments.markdown:
-        print(*(table(results) for table in (markdown, against_llama, kinds_table)), sep="\n\n")
+        print(*(table(results) for table in (markdown, against_llama, kinds_table, predictions)), sep="\n\n")
     if arguments.plot:
         plot(results, subject.title, arguments.plot)
 

@@ -98,6 +98,26 @@ def kinds_table(results: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def predictions(results: list[Row]) -> str:
+    """What ``convert`` predicts of fitted and calibrated rows, beside what was measured."""
+    fitted = [row for row in results if row["name"].startswith("ours fit") and row.get("predicted") and "kl" in row]
+    known = [row for row in fitted if not row["name"].endswith("built-in")]
+    if len(known) < 2:
+        return "no predictions to compare"
+    ratios = [row["predicted"] / row["kl"] for row in known]
+    middle = exp(sum(log(ratio) for ratio in ratios) / len(ratios))
+    ranks = [
+        {row["name"]: rank for rank, row in enumerate(sorted(known, key=lambda row: row[key]))}
+        for key in ("predicted", "kl")
+    ]
+    apart = sum((ranks[0][row["name"]] - ranks[1][row["name"]]) ** 2 for row in known)
+    correlation = 1 - 6 * apart / (len(known) * (len(known) ** 2 - 1))
+    return (
+        f"Predicted over measured KL of {len(known)} fitted rows: {middle:.2f}x on average (geometric), "
+        f"{min(ratios):.2f}x to {max(ratios):.2f}x; Spearman's rank correlation {correlation:.3f}."
+    )
+
+
 # Colour, marker and what its rows' names start with; mlx-lm's are cold and open, llama.cpp's green, ours warm and full.
 FAMILIES = {
     "llama.cpp": ("#2e7d4f", "P"),
