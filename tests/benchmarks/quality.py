@@ -231,10 +231,15 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> Row:
     return found
 
 
+def kept_rows(path: Path) -> dict[str, Row]:
+    found: dict[str, Row] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
 def run(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     """The rows asked for, those that ``folder`` has included; printed as they come."""
     subject, kept, listed = SUBJECTS[arguments.model], folder / "rows.json", rows()
-    found: dict[str, Row] = json.loads(kept.read_text()) if kept.exists() else {}
+    found = kept_rows(kept)
     print(f"{'':<44}{'bits':>7}{'KL':>10}{'time':>9}{'peak':>9}")
     for name in (name for name in listed if fnmatch(name, arguments.only)):
         reason = next((why for pattern, why in subject.left_out.items() if fnmatch(name, pattern)), None)
@@ -250,8 +255,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[Row]:
                     if "failed" in done:
                         raise SystemExit(1)
             found[name] = measure(name, arguments, folder)
-            done = {other: row for other, row in found.items() if "failed" not in row}
-            kept.write_text(json.dumps(done, indent=2) + "\n")
+            if "failed" not in found[name]:  # read again: another run may share the folder
+                kept.write_text(json.dumps(kept_rows(kept) | {name: found[name]}, indent=2) + "\n")
         print(line(found[name]), flush=True)
     return [found[name] for name in listed if name in found]
 
