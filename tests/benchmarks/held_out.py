@@ -33,13 +33,17 @@ START = 4000  # characters into each file
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to quantise, the tokens of each held-out text and of the calibration text, and rows that take too long."""
+    """A model to quantise, the tokens of each held-out text and of the calibration text, and rows that take too long.
+
+    ``taken_apart``: its rows say bits and errors by kind of matrix, too.
+    """
 
     title: str
     folder: Path
     held_out_tokens: int
     calibration_tokens: int | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    taken_apart: bool = True
 
     @property
     def tokenizer(self) -> Any:
@@ -75,6 +79,7 @@ SUBJECTS = {
         128,
         2048,
         left_out={"mlx-lm dwq 3g*": _LONG, "mlx-lm dynamic_quant*": "13 GB and ten minutes per row"},
+        taken_apart=False,
     ),
 }
 

@@ -72,10 +72,11 @@ class Bench:
         from mlx_lm.utils import dequantize_model
 
         network = dequantize_model(network)
-        floats = dict(tree_flatten(network.parameters()))
         found: Row = {"bits": 8 * total / self.subject.parameters}
-        found["kinds"] = by_kind(self.subject.folder, floats, nbytes, self.file("moments"))
-        del floats
+        if self.subject.taken_apart:
+            floats = dict(tree_flatten(network.parameters()))
+            found["kinds"] = by_kind(self.subject.folder, floats, nbytes, self.file("moments"))
+            del floats
         return found | {"kl": held_out_kl(network, self.model, self.file("record"))}
 
     def ours(self, recipe: Recipe, *, calibration: str | None = None, fit_to: float | None = None) -> Row:
@@ -250,6 +251,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[Row]:
             continue
         if name not in found:
             for step in listed[name][1]:
+                if step == "moments" and not subject.taken_apart:
+                    continue
                 if not (folder / STEPS[step][0]).exists():
                     print(line(done := measure(step, arguments, folder)), flush=True)
                     if "failed" in done:
