@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from held_out import SUBJECTS, UPCYCLED, Subject, held_out_kl, load_network, reference
 from kinds import by_kind, save_moments
 from llama_files import MIXES, file_bytes, importance, join_rows, quantise, read_back, write_f16
@@ -75,7 +76,7 @@ class Bench:
         found: Row = {"bits": 8 * total / self.subject.parameters}
         if self.subject.taken_apart:
             floats = dict(tree_flatten(network.parameters()))
-            found["kinds"] = by_kind(self.subject.folder, floats, nbytes, self.file("moments"))
+            found["kinds"] = by_kind(self.subject.folder, floats, nbytes, *map(self.file, MOMENTS))
             del floats
         return found | {"kl": held_out_kl(network, self.model, self.file("record"))}
 
@@ -147,7 +148,10 @@ class Bench:
         calibrate(self.subject.folder, tokens=tokens, sensitivities=step == "calibrate", save=self.file(step))
 
     def moments(self) -> None:
-        save_moments(self.subject.folder, Calibration.load(self.file("statistics")), self.file("moments"))
+        save_moments(self.subject.folder, Calibration.load(self.file("statistics")).tokens, self.file("moments"))
+
+    def held_out_moments(self) -> None:
+        save_moments(self.subject.folder, np.array(self.subject.held_out(), np.int32), self.file("held-out moments"))
 
     def f16(self) -> None:
         own = self.subject.folder / "tokenizer.model"
@@ -167,12 +171,14 @@ STEPS: dict[str, tuple[str, Make]] = {
     "record": ("reference.safetensors", Bench.record),
     "statistics": ("statistics", lambda bench: bench.calibrate("statistics")),
     "moments": ("moments.safetensors", Bench.moments),
+    "held-out moments": ("held_out_moments.safetensors", Bench.held_out_moments),
     "calibrate": ("calibration", Bench.calibrate),
     "f16": ("f16.gguf", Bench.f16),
     "join": ("joined.gguf", Bench.join),
 }
 """What rows need: the file it is, and how it is made."""
-ALWAYS = ("record", "statistics", "moments")
+MOMENTS = ("held-out moments", "moments")
+ALWAYS = ("record", "statistics", *MOMENTS)
 
 
 def rows() -> dict[str, tuple[Make, tuple[str, ...]]]:
@@ -251,7 +257,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[Row]:
             continue
         if name not in found:
             for step in listed[name][1]:
-                if step == "moments" and not subject.taken_apart:
+                if step in MOMENTS and not subject.taken_apart:
                     continue
                 if not (folder / STEPS[step][0]).exists():
                     print(line(done := measure(step, arguments, folder)), flush=True)

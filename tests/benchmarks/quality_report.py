@@ -83,7 +83,10 @@ def against_llama(results: list[Row]) -> str:
 
 
 def kinds_table(results: list[Row]) -> str:
-    """Bits and relative output error by kind of matrix, of the best of ours and of llama.cpp's up to some sizes."""
+    """Bits and relative output error by kind of matrix, of the best of ours and of llama.cpp's up to some sizes.
+
+    The error is that on the held-out text; after the slash, on the calibration text.
+    """
     picked: list[Row] = []
     for bits in KIND_ROWS:
         for start in ("llama.cpp", "ours"):
@@ -93,7 +96,7 @@ def kinds_table(results: list[Row]) -> str:
     lines = [f"| bits, output error | all | {' | '.join(kinds)} |", f"|---|---:|{'---:|' * len(kinds)}"]
     for row in picked:
         found = (row["kinds"].get(kind) for kind in kinds)
-        cells = (f"{one['bits']:.2f}, {one['error']:.1%}" if one else "" for one in found)
+        cells = (f"{one['bits']:.2f}, {one['error']:.1%}/{one['error_learnt']:.1%}" if one else "" for one in found)
         lines.append(f"| {row['name']} | {row['bits']:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
