@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -301,12 +302,32 @@ def test_quality_in_short_is_quality_in_full() -> None:
         )
     }
     for model, bits, *figures in short[1:]:
-        least = {"4.5": "4", "3.5": "3"}[bits]
-        theirs = {"4.5": ("uniform 4", "gptq 4"), "3.5": ("uniform 3", "mixed_3_4")}[bits]
-        rows = [f"ours fit {least} calibrated, gptq", *(f"mlx-lm {name}" for name in theirs)]
+        theirs = {"4.5": ("uniform 4g64", "gptq 4g64"), "3.5": ("uniform 3g64", "mixed_3_4")}[bits]
+        rows = [f"ours fit to {bits} bits, gptq", *(f"mlx-lm {name}" for name in theirs)]
         for name, figure in zip(rows, figures, strict=True):
             half_a_digit = 0.5 * 10.0 ** -len(figure.partition(".")[2])
             assert float(figure) == pytest.approx(measured[model][name], abs=1.001 * half_a_digit), (model, bits, name)
+
+
+def test_comparison_with_llama_cpp_follows_from_the_rows() -> None:
+    """Ours at the size of a file lies between two of our rows, KL's logarithm linear in bits."""
+    listed = tables_as_written(TEXTS["tests/benchmarks/quality.md"])
+    all_rows = [table for table in listed if "KL" in table[0]]
+    comparisons = [table for table in listed if "file: bits" in table[0]]
+    for rows, compared in zip(all_rows, comparisons, strict=True):
+        best: list[tuple[float, float]] = []
+        for bits, kl in sorted((float(row[1]), float(row[2])) for row in rows if row[0].startswith("ours") and row[2]):
+            if not best or kl < best[-1][1]:
+                best.append((bits, kl))
+        sizes, losses = zip(*best, strict=True)
+        for name, bits, theirs, ours, ratio, _ in compared[1:]:
+            assert [bits, theirs] == next(row[1:3] for row in rows if row[0] == name)
+            if not sizes[0] <= float(bits) <= sizes[-1]:
+                assert [ours, ratio] == ["", ""]
+                continue
+            expected = float(np.exp(np.interp(float(bits), sizes, np.log(losses))))
+            assert float(ours) == pytest.approx(expected, rel=5e-3)
+            assert float(ratio) == pytest.approx(expected / float(theirs), abs=0.0051 + 5e-3 * expected / float(theirs))
 
 
 def test_hit_rates_on_a_synthetic_trace_are_what_its_benchmark_prints() -> None:

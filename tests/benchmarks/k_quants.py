@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 from gguf import quants
+from llama_files import quantise, run_llama, tensor_name
 from safetensors.numpy import save_file
 from sentencepiece import SentencePieceProcessor
 
@@ -31,29 +30,11 @@ from mlx_mixtral_convert import Calibration, calibrate
 from mlx_mixtral_convert.export import export
 from mlx_mixtral_convert.rounding import Search
 from mlx_mixtral_convert.sources import open_source
-from mlx_mixtral_convert.sources.gguf.names import gguf_name
 
 HELD_OUT = Path(__file__).parents[1] / "goldens" / "tiny-mixtral" / "heldout"
 TOKENS = 384
 Arrays = dict[str, np.ndarray]
-# What llama.cpp does, in its own interpreter: an F16 file to a mix, or a file's logits.
-QUANTIZE = """
-import ctypes, sys
-import numpy as np
-from llama_cpp import llama_cpp as lib
-given = lib.llama_model_quantize_default_params()
-given.nthread, given.ftype, held = 2, getattr(lib, "LLAMA_FTYPE_MOSTLY_" + sys.argv[3]), []
-if len(sys.argv) > 4:
-    file = np.load(sys.argv[4])
-    entries = (lib.llama_model_imatrix_data * (len(file.files) + 1))()
-    for entry, name in zip(entries, file.files):
-        data = np.ascontiguousarray(file[name], np.float32).reshape(-1)
-        held.append(data)
-        entry.name, entry.size = name.encode(), data.size
-        entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    given.imatrix = ctypes.cast(entries, ctypes.POINTER(lib.llama_model_imatrix_data))
-assert lib.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(given)) == 0
-"""
+# A file's logits, by llama.cpp.
 LOGITS = """
 import sys
 import numpy as np
@@ -115,8 +96,7 @@ def importance_of(folder: Path, calibration: Calibration) -> Arrays:
         for matrix in matrices(source.config):
             rows = [search.importance(matrix, expert) for expert in range(matrix.num_experts or 1)]
             if rows[0] is not None:
-                name = f"{gguf_name(matrix)}{'_exps' * (matrix.num_experts is not None)}.weight"
-                found[name] = np.stack([np.array(row) for row in rows])
+                found[tensor_name(matrix)] = np.stack([np.array(row) for row in rows])
     return found
 
 
@@ -142,14 +122,9 @@ def main() -> None:
     parser.add_argument("--llama", required=True, help="a Python that has llama-cpp-python")
     parser.add_argument("mixes", nargs="+")
     given = parser.parse_args()
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-    def llama(code: str, *arguments: object) -> None:
-        command = [given.llama, "-c", code, *map(str, arguments)]
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def log_probabilities(path: Path) -> np.ndarray:
-        llama(LOGITS, path, scratch / "ids.npy", scratch / "logits.npy")
+        run_llama(given.llama, LOGITS, path, scratch / "ids.npy", scratch / "logits.npy")
         logits = np.load(scratch / "logits.npy").astype(np.float64)
         logits -= logits.max(-1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -162,7 +137,6 @@ def main() -> None:
         np.save(scratch / "ids.npy", np.array([[1, *ids[: TOKENS - 1]] for ids in texts]))
         calibration = calibrate(scratch / "wide", sensitivities=False)
         importance = importance_of(scratch / "wide", calibration)
-        np.savez(scratch / "importance.npz", **importance)
         export(scratch / "wide", scratch / "f16.gguf", to="gguf", type="F16")
         wanted = {name: np.asarray(tensor.data, np.float64) for name, tensor in read(scratch / "f16.gguf").items()}
         base = log_probabilities(scratch / "f16.gguf")
@@ -178,7 +152,7 @@ def main() -> None:
                     overwrite=True,
                     calibration=calibration if used else None,
                 )
-                llama(QUANTIZE, scratch / "f16.gguf", theirs, mix, *([scratch / "importance.npz"] if used else []))
+                quantise(given.llama, scratch / "f16.gguf", theirs, mix, used or None, join=False)
                 kinds = [{name: tensor.tensor_type for name, tensor in read(path).items()} for path in (ours, theirs)]
                 assert kinds[0] == kinds[1]
                 errors = [relative_error(path, wanted, used) for path in (ours, theirs)]
