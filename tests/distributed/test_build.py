@@ -55,7 +55,7 @@ def test_partial_outputs_of_experts_add_up_to_the_whole(
             selected, mixture = route(moe.gate(x), moe.num_experts_per_tok)
 
             def output(module: MixtralModel) -> mx.array:
-                y = _moe(module, layer).experts(x, selected, moe.num_experts)  # noqa: B023
+                y, _ = _moe(module, layer).experts(x, selected, moe.num_experts)  # noqa: B023
                 return (mixture[..., None] * y).sum(axis=-2)  # noqa: B023
 
             wanted = array(output(whole.module))

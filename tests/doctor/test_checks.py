@@ -166,7 +166,9 @@ def _tokens_of_the_neighbour(patch: Patch) -> None:
     patch.setattr(
         bank.ExpertBank,
         "_experts",
-        lambda self, x, slots, is_sorted: whole(self, x, mx.sort(slots) if is_sorted else slots, is_sorted=is_sorted),
+        lambda self, x, slots, changes, is_sorted: whole(
+            self, x, mx.sort(slots) if is_sorted else slots, changes, is_sorted=is_sorted
+        ),
     )
 
 
