@@ -36,6 +36,11 @@ class CalibrateOptions:
         multiple=True,
     )
     tokens: int = option("--tokens", "Tokens at most.", default=16384)
+    written: str | None = option(
+        "--written MODEL",
+        "Measure on text that MODEL writes itself, SOURCE or a conversion of it; for `convert --rounding tuned`.",
+        type=ModelName(),
+    )
     sensitivities: bool = flag(
         "--sensitivities",
         "Also measure the loss of each packing of each layer, which `convert --fit` needs; takes many times as long.",
@@ -94,6 +99,9 @@ def calibrate(given: CalibrateOptions) -> None:
     This is all that `convert --rounding` needs. `convert --fit` also needs --sensitivities, for which every matrix is packed
     in twelve ways; an estimate of the time is printed first.
 
+    --written takes a model that fits in memory, and it writes --tokens tokens of its own, from nothing: as much as you want, in
+    the languages and on the subjects that it knows. `convert --rounding tuned` needs that much.
+
     An interrupted run resumes after the last layer in FILE.journal: repeat the same command.
 
     --trace takes a routing trace of SOURCE, or of a conversion of it, on text like yours. The loss of a layer's experts is
@@ -108,6 +116,8 @@ def calibrate(given: CalibrateOptions) -> None:
 
     if given.trace is not None and not given.sensitivities:
         raise click.UsageError("--trace only affects sensitivities; add --sensitivities, or leave out --trace")
+    if given.written is not None and given.text:
+        raise click.UsageError("give --text, or let a model write with --written, not both")
     if not given.file:
         raise InvalidRequestError("the file to write has an empty name; give one")
     ask_to_replace(check_place(given.file, given.source or None), overwrite=given.overwrite)
@@ -117,6 +127,7 @@ def calibrate(given: CalibrateOptions) -> None:
             given.source,
             given.text,
             tokens=given.tokens,
+            written=given.written,
             sensitivities=given.sensitivities,
             trace=given.trace,
             save=given.file,

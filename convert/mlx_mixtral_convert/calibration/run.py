@@ -28,6 +28,7 @@ from mlx_mixtral_convert.calibration.text import (
     sequences,
 )
 from mlx_mixtral_convert.calibration.unfinished import Unfinished, digest_of, journal_of
+from mlx_mixtral_convert.calibration.written import kept_text, text_of, written_sequences
 from mlx_mixtral_convert.sources import TensorSource, open_source
 
 __all__ = ["calibrate"]
@@ -43,6 +44,7 @@ def calibrate(
     texts: Sequence[str | Path] = (),
     *,
     tokens: int = DEFAULT_TOKENS,
+    written: str | Path | None = None,
     sensitivities: bool = False,
     trace: RoutingTrace | str | Path | None = None,
     save: str | Path | None = None,
@@ -63,6 +65,9 @@ def calibrate(
         source: a folder or hub repository, as for ``convert``.
         texts: UTF-8 text files; a bundled text in several languages and code when empty.
         tokens: how many tokens at most; 1024 at least.
+        written: a model, the source itself or a conversion of it, that writes ``tokens`` tokens to be measured on, in place of
+            ``texts``: from nothing, at temperature 1. It has to fit in memory, or is slow. What learns from text, as ``tuned``
+            rounding, wants more of it than is bundled.
         sensitivities: measure the cost of packings too, which ``convert(fit=)`` needs and nothing else: every matrix is packed
             in twelve ways, which takes many times as long as all the rest.
         trace: what ``mlx-mixtral routing --save-trace`` recorded of this model, or a conversion of it, on text like that it is
@@ -96,16 +101,27 @@ def calibrate(
         raise InvalidRequestError(
             "a trace only affects sensitivities, which are not measured; measure them, or leave it out"
         )
+    if written is not None and texts:
+        raise InvalidRequestError("give texts, or let a model write them with written, not both")
     place = None if save is None else check_place(save, source)
     recorded = RoutingTrace.load(as_path("trace", trace)) if isinstance(trace, (str, Path)) else trace
     folder = named.resolve()
-    written = read_texts([as_path("a text", path) for path in texts]) if texts else default_texts()
+    given = read_texts([as_path("a text", path) for path in texts]) if texts else default_texts()
+    journal = None if place is None else journal_of(place)
     with open_source(folder) as tensors:
         config = tensors.config
         if recorded is not None:
             _check_trace(recorded, config)
         tokenizer = load_tokenizer(tensors.folder, vocab_size=config.vocab_size)
-        ids = sequences(tokenizer, written, tokens, config.max_context_tokens)
+        if written is None:
+            ids = sequences(tokenizer, given, tokens, config.max_context_tokens)
+        else:
+            bos, *_ = tokenizer.encode("a")
+            ids = kept_text(
+                None if journal is None else text_of(journal),
+                {"writer": str(written), "tokens": tokens, "source": identity(tensors)},
+                lambda: written_sequences(written, tokens, bos, config.vocab_size, config.max_context_tokens),
+            )
         _check_ends(tensors)
         counts = None if recorded is None else recorded.counts
         few = max(1, min(len(ids), SENSITIVITY_TOKENS // ids.shape[1]))
@@ -118,7 +134,6 @@ def calibrate(
             "trace": None if counts is None else digest_of(counts),
             "converter": __version__,
         }
-        journal = None if place is None else journal_of(place)
         measured = (ids.size, 0 if picked is None else picked.size)
         seconds = trial_seconds(tensors, sensitivities=sensitivities)
         with Unfinished(journal, told, restart=restart) as unfinished:
@@ -128,6 +143,8 @@ def calibrate(
             if place is not None:
                 result.save(place)
                 unfinished.remove()
+                if journal is not None:
+                    text_of(journal).unlink(missing_ok=True)
         return result
 
 
