@@ -1,0 +1,40 @@
+"""Packed fields of one expert's matrix: what values they stand for, and blocks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import mlx.core as mx
+
+from mlx_mixtral.config.quantization import QuantizationSpec
+
+__all__ = ["Packed", "columns_of", "dequantized", "joined", "rows_of"]
+
+# ``weight``, and ``scales`` and ``biases`` where there are any.
+Packed = Mapping[str, mx.array]
+
+
+def dequantized(packed: Packed, spec: QuantizationSpec | None) -> mx.array:
+    """The values, float32 ``[rows, columns]``."""
+    if spec is None:
+        return packed["weight"].astype(mx.float32)
+    scales, biases = packed["scales"], packed.get("biases")
+    if biases is not None:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(packed["weight"], scales, biases, spec.group_size, spec.bits, spec.mode, dtype=mx.float32)
+
+
+def rows_of(packed: Packed, rows: slice) -> Packed:
+    return {field: array[rows] for field, array in packed.items()}
+
+
+def columns_of(packed: Packed, columns: slice, of: int) -> Packed:
+    """Columns, of a matrix of ``of``: both ends are multiples of 128 or its last, and so of whole words and whole groups."""
+    return {
+        field: array[:, columns.start * array.shape[1] // of : columns.stop * array.shape[1] // of]
+        for field, array in packed.items()
+    }
+
+
+def joined(parts: Sequence[Packed], axis: int) -> Packed:
+    return {field: mx.concatenate([part[field] for part in parts], axis=axis) for field in parts[0]}
