@@ -21,7 +21,9 @@ from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.gptq import gptq
 from mlx_mixtral_convert.packing.search import search
 from mlx_mixtral_convert.sources.base import TensorSource
-from mlx_mixtral_convert.tuning.walk import PackedLayer, TuningWalk
+from mlx_mixtral_convert.tuning.experts import PackedLayer
+from mlx_mixtral_convert.tuning.packed import Packed
+from mlx_mixtral_convert.tuning.walk import TuningWalk
 
 __all__ = ["Gptq", "Rounder", "Search", "Tuned", "make_rounder"]
 
@@ -125,9 +127,7 @@ class Tuned:
             return dict(self._layer[matrix.path][expert])
         if self._head is None:
             self._head = walk.head_sum()
-        if not _says_enough(self._head):
-            return self._search.pack(matrix, expert, weights, spec)
-        return gptq(weights, spec, self._head.hessian)
+        return self._pack(matrix, expert, weights, spec, self._head)
 
     def close(self) -> None:
         if self._source is not None:
@@ -147,14 +147,21 @@ class Tuned:
                 self._walk.skip(self._read(self._source, self._walk.next_layer, file))
         return self._walk
 
-    def _start(self, matrix: Matrix, expert: int, weights: mx.array) -> dict[str, mx.array]:
+    def _start(self, matrix: Matrix, expert: int, weights: mx.array, inputs: InputSum | None) -> Packed:
         spec, typed = self._plan.specs[matrix.path], weights.astype(MLX_DTYPES[self._plan.dtype])
         if spec is None or self._plan.keeps(matrix.path):
             return {"weight": typed if spec is None else weights}
         if spec.has_biases:
-            return self._search.pack(matrix, expert, typed, spec)
+            return self._pack(matrix, expert, typed, spec, inputs)
         packed = mx.quantize(typed, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
         return dict(zip(fields_of(spec), packed, strict=True))
+
+    def _pack(
+        self, matrix: Matrix, expert: int, weights: mx.array, spec: QuantizationSpec, inputs: InputSum | None
+    ) -> dict[str, mx.array]:
+        if inputs is None or not _says_enough(inputs):
+            return self._search.pack(matrix, expert, weights, spec)
+        return gptq(weights, spec, inputs.hessian)
 
     def _read(self, source: TensorSource, layer: int, file: Path) -> PackedLayer:
         """A finished layer as its shard has it."""

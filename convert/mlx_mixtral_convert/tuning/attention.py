@@ -26,7 +26,7 @@ from mlx_mixtral_convert.tuning.trained import (
     steps_for,
 )
 
-__all__ = ["Heads", "tune_attention"]
+__all__ = ["Heads", "step", "tune_attention"]
 
 BATCH_SEQUENCES = 4
 STEPS, RATES = 80, Rates(codes=0.05, scales=0.01)
@@ -81,14 +81,14 @@ def tune_attention(
     mx.eval(x, missing, counts)
     for share in shares_of_rate(steps_for(STEPS, len(states), BATCH_SEQUENCES)):
         rows = mx.array(random.permutation(len(states))[:BATCH_SEQUENCES].astype(np.int32))
-        _step(heads, learners, x[rows], missing[rows], counts[rows], share)
+        step(heads, learners, x[rows], missing[rows], counts[rows], share)
     return {
         name: learner.packed() if isinstance(learner, TrainedMatrix) else first[name]
         for name, learner in learners.items()
     }
 
 
-def _step(
+def step(
     heads: Callable[[mx.array, mx.array, mx.array], mx.array],
     matrices: Mapping[str, Learner],
     x: mx.array,

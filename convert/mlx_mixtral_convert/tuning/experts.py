@@ -5,19 +5,24 @@ Held are one expert's matrices in full precision and those of all in packed form
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral.config.quantization import QuantizationSpec
-from mlx_mixtral_convert.calibration.layer import Expert, Layer
+from mlx_mixtral_convert.calibration.layer import Expert, Layer, times
+from mlx_mixtral_convert.calibration.statistics import InputSum
 from mlx_mixtral_convert.tuning.expert import BATCH_TOKENS, Lesson, Swiglu, hidden_blocks, learn
-from mlx_mixtral_convert.tuning.packed import Packed, columns_of, joined, rows_of
+from mlx_mixtral_convert.tuning.packed import Packed, columns_of, dequantized, joined, rows_of
 from mlx_mixtral_convert.tuning.trained import Rates, TrainedMatrix, make_learner, steps_for
 
-__all__ = ["EXPERT_MATRICES", "ExpertsTuning"]
+__all__ = ["EXPERT_MATRICES", "ExpertsTuning", "PackedLayer", "Start"]
+
+# By path, one for every expert.
+PackedLayer = dict[str, list[Packed]]
+Start = Callable[[Matrix, int, mx.array, InputSum | None], Packed]
 
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 STEPS, RATES = 120, Rates(codes=0.1, scales=0.01)
@@ -38,20 +43,32 @@ class ExpertsTuning:
         self.layer = layer
         self.matrices: list[Matrix] = [layer.matrices[name] for name in EXPERT_MATRICES]
         self._specs = [specs[matrix.path] for matrix in self.matrices]
-        self.packed: dict[str, list[Packed]] = {matrix.path: [] for matrix in self.matrices}
+        self.packed: PackedLayer = {matrix.path: [] for matrix in self.matrices}
         self._normed = layer.post_norm(states)
         self._routing = layer.route(self._normed)
         self._counts = 1 / mx.square(wanted).mean(axis=-1)
         self._missing = wanted - states
         mx.eval(self._counts, self._missing)
 
-    def begin(self, expert: Expert, packed: list[Packed]) -> None:
-        """One expert as it is before it learns: gate, up and down. All of them come before the first learns."""
+    def begin(self, expert: Expert, start: Start) -> None:
+        """Pack one expert, before it learns. All of them come before the first learns."""
+        tokens, routing = self._tokens(expert)
+        x, share = self._normed[tokens], mx.square(routing)
+        met = InputSum(expert.gate.shape[1], full=True)
+        met.add(x, share)
+        packed = [
+            start(matrix, expert.index, weights, met)
+            for matrix, weights in zip(self.matrices[:2], (expert.gate, expert.up), strict=True)
+        ]
+        gate, up = (dequantized(fields, spec) for fields, spec in zip(packed, self._specs[:2], strict=True))
+        inner = expert(x, (gate, up)) if tokens.size else mx.zeros((0, expert.down.shape[1]))
+        met = InputSum(expert.down.shape[1], full=True)
+        met.add(inner, share)
+        packed.append(start(self.matrices[2], expert.index, expert.down, met))
         for matrix, fields in zip(self.matrices, packed, strict=True):
             self.packed[matrix.path].append(fields)
-        tokens, routing = self._tokens(expert)
         if tokens.size:
-            given = self._fixed(expert, packed)(self._normed[tokens])
+            given = times(inner, dequantized(packed[2], self._specs[2]))
             self._missing = self._missing.at[tokens].add(-routing[:, None] * given)
             mx.eval(self._missing)
 
@@ -81,10 +98,6 @@ class ExpertsTuning:
 
     def _tokens(self, expert: Expert) -> tuple[mx.array, mx.array]:
         return self._routing.tokens[expert.index], self._routing.weights[expert.index]
-
-    def _fixed(self, expert: Expert, packed: list[Packed]) -> Swiglu:
-        parts = zip((expert.gate, expert.up, expert.down), packed, self._specs, strict=True)
-        return Swiglu(*(make_learner(weights, fields, spec, None) for weights, fields, spec in parts))
 
 
 def _block(expert: Expert, fields: list[Packed], units: slice) -> list[tuple[mx.array, Packed]]:

@@ -151,9 +151,9 @@ class TrainedMatrix:
 
 
 def make_learner(
-    weights: mx.array, packed: Packed, spec: QuantizationSpec | None, rates: Rates | None
+    weights: mx.array, packed: Packed, spec: QuantizationSpec | None, rates: Rates
 ) -> TrainedMatrix | FixedMatrix:
-    """A matrix that learns where it is packed in affine mode and there are ``rates``."""
-    if spec is None or not spec.has_biases or rates is None:
+    """A matrix that learns where it is packed in affine mode."""
+    if spec is None or not spec.has_biases:
         return FixedMatrix(dequantized(packed, spec))
     return TrainedMatrix(weights, packed, spec, rates)

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_mixtral.config.layout import Matrix, matrices, norms
+from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral_convert.calibration.layer import Expert, Layer, read_norm, times
@@ -25,14 +25,11 @@ from mlx_mixtral_convert.calibration.statistics import InputSum
 from mlx_mixtral_convert.calibration.walk import check_memory, embed
 from mlx_mixtral_convert.sources.base import TensorSource
 from mlx_mixtral_convert.tuning.attention import tune_attention
-from mlx_mixtral_convert.tuning.experts import EXPERT_MATRICES, ExpertsTuning
-from mlx_mixtral_convert.tuning.packed import Packed, dequantized
+from mlx_mixtral_convert.tuning.experts import EXPERT_MATRICES, ExpertsTuning, PackedLayer, Start
+from mlx_mixtral_convert.tuning.packed import dequantized
 
 __all__ = ["PackedLayer", "TuningWalk"]
 
-# By path, one for every expert.
-PackedLayer = dict[str, list[Packed]]
-Start = Callable[[Matrix, int, mx.array], Packed]
 Matrices = tuple[mx.array, mx.array, mx.array]
 
 
@@ -41,7 +38,7 @@ class TuningWalk:
 
     Args:
         specs: the packing of every matrix by path, None for unquantised.
-        start: packs one expert's float32 matrix, as it is before it learns.
+        start: packs one expert's float32 matrix, as it is before it learns; told its inputs, but for the embedding's.
     """
 
     def __init__(
@@ -68,8 +65,7 @@ class TuningWalk:
         width = h.shape[-1]
         tuning = ExpertsTuning(layer, self.specs, h.reshape(-1, width), self.true.reshape(-1, width))
         for expert in layer.experts():
-            weights = zip(tuning.matrices, (expert.gate, expert.up, expert.down), strict=True)
-            tuning.begin(expert, [self._start(matrix, expert.index, own) for matrix, own in weights])
+            tuning.begin(expert, self._start)
         for expert in layer.experts():
             tuning.learn(expert, random)
         found |= tuning.packed
@@ -113,7 +109,17 @@ class TuningWalk:
 
     def _attention(self, layer: Layer, wanted: mx.array, random: np.random.Generator) -> PackedLayer:
         own = {name: layer.matrices[f"{name}_proj"] for name in layer.attention}
-        first = {name: self._start(matrix, 0, layer.attention[name]) for name, matrix in own.items()}
+        sums = {name: InputSum(own[name].in_features, full=True) for name in "qo"}
+
+        def see(x: mx.array, o_input: mx.array) -> None:
+            sums["q"].add(x)
+            sums["o"].add(o_input)
+
+        layer.attend(self.ours, see=see)
+        first = {
+            name: self._start(matrix, 0, layer.attention[name], sums["o" if name == "o" else "q"])
+            for name, matrix in own.items()
+        }
         specs = {name: self.specs[matrix.path] for name, matrix in own.items()}
         packed = tune_attention(layer, self._rotary, first, specs, self.ours, wanted, random)
         return {own[name].path: [fields] for name, fields in packed.items()}
@@ -129,7 +135,7 @@ class TuningWalk:
         matrix = next(iter(matrices(self.config)))
         used, places = np.unique(tokens, return_inverse=True)
         rows = embed(self.source, used.astype(np.int32))
-        values = dequantized(self._start(matrix, 0, rows), self.specs[matrix.path])
+        values = dequantized(self._start(matrix, 0, rows, None), self.specs[matrix.path])
         states = values[mx.array(places.reshape(tokens.shape).astype(np.int32))]
         mx.eval(states)
         return states
