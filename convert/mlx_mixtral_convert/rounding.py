@@ -22,7 +22,7 @@ from mlx_mixtral_convert.packing.gptq import gptq
 from mlx_mixtral_convert.packing.search import search
 from mlx_mixtral_convert.sources.base import TensorSource
 from mlx_mixtral_convert.tuning.experts import PackedLayer
-from mlx_mixtral_convert.tuning.packed import Packed
+from mlx_mixtral_convert.tuning.packed import PackedFields
 from mlx_mixtral_convert.tuning.walk import TuningWalk
 
 __all__ = ["Gptq", "Rounder", "Search", "Tuned", "make_rounder"]
@@ -147,7 +147,7 @@ class Tuned:
                 self._walk.skip(self._read(self._source, self._walk.next_layer, file))
         return self._walk
 
-    def _start(self, matrix: Matrix, expert: int, weights: mx.array, inputs: InputSum | None) -> Packed:
+    def _start(self, matrix: Matrix, expert: int, weights: mx.array, inputs: InputSum | None) -> PackedFields:
         spec, typed = self._plan.specs[matrix.path], weights.astype(MLX_DTYPES[self._plan.dtype])
         if spec is None or self._plan.keeps(matrix.path):
             return {"weight": typed if spec is None else weights}

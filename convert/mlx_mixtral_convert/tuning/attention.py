@@ -15,7 +15,7 @@ from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral_convert.calibration.layer import Layer, times
-from mlx_mixtral_convert.tuning.packed import Packed
+from mlx_mixtral_convert.tuning.packed import PackedFields
 from mlx_mixtral_convert.tuning.products import to_input, to_matrix
 from mlx_mixtral_convert.tuning.trained import (
     Learner,
@@ -60,12 +60,12 @@ class Heads:
 def tune_attention(
     layer: Layer,
     rotary: Rotary,
-    first: Mapping[str, Packed],
+    first: Mapping[str, PackedFields],
     specs: Mapping[str, QuantizationSpec | None],
     states: mx.array,
     wanted: mx.array,
     random: np.random.Generator,
-) -> dict[str, Packed]:
+) -> dict[str, PackedFields]:
     """The layer's matrices by ``q``, ``k``, ``v`` and ``o``, tuned.
 
     Args:

@@ -15,14 +15,14 @@ from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral_convert.calibration.layer import Expert, Layer, times
 from mlx_mixtral_convert.calibration.statistics import InputSum
 from mlx_mixtral_convert.tuning.expert import BATCH_TOKENS, Lesson, Swiglu, hidden_blocks, learn
-from mlx_mixtral_convert.tuning.packed import Packed, columns_of, dequantized, joined, rows_of
+from mlx_mixtral_convert.tuning.packed import PackedFields, columns_of, dequantized, joined, rows_of
 from mlx_mixtral_convert.tuning.trained import Rates, TrainedMatrix, make_learner, steps_for
 
 __all__ = ["EXPERT_MATRICES", "ExpertsTuning", "PackedLayer", "Start"]
 
 # By path, one for every expert.
-PackedLayer = dict[str, list[Packed]]
-Start = Callable[[Matrix, int, mx.array, InputSum | None], Packed]
+PackedLayer = dict[str, list[PackedFields]]
+Start = Callable[[Matrix, int, mx.array, InputSum | None], PackedFields]
 
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 STEPS, RATES = 120, Rates(codes=0.1, scales=0.01)
@@ -79,7 +79,7 @@ class ExpertsTuning:
         x, counts, missing = self._normed[tokens], self._counts[tokens], self._missing[tokens]
         steps = steps_for(STEPS, tokens.size, BATCH_TOKENS)
         fields = [self.packed[matrix.path][expert.index] for matrix in self.matrices]
-        learned: list[list[Packed]] = [[], [], []]
+        learned: list[list[PackedFields]] = [[], [], []]
         for units in hidden_blocks(len(expert.gate)):
             parts = _block(expert, fields, units)
             block = Swiglu(*(make_learner(*part, spec, RATES) for part, spec in zip(parts, self._specs, strict=True)))
@@ -100,7 +100,7 @@ class ExpertsTuning:
         return self._routing.tokens[expert.index], self._routing.weights[expert.index]
 
 
-def _block(expert: Expert, fields: list[Packed], units: slice) -> list[tuple[mx.array, Packed]]:
+def _block(expert: Expert, fields: list[PackedFields], units: slice) -> list[tuple[mx.array, PackedFields]]:
     """Weights and packed fields of some hidden units: rows of gate and up, columns of down."""
     gate, up, down = fields
     return [

@@ -1,4 +1,4 @@
-"""Packed fields of one expert's matrix: what values they stand for, and blocks of them."""
+"""PackedFields fields of one expert's matrix: what values they stand for, and blocks of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import mlx.core as mx
 
 from mlx_mixtral.config.quantization import QuantizationSpec
 
-__all__ = ["Packed", "columns_of", "dequantized", "joined", "rows_of"]
+__all__ = ["PackedFields", "columns_of", "dequantized", "joined", "rows_of"]
 
 # ``weight``, and ``scales`` and ``biases`` where there are any.
-Packed = Mapping[str, mx.array]
+PackedFields = Mapping[str, mx.array]
 
 
-def dequantized(packed: Packed, spec: QuantizationSpec | None) -> mx.array:
+def dequantized(packed: PackedFields, spec: QuantizationSpec | None) -> mx.array:
     """The values, float32 ``[rows, columns]``."""
     if spec is None:
         return packed["weight"].astype(mx.float32)
@@ -24,11 +24,11 @@ def dequantized(packed: Packed, spec: QuantizationSpec | None) -> mx.array:
     return mx.dequantize(packed["weight"], scales, biases, spec.group_size, spec.bits, spec.mode, dtype=mx.float32)
 
 
-def rows_of(packed: Packed, rows: slice) -> Packed:
+def rows_of(packed: PackedFields, rows: slice) -> PackedFields:
     return {field: array[rows] for field, array in packed.items()}
 
 
-def columns_of(packed: Packed, columns: slice, of: int) -> Packed:
+def columns_of(packed: PackedFields, columns: slice, of: int) -> PackedFields:
     """Columns, of a matrix of ``of``: both ends are multiples of 128 or its last, and so of whole words and whole groups."""
     return {
         field: array[:, columns.start * array.shape[1] // of : columns.stop * array.shape[1] // of]
@@ -36,5 +36,5 @@ def columns_of(packed: Packed, columns: slice, of: int) -> Packed:
     }
 
 
-def joined(parts: Sequence[Packed], axis: int) -> Packed:
+def joined(parts: Sequence[PackedFields], axis: int) -> PackedFields:
     return {field: mx.concatenate([part[field] for part in parts], axis=axis) for field in parts[0]}

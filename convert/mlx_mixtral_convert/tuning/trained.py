@@ -18,7 +18,7 @@ import numpy as np
 
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral_convert.packing.codes import pack
-from mlx_mixtral_convert.tuning.packed import Packed, dequantized
+from mlx_mixtral_convert.tuning.packed import PackedFields, dequantized
 
 __all__ = ["FixedMatrix", "Learner", "Rates", "TrainedMatrix", "make_learner", "shares_of_rate", "steps_for"]
 
@@ -98,7 +98,7 @@ class TrainedMatrix:
         rates: of codes and scales.
     """
 
-    def __init__(self, weights: mx.array, named: Packed, spec: QuantizationSpec, rates: Rates) -> None:
+    def __init__(self, weights: mx.array, named: PackedFields, spec: QuantizationSpec, rates: Rates) -> None:
         self.spec, self.shape, self._dtype, self._taken = spec, weights.shape, named["scales"].dtype, 0
         self._top = float(2**spec.bits - 1)
         scales, biases = (named[field].astype(mx.float32)[..., None] for field in ("scales", "biases"))
@@ -151,7 +151,7 @@ class TrainedMatrix:
 
 
 def make_learner(
-    weights: mx.array, packed: Packed, spec: QuantizationSpec | None, rates: Rates
+    weights: mx.array, packed: PackedFields, spec: QuantizationSpec | None, rates: Rates
 ) -> TrainedMatrix | FixedMatrix:
     """A matrix that learns where it is packed in affine mode."""
     if spec is None or not spec.has_biases:

@@ -30,7 +30,7 @@ from mlx_mixtral_convert.tuning.packed import dequantized
 
 __all__ = ["PackedLayer", "TuningWalk"]
 
-Matrices = tuple[mx.array, mx.array, mx.array]
+GateUpDown = tuple[mx.array, mx.array, mx.array]
 
 
 class TuningWalk:
@@ -86,7 +86,7 @@ class TuningWalk:
         return found
 
     def _finish(self, layer: Layer, h: mx.array, packed: PackedLayer) -> None:
-        def values(expert: Expert) -> Matrices:
+        def values(expert: Expert) -> GateUpDown:
             paths = (layer.matrices[name].path for name in EXPERT_MATRICES)
             gate, up, down = (dequantized(packed[path][expert.index], self.specs[path]) for path in paths)
             mx.eval(gate, up, down)
@@ -95,7 +95,7 @@ class TuningWalk:
         self.ours = self._after_experts(layer, h, values)
         self.next_layer += 1
 
-    def _after_experts(self, layer: Layer, h: mx.array, matrices_of: Callable[[Expert], Matrices]) -> mx.array:
+    def _after_experts(self, layer: Layer, h: mx.array, matrices_of: Callable[[Expert], GateUpDown]) -> mx.array:
         flat = h.reshape(-1, h.shape[-1])
         normed = layer.post_norm(flat)
         routing = layer.route(normed)

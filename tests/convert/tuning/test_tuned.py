@@ -21,10 +21,12 @@ from mlx_mixtral_convert.calibration.walk import Walk
 from mlx_mixtral_convert.output.plan import make_plan
 from mlx_mixtral_convert.rounding import Tuned
 from mlx_mixtral_convert.sources import open_source
+from mlx_mixtral_convert.tuning import attention, experts
 from mlx_mixtral_convert.tuning import expert as expert_room
 from tests.convert.support import CONFIG, dense_config, hashes, load_arrays, make_checkpoint, read_output
 from tests.convert.test_resume import stop_at
 
+STEPS = 5 + 3 * 2  # of the progress of one layer
 RECIPE = Recipe(2, 64, rounding="tuned")
 
 
@@ -46,15 +48,24 @@ def logits(folder: Path, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float3
         return np.array(model.module(mx.array(tokens)).astype(mx.float32))
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the steps: enough to see what they do."""
+    monkeypatch.setattr(experts, "STEPS", 60)
+    monkeypatch.setattr(attention, "STEPS", 40)
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "source", num_hidden_layers=3)
+    return make_checkpoint(tmp_path / "source", num_local_experts=2)
 
 
-@pytest.mark.parametrize("changes", [{}, dense_config(), {"sliding_window": 10}], ids=["mixture", "dense", "window"])
+@pytest.mark.parametrize(
+    "changes", [{}, dense_config(), {"sliding_window": 10, "num_hidden_layers": 1}], ids=["mixture", "dense", "window"]
+)
 def test_fresh_text_loses_less_than_with_error_compensation(tmp_path: Path, changes: dict[str, Any]) -> None:
-    source = make_checkpoint(tmp_path / "source", num_hidden_layers=3, **changes)
-    known = calibration(source, sequences=120)
+    source = make_checkpoint(tmp_path / "source", num_local_experts=2, **changes)
+    known = calibration(source, sequences=200)
     fresh = np.random.default_rng(7).integers(0, CONFIG["vocab_size"], (12, 24)).astype(np.int32)
     true = logits(source, fresh)
     lost = {}
@@ -83,7 +94,7 @@ def test_states_of_the_packed_stream_are_those_of_what_is_written(tmp_path: Path
 
 def test_a_stopped_conversion_goes_on_to_the_same_bytes(tmp_path: Path, source: Path) -> None:
     known = calibration(source)
-    recipe = Recipe(2, 64, overrides={"*.layers.1.*up_proj": {"mode": "mxfp4"}, "*.k_proj": None}, rounding="tuned")
+    recipe = Recipe(2, 64, overrides={"*.layers.0.*up_proj": {"mode": "mxfp4"}, "*.k_proj": None}, rounding="tuned")
     convert(source, tmp_path / "whole", recipe=recipe, calibration=known)
     with pytest.raises(KeyboardInterrupt):
         convert(
@@ -91,7 +102,7 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(tmp_path: Path, source: 
             tmp_path / "out",
             recipe=recipe,
             calibration=known,
-            progress=stop_at(2 * 17 + 8, KeyboardInterrupt()),
+            progress=stop_at(STEPS + 4, KeyboardInterrupt()),
         )
     report = convert(source, tmp_path / "out", recipe=recipe, calibration=known)
     assert report.resumed_layers > 0
@@ -108,7 +119,7 @@ def test_experts_that_met_too_little_stay_as_they_were_packed_first(tmp_path: Pa
 
 
 def test_an_expert_in_blocks_learns_as_well(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = calibration(source, sequences=120)
+    known = calibration(source, sequences=80)
     fresh = np.random.default_rng(7).integers(0, CONFIG["vocab_size"], (12, 24)).astype(np.int32)
     true, lost = logits(source, fresh), []
     for units in (1024, 128):
