@@ -101,8 +101,10 @@ def bytes_packed(config: MixtralConfig, spec: QuantizationSpec | None) -> dict[s
     sizes = dict.fromkeys(PARTS, 0)
     for matrix in matrices(config):
         rows = matrix.parameters // matrix.in_features
-        is_packed = spec is not None and matrix.part != "router"
-        sizes[matrix.part] += spec.nbytes(rows, matrix.in_features) if is_packed else 2 * matrix.parameters
+        if spec is None or matrix.part == "router":
+            sizes[matrix.part] += 2 * matrix.parameters
+        else:
+            sizes[matrix.part] += spec.nbytes(rows, matrix.in_features)
     sizes["norms"] = sum(2 * norm.size for norm in norms(config))
     return sizes
 

@@ -122,7 +122,7 @@ def _chips(memory_gib: int, chips: Sequence[Chip]) -> Sequence[Chip]:
 
 def _recipe(config: MixtralConfig, memory_gib: int, chips: Sequence[Chip]) -> dict[str, Any]:
     usable, unquantised, least = usable_bytes(memory_gib), bytes_packed(config, None), smallest(config)
-    found = {"memory_gib": memory_gib, "usable_bytes": usable, "memory": None}
+    found: dict[str, Any] = {"memory_gib": memory_gib, "usable_bytes": usable, "memory": None}
     if (space := room(config, usable)) >= sum(unquantised.values()):
         read = bytes_per_token(config, unquantised)
         found |= {
