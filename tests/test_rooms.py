@@ -23,8 +23,8 @@ ROOMS = (
     "errors", "installing", "arguments", "sizes", "reading", "leftovers", "files", "machine", "config", "model_names",
     "hub", "distributed", "weights", "adapters", "cache", "tokenizer", "constraints", "calls", "layers", "budget",
     "experts", "model", "generation", "runtime", "info", "server", "evaluation", "bench", "demo", "doctor",
-    "convert.packing", "convert.output", "convert.sources", "convert.calibration", "convert.recipes", "convert",
-    "convert.export", "convert.upload", "cli", "__main__",
+    "convert.packing", "convert.output", "convert.sources", "convert.calibration", "convert.tuning", "convert.recipes",
+    "convert", "convert.export", "convert.upload", "cli", "__main__",
 )  # fmt: skip
 
 

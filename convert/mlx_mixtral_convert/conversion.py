@@ -47,7 +47,7 @@ from mlx_mixtral_convert.report import (
     peak_memory_bytes,
     width_notes,
 )
-from mlx_mixtral_convert.rounding import Gptq, Search, make_rounder
+from mlx_mixtral_convert.rounding import Gptq, Search, Tuned, make_rounder
 from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, small_files
 from mlx_mixtral_convert.sources.adapted import AdaptedSource
 from mlx_mixtral_convert.sources.storage.remote import open_remote
@@ -212,7 +212,7 @@ class _Chosen:
     recipe: Recipe
     recorded: dict[str, Any]
     plan: Plan
-    rounder: Search | Gptq | None
+    rounder: Search | Gptq | Tuned | None
     expected: Expected | None
     notes: tuple[str, ...] = ()
 
@@ -245,11 +245,11 @@ def _choose(
         recipe = _fit(tensors, budget, losses, recipe.rounding, dtype)
     if exact and isinstance(tensors, AdaptedSource):
         check_kept(tensors)
-    rounder = make_rounder(recipe.rounding, calibrated, again)
     recipe = exact_recipe(recipe) if exact else recipe
     recorded = recipe.to_dict() | ({"exact": True} if exact else {})
     recorded |= {"calibration": calibrated.digest} if calibrated is not None else {}
     plan = _plan(tensors, recipe, dtype, exact=exact)
+    rounder = make_rounder(recipe.rounding, calibrated, again, plan)
     # What keeps the source's integers loses none of what packing floats would.
     expected = None if exact else expected_loss(tensors.config, plan.specs, calibrated, recipe.rounding)
     notes = (OF_THE_BASE,) if calibrated is not None and isinstance(tensors, AdaptedSource) else ()
@@ -265,7 +265,10 @@ def _write(
     cancelled: Callable[[], bool] | None,
 ) -> Written:
     rounder = chosen.rounder
-    with closing(rounder) if isinstance(rounder, Gptq) else nullcontext():
+    if isinstance(rounder, Tuned):
+        layers = {shard.layer: partial / shard.file for shard in chosen.plan.shards if shard.file in journal.finished}
+        rounder.finished = {layer: file for layer, file in layers.items() if layer is not None}
+    with closing(rounder) if isinstance(rounder, (Gptq, Tuned)) else nullcontext():
         return write_weights(
             tensors, chosen.plan, partial, journal=journal, step=counter.step, cancelled=cancelled, rounder=rounder
         )

@@ -15,7 +15,7 @@ from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.measure import ErrorSum
 from mlx_mixtral_convert.pipeline import pack_piece, packed_arrays, read_piece
 from mlx_mixtral_convert.report import peak_memory_bytes
-from mlx_mixtral_convert.rounding import Gptq, Rounder
+from mlx_mixtral_convert.rounding import Gptq, Rounder, Tuned
 from mlx_mixtral_convert.sources import TensorSource, matrix_bytes
 from mlx_mixtral_convert.sources.adapted import AdaptedSource
 
@@ -30,7 +30,7 @@ WORKING_BYTES = 150_000_000
 
 @dataclass(frozen=True)
 class Needs:
-    """``seconds`` is None for gptq, whose time goes into hidden states that only a run has."""
+    """``seconds`` is None for gptq and tuned, whose time goes into hidden states that only a run has."""
 
     seconds: float | None
     memory_bytes: int
@@ -38,7 +38,9 @@ class Needs:
 
 def estimate_conversion(source: TensorSource, plan: Plan, rounder: Rounder | None) -> Needs:
     """Read and pack an expert's matrix as a conversion will, without writing it."""
-    return Needs(None if isinstance(rounder, Gptq) else _seconds(source, plan, rounder), _memory_bytes(source, plan))
+    return Needs(
+        None if isinstance(rounder, (Gptq, Tuned)) else _seconds(source, plan, rounder), _memory_bytes(source, plan)
+    )
 
 
 def _seconds(source: TensorSource, plan: Plan, rounder: Rounder | None) -> float:

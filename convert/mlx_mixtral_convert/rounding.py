@@ -1,24 +1,31 @@
-"""How codes, scales and biases are chosen at a given packing: plainly, by search, or with error compensation."""
+"""How codes, scales and biases are chosen at a given packing: plainly, by search, with error compensation, or by tuning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_mixtral.config.layout import Matrix
+from mlx_mixtral.config.layout import Matrix, fields_of, matrices, module_tensor
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral_convert.calibration.file import Calibration
+from mlx_mixtral_convert.calibration.layer import read_matrix
 from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
 from mlx_mixtral_convert.calibration.walk import Sums, Walk
+from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.gptq import gptq
 from mlx_mixtral_convert.packing.search import search
 from mlx_mixtral_convert.sources.base import TensorSource
+from mlx_mixtral_convert.tuning.experts import PackedLayer
+from mlx_mixtral_convert.tuning.packed import PackedFields
+from mlx_mixtral_convert.tuning.walk import TuningWalk
 
-__all__ = ["Gptq", "Rounder", "Search", "make_rounder"]
+__all__ = ["Gptq", "Rounder", "Search", "Tuned", "make_rounder"]
 
 # An expert that saw fewer tokens borrows the rest of its weight from the average over the layer's experts.
 PRIOR_TOKENS = 64
@@ -73,10 +80,10 @@ class Gptq:
         self._layer: int | None = -1
 
     def pack(self, matrix: Matrix, expert: int, weights: mx.array, spec: QuantizationSpec) -> dict[str, mx.array]:
-        if matrix.part == "embedding":
+        if matrix.part in ("embedding", "router"):
             return self._search.pack(matrix, expert, weights, spec)
         found = self._sum(matrix, expert)
-        if found.tokens < MIN_TOKENS_PER_INPUT * min(found.columns, 1024):
+        if not _says_enough(found):
             return self._search.pack(matrix, expert, weights, spec)
         return gptq(weights, spec, found.hessian)
 
@@ -97,18 +104,100 @@ class Gptq:
         return self._sums[input_name(matrix)][expert]
 
 
+class Tuned:
+    """Codes, scales and biases learned layer by layer, when the conversion gets to the first matrix of one.
+
+    Embedding and router are packed by search; the head with error compensation for the states that the packed layers leave.
+    """
+
+    def __init__(self, calibration: Calibration, open_source: Callable[[], TensorSource], plan: Plan) -> None:
+        self._search, self._calibration, self._open, self._plan = Search(calibration), calibration, open_source, plan
+        self._source: TensorSource | None = None
+        self._walk: TuningWalk | None = None
+        self._layer: PackedLayer = {}
+        self._head: InputSum | None = None
+        self.finished: Mapping[int, Path] = {}
+        """The shards of layers that an earlier run finished."""
+
+    def pack(self, matrix: Matrix, expert: int, weights: mx.array, spec: QuantizationSpec) -> dict[str, mx.array]:
+        if matrix.part in ("embedding", "router"):
+            return self._search.pack(matrix, expert, weights, spec)
+        walk = self._walk_to(matrix.layer)
+        if matrix.layer is not None:
+            return dict(self._layer[matrix.path][expert])
+        if self._head is None:
+            self._head = walk.head_sum()
+        return self._pack(matrix, expert, weights, spec, self._head)
+
+    def close(self) -> None:
+        if self._source is not None:
+            self._source.close()
+
+    def _walk_to(self, layer: int | None) -> TuningWalk:
+        """Past ``layer``, or all of them."""
+        if self._walk is None or self._source is None:
+            self._source = self._open()
+            specs = {path: None if self._plan.keeps(path) else spec for path, spec in self._plan.specs.items()}
+            self._walk = TuningWalk(self._source, self._calibration.tokens, specs, self._start)
+        last = self._plan.config.num_hidden_layers - 1 if layer is None else layer
+        while self._walk.next_layer <= last:
+            if (file := self.finished.get(self._walk.next_layer)) is None:
+                self._layer = self._walk.tune()
+            else:
+                self._walk.skip(self._read(self._source, self._walk.next_layer, file))
+        return self._walk
+
+    def _start(self, matrix: Matrix, expert: int, weights: mx.array, inputs: InputSum | None) -> PackedFields:
+        spec, typed = self._plan.specs[matrix.path], weights.astype(MLX_DTYPES[self._plan.dtype])
+        if spec is None or self._plan.keeps(matrix.path):
+            return {"weight": typed if spec is None else weights}
+        if spec.has_biases:
+            return self._pack(matrix, expert, typed, spec, inputs)
+        packed = mx.quantize(typed, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
+        return dict(zip(fields_of(spec), packed, strict=True))
+
+    def _pack(
+        self, matrix: Matrix, expert: int, weights: mx.array, spec: QuantizationSpec, inputs: InputSum | None
+    ) -> dict[str, mx.array]:
+        if inputs is None or not _says_enough(inputs):
+            return self._search.pack(matrix, expert, weights, spec)
+        return gptq(weights, spec, inputs.hessian)
+
+    def _read(self, source: TensorSource, layer: int, file: Path) -> PackedLayer:
+        """A finished layer as its shard has it."""
+        held, found = mx.load(str(file)), PackedLayer()
+        assert isinstance(held, dict)
+        for matrix in matrices(source.config):
+            if matrix.layer != layer or matrix.part == "router":
+                continue
+            experts = range(matrix.num_experts or 1)
+            if self._plan.keeps(matrix.path):
+                found[matrix.path] = [{"weight": read_matrix(source, matrix, expert)} for expert in experts]
+                continue
+            fields = {field: held[module_tensor(matrix, field)] for field in fields_of(self._plan.specs[matrix.path])}
+            stacked = {name: array.reshape(len(experts), -1, array.shape[-1]) for name, array in fields.items()}
+            found[matrix.path] = [{name: array[e] for name, array in stacked.items()} for e in experts]
+        return found
+
+
+def _says_enough(found: InputSum) -> bool:
+    return found.tokens >= MIN_TOKENS_PER_INPUT * min(found.columns, 1024)
+
+
 def make_rounder(
-    method: str, calibration: Calibration | None, open_source: Callable[[], TensorSource]
-) -> Search | Gptq | None:
+    method: str, calibration: Calibration | None, open_source: Callable[[], TensorSource], plan: Plan
+) -> Search | Gptq | Tuned | None:
     """The rounder for a recipe's ``rounding``; None for ``plain``.
 
     Raises:
-        InvalidRequestError: GPTQ without a calibration.
+        InvalidRequestError: GPTQ or tuning without a calibration.
     """
     if method == "search":
         return Search(calibration)
-    if method == "gptq":
+    if method in ("gptq", "tuned"):
         if calibration is None:
-            raise InvalidRequestError("rounding gptq needs a calibration file; make one with mlx-mixtral calibrate")
-        return Gptq(calibration, open_source)
+            raise InvalidRequestError(
+                f"rounding {method} needs a calibration file; make one with mlx-mixtral calibrate"
+            )
+        return Gptq(calibration, open_source) if method == "gptq" else Tuned(calibration, open_source, plan)
     return None

@@ -58,8 +58,8 @@ RECIPE_NOTE = (
     f"Leaves room for {CONTEXT_TOKENS // 1024}k tokens of KV cache, as --fit mac does on that Mac. Loss: KL to the "
     "unquantised model in nats per token, measured on the bundled checkpoint of 8.4 million parameters, with --rounding gptq "
     "and a calibration with --sensitivities. Other models differ, and large ones usually lose less at the same bits: calibrate "
-    "yours, and convert --fit prints what it should lose. More bits than the loss needs only cost speed. tok/s: the upper bound "
-    "of the chip's bandwidth; * is a prediction for experts that do not fit, read from a disk of "
+    "yours, and convert --fit prints what it should lose. More bits than the loss needs only cost speed. tok/s: upper bound of "
+    "the chip's bandwidth; * is a prediction for experts that do not fit, read from a disk of "
     f"{DEFAULT_DISK[:-2]} GB/s, with --memory set to what the GPU may use."
 )
 

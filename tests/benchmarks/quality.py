@@ -9,7 +9,8 @@
 Each row is made in a process of its own, so that time and peak memory are its own. KL is the mean over seven domains, in nats
 a token; every network is evaluated by the same code (held_out.py), from the float32 values its weights stand for. Every method
 that learns from text learns from the same one: the text bundled for calibration, which shares nothing with the held-out text.
-llama.cpp's importance matrices are made of its statistics. mlx-lm's own download is not used. With ``--keep``, rows,
+llama.cpp's importance matrices are made of its statistics. Rows "written" learn from 65,536 tokens that the model wrote itself
+(``calibrate --written``), llama.cpp's as well as ours. mlx-lm's own download is not used. With ``--keep``, rows,
 calibration and F16 file stay in a folder for each model, and what it has is not made again.
 
 On Linux, MLX's wheel multiplies float32 matrices with the reference BLAS. ``LD_PRELOAD=libopenblas.so.0`` puts a fast one
@@ -47,6 +48,7 @@ from mlx_mixtral_convert.calibration.run import DEFAULT_TOKENS
 from mlx_mixtral_convert.sources import open_source
 
 FIT_TO = (2.3, 2.4, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.25, 4.5)
+WRITTEN_TOKENS = 65536
 UNWEIGHTED = ("Q2_K", "Q3_K_M", "Q4_K_M")
 AS_IT_IS = ("Q2_K", "IQ3_M", "Q3_K_M", "Q4_K_M")
 TYPE_OF_ROWS_OF_32 = ("IQ4_NL", "Q4_0")
@@ -114,13 +116,14 @@ class Bench:
         network.set_dtype(mx.float32)
         return row | self.grade(network, nbytes, nbytes.total())
 
-    def llama_cpp(self, mix: str, *, weighted: bool = True, join: bool = True) -> Row:
+    def llama_cpp(self, mix: str, *, weighted: str | None = "statistics", join: bool = True) -> Row:
+        """``weighted``: the step whose statistics are its importance matrix."""
         assert self.llama is not None
         weights = None
         with open_source(self.subject.folder, "hf") as source:
             config = source.config
-        if weighted:
-            weights = importance(Calibration.load(self.file("statistics")), config)
+        if weighted is not None:
+            weights = importance(Calibration.load(self.file(weighted)), config)
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             made = Path(folder) / "made.gguf"
             started = time.perf_counter()
@@ -144,8 +147,11 @@ class Bench:
         reference(self.model, self.file("record"))
 
     def calibrate(self, step: str = "calibrate") -> None:
-        tokens = self.subject.calibration_tokens or DEFAULT_TOKENS
-        calibrate(self.subject.folder, tokens=tokens, sensitivities=step == "calibrate", save=self.file(step))
+        folder, tokens = self.subject.folder, self.subject.calibration_tokens or DEFAULT_TOKENS
+        if step == "written":
+            calibrate(folder, tokens=WRITTEN_TOKENS, written=folder, sensitivities=True, save=self.file(step))
+        else:
+            calibrate(folder, tokens=tokens, sensitivities=step == "calibrate", save=self.file(step))
 
     def moments(self) -> None:
         save_moments(self.subject.folder, Calibration.load(self.file("statistics")).tokens, self.file("moments"))
@@ -173,6 +179,7 @@ STEPS: dict[str, tuple[str, Make]] = {
     "moments": ("moments.safetensors", Bench.moments),
     "held-out moments": ("held_out_moments.safetensors", Bench.held_out_moments),
     "calibrate": ("calibration", Bench.calibrate),
+    "written": ("written", lambda bench: bench.calibrate("written")),
     "f16": ("f16.gguf", Bench.f16),
     "join": ("joined.gguf", Bench.join),
 }
@@ -192,14 +199,16 @@ def rows() -> dict[str, tuple[Make, tuple[str, ...]]]:
         needs = ALWAYS if calibration is None else (*ALWAYS, calibration)
         listed[f"ours {name}"] = (lambda bench: bench.ours(recipe, calibration=calibration, fit_to=fit_to)), needs
 
-    def llama(name: str, mix: str, *, weighted: bool = True, join: bool = True) -> None:
-        needs = (*ALWAYS, "f16", *(["join"] if join else []))
+    def llama(name: str, mix: str, *, weighted: str | None = "statistics", join: bool = True) -> None:
+        needs = (*ALWAYS, "f16", *(["join"] if join else []), *(["written"] if weighted == "written" else []))
         listed[f"llama.cpp {name}"] = (lambda bench: bench.llama_cpp(mix, weighted=weighted, join=join)), needs
 
     for mix in MIXES:
         llama(mix, mix, join=mix not in TYPE_OF_ROWS_OF_32)
+    for mix in MIXES:
+        llama(f"{mix}, written", mix, weighted="written", join=mix not in TYPE_OF_ROWS_OF_32)
     for mix in UNWEIGHTED:
-        llama(f"{mix}, no importance matrix", mix, weighted=False)
+        llama(f"{mix}, no importance matrix", mix, weighted=None)
     for mix in AS_IT_IS:
         llama(f"{mix}, rows not joined", mix, join=False)
     for width in WIDTHS:
@@ -221,10 +230,14 @@ def rows() -> dict[str, tuple[Make, tuple[str, ...]]]:
         ours(f"search {width}", Recipe(bits, group, rounding="search"))
         ours(f"search calibrated {width}", Recipe(bits, group, rounding="search"), "statistics")
         ours(f"gptq {width}", Recipe(bits, group, rounding="gptq"), "statistics")
+    for rounding in ("gptq", "tuned"):
+        ours(f"{rounding} 4g64, written", Recipe(4, rounding=rounding), "written")
     for bits_each in FIT_TO:
         ours(f"fit to {bits_each} bits, search, built-in", Recipe(rounding="search"), None, bits_each)
         ours(f"fit to {bits_each} bits, search", Recipe(rounding="search"), "calibrate", bits_each)
         ours(f"fit to {bits_each} bits, gptq", Recipe(rounding="gptq"), "calibrate", bits_each)
+        ours(f"fit to {bits_each} bits, gptq, written", Recipe(rounding="gptq"), "written", bits_each)
+        ours(f"fit to {bits_each} bits, tuned, written", Recipe(rounding="tuned"), "written", bits_each)
     return listed
 
 

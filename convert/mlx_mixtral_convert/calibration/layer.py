@@ -108,7 +108,7 @@ class Layer:
         self.matrices = {matrix.path.rpartition(".")[2]: matrix for matrix in own if matrix.part != "router"}
         self.router = next((matrix for matrix in own if matrix.part == "router"), None)
         input_norm, post_norm = (norm for norm in norms(self.config) if norm.layer == index)
-        self._input_norm, self.post_norm = read_norm(source, input_norm), read_norm(source, post_norm)
+        self.input_norm, self.post_norm = read_norm(source, input_norm), read_norm(source, post_norm)
         self.attention = {name: read_matrix(source, self.matrices[f"{name}_proj"]) for name in "qkvo"}
         self._gate = None if self.router is None else plain(read_matrix(source, self.router))
         self._rotary = rotary
@@ -132,7 +132,7 @@ class Layer:
         for start in range(0, x.shape[0], ATTEND_AT_ONCE):
             part = x[start : start + ATTEND_AT_ONCE]
             cache = KVCache(1, self.config.num_key_value_heads, self.config.head_dim, window=self.config.sliding_window)
-            normed = self._input_norm(part)
+            normed = self.input_norm(part)
             rows, length, _ = part.shape
             y = part + attention(normed, 0, cache.chunk(rows, length, self._rotary.table(length)))
             mx.eval(y)

@@ -88,9 +88,14 @@ def correction(anchors: Anchors, rounding: str, predicted: float) -> tuple[float
     """``(KL / sum of losses, its relative standard error)`` at a sum of ``predicted``; None where nothing was measured.
 
     Between two uniform models it is interpolated, in logarithms of both, and beyond the outermost that one's is taken. The
-    error is the nearer model's own and, towards the middle between two, half of what they differ by. GPTQ is taken as search.
+    error is the nearer model's own and, towards the middle between two, half of what they differ by. GPTQ and
+    tuning are taken as search, which loses more.
     """
-    rows = [row for row in anchors.get("search" if rounding == "gptq" else rounding, ()) if row[0] > 0 and row[1] > 0]
+    rows = [
+        row
+        for row in anchors.get("search" if rounding in ("gptq", "tuned") else rounding, ())
+        if row[0] > 0 and row[1] > 0
+    ]
     if not rows or predicted <= 0:
         return None
     places = np.log([row[0] for row in rows])

@@ -22,7 +22,7 @@ from mlx_mixtral_convert.calibration.layer import Layer, read_matrix, read_norm,
 from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
 from mlx_mixtral_convert.sources.base import TensorSource
 
-__all__ = ["Sums", "Walk", "embed"]
+__all__ = ["Sums", "Walk", "check_memory", "embed"]
 
 Sums = dict[str, list[InputSum]]
 
@@ -36,12 +36,17 @@ def embed(source: TensorSource, tokens: npt.NDArray[np.int32], table: mx.array |
     return embedded
 
 
-def _check_memory(source: TensorSource, tokens: int) -> None:
-    """Raise MemoryBudgetError where hidden states, embeddings and a layer's attention are more than there is."""
+def check_memory(source: TensorSource, tokens: int, *, states: int = 3, copies: int = 1) -> None:
+    """Raise MemoryBudgetError where hidden states, embeddings and a layer's attention are more than there is.
+
+    Args:
+        states: how many times hidden states of all tokens are held.
+        copies: numbers held for each of attention's.
+    """
     config = source.config
     largest = max(matrix.out_features * matrix.in_features for matrix in matrices(config))
     attention = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
-    needed = 4 * (3 * tokens * config.hidden_size + largest + attention)
+    needed = 4 * (states * tokens * config.hidden_size + largest + copies * attention)
     usable = usable_bytes(current_device(), read_system_memory())
     if usable is not None and needed > usable:
         raise MemoryBudgetError(
@@ -59,7 +64,7 @@ class Walk:
 
     def __init__(self, source: TensorSource, tokens: npt.NDArray[np.int32], *, full: bool = False) -> None:
         self.source, self.config, self.full = source, source.config, full
-        _check_memory(source, tokens.size)
+        check_memory(source, tokens.size)
         self.hidden = embed(source, tokens)
         self._rotary = Rotary(self.config.rope, self.config.head_dim)
         self.next_layer = 0

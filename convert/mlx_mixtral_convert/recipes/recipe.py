@@ -20,7 +20,7 @@ __all__ = ["ROUNDINGS", "Override", "Recipe"]
 Override = QuantizationSpec | Mapping[str, Any] | None | bool
 
 ROUTER_MIN_BITS = 8
-ROUNDINGS = ("plain", "search", "gptq")
+ROUNDINGS = ("plain", "search", "gptq", "tuned")
 
 
 @checked()
@@ -39,7 +39,8 @@ class Recipe:
             mapping of ``bits``, ``group_size`` and ``mode`` (what it leaves out comes from the recipe), or to None or False:
             unquantised. Of several that match, the last wins.
         rounding: how affine matrices find their codes at the same format: ``plain`` (``mx.quantize``), ``search`` (scale and
-            bias of least squared error) or ``gptq`` (error compensation, which needs a calibration).
+            bias of least squared error), ``gptq`` (error compensation) or ``tuned`` (learned, layer by layer). The last two
+            need a calibration.
 
     The router stays unquantised unless an override gives it 8 bits; fewer are refused: everything depends on its choices. So
     does a matrix whose rows no group size of the mode divides, as with mlx-lm.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["RECIPES", "ConvertOptions", "check_options"]
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
-ROUNDINGS = ("plain", "search", "gptq")
+ROUNDINGS = ("plain", "search", "gptq", "tuned")
 FORMATS = ("mlx", "hf", "gguf")
 # Repeated from the converter, which is not imported for help.
 RECIPES = ("experts-2bit", "experts-3bit", "experts-3bit-down-4bit", "experts-4bit", "experts-5bit")

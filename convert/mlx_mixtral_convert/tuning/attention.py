@@ -1,0 +1,108 @@
+"""Attention learns: q, k, v and o together, against what attention adds to the hidden states of the unquantised model.
+
+Products are written out, as for experts; between q, k, v and o MLX differentiates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mixtral.config.mixtral import MixtralConfig
+from mlx_mixtral.config.quantization import QuantizationSpec
+from mlx_mixtral.layers.rotary import Rotary
+from mlx_mixtral_convert.calibration.layer import Layer, times
+from mlx_mixtral_convert.tuning.packed import PackedFields
+from mlx_mixtral_convert.tuning.products import to_input, to_matrix
+from mlx_mixtral_convert.tuning.trained import (
+    Learner,
+    Rates,
+    TrainedMatrix,
+    make_learner,
+    shares_of_rate,
+    steps_for,
+)
+
+__all__ = ["Heads", "step", "tune_attention"]
+
+BATCH_SEQUENCES = 4
+STEPS, RATES = 80, Rates(codes=0.05, scales=0.01)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Everything between the products of q, k, v and that of o."""
+
+    config: MixtralConfig
+    rotary: Rotary
+
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """``[B, L, H d]``, ``[B, L, KV d]`` twice, to ``[B, L, H d]``."""
+        config, (batch, length, _) = self.config, q.shape
+        scale = config.head_dim**-0.5 * self.rotary.score_scale
+        table = self.rotary.table(length)
+
+        def split(x: mx.array) -> mx.array:
+            return x.reshape(batch, length, -1, config.head_dim).transpose(0, 2, 1, 3)
+
+        queries, keys = (self.rotary(split(x), 0, table) for x in (q, k))
+        mask: mx.array | str = "causal"
+        if config.sliding_window is not None and config.sliding_window < length:
+            distance = mx.arange(length)[:, None] - mx.arange(length)
+            mask = (distance >= 0) & (distance < config.sliding_window)
+        out = mx.fast.scaled_dot_product_attention(queries, keys, split(v), scale=scale, mask=mask)
+        return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+
+def tune_attention(
+    layer: Layer,
+    rotary: Rotary,
+    first: Mapping[str, PackedFields],
+    specs: Mapping[str, QuantizationSpec | None],
+    states: mx.array,
+    wanted: mx.array,
+    random: np.random.Generator,
+) -> dict[str, PackedFields]:
+    """The layer's matrices by ``q``, ``k``, ``v`` and ``o``, tuned.
+
+    Args:
+        first: them as they are before they learn.
+        states: what they meet, ``[B, L, D]``.
+        wanted: what should come out, ``[B, L, D]``, the states included.
+    """
+    learners = {name: make_learner(layer.attention[name], first[name], specs[name], RATES) for name in first}
+    if not any(isinstance(learner, TrainedMatrix) for learner in learners.values()):
+        return dict(first)
+    heads, x, missing = Heads(layer.config, rotary), layer.input_norm(states), wanted - states
+    counts = 1 / mx.square(wanted).mean(axis=-1)
+    mx.eval(x, missing, counts)
+    for share in shares_of_rate(steps_for(STEPS, len(states), BATCH_SEQUENCES)):
+        rows = mx.array(random.permutation(len(states))[:BATCH_SEQUENCES].astype(np.int32))
+        step(heads, learners, x[rows], missing[rows], counts[rows], share)
+    return {
+        name: learner.packed() if isinstance(learner, TrainedMatrix) else first[name]
+        for name, learner in learners.items()
+    }
+
+
+def step(
+    heads: Callable[[mx.array, mx.array, mx.array], mx.array],
+    matrices: Mapping[str, Learner],
+    x: mx.array,
+    wanted: mx.array,
+    counts: mx.array,
+    share: float,
+) -> None:
+    values = {name: matrix.values for name, matrix in matrices.items()}
+    mx.eval(values)
+    projected = [times(x, values[name]) for name in "qkv"]
+    # The gradient of what lies between them is asked for once the error is known: it is computed twice, and is cheap.
+    met = heads(*projected)
+    error = times(met, values["o"]) - wanted
+    d_out = error * counts[..., None]
+    _, found = mx.vjp(heads, projected, [to_input(d_out, values["o"])])
+    for name, seen, gradient in (*zip("qkv", (x, x, x), found, strict=True), ("o", met, d_out)):
+        matrices[name].learn(to_matrix(gradient, seen), share)

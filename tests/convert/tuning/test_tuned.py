@@ -1,0 +1,136 @@
+"""Rounding ``tuned``: what comes out is nearer to the source than error compensation, whole, and the same after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mlx_mixtral import load
+from mlx_mixtral.config.layout import matrices
+from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.weights.dtypes import MLX_DTYPES
+from mlx_mixtral_convert import Calibration, Recipe, convert
+from mlx_mixtral_convert.calibration.file import identity
+from mlx_mixtral_convert.calibration.layer import read_matrix
+from mlx_mixtral_convert.calibration.walk import Walk
+from mlx_mixtral_convert.output.plan import make_plan
+from mlx_mixtral_convert.rounding import Tuned
+from mlx_mixtral_convert.sources import open_source
+from mlx_mixtral_convert.tuning import attention, experts
+from mlx_mixtral_convert.tuning import expert as expert_room
+from tests.convert.support import CONFIG, dense_config, hashes, load_arrays, make_checkpoint, read_output
+from tests.convert.test_resume import stop_at
+
+STEPS = 5 + 3 * 2  # of the progress of one layer
+RECIPE = Recipe(2, 64, rounding="tuned")
+
+
+def calibration(folder: Path, seed: int = 0, sequences: int = 40) -> Calibration:
+    """Random text of a checkpoint without a tokenizer."""
+    source = open_source(folder)
+    tokens = np.random.default_rng(seed).integers(0, CONFIG["vocab_size"], (sequences, 24)).astype(np.int32)
+    walk, sums = Walk(source, tokens), {}
+    for _, found in walk.layers():
+        sums |= found
+    sums |= walk.head_sum()
+    squares = {name: np.stack([one.mean_squares for one in found]) for name, found in sums.items()}
+    routed = {name: np.array([one.tokens for one in found]) for name, found in sums.items()}
+    return Calibration(identity(source), tokens, squares, routed, {})
+
+
+def logits(folder: Path, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    with load(folder, dtype="float32") as model:
+        return np.array(model.module(mx.array(tokens)).astype(mx.float32))
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the steps: enough to see what they do."""
+    monkeypatch.setattr(experts, "STEPS", 60)
+    monkeypatch.setattr(attention, "STEPS", 40)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "source", num_local_experts=2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dense_config(), {"sliding_window": 10, "num_hidden_layers": 1}], ids=["mixture", "dense", "window"]
+)
+def test_fresh_text_loses_less_than_with_error_compensation(tmp_path: Path, changes: dict[str, Any]) -> None:
+    source = make_checkpoint(tmp_path / "source", num_local_experts=2, **changes)
+    known = calibration(source, sequences=200)
+    fresh = np.random.default_rng(7).integers(0, CONFIG["vocab_size"], (12, 24)).astype(np.int32)
+    true = logits(source, fresh)
+    lost = {}
+    for rounding in ("gptq", "tuned"):
+        convert(source, tmp_path / rounding, recipe=Recipe(2, 64, rounding=rounding), calibration=known)
+        lost[rounding] = float(np.square(logits(tmp_path / rounding, fresh) - true).mean())
+    assert lost["tuned"] < 0.9 * lost["gptq"]
+
+
+def test_states_of_the_packed_stream_are_those_of_what_is_written(tmp_path: Path, source: Path) -> None:
+    known = calibration(source)
+    convert(source, tmp_path / "out", recipe=RECIPE, calibration=known)
+    tensors = open_source(source)
+    plan = make_plan(tensors.config, RECIPE.assign(tensors.config), "BF16")
+    rounder = Tuned(known, lambda: open_source(source), plan)
+    rounder.finished = {layer: tmp_path / "out" / shard.file for layer, shard in enumerate(plan.shards[:-1])}
+    head = list(matrices(tensors.config))[-1]
+    spec = plan.specs[head.path]
+    assert spec is not None
+    packed = rounder.pack(head, 0, read_matrix(tensors, head).astype(MLX_DTYPES["BF16"]), spec)
+    written = load_arrays(tmp_path / "out" / plan.shards[-1].file)
+    # The head's codes follow from its inputs, those of the packed layers as they were read back.
+    for field, array in packed.items():
+        assert mx.array_equal(array, written[f"lm_head.{field}"]), field
+
+
+def test_a_stopped_conversion_goes_on_to_the_same_bytes(tmp_path: Path, source: Path) -> None:
+    known = calibration(source)
+    recipe = Recipe(2, 64, overrides={"*.layers.0.*up_proj": {"mode": "mxfp4"}, "*.k_proj": None}, rounding="tuned")
+    convert(source, tmp_path / "whole", recipe=recipe, calibration=known)
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            source,
+            tmp_path / "out",
+            recipe=recipe,
+            calibration=known,
+            progress=stop_at(STEPS + 4, KeyboardInterrupt()),
+        )
+    report = convert(source, tmp_path / "out", recipe=recipe, calibration=known)
+    assert report.resumed_layers > 0
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_experts_that_met_too_little_stay_as_they_were_packed_first(tmp_path: Path, source: Path) -> None:
+    known = calibration(source, sequences=1)
+    for rounding in ("search", "tuned"):
+        recipe = Recipe(2, 64, overrides={"*.self_attn.*": None}, rounding=rounding)
+        convert(source, tmp_path / rounding, recipe=recipe, calibration=known)
+    searched, tuned = (read_output(tmp_path / name) for name in ("search", "tuned"))
+    assert all(mx.array_equal(array, searched[name]) for name, array in tuned.items() if ".switch_mlp." in name)
+
+
+def test_an_expert_in_blocks_learns_as_well(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = calibration(source, sequences=80)
+    fresh = np.random.default_rng(7).integers(0, CONFIG["vocab_size"], (12, 24)).astype(np.int32)
+    true, lost = logits(source, fresh), []
+    for units in (1024, 128):
+        monkeypatch.setattr(expert_room, "UNITS", units)
+        convert(source, tmp_path / str(units), recipe=RECIPE, calibration=known)
+        lost.append(float(np.square(logits(tmp_path / str(units), fresh) - true).mean()))
+    assert hashes(tmp_path / "1024") != hashes(tmp_path / "128")
+    assert lost[1] < 1.1 * lost[0]
+
+
+def test_tuning_without_a_calibration_is_refused(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="rounding tuned needs a calibration file"):
+        convert(source, tmp_path / "out", recipe=RECIPE)
+    assert not (tmp_path / "out").exists()
