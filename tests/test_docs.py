@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from mlx_mixtral import Mixtral, __version__, load
 from mlx_mixtral.cli.app import COMMANDS, app
-from mlx_mixtral.cli.info.tables import tokens_short
+from mlx_mixtral.cli.info.tables import recipe_cells
 from mlx_mixtral.experts.trace import chance_of_repeat
 from mlx_mixtral.sizes import format_bytes
 from mlx_mixtral_convert import NAMED
@@ -243,15 +243,15 @@ def test_the_table_of_sizes_is_what_info_computes() -> None:
     assert table[1:] == expected
 
 
-def test_what_fits_is_what_info_computes() -> None:
+def test_recipes_for_macs_are_what_info_computes() -> None:
     table = next(table for table in tables_as_written(README) if "for the GPU" in table[0])
     found = {name: json.loads(CliRunner().invoke(app, ["info", name, "--json"]).stdout) for name in ("8x7b", "8x22b")}
-    rows = {f"{row['memory_gib']} GB": row for row in found["8x7b"]["fits"]}
-    for memory, usable, *contexts in table[1:]:
-        row = rows[memory]
-        assert usable == format_bytes(row["usable_bytes"])
-        expected = [row["context"][name] for name in table[0][2:]]
-        assert contexts == [tokens_short(count) if count else "-" for count in expected]
+    expected = []
+    for recipe in (recipe for recipe in found["8x7b"]["recipes"] if recipe["memory_gib"] <= 64):
+        memory, option, bits, loss, speeds = recipe_cells(recipe)
+        usable = format_bytes(recipe["usable_bytes"])
+        expected.append([memory, usable, f"`{option}`", bits, loss, speeds.replace("*", "\\*")])
+    assert table[1:] == expected
     words = " ".join(README.split())
     for name, title, full in (("8x7b", "8x7B", 32768), ("8x22b", "8x22B", 65536)):
         size = format_bytes(found[name]["kv_cache"]["bytes_per_token"] * full)

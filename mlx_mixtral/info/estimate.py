@@ -16,6 +16,7 @@ __all__ = [
     "WORKING_BYTES",
     "Width",
     "bytes_by_part",
+    "bytes_packed",
     "bytes_per_token",
     "context_that_fits",
     "expert_bytes",
@@ -92,11 +93,18 @@ def parameters(config: MixtralConfig) -> tuple[int, int]:
 
 def bytes_by_part(config: MixtralConfig, width: Width) -> dict[str, int]:
     """Bytes of each part, scales and biases included; router and norms in 16 bits."""
+    return bytes_packed(config, width.spec)
+
+
+def bytes_packed(config: MixtralConfig, spec: QuantizationSpec | None) -> dict[str, int]:
+    """As ``bytes_by_part``, with every matrix but the router in ``spec``; None is 16 bits."""
     sizes = dict.fromkeys(PARTS, 0)
     for matrix in matrices(config):
-        spec = None if matrix.part == "router" else width.spec
         rows = matrix.parameters // matrix.in_features
-        sizes[matrix.part] += 2 * matrix.parameters if spec is None else spec.nbytes(rows, matrix.in_features)
+        if spec is None or matrix.part == "router":
+            sizes[matrix.part] += 2 * matrix.parameters
+        else:
+            sizes[matrix.part] += spec.nbytes(rows, matrix.in_features)
     sizes["norms"] = sum(2 * norm.size for norm in norms(config))
     return sizes
 

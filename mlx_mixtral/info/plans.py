@@ -5,7 +5,7 @@ Plans are JSON documents, as ``info --memory SIZE --json`` prints them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,16 @@ from mlx_mixtral.model.planning import make_planner
 from mlx_mixtral.sizes import parse_size
 from mlx_mixtral.weights.checkpoint import Checkpoint
 
-__all__ = ["DEFAULT_DISK", "READBACK_S", "checkpoint_plan", "mac_planner", "one_chip", "shape_plans", "sizes_of"]
+__all__ = [
+    "DEFAULT_DISK",
+    "READBACK_S",
+    "checkpoint_plan",
+    "mac_planner",
+    "one_chip",
+    "plan_of",
+    "shape_plans",
+    "sizes_of",
+]
 
 # A guess for shapes without a machine: one synchronisation takes tenths of a millisecond on Apple GPUs.
 READBACK_S = 200e-6
@@ -83,15 +92,18 @@ def shape_plans(
     chip = one_chip(chips, "a plan for --memory")
     config = (overrides or ConfigOverrides()).apply(BUILT_IN[name], context)
     speeds = Speeds(float(parse_size(disk or DEFAULT_DISK)), chip.bandwidth_gb_s * 1e9, READBACK_S)
-    found = []
-    for width in WIDTHS:
-        parts = bytes_by_part(config, width)
-        planner = mac_planner(config, sizes_of(config, sum(parts.values()) - parts["expert"], parts["expert"]), speeds)
-        try:
-            found.append(_report(width.name, planner.plan(memory, context), planner.sizes, speeds))
-        except MemoryBudgetError as error:
-            found.append({"model": width.name, "problem": str(error), "min_bytes": planner.needs(context).min_bytes})
-    return found
+    return [plan_of(width.name, config, bytes_by_part(config, width), memory, context, speeds) for width in WIDTHS]
+
+
+def plan_of(
+    name: str, config: MixtralConfig, parts: Mapping[str, int], memory: str, context: int | None, speeds: Speeds
+) -> dict[str, Any]:
+    """The plan of a model with parts of these bytes for a Mac elsewhere; ``problem`` where the budget is too small."""
+    planner = mac_planner(config, sizes_of(config, sum(parts.values()) - parts["expert"], parts["expert"]), speeds)
+    try:
+        return _report(name, planner.plan(memory, context), planner.sizes, speeds)
+    except MemoryBudgetError as error:
+        return {"model": name, "problem": str(error), "min_bytes": planner.needs(context).min_bytes}
 
 
 def one_chip(chips: Sequence[Chip], what: str) -> Chip:

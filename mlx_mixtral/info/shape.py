@@ -19,6 +19,7 @@ from mlx_mixtral.info.estimate import (
     parameters,
 )
 from mlx_mixtral.info.macs import MAC_MEMORY_GIB, MEASURED_8X7B, USABLE_NOTE, Chip, usable_bytes
+from mlx_mixtral.info.recipes import recipes_for
 from mlx_mixtral.sizes import format_bytes
 
 __all__ = ["FITS_NOTE", "facts_of", "kv_cache", "limits", "shape_report"]
@@ -47,6 +48,7 @@ def shape_report(name: str, chips: Sequence[Chip], overrides: ConfigOverrides | 
         "widths": widths,
         "kv_cache": kv_cache(config),
         **limits(config, {f"{w['bits']}-bit": (w["bytes"], w["bytes_per_token"]) for w in widths}, chips),
+        "recipes": recipes_for(config, chips),
         "measured": [asdict(entry) for entry in MEASURED_8X7B] if name == "8x7b" else [],
     }
 

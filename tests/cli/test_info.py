@@ -84,6 +84,33 @@ def test_speed_bounds_are_bandwidth_over_bytes_per_token(invoke: Invoke) -> None
     assert_one_error(invoke(*plan), "name one with --chip")
 
 
+def test_recipes_are_for_chips_of_each_mac_or_the_one_named(invoke: Invoke) -> None:
+    """24 GB: two thirds of 24 GiB less 4096 x 128 KiB of cache and 500 MB are 16.1 GB, 2.74 bits for each of 46.7e9 weights."""
+    rows = {row["memory_gib"]: row for row in json_of(invoke, "8x7b")["recipes"]}
+    assert sorted(rows) == [16, 24, 32, 36, 48, 64, 96, 128, 192]
+    assert (rows[24]["kind"], rows[24]["convert"], rows[24]["bytes"]) == ("fits", "--fit 16GB", 16_000_000_000)
+    assert rows[24]["bits_per_weight"] == pytest.approx(8 * 16e9 / 46_702_792_704)
+    assert 0.07217 < rows[24]["expected_kl"] < 0.12494  # those measured at 2.75 and 2.5 bits
+    assert list(rows[24]["tok_s"]) == ["M4", "M4 Pro"]
+    assert (rows[16]["kind"], rows[16]["memory"], rows[16]["kl_is"]) == ("streamed", "11GB", "more than")
+    assert (rows[128]["kind"], rows[128]["convert"]) == ("whole", "--bits none")
+    named = json_of(invoke, "8x7b", "--chip", "M2 Max")["recipes"]
+    assert all(list(row["tok_s"]) == ["M2 Max"] for row in named)
+    # Half the bandwidth is half the bound where all fits.
+    assert named[1]["tok_s"]["M2 Max"] == pytest.approx(rows[24]["tok_s"]["M4"] * 400 / 120)
+
+    shown = invoke("info", "8x7b", env={"COLUMNS": "80"}).stdout.splitlines()
+    (sixteen,) = [line for line in shown if "--fit 13.2GB" in line]
+    assert sixteen.split()[:6] == ["16", "GB", "--fit", "13.2GB", "2.26", ">0.31"]
+    assert sixteen.endswith("*")
+    (thirty_six,) = [line for line in shown if "--fit 27GB" in line]
+    assert "<0.0059" in thirty_six
+    assert "M4 Max 32-core" in thirty_six
+    assert "bundled checkpoint of 8.4 million parameters" in " ".join(" ".join(shown).split())
+    with_chip = invoke("info", "8x7b", "--chip", "M2 Max", env={"COLUMNS": "80"}).stdout
+    assert "M2 Max tok/s" in with_chip
+
+
 @pytest.mark.parametrize("model", ["8x7b", "8x22b"])
 def test_tables_fit_80_columns(invoke: Invoke, model: str) -> None:
     result = invoke("info", model, env={"COLUMNS": "80"})

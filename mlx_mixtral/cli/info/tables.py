@@ -8,10 +8,11 @@ from typing import Any
 from mlx_mixtral.cli.console import figures, one_line, out_console, plural, print_table
 from mlx_mixtral.cli.settings import VARIABLE, UserSettings, as_toml
 from mlx_mixtral.info.estimate import PART_NAMES, PARTS
+from mlx_mixtral.info.recipes import RECIPE_NOTE
 from mlx_mixtral.info.shape import FITS_NOTE
 from mlx_mixtral.sizes import format_bytes
 
-__all__ = ["print_checkpoint", "print_plans", "print_settings", "print_shape", "tokens_short"]
+__all__ = ["print_checkpoint", "print_plans", "print_settings", "print_shape", "recipe_cells", "tokens_short"]
 
 
 def print_shape(report: Mapping[str, Any]) -> None:
@@ -31,6 +32,7 @@ def print_shape(report: Mapping[str, Any]) -> None:
     print_table("Weights in groups of 64, with scales and biases; router and norms in 16 bits", ["", *names], rows)
     _print_kv_cache(report["kv_cache"])
     _print_limits(report, names)
+    _print_recipes(report["recipes"])
     if report["measured"]:
         print_table(
             "Measured by others (decode tok/s)",
@@ -75,6 +77,32 @@ def _print_limits(report: Mapping[str, Any], names: Sequence[str]) -> None:
             for row in report["speed_bounds"]
         ],
     )
+
+
+def _print_recipes(recipes: Sequence[Mapping[str, Any]]) -> None:
+    """What to convert to for each Mac; a column for each chip where all rows have the same ones."""
+    named = {tuple(recipe["tok_s"]) for recipe in recipes}
+    chips = [f"{chip} tok/s" for chip in next(iter(named))] if len(named) == 1 else ["tok/s at most"]
+    columns, rows = ["memory", "convert", "bits", "loss", *chips], []
+    for recipe in recipes:
+        memory, option, bits, loss, speeds = recipe_cells(recipe)
+        alone = [_speed(recipe, chip) for chip in recipe["tok_s"]]
+        rows.append([memory, option, bits, loss, *(alone if len(named) == 1 else [speeds])])
+    print_table("Which conversion to take", columns, rows, left=2)
+    out_console().print(f"{RECIPE_NOTE}\n", style="dim")
+
+
+def recipe_cells(recipe: Mapping[str, Any]) -> list[str]:
+    """Memory, option of ``convert``, bits a weight, expected loss, and speeds by chip; ``*`` marks predictions of streaming."""
+    sign = {"more than": ">", "less than": "<", "about": "", "exactly": ""}[recipe["kl_is"]]
+    speeds = ", ".join(f"{chip} {_speed(recipe, chip)}" for chip in recipe["tok_s"])
+    loss = f"{sign}{recipe['expected_kl']:.2g}"
+    return [f"{recipe['memory_gib']} GB", recipe["convert"], f"{recipe['bits_per_weight']:.2f}", loss, speeds]
+
+
+def _speed(recipe: Mapping[str, Any], chip: str) -> str:
+    tok_s = recipe["tok_s"][chip]
+    return "-" if tok_s is None else figures(tok_s) + ("*" if recipe["kind"] == "streamed" else "")
 
 
 def tokens_short(count: int) -> str:
