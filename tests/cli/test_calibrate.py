@@ -63,3 +63,13 @@ def test_a_trace_is_refused_before_the_run(invoke: Invoke, tiny: Path, tmp_path:
     assert_one_error(asked, "3 layers", "the model has 6", "--save-trace")
     assert invoke(*flags, tmp_path / "routing.trace").exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["routing.trace"]
+
+
+def test_text_is_given_or_written(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    result = invoke("calibrate", tiny, tmp_path / "file", "--written", tiny, "--text", text)
+    assert (result.exit_code, "not both" in result.stderr) == (2, True)
+    result = invoke("calibrate", tiny, tmp_path / "file", "--written", tmp_path / "nowhere")
+    assert_one_error(result, "nowhere")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
