@@ -25,7 +25,10 @@ PackedLayer = dict[str, list[PackedFields]]
 Start = Callable[[Matrix, int, mx.array, InputSum | None], PackedFields]
 
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
-STEPS, RATES = 120, Rates(codes=0.1, scales=0.01)
+STEPS = 120
+# By bits: at more of them there is less to make up for, and steps as large lose more than they gain.
+RATES = {1: Rates(0.1, 0.01), 2: Rates(0.1, 0.01), 3: Rates(0.07, 0.007)}
+RATES_FROM_4_BITS = Rates(0.05, 0.005)
 # An expert that fewer tokens chose stays as it was packed first.
 MIN_TOKENS = 64
 
@@ -82,7 +85,9 @@ class ExpertsTuning:
         learned: list[list[PackedFields]] = [[], [], []]
         for units in hidden_blocks(len(expert.gate)):
             parts = _block(expert, fields, units)
-            block = Swiglu(*(make_learner(*part, spec, RATES) for part, spec in zip(parts, self._specs, strict=True)))
+            block = Swiglu(
+                *(make_learner(*part, spec, _rates(spec)) for part, spec in zip(parts, self._specs, strict=True))
+            )
             wanted = missing + routing[:, None] * block(x)
             learn(block, Lesson(x, routing, wanted, counts), steps, random)
             missing = wanted - routing[:, None] * block(x)
@@ -98,6 +103,10 @@ class ExpertsTuning:
 
     def _tokens(self, expert: Expert) -> tuple[mx.array, mx.array]:
         return self._routing.tokens[expert.index], self._routing.weights[expert.index]
+
+
+def _rates(spec: QuantizationSpec | None) -> Rates:
+    return RATES_FROM_4_BITS if spec is None else RATES.get(spec.bits, RATES_FROM_4_BITS)
 
 
 def _block(expert: Expert, fields: list[PackedFields], units: slice) -> list[tuple[mx.array, PackedFields]]:
