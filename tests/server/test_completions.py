@@ -135,10 +135,12 @@ def test_a_prompt_that_is_scored_waits_no_longer(serve: Serve, monkeypatch: pyte
     """Else it would be given up as one whose turn never came."""
     gate = threading.Event()
 
-    def held(context: DecodeContext, tokens: Sequence[int], top: int) -> Generator[None, None, PromptScores]:
+    def held(
+        context: DecodeContext, tokens: Sequence[int], top: int, adapter: int | None
+    ) -> Generator[None, None, PromptScores]:
         while not gate.wait(0.01):
             yield
-        return (yield from prompt_scores(context, tokens, top))
+        return (yield from prompt_scores(context, tokens, top, adapter))
 
     monkeypatch.setattr(rows, "prompt_scores", held)
     with serve() as server:
