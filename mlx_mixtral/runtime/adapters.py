@@ -18,6 +18,7 @@ from mlx_mixtral.budget.planner import Planner
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.distributed.link import Link
 from mlx_mixtral.errors import ClosedError, InvalidRequestError
+from mlx_mixtral.experts.residency import Residency
 from mlx_mixtral.machine.device import Device
 from mlx_mixtral.model.adapting import Adapting
 from mlx_mixtral.model.transformer import MixtralModel
@@ -86,6 +87,9 @@ class AdaptedEngine(Protocol):
 
     @property
     def planner(self) -> Planner: ...
+
+    @property
+    def residency(self) -> Residency: ...
 
     @property
     def prompt_cache(self) -> PromptCache: ...
@@ -286,7 +290,12 @@ class Adapters:
         engine, planner = self._engine, self._engine.planner
         before, planner.adapter_bytes = planner.adapter_bytes, nbytes
         try:
-            engine.replan(planner.again(engine.plan))
+            plan = planner.again(engine.plan)
+            if plan.is_bound:
+                engine.replan(plan)
+            else:
+                # Nothing moves, and kept prompts stay.
+                engine.residency.plan = plan
         except BaseException:
             planner.adapter_bytes = before
             raise

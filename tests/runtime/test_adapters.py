@@ -171,7 +171,10 @@ def test_what_rows_leave_is_their_adapters(model: Mixtral) -> None:
 
 def test_a_prompt_of_an_adapter_that_was_removed_is_forgotten(model: Mixtral, adapters: Path) -> None:
     model.generate(PROMPT, adapter="one", max_tokens=2)
+    model.generate(OTHERS, adapter="two", max_tokens=2)
     model.adapters.remove("one")
+    assert model.generate(OTHERS, adapter="two", max_tokens=2).stats.reused_tokens > 0
+    assert len(model.engine.prompt_cache.kept) == 1
     model.adapters.add(AdapterSource(adapters / "one", scale=0.5))
     assert model.generate(PROMPT, adapter="one", max_tokens=2).stats.reused_tokens == 0
 

@@ -117,6 +117,8 @@ def calibrate(
             ids = sequences(tokenizer, given, tokens, config.max_context_tokens)
         else:
             bos, *_ = tokenizer.encode("a")
+            if restart and journal is not None:
+                text_of(journal).unlink(missing_ok=True)
             ids = kept_text(
                 None if journal is None else text_of(journal),
                 {"writer": str(written), "tokens": tokens, "source": identity(tensors)},
