@@ -11,7 +11,8 @@ import pytest
 
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral_convert.calibration.statistics import hessian_blocks
-from mlx_mixtral_convert.packing.gptq import _Block, gptq
+from mlx_mixtral_convert.packing import gptq as gptq_module
+from mlx_mixtral_convert.packing.gptq import _Block, _Moments, gptq
 from mlx_mixtral_convert.packing.search import search
 from tests.convert.packing.test_search import plain, random_weights, restored
 
@@ -29,6 +30,17 @@ def inputs(columns: int, tokens: int = 2000, seed: int = 0) -> Floats:
 def output_error(weights: mx.array, packed: dict[str, mx.array], spec: QuantizationSpec, x: Floats) -> float:
     """``‖x (W - Ŵ)^T‖²`` computed on the inputs themselves."""
     return float(np.square(x @ (np.array(weights.astype(mx.float32)) - restored(packed, spec)).T).mean())
+
+
+def block_of(weights: mx.array, x: Floats, spec: QuantizationSpec) -> _Block:
+    return _Block(np.array(weights.astype(mx.float32)), _Moments(x.T @ x / len(x)), spec, mx.bfloat16)
+
+
+def values_of(block: _Block) -> Floats:
+    """What its codes stand for, rows first."""
+    scales, biases = (np.repeat(field, block.spec.group_size, axis=0) for field in (block.scales, block.biases))
+    values: Floats = (block.codes * scales + biases).T
+    return values
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
@@ -56,11 +68,12 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate() -> None:
 
 def test_every_sweep_lowers_the_loss() -> None:
     weights, x = random_weights(3, 32, 128), inputs(128)
-    block = _Block(np.array(weights.astype(mx.float32)), x.T @ x / len(x), QuantizationSpec(3, 32), mx.bfloat16)
+    block = block_of(weights, x, QuantizationSpec(3, 32))
 
     def loss() -> float:
-        residual = block.weights - block.restored()
-        return float(((residual @ block.hessian) * residual).sum())
+        residual = block.weights.T - values_of(block)
+        np.testing.assert_allclose(block.residual.T, residual, atol=1e-6)
+        return float(((residual @ block.moments.hessian) * residual).sum())
 
     block.compensate()
     losses = [loss()]
@@ -97,8 +110,19 @@ def test_inputs_that_were_silent_do_no_harm() -> None:
 def test_one_pass_alone_makes_up_for_what_it_rounded() -> None:
     """Without the sweeps after it, which would mend a wrong sign."""
     spec, weights, x = QuantizationSpec(3, 32), random_weights(6, 24, 256), inputs(256)
-    block = _Block(np.array(weights.astype(mx.float32)), x.T @ x / len(x), spec, mx.bfloat16)
+    block = block_of(weights, x, spec)
     block.compensate()
-    searched = restored(search(weights, spec, mx.array(np.diagonal(block.hessian).copy())), spec)
-    ours, theirs = (np.square(x @ (block.weights - found).T).mean() for found in (block.restored(), searched))
+    searched = restored(search(weights, spec, mx.array(np.diagonal(block.moments.hessian).copy())), spec)
+    ours, theirs = (np.square(x @ (block.weights.T - found).T).mean() for found in (values_of(block), searched))
     assert ours < 0.75 * theirs
+
+
+def test_rows_do_not_depend_on_those_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what a product of another shape rounds otherwise, which may tip a code."""
+    spec, weights, x = QuantizationSpec(3, 64), random_weights(7, 40, 128), inputs(128)
+    hessian = [x.T @ x / len(x)]
+    whole = gptq(weights, spec, hessian)
+    monkeypatch.setattr(gptq_module, "ROWS", 16)
+    parts = gptq(weights, spec, hessian)
+    assert output_error(weights, parts, spec, x) == pytest.approx(output_error(weights, whole, spec, x), rel=1e-3)
+    assert (restored(parts, spec) == restored(whole, spec)).mean() > 0.99
