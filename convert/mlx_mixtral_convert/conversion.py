@@ -265,6 +265,8 @@ def _write(
     cancelled: Callable[[], bool] | None,
 ) -> Written:
     rounder = chosen.rounder
+    if isinstance(rounder, (Gptq, Tuned)):
+        rounder.folder = partial
     if isinstance(rounder, Tuned):
         layers = {shard.layer: partial / shard.file for shard in chosen.plan.shards if shard.file in journal.finished}
         rounder.finished = {layer: file for layer, file in layers.items() if layer is not None}

@@ -67,9 +67,11 @@ class Search:
 class Gptq:
     """Error compensation with one Hessian an expert, gathered layer by layer as the conversion gets to them.
 
-    The Hessians of one layer are held: 0.7 GB for 8x7B, beside the hidden states of the calibration text. An expert
-    that saw too few tokens is packed by search.
+    The Hessians of one layer are held: 0.7 GB for 8x7B. An expert that saw too few tokens is packed by search.
     """
+
+    folder: Path | None = None
+    """Where hidden states are meanwhile, as for ``States``."""
 
     def __init__(self, calibration: Calibration, open_source: Callable[[], TensorSource]) -> None:
         self._search = Search(calibration)
@@ -90,11 +92,13 @@ class Gptq:
     def close(self) -> None:
         if self._source is not None:
             self._source.close()
+        if self._walk is not None:
+            self._walk.close()
 
     def _sum(self, matrix: Matrix, expert: int) -> InputSum:
         if self._walk is None:
             self._source = self._open()
-            self._walk = Walk(self._source, self._calibration.tokens, full=True)
+            self._walk = Walk(self._source, self._calibration.tokens, full=True, folder=self.folder)
         while self._layer != matrix.layer:
             if self._walk.next_layer < self._walk.config.num_hidden_layers:
                 layer, self._sums = self._walk.step()
@@ -118,6 +122,8 @@ class Tuned:
         self._head: InputSum | None = None
         self.finished: Mapping[int, Path] = {}
         """The shards of layers that an earlier run finished."""
+        self.folder: Path | None = None
+        """Where hidden states are meanwhile, as for ``States``."""
 
     def pack(self, matrix: Matrix, expert: int, weights: mx.array, spec: QuantizationSpec) -> dict[str, mx.array]:
         if matrix.part in ("embedding", "router"):
@@ -132,13 +138,15 @@ class Tuned:
     def close(self) -> None:
         if self._source is not None:
             self._source.close()
+        if self._walk is not None:
+            self._walk.close()
 
     def _walk_to(self, layer: int | None) -> TuningWalk:
         """Past ``layer``, or all of them."""
         if self._walk is None or self._source is None:
             self._source = self._open()
             specs = {path: None if self._plan.keeps(path) else spec for path, spec in self._plan.specs.items()}
-            self._walk = TuningWalk(self._source, self._calibration.tokens, specs, self._start)
+            self._walk = TuningWalk(self._source, self._calibration.tokens, specs, self._start, self.folder)
         last = self._plan.config.num_hidden_layers - 1 if layer is None else layer
         while self._walk.next_layer <= last:
             if (file := self.finished.get(self._walk.next_layer)) is None:

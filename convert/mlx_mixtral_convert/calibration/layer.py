@@ -6,12 +6,13 @@ expert: 0.9 GB for 8x7B.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_mixtral.cache.choice import AdapterChoice
 from mlx_mixtral.cache.kv import KVCache
@@ -23,11 +24,12 @@ from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.machine.device import current_device
 from mlx_mixtral.model.moe import route
+from mlx_mixtral_convert.calibration.states import States, pieces
 from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.base import TensorSource, tensor_place
 
-__all__ = ["Expert", "Layer", "Routing", "plain", "read_matrix", "read_norm", "times"]
+__all__ = ["Expert", "Layer", "Routing", "pass_experts", "plain", "read_matrix", "read_norm", "times"]
 
 # Sequences attended to at once: scores of a full batch would be the largest thing in memory.
 ATTEND_AT_ONCE = 8
@@ -93,10 +95,15 @@ class Expert:
 
 @dataclass(frozen=True)
 class Routing:
-    """Which of ``N`` tokens each expert gets, and with what weight."""
+    """Which of ``N`` tokens each expert gets, ascending, and with what weight: int32 and float32 of one length an expert."""
 
-    tokens: tuple[mx.array, ...]
-    weights: tuple[mx.array, ...]
+    tokens: tuple[npt.NDArray[np.int32], ...]
+    weights: tuple[npt.NDArray[np.float32], ...]
+
+    def pieces(self, expert: int) -> Iterator[tuple[npt.NDArray[np.int32], mx.array]]:
+        """An expert's tokens and weights ``[n, 1]``, some at a time."""
+        for piece in pieces(len(self.tokens[expert])):
+            yield self.tokens[expert][piece], mx.array(self.weights[expert][piece][:, None])
 
 
 class Layer:
@@ -141,22 +148,65 @@ class Layer:
             parts.append(y)
         return mx.concatenate(parts)
 
+    def attend_all(
+        self,
+        states: States,
+        weights: dict[str, mx.array] | None = None,
+        see: Callable[[mx.array, mx.array], None] | None = None,
+    ) -> None:
+        """``attend`` for all states, in place."""
+        for start in range(0, states.count, ATTEND_AT_ONCE):
+            states.put(start, self.attend(states.sequences(start, start + ATTEND_AT_ONCE), weights, see))
+
     def route(self, normed: mx.array) -> Routing:
         """Experts of ``normed [N, D]``; a dense model's only one gets every token with weight 1."""
+        return self._routing([self._chosen(normed)])
+
+    def route_all(self, states: States) -> Routing:
+        """Experts of all tokens of states after attention."""
+        return self._routing([self._chosen(self.post_norm(states.rows(piece))) for piece in pieces(states.tokens)])
+
+    def _chosen(self, normed: mx.array) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Experts and weights, ``[N, K]``."""
         if self._gate is None:
-            count = normed.shape[0]
-            return Routing((mx.arange(count),), (mx.ones(count),))
+            return np.zeros((len(normed), 1), np.int32), np.ones((len(normed), 1), np.float32)
         chosen, weights = route(self._gate(normed), self.config.num_experts_per_tok)
-        experts, shares = np.array(chosen), np.array(weights)
-        tokens, parts = [], []
-        for expert in range(self.config.num_local_experts):
+        return np.array(chosen.astype(mx.int32)), np.array(weights.astype(mx.float32))
+
+    def _routing(self, chosen: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]) -> Routing:
+        experts, shares = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
+        tokens, weights = [], []
+        for expert in range(1 if self._gate is None else self.config.num_local_experts):
             rows, places = np.nonzero(experts == expert)
-            tokens.append(mx.array(rows.astype(np.int32)))
-            parts.append(mx.array(shares[rows, places]))
-        return Routing(tuple(tokens), tuple(parts))
+            tokens.append(rows.astype(np.int32))
+            weights.append(shares[rows, places])
+        return Routing(tuple(tokens), tuple(weights))
 
     def experts(self) -> Iterator[Expert]:
         """The experts, each read when it is its turn."""
         for index in range(self.matrices["gate_proj"].num_experts or 1):
             names = ("gate_proj", "up_proj", "down_proj")
             yield Expert(index, *(read_matrix(self.source, self.matrices[name], index) for name in names))
+
+
+def pass_experts(
+    layer: Layer,
+    experts: Iterable[Expert],
+    before: States,
+    after: States,
+    see: Callable[[int, mx.array, mx.array, mx.array], None] | None = None,
+) -> Routing:
+    """Add to ``after`` what ``experts`` make of ``before``, the states after attention; one of them is held at a time.
+
+    Args:
+        see: told the expert, the input of gate and up, that of down, and the weights ``[n, 1]`` of a piece of its tokens.
+    """
+    routing = layer.route_all(before)
+    for expert in experts:
+        for tokens, weights in routing.pieces(expert.index):
+            x = layer.post_norm(before.take(tokens))
+            inner = expert(x)
+            if see is not None:
+                see(expert.index, x, inner, weights)
+            after.add(tokens, weights * times(inner, expert.down))
+    return routing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from mlx_mixtral_convert.calibration.file import Losses
 from mlx_mixtral_convert.calibration.progress import WorkCounter
 from mlx_mixtral_convert.calibration.sensitivity import Sensitivity
+from mlx_mixtral_convert.calibration.states import States, Stored
 from mlx_mixtral_convert.calibration.unfinished import Unfinished
 from mlx_mixtral_convert.calibration.uniform import Anchors
 from mlx_mixtral_convert.calibration.walk import Sums, Walk
@@ -26,6 +28,7 @@ class Measurements:
     Args:
         few: the sequences for sensitivities, None for no sensitivities.
         counts: of a routing trace that weighs them.
+        folder: where hidden states are meanwhile, as for ``States``.
     """
 
     def __init__(
@@ -35,9 +38,10 @@ class Measurements:
         few: npt.NDArray[np.int32] | None,
         counts: npt.NDArray[np.int64] | None,
         work: WorkCounter,
+        folder: Path | None = None,
     ) -> None:
-        self._walk, self._work = Walk(source, tokens), work
-        self._sensitivity = None if few is None else Sensitivity(source, few, counts, work.tick)
+        self._walk, self._work = Walk(source, tokens, folder=folder), work
+        self._sensitivity = None if few is None else Sensitivity(source, few, counts, work.tick, folder)
         self.mean_squares: dict[str, npt.NDArray[np.float32]] = {}
         self.routed: dict[str, npt.NDArray[np.int64]] = {}
         self.losses: Losses = {}
@@ -67,8 +71,8 @@ class Measurements:
             self.mean_squares[name] = np.stack([one.mean_squares for one in found])
             self.routed[name] = np.array([one.tokens for one in found])
 
-    def _arrays(self) -> dict[str, mx.array]:
-        found = {"hidden": self._walk.hidden}
+    def _arrays(self) -> dict[str, mx.array | States]:
+        found: dict[str, mx.array | States] = {"hidden": self._walk.hidden}
         found |= {f"squares.{name}": mx.array(array) for name, array in self.mean_squares.items()}
         if self._sensitivity is not None:
             found |= self._sensitivity.arrays()
@@ -81,8 +85,11 @@ class Measurements:
         }
         return figures | (self._sensitivity.figures() if self._sensitivity is not None else {})
 
-    def _restore(self, arrays: Mapping[str, mx.array], figures: Mapping[str, Any]) -> None:
-        self._walk.hidden, self._walk.next_layer = arrays["hidden"], figures["layers"]
+    def _restore(
+        self, arrays: Mapping[str, mx.array], states: Mapping[str, Stored], figures: Mapping[str, Any]
+    ) -> None:
+        self._walk.hidden.load(states["hidden"])
+        self._walk.next_layer = figures["layers"]
         self.mean_squares = {
             name.removeprefix("squares."): np.array(array)
             for name, array in arrays.items()
@@ -90,4 +97,4 @@ class Measurements:
         }
         self.routed = {name: np.array(listed) for name, listed in figures["routed"].items()}
         if self._sensitivity is not None:
-            self._sensitivity.restore(arrays, figures)
+            self._sensitivity.restore(arrays, states, figures)

@@ -8,8 +8,8 @@ and the head. Two things are measured, on a few sequences, while the text passes
   layers, and the KL of the logits is taken at the end.
 
 KL grows with the square of a small error, so ``loss(packing) = KL(REFERENCE) * error(packing) / error(REFERENCE)``. No gradient
-is needed, nor more than one layer in memory; the travelling states are ``4 groups x layers x tokens x hidden x 4`` bytes,
-1 GB for 8x7B.
+is needed, nor more than one layer in memory; the travelling states, ``4 groups x layers x tokens x hidden x 4`` bytes, 2.1 GB
+for 8x7B, are on the disk.
 
 The text measured on may use experts otherwise than the text a model is wanted for. With ``counts`` of a routing trace of that,
 the error of expert e enters with the square root of ``w_e = (trace's share of e) / (own share of e)``, which weighs its squared
@@ -23,6 +23,7 @@ Errors are those of searched codes. What a whole model loses is not just the sum
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +33,8 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.config.quantization import AFFINE_BITS, QuantizationSpec
 from mlx_mixtral_convert.calibration.layer import Expert, Layer, Routing, read_matrix, times
+from mlx_mixtral_convert.calibration.states import States, Stored, pieces
+from mlx_mixtral_convert.calibration.truth import Truth
 from mlx_mixtral_convert.calibration.uniform import (
     ANCHOR_BITS,
     ANCHOR_ROUNDINGS,
@@ -116,18 +119,21 @@ class Sensitivity:
         tokens: npt.NDArray[np.int32],
         counts: npt.NDArray[np.int64] | None = None,
         tick: Callable[[], None] = lambda: None,
+        folder: Path | None = None,
     ) -> None:
         self.source, self.config, self.tokens, self.counts, self.tick = source, source.config, tokens, counts, tick
         self.errors: dict[str, dict[str, float]] = {}
         self.references: dict[str, str] = {}  # in the order of the travelling states
-        self.states = mx.zeros((0,))  # [streams * B, L, D], the true states first
+        # [streams * B, L, D], the true states first
+        self.states, self._before = (States(tokens.shape[1], self.config.hidden_size, folder) for _ in range(2))
         self.uniform = UniformModels()
 
     def start(self) -> None:
         """The embeddings, where every state begins."""
         first = next(iter(matrices(self.config)))
         table = read_matrix(self.source, first)
-        self.states = true = embed(self.source, self.tokens, table)
+        true = embed(self.source, self.tokens, table)
+        self.states.append(true)
         # Only the rows in use: the packing of a row does not depend on those beside it.
         used = np.unique(self.tokens)
         rows, places = table[mx.array(used)], mx.array(np.searchsorted(used, self.tokens).astype(np.int32))
@@ -142,18 +148,21 @@ class Sensitivity:
             if spec == reference(first.in_features):
                 self._start("embed_tokens", spec, changed)
 
-    def arrays(self) -> dict[str, mx.array]:
+    def arrays(self) -> dict[str, mx.array | States]:
         """With ``figures`` all that was measured so far."""
-        uniform = {f"uniform.{rounding}.{bits}": x for (rounding, bits), x in self.uniform.states.items()}
+        uniform: dict[str, mx.array | States] = {
+            f"uniform.{rounding}.{bits}": x for (rounding, bits), x in self.uniform.states.items()
+        }
         return {"states": self.states, **uniform}
 
     def figures(self) -> dict[str, Any]:
         """See ``arrays``; JSON."""
         return {"errors": self.errors, "references": self.references}
 
-    def restore(self, arrays: Mapping[str, mx.array], figures: Mapping[str, Any]) -> None:
+    def restore(self, arrays: Mapping[str, mx.array], states: Mapping[str, Stored], figures: Mapping[str, Any]) -> None:
         """Go on from there, in place of ``start``."""
-        self.states, self.errors, self.references = arrays["states"], figures["errors"], figures["references"]
+        self.states.load(states["states"])
+        self.errors, self.references = figures["errors"], figures["references"]
         for bits in self._anchor_bits():
             for rounding in ANCHOR_ROUNDINGS:
                 self.uniform.states[rounding, bits] = arrays[f"uniform.{rounding}.{bits}"]
@@ -165,14 +174,14 @@ class Sensitivity:
     def step(self, layer: Layer) -> None:
         """Measure ``layer`` and take all states through it."""
         batch = len(self.tokens)
-        true = self.states[:batch]
-        after = layer.attend(self.states)
-        self.states = after
+        true = self.states.sequences(0, batch)
+        layer.attend_all(self.states)
+        after = self.states.sequences(0, batch)
         for group, names in (("qkv", "qkv"), ("o", "o")):
             width = layer.attention[names[0]].shape[1]
             for spec in candidates_for(width):
                 other = layer.attend(true, {name: packed(layer.attention[name], spec) for name in names})
-                self._record(f"layers.{layer.index}.{group}", spec, other - after[:batch])
+                self._record(f"layers.{layer.index}.{group}", spec, other - after)
                 if spec == reference(width):
                     self._start(f"layers.{layer.index}.{group}", spec, other)
             self.tick()
@@ -185,51 +194,56 @@ class Sensitivity:
         self.uniform.close()
 
     def _experts(self, layer: Layer) -> None:
-        batch, shape = len(self.tokens), self.states.shape
-        flat = self.states.reshape(-1, shape[-1])
-        normed = layer.post_norm(flat)
-        routing = layer.route(normed)
-        count = batch * shape[1]  # the true states are the first rows
-        owned = np.array([int((np.array(tokens) < count).sum()) for tokens in routing.tokens])  # ascending within each
+        batch, width = len(self.tokens), self.states.width
+        self._before.fill(self.states.count, self.states.rows)
+        routing = layer.route_all(self._before)
+        count = self.tokens.size  # the true states are the first rows
+        normed = layer.post_norm(self._before.sequences(0, batch).reshape(-1, width))
+        owned = np.array([int((tokens < count).sum()) for tokens in routing.tokens])  # ascending within each
         scales = np.sqrt(expert_weights(owned, None if self.counts is None else self.counts[layer.index]))
         changes: dict[tuple[str, QuantizationSpec], mx.array] = {}
         for expert in layer.experts():
-            tokens, weights = routing.tokens[expert.index], routing.weights[expert.index]
             own = int(owned[expert.index])
-            out = mx.zeros((0, shape[-1]))
-            if tokens.size:
-                out = weights[:, None] * times(expert(normed[tokens]), expert.down)
-                flat = flat.at[tokens].add(out)
+            tokens, weights = routing.tokens[expert.index], routing.weights[expert.index]
+            out = mx.zeros((0, width))
+            if own:
+                x = normed[mx.array(tokens[:own])]
+                out = mx.array(weights[:own, None]) * times(expert(x), expert.down)
+                self.states.add(tokens[:own], out)
+            for piece in pieces(len(tokens) - own):
+                others, shares = tokens[own:][piece], mx.array(weights[own:][piece][:, None])
+                x = layer.post_norm(self._before.take(others))
+                self.states.add(others, shares * times(expert(x), expert.down))
             part = Routing((tokens[:own],), (weights[:own],))
-            self._pack_expert(expert, normed, part, out[:own], changes, count, float(scales[expert.index]))
-            mx.eval(flat, *changes.values())
+            self._pack_expert(layer, expert, normed, part, out, changes, float(scales[expert.index]))
+            mx.eval(*changes.values())
             self.tick()
-        self.states = flat.reshape(shape)
+        after = self.states.sequences(0, batch)
         for (group, spec), change in changes.items():
             name = f"layers.{layer.index}.{group}"
             self._record(name, spec, change)
             width = layer.matrices["gate_proj" if group == "gate_up" else "down_proj"].in_features
             if spec == reference(width):
-                self._start(name, spec, self.states[:batch] + change.reshape(batch, *shape[1:]))
+                self._start(name, spec, after + change.reshape(after.shape))
 
     def _pack_expert(
         self,
+        layer: Layer,
         expert: Expert,
         normed: mx.array,
         routing: Routing,
         true: mx.array,
         changes: dict[tuple[str, QuantizationSpec], mx.array],
-        count: int,
         scale: float,
     ) -> None:
         """One expert at every packing; no more of them than those of one number of bits are held."""
-        tokens, weights = routing.tokens[0], routing.weights[0][:, None]
+        tokens, weights = mx.array(routing.tokens[0]), mx.array(routing.weights[0][:, None])
         x = normed[tokens]
         inner = expert(x) if tokens.size else x
         widths = expert.gate.shape[1], expert.down.shape[1]
 
         def add(group: str, spec: QuantizationSpec, out: mx.array) -> None:
-            before = changes.get((group, spec), mx.zeros((count, normed.shape[1])))
+            before = changes.get((group, spec), mx.zeros(normed.shape))
             changes[group, spec] = before.at[tokens].add(scale * (weights * out - true))
             mx.eval(changes[group, spec])
 
@@ -254,18 +268,21 @@ class Sensitivity:
                     down = changed
             for key in anchors:
                 held = (gate, up, down) if key[0] == "search" else _plain_expert(expert, bits)
-                self.uniform.expert(key, expert, *held)
+                self.uniform.expert(layer, key, expert, *held)
 
     def finish(self, walk: Walk) -> tuple[dict[str, dict[str, float]], dict[str, list[list[float]]]]:
         """Predicted KL of every group and packing, in nats per token, and the measured one of the uniform models."""
         batch = len(self.tokens)
-        final = walk.final_norm(self.states)
+
+        def final(stream: int) -> mx.array:
+            return walk.final_norm(self.states.sequences(batch * stream, batch * (stream + 1)))
+
         head = list(matrices(self.config))[0 if self.config.tie_word_embeddings else -1]
         weight = read_matrix(self.source, head)
-        truth = _Truth(final[:batch], weight)
+        truth = Truth(final(0), weight)
         kl = {}
-        for index, name in enumerate(self.references):
-            kl[name] = truth.mean_kl(final[batch * (index + 1) : batch * (index + 2)], weight)
+        for stream, name in enumerate(self.references, 1):
+            kl[name] = truth.mean_kl(final(stream), weight)
             self.tick()
         losses = {}
         for name, errors in self.errors.items():
@@ -283,7 +300,7 @@ class Sensitivity:
         return losses, self._anchors(walk, truth, weight, losses)
 
     def _anchors(
-        self, walk: Walk, truth: _Truth, head: mx.array, losses: Mapping[str, Mapping[str, float]]
+        self, walk: Walk, truth: Truth, head: mx.array, losses: Mapping[str, Mapping[str, float]]
     ) -> dict[str, list[list[float]]]:
         widths = {group_of(matrix): matrix.in_features for matrix in matrices(self.config)}
         found: dict[str, list[list[float]]] = {}
@@ -301,8 +318,7 @@ class Sensitivity:
 
     def _start(self, name: str, spec: QuantizationSpec, states: mx.array) -> None:
         self.references[name] = str(spec)
-        self.states = mx.concatenate([self.states, states])
-        mx.eval(self.states)
+        self.states.append(states)
 
 
 def _pack(rounding: str, weight: mx.array, spec: QuantizationSpec) -> mx.array:
@@ -315,27 +331,3 @@ def _plain_expert(expert: Expert, bits: int) -> list[mx.array]:
         spec = at_bits(weight.shape[1], bits)
         found.append(weight if spec is None else plainly_packed(weight, spec))
     return found
-
-
-class _Truth:
-    """The true log-probabilities of ``final [B, L, D]`` under the true head, computed once."""
-
-    def __init__(self, final: mx.array, head: mx.array) -> None:
-        self.final = final
-        self._log_p = [_log_softmax(times(row, head)) for row in final]
-        mx.eval(self._log_p)
-
-    def kl(self, final: mx.array, head: mx.array) -> npt.NDArray[np.float64]:
-        """``E KL(p ‖ p')`` of each sequence, ``[B]``, with other states or another head; one at a time, for logits are wide."""
-        found = []
-        for row, log_p in zip(final, self._log_p, strict=True):
-            log_q = _log_softmax(times(row, head))
-            found.append(float(np.array((mx.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())))
-        return np.array(found)
-
-    def mean_kl(self, final: mx.array, head: mx.array) -> float:
-        return max(float(self.kl(final, head).sum()) / len(self._log_p), 0.0)
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

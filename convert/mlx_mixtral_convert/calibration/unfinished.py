@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import struct
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_mixtral.errors import DestinationError
+from mlx_mixtral.errors import CheckpointError, DestinationError
 from mlx_mixtral.files import disk_errors, partial_path, put_in_place
+from mlx_mixtral.weights.safetensors import read_header
+from mlx_mixtral_convert.calibration.states import States, Stored
 from mlx_mixtral_convert.output.journal import is_bad_input
 
 __all__ = ["Unfinished", "digest_of", "journal_of"]
@@ -59,8 +62,8 @@ class Unfinished:
         # Compared as it will be read back: tuples are lists in JSON.
         self.identity = json.loads(json.dumps(self.identity))
 
-    def read(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
-        """The arrays and the figures of an earlier run, None where there is none."""
+    def read(self) -> tuple[dict[str, mx.array], dict[str, Stored], dict[str, Any]] | None:
+        """The arrays, where states are, and the figures of an earlier run; None where there is none."""
         if self.path is None or not self.path.exists():
             return None
         try:
@@ -68,7 +71,13 @@ class Unfinished:
             loaded: Any = mx.load(str(self.path), format="safetensors", return_metadata=True)
             arrays: dict[str, mx.array] = loaded[0]
             header = json.loads(loaded[1][KEY])
-        except (RuntimeError, ValueError, KeyError, OSError, RecursionError) as error:
+            placed = read_header(self.path)
+            states = {
+                name: Stored(self.path, info.offset, info.shape)
+                for name, info in placed.items()
+                if name in header["states"]
+            }
+        except (RuntimeError, ValueError, KeyError, OSError, RecursionError, CheckpointError) as error:
             raise DestinationError(
                 f"{self.path} is not the journal of a calibration; move it, or give another file to write"
             ) from error
@@ -83,12 +92,13 @@ class Unfinished:
             )
         self._written = True
         # Evaluated, for they are read when they are needed and the file will be replaced.
+        arrays = {name: array for name, array in arrays.items() if name not in states}
         mx.eval(arrays)
         figures: dict[str, Any] = header["figures"]
-        return arrays, figures
+        return arrays, states, figures
 
-    def offer(self, measured: Callable[[], tuple[dict[str, mx.array], dict[str, Any]]]) -> None:
-        """Write the arrays and figures that ``measured`` gives, unless it is too soon for that.
+    def offer(self, measured: Callable[[], tuple[dict[str, mx.array | States], dict[str, Any]]]) -> None:
+        """Write the arrays (float32) and figures that ``measured`` gives, unless it is too soon for that.
 
         Raises:
             DiskSpaceError, DestinationError: it cannot be written.
@@ -97,16 +107,13 @@ class Unfinished:
         if self.path is None or started - self._last < self._wait:
             return
         arrays, figures = measured()
-        header = json.dumps({"identity": self.identity, "figures": figures})
+        states = [name for name, array in arrays.items() if isinstance(array, States)]
+        told = {"identity": self.identity, "figures": figures, "states": states}
         partial = partial_path(self.path)
         try:
             with disk_errors(self.path):
-                try:
-                    # Given a name, MLX would add an ending of its own.
-                    with partial.open("wb") as file:
-                        mx.save_safetensors(file, arrays, {KEY: header})
-                except RuntimeError as error:
-                    raise OSError(str(error)) from error
+                with partial.open("wb") as file:
+                    _write(file, arrays, json.dumps(told))
                 put_in_place(partial, self.path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -132,6 +139,20 @@ class Unfinished:
             self.remove()
         elif error is not None and self._written:
             error.add_note(f"finished layers are kept in {self.path}; repeat the command to continue from there")
+
+
+def _write(file: BinaryIO, arrays: Mapping[str, mx.array | States], told: str) -> None:
+    """A safetensors file, some states at a time."""
+    header: dict[str, Any] = {"__metadata__": {KEY: told}}
+    end = 0
+    for name, array in arrays.items():
+        shape = (array.count, array.length, array.width) if isinstance(array, States) else array.shape
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end := end + array.nbytes]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for array in arrays.values():
+        file.writelines(array.chunks() if isinstance(array, States) else [np.array(array).tobytes()])
 
 
 def digest_of(array: Any) -> str:

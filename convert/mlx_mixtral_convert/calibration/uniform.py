@@ -46,8 +46,7 @@ class UniformModels:
 
     def __init__(self) -> None:
         self.states: dict[tuple[str, int], mx.array] = {}
-        self._flat: dict[tuple[str, int], mx.array] = {}
-        self._normed: dict[tuple[str, int], mx.array] = {}
+        self._after: dict[tuple[str, int], mx.array] = {}
         self._routing: dict[tuple[str, int], Routing] = {}
 
     def models(self, bits: int) -> Iterator[tuple[str, int]]:
@@ -56,25 +55,28 @@ class UniformModels:
 
     def attend(self, layer: Layer, key: tuple[str, int], weights: Matrices) -> None:
         """Up to the experts, with ``weights`` for q, k, v and o where they are packed."""
-        h = layer.attend(self.states[key], dict(weights))
-        self._flat[key] = h.reshape(-1, h.shape[-1])
-        self._normed[key] = layer.post_norm(self._flat[key])
-        self._routing[key] = layer.route(self._normed[key])
+        self.states[key] = layer.attend(self.states[key], dict(weights))
+        self._after[key] = self._flat(key)
+        self._routing[key] = layer.route(layer.post_norm(self._flat(key)))
 
-    def expert(self, key: tuple[str, int], expert: Expert, gate: mx.array, up: mx.array, down: mx.array) -> None:
+    def expert(
+        self, layer: Layer, key: tuple[str, int], expert: Expert, gate: mx.array, up: mx.array, down: mx.array
+    ) -> None:
         """Add what one expert gives with these matrices."""
-        routing = self._routing[key]
-        tokens, weights = routing.tokens[expert.index], routing.weights[expert.index]
-        if tokens.size:
-            out = weights[:, None] * times(expert(self._normed[key][tokens], (gate, up)), down)
-            self._flat[key] = self._flat[key].at[tokens].add(out)
-            mx.eval(self._flat[key])
+        for tokens, weights in self._routing[key].pieces(expert.index):
+            x, places = layer.post_norm(self._flat(key)[mx.array(tokens)]), mx.array(tokens)
+            out = weights * times(expert(x, (gate, up)), down)
+            self._after[key] = self._after[key].at[places].add(out)
+            mx.eval(self._after[key])
 
     def close(self) -> None:
         """The layer is passed."""
-        for key, flat in self._flat.items():
-            self.states[key] = flat.reshape(self.states[key].shape)
-        self._flat, self._normed, self._routing = {}, {}, {}
+        for key, after in self._after.items():
+            self.states[key] = after.reshape(self.states[key].shape)
+        self._after, self._routing = {}, {}
+
+    def _flat(self, key: tuple[str, int]) -> mx.array:
+        return self.states[key].reshape(-1, self.states[key].shape[-1])
 
 
 def anchor(predicted: float, kl: npt.NDArray[np.float64]) -> list[float]:

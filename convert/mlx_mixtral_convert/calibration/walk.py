@@ -1,12 +1,13 @@
-"""A text through a model one layer at a time: hidden states stay, the layer goes.
+"""A text through a model one layer at a time: hidden states stay, on the disk, and the layer goes.
 
-Memory is one layer's attention and one expert in float32 beside the hidden states (``tokens x hidden x 4`` bytes: 270 MB for
-16,384 tokens of 8x7B), whatever the number of layers.
+Memory is one layer's attention and one expert in float32 (0.9 GB for 8x7B) beside what a piece of the text needs, whatever the
+number of layers and of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -18,11 +19,12 @@ from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.machine.device import current_device
 from mlx_mixtral.machine.memory import read_system_memory, usable_bytes
 from mlx_mixtral.sizes import format_bytes
-from mlx_mixtral_convert.calibration.layer import Layer, read_matrix, read_norm, times
+from mlx_mixtral_convert.calibration.layer import Layer, pass_experts, read_matrix, read_norm
+from mlx_mixtral_convert.calibration.states import PIECE, States, pieces
 from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
 from mlx_mixtral_convert.sources.base import TensorSource
 
-__all__ = ["Sums", "Walk", "check_memory", "embed"]
+__all__ = ["Sums", "Walk", "check_memory", "embed", "embedded"]
 
 Sums = dict[str, list[InputSum]]
 
@@ -36,22 +38,31 @@ def embed(source: TensorSource, tokens: npt.NDArray[np.int32], table: mx.array |
     return embedded
 
 
-def check_memory(source: TensorSource, tokens: int, *, states: int = 3, copies: int = 1) -> None:
-    """Raise MemoryBudgetError where hidden states, embeddings and a layer's attention are more than there is.
+def embedded(tokens: npt.NDArray[np.int32], table: mx.array, folder: Path | None) -> States:
+    """States in which ``tokens [B, L]`` begin, with ``table [V, D]``."""
+    states = States(tokens.shape[1], table.shape[1], folder)
+    flat = tokens.reshape(-1)
+    states.fill(len(tokens), lambda piece: table[mx.array(flat[piece])])
+    return states
+
+
+def check_memory(source: TensorSource, *, copies: int = 1) -> None:
+    """Raise MemoryBudgetError where embeddings, a layer's attention, an expert and a piece of the text are more than there is.
 
     Args:
-        states: how many times hidden states of all tokens are held.
         copies: numbers held for each of attention's.
     """
     config = source.config
-    largest = max(matrix.out_features * matrix.in_features for matrix in matrices(config))
+    table = config.vocab_size * config.hidden_size
     attention = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
-    needed = 4 * (states * tokens * config.hidden_size + largest + copies * attention)
+    expert = 3 * config.hidden_size * config.intermediate_size
+    text = PIECE * (2 * config.hidden_size + 3 * config.intermediate_size)
+    needed = 4 * max(table, copies * attention + expert + text)
     usable = usable_bytes(current_device(), read_system_memory())
     if usable is not None and needed > usable:
         raise MemoryBudgetError(
-            f"calibrating on {tokens} tokens takes {format_bytes(needed)} of memory, and {format_bytes(usable)} is free; "
-            "give fewer --tokens, or close other programs"
+            f"calibrating this model takes {format_bytes(needed)} of memory, and {format_bytes(usable)} is free; close other "
+            "programs"
         )
 
 
@@ -60,12 +71,17 @@ class Walk:
 
     Args:
         full: gather second moments as well as mean squares.
+        folder: where the states are, as for ``States``.
     """
 
-    def __init__(self, source: TensorSource, tokens: npt.NDArray[np.int32], *, full: bool = False) -> None:
+    def __init__(
+        self, source: TensorSource, tokens: npt.NDArray[np.int32], *, full: bool = False, folder: Path | None = None
+    ) -> None:
         self.source, self.config, self.full = source, source.config, full
-        check_memory(source, tokens.size)
-        self.hidden = embed(source, tokens)
+        check_memory(source)
+        self.hidden = embedded(tokens, read_matrix(source, next(iter(matrices(self.config)))), folder)
+        self._before = States(self.hidden.length, self.hidden.width, folder)
+        self.final_norm = read_norm(source, list(norms(self.config))[-1])
         self._rotary = Rotary(self.config.rope, self.config.head_dim)
         self.next_layer = 0
 
@@ -83,32 +99,27 @@ class Walk:
             sums["q_proj"][0].add(x)
             sums["o_proj"][0].add(o_input)
 
-        h = layer.attend(self.hidden, see=see)
-        flat = h.reshape(-1, h.shape[-1])
-        normed = layer.post_norm(flat)
-        routing = layer.route(normed)
-        for expert in layer.experts():
-            tokens, weights = routing.tokens[expert.index], routing.weights[expert.index]
-            if tokens.size:
-                x = normed[tokens]
-                inner = expert(x)
-                sums["gate_proj"][expert.index].add(x, mx.square(weights))
-                sums["down_proj"][expert.index].add(inner, mx.square(weights))
-                flat = flat.at[tokens].add(weights[:, None] * times(inner, expert.down))
-                mx.eval(flat)
-        self.hidden = flat.reshape(h.shape)
+        def see_expert(expert: int, x: mx.array, inner: mx.array, weights: mx.array) -> None:
+            sums["gate_proj"][expert].add(x, mx.square(weights[:, 0]))
+            sums["down_proj"][expert].add(inner, mx.square(weights[:, 0]))
+
+        layer.attend_all(self.hidden, see=see)
+        self._before.fill(self.hidden.count, self.hidden.rows)
+        pass_experts(layer, layer.experts(), self._before, self.hidden, see_expert)
         self.next_layer += 1
         return layer, {input_name(layer.matrices[name]): found for name, found in sums.items()}
 
     def head_sum(self) -> dict[str, list[InputSum]]:
         """The output head's input; after the last layer. A tied head is the embedding matrix itself."""
-        final = self.final_norm(self.hidden)
         found = InputSum(self.config.hidden_size, self.full)
-        found.add(final)
+        for piece in pieces(self.hidden.tokens):
+            found.add(self.final_norm(self.hidden.rows(piece)))
         return {"model.embed_tokens" if self.config.tie_word_embeddings else "lm_head": [found]}
 
-    def final_norm(self, hidden: mx.array) -> mx.array:
-        return read_norm(self.source, list(norms(self.config))[-1])(hidden)
+    def close(self) -> None:
+        """Let go of the states."""
+        self.hidden.close()
+        self._before.close()
 
     def _sums(self, layer: Layer) -> Sums:
         def make(matrix: Matrix) -> list[InputSum]:

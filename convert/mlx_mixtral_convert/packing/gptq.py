@@ -43,36 +43,37 @@ def gptq(weights: mx.array, spec: QuantizationSpec, hessian: list[Floats]) -> di
     Returns:
         Evaluated ``weight`` (uint32), ``scales`` and ``biases``.
     """
-    values = np.array(weights.astype(mx.float32))
-    fields: list[list[Floats]] = []
-    start = 0
-    for block in hessian:
-        moments = _Moments(block)
-        columns = slice(start, start + len(block))
-        parts = [
-            _packed(values[row : row + ROWS, columns], moments, spec, weights.dtype)
-            for row in range(0, len(values), ROWS)
-        ]
-        fields.append([np.concatenate(field) for field in zip(*parts, strict=True)])
-        start = columns.stop
-    codes, scales, biases = (np.concatenate(field, axis=1) for field in zip(*fields, strict=True))
+    moments = [_Moments(block) for block in hessian]
+    parts = []
+    for row in range(0, len(weights), ROWS):
+        values = np.array(weights[row : row + ROWS].astype(mx.float32))
+        parts.append(_packed(values, moments, spec, weights.dtype))
     named = {
-        "weight": pack(mx.array(codes), spec.bits),
-        "scales": mx.array(scales).astype(weights.dtype),
-        "biases": mx.array(biases).astype(weights.dtype),
+        field: mx.concatenate(list(arrays))
+        for field, arrays in zip(("weight", "scales", "biases"), zip(*parts, strict=True), strict=True)
     }
     mx.eval(named)
     return named
 
 
-def _packed(weights: Floats, moments: _Moments, spec: QuantizationSpec, dtype: mx.Dtype) -> tuple[Floats, ...]:
-    """Codes, scales and biases of some rows, rows first."""
-    block = _Block(weights, moments, spec, dtype)
-    block.compensate()
-    for _ in range(SWEEPS):
-        block.refit_groups()
-        block.refit_codes()
-    return tuple(np.ascontiguousarray(field.T) for field in (block.codes, block.scales, block.biases))
+def _packed(
+    values: Floats, moments: list[_Moments], spec: QuantizationSpec, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Words, scales and biases of some rows, evaluated."""
+    fields: list[tuple[Floats, Floats, Floats]] = []
+    start = 0
+    for each in moments:
+        block = _Block(values[:, start : start + len(each.hessian)], each, spec, dtype)
+        block.compensate()
+        for _ in range(SWEEPS):
+            block.refit_groups()
+            block.refit_codes()
+        fields.append((block.codes, block.scales, block.biases))
+        start += len(each.hessian)
+    codes, scales, biases = (mx.array(np.concatenate(field).T.copy()) for field in zip(*fields, strict=True))
+    found = pack(codes, spec.bits), scales.astype(dtype), biases.astype(dtype)
+    mx.eval(found)
+    return found
 
 
 class _Moments:

@@ -15,6 +15,7 @@ from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral_convert.calibration.layer import Layer, times
+from mlx_mixtral_convert.calibration.states import States
 from mlx_mixtral_convert.tuning.packed import PackedFields
 from mlx_mixtral_convert.tuning.products import to_input, to_matrix
 from mlx_mixtral_convert.tuning.trained import (
@@ -62,26 +63,25 @@ def tune_attention(
     rotary: Rotary,
     first: Mapping[str, PackedFields],
     specs: Mapping[str, QuantizationSpec | None],
-    states: mx.array,
-    wanted: mx.array,
+    states: States,
+    wanted: States,
     random: np.random.Generator,
 ) -> dict[str, PackedFields]:
     """The layer's matrices by ``q``, ``k``, ``v`` and ``o``, tuned.
 
     Args:
         first: them as they are before they learn.
-        states: what they meet, ``[B, L, D]``.
-        wanted: what should come out, ``[B, L, D]``, the states included.
+        states: what they meet.
+        wanted: what should come out, the states included.
     """
     learners = {name: make_learner(layer.attention[name], first[name], specs[name], RATES) for name in first}
     if not any(isinstance(learner, TrainedMatrix) for learner in learners.values()):
         return dict(first)
-    heads, x, missing = Heads(layer.config, rotary), layer.input_norm(states), wanted - states
-    counts = 1 / mx.square(wanted).mean(axis=-1)
-    mx.eval(x, missing, counts)
-    for share in shares_of_rate(steps_for(STEPS, len(states), BATCH_SEQUENCES)):
-        rows = mx.array(random.permutation(len(states))[:BATCH_SEQUENCES].astype(np.int32))
-        step(heads, learners, x[rows], missing[rows], counts[rows], share)
+    heads = Heads(layer.config, rotary)
+    for share in shares_of_rate(steps_for(STEPS, states.count, BATCH_SEQUENCES)):
+        rows = random.permutation(states.count)[:BATCH_SEQUENCES].tolist()
+        met, true = (mx.concatenate([held.sequences(row, row + 1) for row in rows]) for held in (states, wanted))
+        step(heads, learners, layer.input_norm(met), true - met, 1 / mx.square(true).mean(axis=-1), share)
     return {
         name: learner.packed() if isinstance(learner, TrainedMatrix) else first[name]
         for name, learner in learners.items()

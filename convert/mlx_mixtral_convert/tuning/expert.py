@@ -10,10 +10,12 @@ The gradient is written out, for products then go the way all others do: by BLAS
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_mixtral_convert.calibration.layer import times
 from mlx_mixtral_convert.tuning.products import to_input, to_matrix
@@ -25,6 +27,8 @@ __all__ = ["Lesson", "Swiglu", "hidden_blocks", "learn"]
 UNITS = 1024
 BATCH_TOKENS = 512
 
+Indices = npt.NDArray[np.int32]
+
 
 def hidden_blocks(units: int) -> list[slice]:
     """Runs of hidden units, each at most ``UNITS`` and a multiple of 128 (the largest group) but perhaps the last."""
@@ -33,8 +37,8 @@ def hidden_blocks(units: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Tokens an expert learns from: its inputs ``x [N, D]``, their routing weights ``[N]``, what the weighted output should
-    be, ``wanted [N, D]``, and how much the squared error of each token counts, ``[N]``.
+    """Some tokens an expert learns from: its inputs ``x [N, D]``, their routing weights ``[N]``, what the weighted output
+    should be, ``wanted [N, D]``, and how much the squared error of each token counts, ``[N]``.
     """
 
     x: mx.array
@@ -56,15 +60,15 @@ class Swiglu:
         a, b = times(x, gate), times(x, up)
         return times(a * mx.sigmoid(a) * b, down)
 
-    def step(self, lesson: Lesson, rows: mx.array, share: float) -> None:
-        """One step against the squared error of the tokens ``rows``."""
+    def step(self, lesson: Lesson, share: float) -> None:
+        """One step against the squared error of the tokens of ``lesson``."""
         gate, up, down = self._values()
-        x, routing = lesson.x[rows], lesson.routing[rows][:, None]
+        x, routing = lesson.x, lesson.routing[:, None]
         a, b = times(x, gate), times(x, up)
         open_share = mx.sigmoid(a)
         inner = a * open_share * b
-        error = routing * times(inner, down) - lesson.wanted[rows]
-        d_out = error * routing * lesson.counts[rows][:, None]
+        error = routing * times(inner, down) - lesson.wanted
+        d_out = error * routing * lesson.counts[:, None]
         d_inner = to_input(d_out, down)
         d_gate = d_inner * b * open_share * (1 + a * (1 - open_share))
         d_up = d_inner * a * open_share
@@ -78,9 +82,9 @@ class Swiglu:
         return values
 
 
-def learn(block: Swiglu, lesson: Lesson, steps: int, random: np.random.Generator) -> None:
-    """``steps`` steps with tokens drawn by ``random``."""
-    count = lesson.x.shape[0]
+def learn(
+    block: Swiglu, lesson: Callable[[Indices], Lesson], count: int, steps: int, random: np.random.Generator
+) -> None:
+    """``steps`` steps, each with tokens that ``random`` draws from ``count``; ``lesson`` says what to learn of them."""
     for share in shares_of_rate(steps):
-        rows = random.integers(count, size=min(BATCH_TOKENS, count)).astype(np.int32)
-        block.step(lesson, mx.array(rows), share)
+        block.step(lesson(random.integers(count, size=min(BATCH_TOKENS, count)).astype(np.int32)), share)

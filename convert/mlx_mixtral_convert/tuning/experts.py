@@ -5,14 +5,16 @@ Held are one expert's matrices in full precision and those of all in packed form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral_convert.calibration.layer import Expert, Layer, times
+from mlx_mixtral_convert.calibration.states import States
 from mlx_mixtral_convert.calibration.statistics import InputSum
 from mlx_mixtral_convert.tuning.expert import BATCH_TOKENS, Lesson, Swiglu, hidden_blocks, learn
 from mlx_mixtral_convert.tuning.packed import PackedFields, columns_of, dequantized, joined, rows_of
@@ -34,53 +36,61 @@ MIN_TOKENS = 64
 
 
 class ExpertsTuning:
-    """Experts of ``layer`` for states ``[N, D]`` before them, which should lead to ``wanted [N, D]`` after them.
+    """Experts of ``layer`` for ``states`` after attention.
 
     Args:
         specs: packings by path.
+        missing: what is to be added to the states, and in the end what the packed experts leave of that.
+        counts: how much each token's squared error counts, float32 ``[N]``.
     """
 
     def __init__(
-        self, layer: Layer, specs: Mapping[str, QuantizationSpec | None], states: mx.array, wanted: mx.array
+        self,
+        layer: Layer,
+        specs: Mapping[str, QuantizationSpec | None],
+        states: States,
+        missing: States,
+        counts: npt.NDArray[np.float32],
     ) -> None:
         self.layer = layer
         self.matrices: list[Matrix] = [layer.matrices[name] for name in EXPERT_MATRICES]
         self._specs = [specs[matrix.path] for matrix in self.matrices]
         self.packed: PackedLayer = {matrix.path: [] for matrix in self.matrices}
-        self._normed = layer.post_norm(states)
-        self._routing = layer.route(self._normed)
-        self._counts = 1 / mx.square(wanted).mean(axis=-1)
-        self._missing = wanted - states
-        mx.eval(self._counts, self._missing)
+        self._states, self._missing, self._counts = states, missing, counts
+        self._routing = layer.route_all(states)
 
     def begin(self, expert: Expert, start: Start) -> None:
         """Pack one expert, before it learns. All of them come before the first learns."""
-        tokens, routing = self._tokens(expert)
-        x, share = self._normed[tokens], mx.square(routing)
         met = InputSum(expert.gate.shape[1], full=True)
-        met.add(x, share)
+        for _, x, weights in self._inputs(expert.index):
+            met.add(x, mx.square(weights[:, 0]))
         packed = [
             start(matrix, expert.index, weights, met)
             for matrix, weights in zip(self.matrices[:2], (expert.gate, expert.up), strict=True)
         ]
         gate, up = (dequantized(fields, spec) for fields, spec in zip(packed, self._specs[:2], strict=True))
-        inner = expert(x, (gate, up)) if tokens.size else mx.zeros((0, expert.down.shape[1]))
         met = InputSum(expert.down.shape[1], full=True)
-        met.add(inner, share)
+        for _, x, weights in self._inputs(expert.index):
+            met.add(expert(x, (gate, up)), mx.square(weights[:, 0]))
         packed.append(start(self.matrices[2], expert.index, expert.down, met))
         for matrix, fields in zip(self.matrices, packed, strict=True):
             self.packed[matrix.path].append(fields)
-        if tokens.size:
-            given = times(inner, dequantized(packed[2], self._specs[2]))
-            self._missing = self._missing.at[tokens].add(-routing[:, None] * given)
-            mx.eval(self._missing)
+        down = dequantized(packed[2], self._specs[2])
+        for tokens, x, weights in self._inputs(expert.index):
+            self._missing.add(tokens, -weights * times(expert(x, (gate, up)), down))
 
     def learn(self, expert: Expert, random: np.random.Generator) -> None:
-        tokens, routing = self._tokens(expert)
-        if tokens.size < MIN_TOKENS or not any(spec is not None and spec.has_biases for spec in self._specs):
+        own, routing = self._routing.tokens[expert.index], mx.array(self._routing.weights[expert.index])
+        if len(own) < MIN_TOKENS or not any(spec is not None and spec.has_biases for spec in self._specs):
             return
-        x, counts, missing = self._normed[tokens], self._counts[tokens], self._missing[tokens]
-        steps = steps_for(STEPS, tokens.size, BATCH_TOKENS)
+        counts = mx.array(self._counts[own])
+
+        def lesson(drawn: npt.NDArray[np.int32]) -> Lesson:
+            tokens, rows = own[drawn], mx.array(drawn)
+            x = self.layer.post_norm(self._states.take(tokens))
+            return Lesson(x, routing[rows], self._missing.take(tokens), counts[rows])
+
+        steps = steps_for(STEPS, len(own), BATCH_TOKENS)
         fields = [self.packed[matrix.path][expert.index] for matrix in self.matrices]
         learned: list[list[PackedFields]] = [[], [], []]
         for units in hidden_blocks(len(expert.gate)):
@@ -88,21 +98,25 @@ class ExpertsTuning:
             block = Swiglu(
                 *(make_learner(*part, spec, _rates(spec)) for part, spec in zip(parts, self._specs, strict=True))
             )
-            wanted = missing + routing[:, None] * block(x)
-            learn(block, Lesson(x, routing, wanted, counts), steps, random)
-            missing = wanted - routing[:, None] * block(x)
-            mx.eval(missing)
+            # While it learns, what the block gives is missing too.
+            self._add(expert.index, block, 1)
+            learn(block, lesson, len(own), steps, random)
+            self._add(expert.index, block, -1)
             for found, learner, (_, first) in zip(learned, (block.gate, block.up, block.down), parts, strict=True):
                 found.append(learner.packed() if isinstance(learner, TrainedMatrix) else first)
         for matrix, blocks, axis in zip(self.matrices, learned, (0, 0, 1), strict=True):
             whole = joined(blocks, axis)
             mx.eval(whole)
             self.packed[matrix.path][expert.index] = whole
-        self._missing = self._missing.at[tokens].add(missing - self._missing[tokens])
-        mx.eval(self._missing)
 
-    def _tokens(self, expert: Expert) -> tuple[mx.array, mx.array]:
-        return self._routing.tokens[expert.index], self._routing.weights[expert.index]
+    def _add(self, expert: int, block: Swiglu, times_given: int) -> None:
+        for tokens, x, weights in self._inputs(expert):
+            self._missing.add(tokens, times_given * weights * block(x))
+
+    def _inputs(self, expert: int) -> Iterator[tuple[npt.NDArray[np.int32], mx.array, mx.array]]:
+        """Of an expert's tokens, some at a time: which they are, what the expert meets, and their weights ``[n, 1]``."""
+        for tokens, weights in self._routing.pieces(expert):
+            yield tokens, self.layer.post_norm(self._states.take(tokens)), weights
 
 
 def _rates(spec: QuantizationSpec | None) -> Rates:

@@ -75,7 +75,7 @@ def test_states_after_the_walk_give_the_models_logits(tmp_path: Path, dense: boo
     head = read_matrix(walk.source, list(matrices(walk.config))[-1])
     expected = load(folder).module(mx.array(tokens()))
     np.testing.assert_allclose(
-        np.array(walk.final_norm(walk.hidden) @ head.T), np.array(expected), rtol=1e-4, atol=1e-5
+        np.array(walk.final_norm(walk.hidden.sequences()) @ head.T), np.array(expected), rtol=1e-4, atol=1e-5
     )
 
 

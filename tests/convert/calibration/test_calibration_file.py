@@ -93,5 +93,5 @@ def test_tokens_beyond_the_vocabulary_do_not_reach_the_model(made: Calibration, 
 
 def test_more_than_memory_holds_is_refused_before_it_is_allocated(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walk, "read_system_memory", lambda: SystemMemory(2**21, 2**21))
-    with pytest.raises(MemoryBudgetError, match=r"calibrating on 1024 tokens takes .* is free; give fewer --tokens"):
+    with pytest.raises(MemoryBudgetError, match=r"calibrating this model takes .* is free; close other"):
         calibrate(short, tokens=1024, sensitivities=False)

@@ -141,7 +141,7 @@ def test_calibrating_measures_sensitivities_with_the_counts_of_a_trace_or_its_fi
     given: list[Any] = []
 
     class Noted:
-        def __init__(self, source: object, tokens: object, counts: Any, tick: object) -> None:
+        def __init__(self, source: object, tokens: object, counts: Any, *_: object) -> None:
             given.append(counts)
 
         def start(self) -> None: ...
