@@ -35,7 +35,8 @@ START = 4000  # characters into each file
 class Subject:
     """A model to quantise, the tokens of each held-out text and of the calibration text, and rows that take too long.
 
-    ``taken_apart``: its rows say bits and errors by kind of matrix, too.
+    ``taken_apart``: its rows say bits and errors by kind of matrix, too. ``upcycled``: all experts of a layer are copies of a
+    dense model's network, so that what packing all of them alike costs can be measured on that one.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Subject:
     calibration_tokens: int | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     taken_apart: bool = True
+    upcycled: bool = False
 
     @property
     def tokenizer(self) -> Any:
@@ -80,6 +82,7 @@ SUBJECTS = {
         2048,
         left_out={"mlx-lm dwq 3g*": _LONG, "mlx-lm dynamic_quant*": "13 GB and ten minutes per row"},
         taken_apart=False,
+        upcycled=True,
     ),
 }
 

