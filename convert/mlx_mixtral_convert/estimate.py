@@ -11,6 +11,8 @@ import numpy as np
 
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
+from mlx_mixtral_convert.calibration.statistics import hessian_blocks
+from mlx_mixtral_convert.calibration.walk import walk_bytes
 from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.measure import ErrorSum
 from mlx_mixtral_convert.pipeline import pack_piece, packed_arrays, read_piece
@@ -18,6 +20,7 @@ from mlx_mixtral_convert.report import peak_memory_bytes
 from mlx_mixtral_convert.rounding import Gptq, Rounder, Tuned
 from mlx_mixtral_convert.sources import TensorSource, matrix_bytes
 from mlx_mixtral_convert.sources.adapted import AdaptedSource
+from mlx_mixtral_convert.tuning.walk import ATTENTION_COPIES
 
 __all__ = ["Needs", "estimate_conversion"]
 
@@ -39,7 +42,8 @@ class Needs:
 def estimate_conversion(source: TensorSource, plan: Plan, rounder: Rounder | None) -> Needs:
     """Read and pack an expert's matrix as a conversion will, without writing it."""
     return Needs(
-        None if isinstance(rounder, (Gptq, Tuned)) else _seconds(source, plan, rounder), _memory_bytes(source, plan)
+        None if isinstance(rounder, (Gptq, Tuned)) else _seconds(source, plan, rounder),
+        _memory_bytes(source, plan, rounder),
     )
 
 
@@ -74,8 +78,8 @@ def _trial(
     return max(read - started, done - read, time.perf_counter() - done)
 
 
-def _memory_bytes(source: TensorSource, plan: Plan) -> int:
-    """What is held now, three matrices as read, and of the largest two the cast and the packed form."""
+def _memory_bytes(source: TensorSource, plan: Plan, rounder: Rounder | None) -> int:
+    """What is held now, three matrices as read, of the largest two the cast and packed form, and what rounding learns of."""
     read = max(matrix_bytes(source, matrix) for matrix in matrices(plan.config))
     cast = packed = 0
     for matrix in matrices(plan.config):
@@ -86,4 +90,17 @@ def _memory_bytes(source: TensorSource, plan: Plan) -> int:
         if spec is not None:
             packed = max(packed, spec.nbytes(matrix.out_features, matrix.in_features, typed))
     changes = source.largest_changes_bytes if isinstance(source, AdaptedSource) else 0
-    return peak_memory_bytes() + WORKING_BYTES + changes + 3 * read + 3 * cast + 3 * packed
+    learned = _learned_bytes(plan, rounder)
+    return peak_memory_bytes() + WORKING_BYTES + changes + learned + 3 * read + 3 * cast + 3 * packed
+
+
+def _learned_bytes(plan: Plan, rounder: Rounder | None) -> int:
+    """A walk of the text, with the second moments of a layer, or with a packed layer and those of one expert's down matrix."""
+    config = plan.config
+    widths = config.hidden_size, config.intermediate_size
+    moments = [4 * sum(int(block.stop - block.start) ** 2 for block in hessian_blocks(width)) for width in widths]
+    if isinstance(rounder, Gptq):
+        return walk_bytes(config) + config.num_local_experts * sum(moments)
+    if isinstance(rounder, Tuned):
+        return walk_bytes(config, copies=ATTENTION_COPIES) + max(shard.nbytes for shard in plan.shards) + moments[-1]
+    return 0

@@ -6,8 +6,8 @@
 
 Each run is in a process of its own. What is to be seen: memory is the same for two layers and for four, so also for 32; and
 the seconds of a layer, which times 32 are those of 8x7B on this machine. Text is the bundled one and this project's own pages,
-by the bundled tokenizer, which a checkpoint made here gets where it has none. ``--steps 2`` lets each block learn two steps
-in place of 120: the memory is the same, and a layer takes minutes.
+by the bundled tokenizer, which a checkpoint made here gets where it has none. With ``--short`` a block learns two steps in
+place of 120 and error compensation does not go back over its codes: the memory is the same, and a layer takes minutes.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ from processes import peak_bytes, run_json
 from mlx_mixtral.demo import checkpoint_path
 from mlx_mixtral.weights.safetensors import read_header
 from mlx_mixtral_convert import Recipe, calibrate, convert
+from mlx_mixtral_convert.packing import gptq
 from mlx_mixtral_convert.tuning import attention, experts
 
 RUNS = ("calibrate", "search", "gptq", "tuned")
 PAGES = Path(__file__).parents[2] / "docs"
 
 
-def one(run: str, folder: Path, calibration: Path, tokens: int, steps: int | None, bits: int) -> dict[str, Any]:
+def one(run: str, folder: Path, calibration: Path, tokens: int, bits: int, *, short: bool) -> dict[str, Any]:
     """What the other process does."""
     started = time.perf_counter()
     if run == "calibrate":
         done = calibrate(folder, sorted(PAGES.glob("*.md")), tokens=tokens, save=calibration)
         return {"seconds": time.perf_counter() - started, "peak": peak_bytes(), "tokens": done.tokens.size}
-    if steps is not None:
-        attention.STEPS = experts.STEPS = steps
+    if short:
+        attention.STEPS = experts.STEPS = 2
+        gptq.SWEEPS = 0
     with tempfile.TemporaryDirectory(dir=folder.parent) as held:
         convert(folder, Path(held) / "out", recipe=Recipe(bits, rounding=run), calibration=calibration)
     return {"seconds": time.perf_counter() - started, "peak": peak_bytes()}
@@ -54,23 +56,23 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS)
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--steps", type=int, help="at most so many for each block of an expert")
+    parser.add_argument("--short", action="store_true", help="memory only, see above")
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         folder = given.folders[0]
-        made = one(given.one, folder, folder.with_suffix(".calibration"), given.tokens, given.steps, given.bits)
+        made = one(given.one, folder, folder.with_suffix(".calibration"), given.tokens, given.bits, short=given.short)
         print(json.dumps(made))
         return
-    limit = [] if given.steps is None else ["--steps", given.steps]
+    short = ["--short"] if given.short else []
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for run in given.runs:
         for folder in given.folders:
             if not any(folder.glob("tokenizer*")):
                 shutil.copy(checkpoint_path() / "tokenizer.model", folder)
             files = sum(info.nbytes for file in folder.glob("*.safetensors") for info in read_header(file).values())
-            found = run_json(__file__, folder, "--one", run, "--tokens", given.tokens, "--bits", given.bits, *limit)
+            found = run_json(__file__, folder, "--one", run, "--tokens", given.tokens, "--bits", given.bits, *short)
             results.setdefault(run, {})[layers_of(folder)] = found
             text = f"{run:<10} {layers_of(folder):>2} layers, {files / 1e9:.1f} GB: {found['peak'] / 1e9:.3f} GB at the most, "
             print(

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, matrices, norms
+from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.errors import MemoryBudgetError
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.machine.device import current_device
@@ -24,7 +25,7 @@ from mlx_mixtral_convert.calibration.states import PIECE, States, pieces
 from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
 from mlx_mixtral_convert.sources.base import TensorSource
 
-__all__ = ["Sums", "Walk", "check_memory", "embed", "embedded"]
+__all__ = ["Sums", "Walk", "check_memory", "embed", "embedded", "walk_bytes"]
 
 Sums = dict[str, list[InputSum]]
 
@@ -46,18 +47,22 @@ def embedded(tokens: npt.NDArray[np.int32], table: mx.array, folder: Path | None
     return states
 
 
-def check_memory(source: TensorSource, *, copies: int = 1) -> None:
-    """Raise MemoryBudgetError where embeddings, a layer's attention, an expert and a piece of the text are more than there is.
+def walk_bytes(config: MixtralConfig, *, copies: int = 1) -> int:
+    """What a walk holds at the most: embeddings, or a layer's attention, an expert and a piece of the text.
 
     Args:
         copies: numbers held for each of attention's.
     """
-    config = source.config
     table = config.vocab_size * config.hidden_size
     attention = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
     expert = 3 * config.hidden_size * config.intermediate_size
     text = PIECE * (2 * config.hidden_size + 3 * config.intermediate_size)
-    needed = 4 * max(table, copies * attention + expert + text)
+    return 4 * max(table, copies * attention + expert + text)
+
+
+def check_memory(source: TensorSource, *, copies: int = 1) -> None:
+    """Raise MemoryBudgetError where ``walk_bytes`` are more than there is."""
+    needed = walk_bytes(source.config, copies=copies)
     usable = usable_bytes(current_device(), read_system_memory())
     if usable is not None and needed > usable:
         raise MemoryBudgetError(

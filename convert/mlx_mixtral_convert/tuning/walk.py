@@ -37,7 +37,10 @@ from mlx_mixtral_convert.tuning.attention import tune_attention
 from mlx_mixtral_convert.tuning.experts import EXPERT_MATRICES, ExpertsTuning, PackedLayer, Start
 from mlx_mixtral_convert.tuning.packed import dequantized
 
-__all__ = ["PackedLayer", "TuningWalk"]
+__all__ = ["ATTENTION_COPIES", "PackedLayer", "TuningWalk"]
+
+# Numbers held for each of attention's while all of it learns: weights, codes, what Adam remembers, values, a gradient.
+ATTENTION_COPIES = 7
 
 
 class TuningWalk:
@@ -59,7 +62,7 @@ class TuningWalk:
     ) -> None:
         self.source, self.config, self.specs, self._start = source, source.config, specs, start
         self._rotary = Rotary(self.config.rope, self.config.head_dim)
-        check_memory(source, copies=5)
+        check_memory(source, copies=ATTENTION_COPIES)
         self.next_layer = 0
         self.true = embedded(tokens, read_matrix(source, next(iter(matrices(self.config)))), folder)
         self.ours = States(self.true.length, self.true.width, folder)
