@@ -29,7 +29,7 @@ from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.packing.values import Values
 from mlx_mixtral_convert.sources.base import TensorSource, tensor_place
 
-__all__ = ["Expert", "Layer", "Routing", "pass_experts", "plain", "read_matrix", "read_norm", "times"]
+__all__ = ["Expert", "Layer", "Routing", "pass_experts", "plain", "read_matrix", "read_norm", "swiglu", "times"]
 
 # Sequences attended to at once: scores of a full batch would be the largest thing in memory.
 ATTEND_AT_ONCE = 8
@@ -63,6 +63,11 @@ def times(x: mx.array, weight: mx.array) -> mx.array:
     return plain(weight)(x)
 
 
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """``silu(gate) * up``."""
+    return _products().swiglu(gate, up, is_long=True)
+
+
 @cache
 def _products() -> Products:
     return products_for(current_device())
@@ -90,7 +95,7 @@ class Expert:
     def __call__(self, x: mx.array, gate_up: tuple[mx.array, mx.array] | None = None) -> mx.array:
         """``silu(x W1) * (x W3)`` for ``x [N, D]``: what the down matrix meets; with other matrices when given."""
         gate, up = (self.gate, self.up) if gate_up is None else gate_up
-        return _products().swiglu(times(x, gate), times(x, up), is_long=True)
+        return swiglu(times(x, gate), times(x, up))
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ def pass_experts(
     before: States,
     after: States,
     see: Callable[[int, mx.array, mx.array, mx.array], None] | None = None,
-) -> Routing:
+) -> None:
     """Add to ``after`` what ``experts`` make of ``before``, the states after attention; one of them is held at a time.
 
     Args:
@@ -209,4 +214,4 @@ def pass_experts(
             if see is not None:
                 see(expert.index, x, inner, weights)
             after.add(tokens, weights * times(inner, expert.down))
-    return routing
+        del expert  # before the next one is read

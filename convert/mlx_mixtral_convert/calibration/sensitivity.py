@@ -217,6 +217,7 @@ class Sensitivity:
             part = Routing((tokens[:own],), (weights[:own],))
             self._pack_expert(layer, expert, normed, part, out, changes, float(scales[expert.index]))
             mx.eval(*changes.values())
+            del expert  # before the next one is read
             self.tick()
         after = self.states.sequences(0, batch)
         for (group, spec), change in changes.items():

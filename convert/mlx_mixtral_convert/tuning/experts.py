@@ -5,7 +5,7 @@ Held are one expert's matrices in full precision and those of all in packed form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral.config.quantization import QuantizationSpec
-from mlx_mixtral_convert.calibration.layer import Expert, Layer, times
+from mlx_mixtral_convert.calibration.layer import Expert, Layer, swiglu, times
 from mlx_mixtral_convert.calibration.states import States
 from mlx_mixtral_convert.calibration.statistics import InputSum
 from mlx_mixtral_convert.tuning.expert import BATCH_TOKENS, Lesson, Swiglu, hidden_blocks, learn
@@ -68,16 +68,29 @@ class ExpertsTuning:
             start(matrix, expert.index, weights, met)
             for matrix, weights in zip(self.matrices[:2], (expert.gate, expert.up), strict=True)
         ]
-        gate, up = (dequantized(fields, spec) for fields, spec in zip(packed, self._specs[:2], strict=True))
         met = InputSum(expert.down.shape[1], full=True)
         for _, x, weights in self._inputs(expert.index):
-            met.add(expert(x, (gate, up)), mx.square(weights[:, 0]))
+            met.add(mx.concatenate(list(self._inner(x, packed)), axis=1), mx.square(weights[:, 0]))
         packed.append(start(self.matrices[2], expert.index, expert.down, met))
         for matrix, fields in zip(self.matrices, packed, strict=True):
             self.packed[matrix.path].append(fields)
-        down = dequantized(packed[2], self._specs[2])
+        blocks = hidden_blocks(len(expert.gate))
+        downs = [columns_of(packed[2], units, expert.down.shape[1]) for units in blocks]
         for tokens, x, weights in self._inputs(expert.index):
-            self._missing.add(tokens, -weights * times(expert(x, (gate, up)), down))
+            given = mx.zeros(x.shape)
+            for inner, down in zip(self._inner(x, packed), downs, strict=True):
+                given = given + times(inner, dequantized(down, self._specs[2]))
+                mx.eval(given)
+            self._missing.add(tokens, -weights * given)
+
+    def _inner(self, x: mx.array, packed: Sequence[PackedFields]) -> Iterator[mx.array]:
+        """What packed gate and up make of ``x [n, D]``, some hidden units at a time."""
+        rows = self.matrices[0].out_features
+        for units in hidden_blocks(rows):
+            gate, up = (dequantized(rows_of(packed[place], units), self._specs[place]) for place in (0, 1))
+            inner = swiglu(times(x, gate), times(x, up))
+            mx.eval(inner)
+            yield inner
 
     def learn(self, expert: Expert, random: np.random.Generator) -> None:
         own, routing = self._routing.tokens[expert.index], mx.array(self._routing.weights[expert.index])

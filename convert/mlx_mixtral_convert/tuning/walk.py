@@ -81,8 +81,10 @@ class TuningWalk:
         tuning = ExpertsTuning(layer, self.specs, self.ours, self._other, self._missing())
         for expert in layer.experts():
             tuning.begin(expert, self._start)
+            del expert  # before the next one is read
         for expert in layer.experts():
             tuning.learn(expert, random)
+            del expert
         found |= tuning.packed
         self._pass_experts(layer, self.ours, self._packed_experts(layer, found))
         self.next_layer += 1
