@@ -125,11 +125,12 @@ def fit(
         else:
             groups.setdefault(name, []).append(matrix)
     choices = {name: _choices(group, losses.get(name, {}), scale_bytes) for name, group in groups.items()}
-    room = budget_bytes - overhead_bytes - fixed - sum(found[0].nbytes for found in choices.values())
-    if room < 0:
+    least = overhead_bytes + fixed + sum(found[0].nbytes for found in choices.values())
+    if (room := budget_bytes - least) < 0:
+        weights = sum(matrix.parameters for matrix in matrices(config))
         raise MemoryBudgetError(
             f"{format_bytes(budget_bytes)} is too small for this model: the smallest it can be is "
-            f"{format_bytes_up(budget_bytes - room)}, at 2 bits"
+            f"{format_bytes_up(least)}, at {8 * least / weights:.2f} bits per weight"
         )
     taken = _best(choices, room)
     picked = {name: choices[name][index] for name, index in taken.items()}
