@@ -47,7 +47,7 @@ from mlx_mixtral_convert import Calibration, Recipe, calibrate, convert
 from mlx_mixtral_convert.calibration.run import DEFAULT_TOKENS
 from mlx_mixtral_convert.sources import open_source
 
-FIT_TO = (2.1, 2.15, 2.2, 2.25, 2.3, 2.4, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.25, 4.5)
+FIT_TO = (2.1, 2.2, 2.3, 2.4, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.25, 4.5)
 WRITTEN_TOKENS = 65536
 UNWEIGHTED = ("Q2_K", "Q3_K_M", "Q4_K_M")
 AS_IT_IS = ("Q2_K", "IQ3_M", "Q3_K_M", "Q4_K_M")

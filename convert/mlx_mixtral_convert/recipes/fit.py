@@ -115,6 +115,7 @@ def fit(
     Raises:
         MemoryBudgetError: not even the fewest bits fit; the smallest size is named.
     """
+    measured = bool(losses)
     losses = losses or default_losses(config)
     groups: dict[str, list[Matrix]] = {}
     fixed = sum(norm.size for norm in norms(config)) * scale_bytes
@@ -126,6 +127,11 @@ def fit(
             groups.setdefault(name, []).append(matrix)
     choices = {name: _choices(group, losses.get(name, {}), scale_bytes) for name, group in groups.items()}
     least = overhead_bytes + fixed + sum(found[0].nbytes for found in choices.values())
+    if not measured:
+        # Which matrices lose least by one bit, built-in losses do not know: they have it only where two do not fit.
+        larger = {name: _of_two_bits(found) for name, found in choices.items()}
+        needed = overhead_bytes + fixed + sum(found[0].nbytes for found in larger.values())
+        least, choices = (needed, larger) if needed <= budget_bytes else (least, choices)
     if (room := budget_bytes - least) < 0:
         weights = sum(matrix.parameters for matrix in matrices(config))
         raise MemoryBudgetError(
@@ -161,6 +167,11 @@ def _choices(group: list[Matrix], losses: Mapping[str, float], scale_bytes: int)
         if not kept or choice.loss < kept[-1].loss:
             kept.append(choice)
     return kept
+
+
+def _of_two_bits(choices: list[_Choice]) -> list[_Choice]:
+    """Those of two bits or more."""
+    return [choice for choice in choices if choice.spec is None or choice.spec.bits > 1]
 
 
 def _best(choices: Mapping[str, list[_Choice]], room: int) -> dict[str, int]:

@@ -117,6 +117,16 @@ def test_without_calibration_mixtral_spends_bits_on_the_trunk(
     assert 0.98 * size < found.data_bytes <= size
 
 
+@pytest.mark.parametrize(("bits", "fewest"), [(2.1, 1), (2.2, 1), (2.27, 2), (2.4, 2), (3, 2)])
+def test_without_calibration_a_matrix_has_one_bit_only_where_two_do_not_fit(bits: float, fewest: int) -> None:
+    weights = sum(matrix.parameters for matrix in matrices(EIGHT))
+    found = fit(EIGHT, int(bits * weights / 8))
+    specs = {path: spec for path, spec in found.recipe.assign(EIGHT).items() if spec is not None}
+    assert min(spec.bits for spec in specs.values()) == fewest
+    assert all("switch_mlp" in path for path, spec in specs.items() if spec.bits == 1)
+    assert 0.99 * bits < 8 * found.data_bytes / weights <= bits
+
+
 def test_a_size_too_small_names_the_smallest_which_then_works(tmp_path: Path) -> None:
     with pytest.raises(MemoryBudgetError, match="the smallest it can be is") as caught:
         fit(EIGHT, 10**9)
