@@ -242,7 +242,9 @@ def _choose(
                 "--sensitivities, or fit without a calibration"
             )
         budget = room_for_weights(tensors.config, current_device(), context) if fit == "mac" else parse_size(fit)
-        recipe = _fit(tensors, budget, losses, recipe.rounding, dtype)
+        # What a Mixtral of one bit loses is known where it was measured: nobody gets one for asking what fits.
+        least_bits = 2 if fit == "mac" and not losses else 1
+        recipe = _fit(tensors, budget, losses, recipe.rounding, dtype, least_bits)
     if exact and isinstance(tensors, AdaptedSource):
         check_kept(tensors)
     recipe = exact_recipe(recipe) if exact else recipe
@@ -276,14 +278,22 @@ def _write(
         )
 
 
-def _fit(tensors: TensorSource, budget: int, losses: Losses | None, rounding: str, dtype: str) -> Recipe:
+def _fit(
+    tensors: TensorSource, budget: int, losses: Losses | None, rounding: str, dtype: str, least_bits: int
+) -> Recipe:
     """Fit the files, headers included, and not the tensors alone."""
     scale_bytes = 4 if dtype == "float32" else 2
     unpacked = _plan(tensors, Recipe(bits=None), dtype)
     overhead = unpacked.output_bytes - unpacked.data_bytes
     while True:
         found = fit_recipe(
-            tensors.config, budget, losses, scale_bytes=scale_bytes, overhead_bytes=overhead, rounding=rounding
+            tensors.config,
+            budget,
+            losses,
+            scale_bytes=scale_bytes,
+            overhead_bytes=overhead,
+            rounding=rounding,
+            least_bits=least_bits,
         )
         plan = _plan(tensors, found.recipe, dtype)
         if plan.output_bytes <= budget:

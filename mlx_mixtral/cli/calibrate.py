@@ -97,7 +97,7 @@ def calibrate(given: CalibrateOptions) -> None:
     Only one layer is in memory at a time. The bundled text has several languages and code.
 
     This is all that `convert --rounding` needs. `convert --fit` also needs --sensitivities, for which every matrix is packed
-    in twelve ways; an estimate of the time is printed first.
+    in thirteen ways; an estimate of the time is printed first.
 
     --written takes a model that fits in memory, and it writes --tokens tokens of its own, from nothing: as much as you want, in
     the languages and on the subjects that it knows. `convert --rounding tuned` needs that much.

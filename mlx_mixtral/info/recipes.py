@@ -1,7 +1,7 @@
 """Which conversion of a published Mixtral to take for a Mac of each memory: its size, bits, expected loss and speed.
 
     fits       ``convert --fit`` with the largest size that leaves room for 4k tokens of KV cache, as ``--fit mac`` takes it
-    streamed   the smallest conversion there is, with the experts that do not fit read from disk
+    streamed   the smallest conversion that is advised, with the experts that do not fit read from disk
     whole      unquantised
 
 Sizes are arithmetic. Losses are measured, but on a small model; speeds are bounds of published bandwidths where all fits, and
@@ -63,7 +63,7 @@ RECIPE_NOTE = (
     f"{DEFAULT_DISK[:-2]} GB/s, with --memory set to what the GPU may use."
 )
 
-# The fewest bits among the candidates of `--fit`, which no packing is smaller than.
+# Advised throughout a model at least. `--fit` goes lower, with one bit in some matrices: no large model was measured there.
 FEWEST = QuantizationSpec(2, 128)
 # More than the headers of a conversion's files take, which --fit counts.
 HEADER_BYTES = 2_000_000
@@ -98,7 +98,7 @@ def room(config: MixtralConfig, usable: int) -> int:
 
 
 def smallest(config: MixtralConfig) -> int:
-    """The least size that ``convert --fit`` can reach, in bytes, rounded up to a tenth of a GB."""
+    """The least size that is advised, that of ``FEWEST`` throughout, in bytes, rounded up to a tenth of a GB."""
     return ceil((sum(bytes_packed(config, FEWEST).values()) + HEADER_BYTES) / (GB // 10)) * (GB // 10)
 
 

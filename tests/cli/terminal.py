@@ -16,8 +16,10 @@ from typing import Any
 
 # Ctrl-C is a signal to the processes whose controlling terminal it is typed at.
 OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-# Sequences that begin with escape: CSI, OSC, and those of two characters.
-ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_=>])")
+# Sequences that begin with escape: CSI, OSC, and those of two characters; at the end of what was read, half a one too.
+ESCAPES = re.compile(
+    r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_=>])|\x1b(\[[0-?]*[ -/]*|\][^\x07\x1b]*\x1b?)?\Z"
+)
 CTRL_C, CTRL_D, TAB, ENTER, ALT_ENTER, UP = "\x03", "\x04", "\t", "\r", "\x1b\r", "\x1b[A"
 PROMPT = ">>>"
 PATIENCE_S = 30

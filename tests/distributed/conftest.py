@@ -19,7 +19,7 @@ LAYERS = 3
 # 12 groups of 32, 6 of 64: two equal parts, or three that are not. The last row of a tensor ends within a block of the disk.
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": LAYERS, "num_local_experts": 4}
 RECIPES: dict[str, dict[str, Any]] = {
-    **{f"{bits} bits": {"bits": bits, "group_size": 64} for bits in (2, 3, 4, 5, 6, 8)},
+    **{f"{bits} bits": {"bits": bits, "group_size": 64} for bits in (1, 2, 3, 4, 5, 6, 8)},
     "3 bits in 32s": {"bits": 3, "group_size": 32},
     "5 bits in 128s": {"bits": 5, "group_size": 128},
     **{

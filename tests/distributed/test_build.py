@@ -61,7 +61,8 @@ def test_partial_outputs_of_experts_add_up_to_the_whole(
             wanted = array(output(whole.module))
             got = np.sum([array(output(part.module)) for part in parts], axis=0)
             assert np.abs(wanted).max() > 0.1
-            np.testing.assert_allclose(got, wanted, atol=5e-5)
+            # Of one bit, weights are the least or the largest of their group: outputs of 36.
+            np.testing.assert_allclose(got, wanted, atol=5e-5, rtol=1e-5)
             assert all(np.abs(array(output(part.module)) - wanted).max() > 0.01 for part in parts)
 
 

@@ -32,7 +32,7 @@ TOKENS = [1, *(int(i) for i in np.random.default_rng(11).integers(3, VOCAB, 25))
 SHARES = (0.0, 0.25, 0.75)
 PACKINGS = [
     {"bits": None},
-    *({"bits": bits, "group_size": 64} for bits in (2, 3, 4, 5, 6, 8)),
+    *({"bits": bits, "group_size": 64} for bits in (1, 2, 3, 4, 5, 6, 8)),
     {"bits": 4, "group_size": 32},
     {"bits": 4, "group_size": 128},
     {"bits": None, "mode": "affine", "overrides": {"*.switch_mlp.down_proj": {"bits": 4}}},

@@ -114,6 +114,17 @@ def test_a_width_that_no_group_divides_stays_as_it_is(
     _assert_equal_to_rounding(_ours(tmp_path / "ours", within), mlx_lm_logits(tmp_path / "ours", within))
 
 
+def test_a_model_fitted_to_fewer_bits_than_two_computes_what_mlx_lm_computes(
+    tiny: Path, mlx_lm_logits: Logits, ids: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    """Smaller than with 2 bits throughout: some matrices have one bit, which config.json says of each."""
+    report = convert(tiny, tmp_path / "out", fit="2.33MB", recipe=Recipe(rounding="search"))
+    assert 2.05 < report.bits_per_weight < 2.12
+    entries = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert {1, 2} <= {entry["bits"] for entry in entries.values() if isinstance(entry, dict)} | {entries["bits"]}
+    _assert_equal_to_rounding(_ours(tmp_path / "out", ids), mlx_lm_logits(tmp_path / "out", ids), 1e-3)
+
+
 def test_modules_that_cannot_be_fused_compute_the_same(
     mlx_lm_folder: MlxLmFolder, mlx_lm_logits: Logits, ids: np.ndarray[Any, Any]
 ) -> None:

@@ -69,7 +69,7 @@ def calibrate(
             ``texts``: from nothing, at temperature 1. It has to fit in memory, or is slow. What learns from text, as ``tuned``
             rounding, wants more of it than is bundled.
         sensitivities: measure the cost of packings too, which ``convert(fit=)`` needs and nothing else: every matrix is packed
-            in twelve ways, which takes many times as long as all the rest.
+            in thirteen ways, which takes many times as long as all the rest.
         trace: what ``mlx-mixtral routing --save-trace`` recorded of this model, or a conversion of it, on text like that it is
             wanted for, or its file. Sensitivities then weigh each expert's error by how often it was chosen there, so that
             fitting a size spends fewer bits on layers whose errors are those of experts that are rarely chosen.

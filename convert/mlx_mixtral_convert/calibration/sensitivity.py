@@ -49,11 +49,11 @@ from mlx_mixtral_convert.sources.base import TensorSource
 
 __all__ = ["CANDIDATES", "REFERENCE_BITS", "Sensitivity", "candidates_for", "expert_weights", "group_of"]
 
-# From 2.25 to 8.5 bits per weight; finer groups of few bits fill the gaps.
+# From 1.25 to 8.5 bits per weight; finer groups of few bits fill the gaps.
 CANDIDATES = tuple(
     QuantizationSpec(bits, group)
     for bits, group in (
-        (2, 128), (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (5, 64), (6, 64), (8, 64),
+        (1, 128), (2, 128), (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (5, 64), (6, 64), (8, 64),
     )
 )  # fmt: skip
 REFERENCE_BITS = 3
@@ -73,7 +73,7 @@ def candidates_for(in_features: int) -> list[QuantizationSpec]:
     """The candidates whose groups divide rows of ``in_features``; groups of 32 at every width where 64 does not."""
     if in_features % 64 == 0:
         return [spec for spec in CANDIDATES if in_features % spec.group_size == 0]
-    return [QuantizationSpec(bits, 32) for bits in AFFINE_BITS if bits > 1] if in_features % 32 == 0 else []
+    return [QuantizationSpec(bits, 32) for bits in AFFINE_BITS] if in_features % 32 == 0 else []
 
 
 def at_bits(in_features: int, bits: int) -> QuantizationSpec | None:

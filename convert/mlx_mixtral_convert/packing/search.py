@@ -2,7 +2,8 @@
 
 ``w = s q + b`` with integer q. ``mx.quantize`` spreads s and b over a group's range; the best pair for the squared error
 ``sum_j m_j (w_j - s q_j - b)^2`` lies inside it. For a shrinking range the codes are found, then the pair that fits those codes
-best (weighted least squares, closed form), then the codes that fit the pair; the best of all is refined in the same way.
+best (weighted least squares, closed form), then the codes that fit the pair; the best of all is refined in the same way. With
+one bit a pair is two numbers, and the best are the means of the values below and above some point: all points are tried.
 
 ``m`` is the mean square of each input over a calibration text, 1 without one. Scale and bias are rounded to the type they are
 stored in before codes are chosen and errors measured, and the bias is fitted to the scale as rounded: in bfloat16 an 8-bit
@@ -22,7 +23,8 @@ from mlx_mixtral_convert.packing.codes import pack
 __all__ = ["Groups", "codes_of", "search", "search_groups"]
 
 # How far a group's range is drawn in: few codes gain from cutting off more of the tail.
-_SHRINKS = {
+_SHRINKS: dict[int, tuple[float, ...]] = {
+    1: (),
     2: (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.55),
     3: (0.95, 0.9, 0.85, 0.8, 0.75, 0.65),
     4: (0.95, 0.9, 0.85, 0.8),
@@ -130,9 +132,26 @@ def _improve(
 
     best = Groups(scales, biases, error_of(scales, biases))
     low, high = values.min(axis=-1, keepdims=True), values.max(axis=-1, keepdims=True)
+    if bits == 1:
+        best.keep_better(fitted(_two_sides(values, weight)))
     for shrink in (1.0, *_SHRINKS.get(bits, _FEW_SHRINKS)):
         step = (high - low) * (shrink / (2**bits - 1))
         best.keep_better(fitted(codes_of(values, step, low * shrink, bits)))
     for _ in range(_REFINEMENTS):
         best.keep_better(fitted(codes_of(values, best.scales, best.biases, bits)))
     return best
+
+
+def _two_sides(values: mx.array, weight: mx.array) -> mx.array:
+    """Codes 0 below and 1 above the point where both sides' means lose least; ``values [N, g]``, ``weight [N or 1, g]``."""
+    order = mx.argsort(values, axis=-1)
+    ascending = mx.take_along_axis(values, order, axis=-1)
+    weight = mx.take_along_axis(mx.broadcast_to(weight, values.shape), order, axis=-1)
+    total = weight.sum(axis=-1, keepdims=True)
+    mean = (weight * ascending).sum(axis=-1, keepdims=True) / total
+    below, moment = mx.cumsum(weight, axis=-1), mx.cumsum(weight * (ascending - mean), axis=-1)
+    # What two means have less of the squared error than one, but for the factor ``total``.
+    gain = mx.square(moment) / (below * (total - below))
+    gain = mx.where((below > 0) & (below < total), gain, 0)[:, :-1]
+    edge = mx.take_along_axis(ascending, gain.argmax(axis=-1, keepdims=True), axis=-1)
+    return (values > edge).astype(mx.float32)

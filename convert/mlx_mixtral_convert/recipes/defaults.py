@@ -1,10 +1,11 @@
 """Losses to fit by when a checkpoint was not calibrated: a simple model of Mixtral.
 
-A packing's error falls by four for every bit, and a little with smaller groups: ``error = 4^-bits (g / 64)^0.25``. A group's
-loss is its error times its weight. The weights follow the measured perplexities of arXiv 2312.17238 (Mixtral 8x7B, Wiki2;
-16 bits 3.59): attention at 4 and experts at 2 bits 4.61, attention at 2 and experts at 4 bits 5.08; attention loses more,
-though the experts hold 97% of the parameters. Over the layers the first two and the last count double; embedding and head count
-as one layer's attention each. These last two are judgement, not measurement.
+A packing's error falls by four for every bit, by five from the first to the second (as on the bundled checkpoint), and a little
+with smaller groups: ``error = 4^-bits (g / 64)^0.25``. A group's loss is its error times its weight. The weights follow the
+measured perplexities of arXiv 2312.17238 (Mixtral 8x7B, Wiki2; 16 bits 3.59): attention at 4 and experts at 2 bits 4.61,
+attention at 2 and experts at 4 bits 5.08; attention loses more, though the experts hold 97% of the parameters. Over the layers
+the first two and the last count double; embedding and head count as one layer's attention each. These last two are judgement,
+not measurement.
 
 A calibration of the model at hand is better.
 """
@@ -35,7 +36,7 @@ def default_losses(config: MixtralConfig) -> Losses:
         share = 1.0 if matrix.layer is None else emphasis[matrix.layer] * _SHARES[name.rpartition(".")[2]]
         weight = 16 * at_2_bits * share / sum(emphasis)
         losses[name] = {
-            str(spec): weight * 4.0**-spec.bits * (spec.group_size / 64) ** 0.25
+            str(spec): weight * (5 / 16 if spec.bits == 1 else 4.0**-spec.bits) * (spec.group_size / 64) ** 0.25
             for spec in candidates_for(matrix.in_features)
         }
     return losses

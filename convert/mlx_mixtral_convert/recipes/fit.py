@@ -103,6 +103,7 @@ def fit(
     scale_bytes: int = 2,
     overhead_bytes: int = 0,
     rounding: str = "plain",
+    least_bits: int = 1,
 ) -> Fitted:
     """The assignment of least predicted loss that takes at most ``budget_bytes``.
 
@@ -111,10 +112,12 @@ def fit(
         scale_bytes: bytes of one number of the conversion's float type.
         overhead_bytes: of the budget, what is not tensors.
         rounding: of the recipe made.
+        least_bits: of any matrix that is packed.
 
     Raises:
         MemoryBudgetError: not even the fewest bits fit; the smallest size is named.
     """
+    measured = bool(losses)
     losses = losses or default_losses(config)
     groups: dict[str, list[Matrix]] = {}
     fixed = sum(norm.size for norm in norms(config)) * scale_bytes
@@ -124,12 +127,21 @@ def fit(
             fixed += matrix.parameters * scale_bytes
         else:
             groups.setdefault(name, []).append(matrix)
-    choices = {name: _choices(group, losses.get(name, {}), scale_bytes) for name, group in groups.items()}
-    room = budget_bytes - overhead_bytes - fixed - sum(found[0].nbytes for found in choices.values())
-    if room < 0:
+    choices = {name: _choices(group, losses.get(name, {}), scale_bytes, least_bits) for name, group in groups.items()}
+    least = overhead_bytes + fixed + sum(found[0].nbytes for found in choices.values())
+    if not measured:
+        # Which matrices lose least by one bit, built-in losses do not know: they have it only where two do not fit.
+        larger = {name: _of_two_bits(found) for name, found in choices.items()}
+        needed = overhead_bytes + fixed + sum(found[0].nbytes for found in larger.values())
+        least, choices = (needed, larger) if needed <= budget_bytes else (least, choices)
+    if (room := budget_bytes - least) < 0:
+        weights = sum(matrix.parameters for matrix in matrices(config))
+        advice = (
+            f"; with --fit {format_bytes_up(least).replace(' ', '')} experts are streamed" if least_bits > 1 else ""
+        )
         raise MemoryBudgetError(
             f"{format_bytes(budget_bytes)} is too small for this model: the smallest it can be is "
-            f"{format_bytes_up(budget_bytes - room)}, at 2 bits"
+            f"{format_bytes_up(least)}, at {8 * least / weights:.2f} bits per weight{advice}"
         )
     taken = _best(choices, room)
     picked = {name: choices[name][index] for name, index in taken.items()}
@@ -147,12 +159,12 @@ def fit(
     )
 
 
-def _choices(group: list[Matrix], losses: Mapping[str, float], scale_bytes: int) -> list[_Choice]:
+def _choices(group: list[Matrix], losses: Mapping[str, float], scale_bytes: int, least_bits: int) -> list[_Choice]:
     """Ascending in size and descending in loss, those that another beats in both left out."""
     found = [_Choice(None, sum(m.parameters for m in group) * scale_bytes, 0.0)]
     for spec in candidates_for(group[0].in_features):
         nbytes = sum(spec.nbytes(m.parameters // m.in_features, m.in_features, scale_bytes) for m in group)
-        if str(spec) in losses:
+        if str(spec) in losses and spec.bits >= least_bits:
             found.append(_Choice(spec, nbytes, losses[str(spec)]))
     found.sort(key=lambda choice: (choice.nbytes, choice.loss))
     kept: list[_Choice] = []
@@ -160,6 +172,11 @@ def _choices(group: list[Matrix], losses: Mapping[str, float], scale_bytes: int)
         if not kept or choice.loss < kept[-1].loss:
             kept.append(choice)
     return kept
+
+
+def _of_two_bits(choices: list[_Choice]) -> list[_Choice]:
+    """Those of two bits or more."""
+    return [choice for choice in choices if choice.spec is None or choice.spec.bits > 1]
 
 
 def _best(choices: Mapping[str, list[_Choice]], room: int) -> dict[str, int]:

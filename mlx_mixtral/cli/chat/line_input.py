@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import termios
 from collections.abc import Iterator
 
 from mlx_mixtral.cli.console import one_line
@@ -18,6 +19,7 @@ __all__ = [
     "LineReader",
     "decoded",
     "is_open",
+    "keeping_output",
     "unfenced",
 ]
 
@@ -40,6 +42,26 @@ def unfenced(text: str) -> str:
     if bare.count(FENCE) == 2 and bare.startswith(FENCE) and bare.endswith(FENCE):
         return bare.removeprefix(FENCE).removesuffix(FENCE).strip("\n")
     return text
+
+
+@contextlib.contextmanager
+def keeping_output(*, without: int = 0) -> Iterator[None]:
+    """While entered, Ctrl-C does not throw away what is on its way to the screen, nor what was typed ahead.
+
+    A terminal does both unless it is told otherwise (``NOFLSH``): an answer would be shown with a hole that it does not have.
+    https://pubs.opengroup.org/onlinepubs/9799919799/basedefs/V1_chap11.html
+
+    Args:
+        without: other local modes of the terminal, which are off meanwhile.
+    """
+    before = termios.tcgetattr(sys.stdin)
+    changed = list(before)
+    changed[3] = (changed[3] | termios.NOFLSH) & ~without
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 class LineReader:
@@ -69,8 +91,8 @@ class LineReader:
                 return None
 
     def session(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing has to be done: the terminal takes lines at any time."""
-        return contextlib.nullcontext()
+        """Between messages the terminal takes lines as ever, which wait."""
+        return keeping_output() if self.is_terminal else contextlib.nullcontext()
 
     def confirm(self, question: str) -> bool:
         """The answer to a question on a terminal; no for Ctrl-C and Ctrl-D, and without one."""
@@ -85,7 +107,7 @@ class LineReader:
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """At a terminal, Ctrl-C raises KeyboardInterrupt meanwhile, unless interrupts are ignored."""
+        """At a terminal, Ctrl-C raises KeyboardInterrupt meanwhile and takes back the line, unless interrupts are ignored."""
         before = signal.getsignal(signal.SIGINT)
         if not self.is_terminal or before is signal.SIG_IGN:
             yield
@@ -93,6 +115,9 @@ class LineReader:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             yield
+        except KeyboardInterrupt:
+            termios.tcflush(sys.stdin, termios.TCIFLUSH)
+            raise
         finally:
             signal.signal(signal.SIGINT, before)
 

@@ -20,7 +20,7 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from mlx_mixtral.cli.chat.history import FileHistory
-from mlx_mixtral.cli.chat.line_input import CONTINUED, PROMPT, decoded, is_open, unfenced
+from mlx_mixtral.cli.chat.line_input import CONTINUED, PROMPT, decoded, is_open, keeping_output, unfenced
 from mlx_mixtral.cli.console import note, one_line
 
 __all__ = ["TerminalReader", "can_edit"]
@@ -99,16 +99,12 @@ class TerminalReader:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Between messages what is typed is not shown and waits; Ctrl-C is a signal as ever."""
-        before = termios.tcgetattr(sys.stdin)
-        quiet = list(before)
-        quiet[3] &= ~(termios.ECHO | termios.ICANON)
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
-        try:
-            yield
-        finally:
-            print(PASTE_OFF, end="", file=self._shown, flush=True)
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        """Between messages what is typed is not shown and waits, past a Ctrl-C too, which is a signal as ever."""
+        with keeping_output(without=termios.ECHO | termios.ICANON):
+            try:
+                yield
+            finally:
+                print(PASTE_OFF, end="", file=self._shown, flush=True)
 
     def wait(self) -> None:
         """Before an answer: a text pasted from now on has marks around it, and stays one."""

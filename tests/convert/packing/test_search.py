@@ -183,3 +183,25 @@ def test_refining_lowers_the_error_of_what_ranges_alone_find(monkeypatch: pytest
             unrefined = group_errors(weights, search(weights, spec), spec)
         assert (refined <= unrefined * (1 + 1e-5)).all()
         assert refined.sum() < most * unrefined.sum()
+
+
+@pytest.mark.parametrize("group", AFFINE_GROUP_SIZES)
+@pytest.mark.parametrize("shape", ["normal", "long tails", "far from zero", "unimportant inputs"])
+def test_one_bit_is_the_best_of_all_splits_of_a_group(group: int, shape: str) -> None:
+    """Against every way to cut a sorted group in two, each part at its weighted mean, in float64."""
+    random = np.random.default_rng(group)
+    values = random.standard_t(3, (8, 256)) if shape == "long tails" else random.standard_normal((8, 256))
+    values = (values + (5 if shape == "far from zero" else 0)).astype(np.float32)
+    importance = random.gamma(0.3, size=256).astype(np.float32)
+    if shape == "unimportant inputs":
+        importance[::3] = 0
+    spec = QuantizationSpec(1, group)
+    found = group_errors(mx.array(values), search(mx.array(values), spec, mx.array(importance)), spec, importance)
+    least = np.full(found.shape, np.inf)
+    for row, at in np.ndindex(found.shape):
+        w, m = (a[at * group : (at + 1) * group].astype(np.float64) for a in (values[row], importance))
+        for edge in np.sort(w)[:-1]:
+            parts = (w <= edge, w > edge)
+            errors = [m[p] @ (w[p] - np.average(w[p], weights=m[p])) ** 2 for p in parts if m[p].sum()]
+            least[row, at] = min(least[row, at], sum(errors))
+    np.testing.assert_allclose(found, least, rtol=1e-4)

@@ -51,7 +51,7 @@ def test_it_is_within_a_percent_of_the_best_by_exhaustive_search(seed: int) -> N
     for matrix in matrices(config):
         if (name := group_of(matrix)) is not None:
             groups.setdefault(name, []).append(matrix)
-    choices = [_choices(group, losses[name], 2) for name, group in groups.items()]  # type: ignore[arg-type]
+    choices = [_choices(group, losses[name], 2, 1) for name, group in groups.items()]  # type: ignore[arg-type]
     fixed = 2 * (4 * 128 + 3 * 128)
     # Every assignment, by dynamic programming over exact byte counts: a front of undominated (bytes, loss).
     front = [(0, 0.0)]
@@ -115,6 +115,16 @@ def test_without_calibration_mixtral_spends_bits_on_the_trunk(
     assert mean["attention"] >= least_trunk
     assert experts[0] <= mean["expert"] <= experts[1]
     assert 0.98 * size < found.data_bytes <= size
+
+
+@pytest.mark.parametrize(("bits", "fewest"), [(2.1, 1), (2.2, 1), (2.27, 2), (2.4, 2), (3, 2)])
+def test_without_calibration_a_matrix_has_one_bit_only_where_two_do_not_fit(bits: float, fewest: int) -> None:
+    weights = sum(matrix.parameters for matrix in matrices(EIGHT))
+    found = fit(EIGHT, int(bits * weights / 8))
+    specs = {path: spec for path, spec in found.recipe.assign(EIGHT).items() if spec is not None}
+    assert min(spec.bits for spec in specs.values()) == fewest
+    assert all("switch_mlp" in path for path, spec in specs.items() if spec.bits == 1)
+    assert 0.99 * bits < 8 * found.data_bytes / weights <= bits
 
 
 def test_a_size_too_small_names_the_smallest_which_then_works(tmp_path: Path) -> None:
@@ -182,3 +192,17 @@ def test_room_on_a_mac_is_its_memory_less_the_cache() -> None:
         room_for_weights(EIGHT, mac, "4k")  # type: ignore[arg-type]
     with pytest.raises(MemoryBudgetError, match="smaller --context"):
         room_for_weights(EIGHT, Device("metal", "", "applegpu_g14s", 2**30, 2**30), 32768)
+
+
+def test_asking_what_fits_gives_no_bit_that_was_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size given does, and the one that the refusal advises has two bits throughout."""
+    source = make_checkpoint(tmp_path / "source")
+    sizes = (convert(source, tmp_path / "out", recipe=Recipe(bits, 128), dry_run=True).output_bytes for bits in (1, 2))
+    between = sum(sizes) // 2
+    monkeypatch.setattr("mlx_mixtral_convert.conversion.room_for_weights", lambda *_: between)
+    with pytest.raises(MemoryBudgetError, match=r"at 2\.\d\d bits per weight; with --fit \S+B experts") as caught:
+        convert(source, tmp_path / "out", fit="mac", dry_run=True)
+    advised = str(caught.value).partition("--fit ")[2].split()[0]
+    for size, has_one in ((between, True), (advised, False)):
+        convert(source, tmp_path / str(size), fit=size)
+        assert ('"bits": 1,' in (tmp_path / str(size) / "config.json").read_text()) == has_one
