@@ -22,7 +22,7 @@ from mlx_mixtral.reading import open_file
 
 __all__ = ["States", "Stored", "pieces"]
 
-HELD_BYTES = 2**26
+HELD_BYTES = 2**25
 # Tokens at once: 8x7B's hidden units of them are 59 MB.
 PIECE = 1024
 

@@ -21,18 +21,11 @@ from mlx_mixtral_convert.calibration.layer import times
 from mlx_mixtral_convert.tuning.products import to_input, to_matrix
 from mlx_mixtral_convert.tuning.trained import Learner, shares_of_rate
 
-__all__ = ["Lesson", "Swiglu", "hidden_blocks", "learn"]
+__all__ = ["Lesson", "Swiglu", "learn"]
 
-# Hidden units that learn at once; with their gradients 8x7B's are 16 bytes for each of 12.6 million numbers.
-UNITS = 1024
 BATCH_TOKENS = 512
 
 Indices = npt.NDArray[np.int32]
-
-
-def hidden_blocks(units: int) -> list[slice]:
-    """Runs of hidden units, each at most ``UNITS`` and a multiple of 128 (the largest group) but perhaps the last."""
-    return [slice(start, min(start + UNITS, units)) for start in range(0, units, UNITS)]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral.config.quantization import QuantizationSpec
-from mlx_mixtral_convert.calibration.layer import Expert, Layer, swiglu, times
+from mlx_mixtral.weights.dtypes import MLX_DTYPES
+from mlx_mixtral_convert.calibration.layer import Layer, read_matrix
 from mlx_mixtral_convert.calibration.states import States
 from mlx_mixtral_convert.calibration.statistics import InputSum
-from mlx_mixtral_convert.tuning.expert import BATCH_TOKENS, Lesson, Swiglu, hidden_blocks, learn
-from mlx_mixtral_convert.tuning.packed import PackedFields, columns_of, dequantized, joined, rows_of
+from mlx_mixtral_convert.tuning.expert import BATCH_TOKENS, Lesson, Swiglu, learn
+from mlx_mixtral_convert.tuning.packed import PackedExpert, PackedFields, columns_of, hidden_blocks, joined, rows_of
 from mlx_mixtral_convert.tuning.trained import Rates, TrainedMatrix, make_learner, steps_for
 
 __all__ = ["EXPERT_MATRICES", "ExpertsTuning", "PackedLayer", "Start"]
@@ -59,41 +60,26 @@ class ExpertsTuning:
         self._states, self._missing, self._counts = states, missing, counts
         self._routing = layer.route_all(states)
 
-    def begin(self, expert: Expert, start: Start) -> None:
+    def begin(self, expert: int, start: Start) -> None:
         """Pack one expert, before it learns. All of them come before the first learns."""
-        met = InputSum(expert.gate.shape[1], full=True)
-        for _, x, weights in self._inputs(expert.index):
+        met = InputSum(self.matrices[0].in_features, full=True)
+        for _, x, weights in self._inputs(expert):
             met.add(x, mx.square(weights[:, 0]))
-        packed = [
-            start(matrix, expert.index, weights, met)
-            for matrix, weights in zip(self.matrices[:2], (expert.gate, expert.up), strict=True)
-        ]
-        met = InputSum(expert.down.shape[1], full=True)
-        for _, x, weights in self._inputs(expert.index):
-            met.add(mx.concatenate(list(self._inner(x, packed)), axis=1), mx.square(weights[:, 0]))
-        packed.append(start(self.matrices[2], expert.index, expert.down, met))
+        packed = [start(matrix, expert, self._read(matrix, expert), met) for matrix in self.matrices[:2]]
+        met = InputSum(self.matrices[2].in_features, full=True)
+        for _, x, weights in self._inputs(expert):
+            inner = [block for _, block in self._packed_expert(packed).hidden(x)]
+            met.add(mx.concatenate(inner, axis=1), mx.square(weights[:, 0]))
+        packed.append(start(self.matrices[2], expert, self._read(self.matrices[2], expert), met))
         for matrix, fields in zip(self.matrices, packed, strict=True):
             self.packed[matrix.path].append(fields)
-        blocks = hidden_blocks(len(expert.gate))
-        downs = [columns_of(packed[2], units, expert.down.shape[1]) for units in blocks]
-        for tokens, x, weights in self._inputs(expert.index):
-            given = mx.zeros(x.shape)
-            for inner, down in zip(self._inner(x, packed), downs, strict=True):
-                given = given + times(inner, dequantized(down, self._specs[2]))
-                mx.eval(given)
-            self._missing.add(tokens, -weights * given)
+        whole = self._packed_expert(packed)
+        for tokens, x, weights in self._inputs(expert):
+            self._missing.add(tokens, -weights * whole(x))
 
-    def _inner(self, x: mx.array, packed: Sequence[PackedFields]) -> Iterator[mx.array]:
-        """What packed gate and up make of ``x [n, D]``, some hidden units at a time."""
-        rows = self.matrices[0].out_features
-        for units in hidden_blocks(rows):
-            gate, up = (dequantized(rows_of(packed[place], units), self._specs[place]) for place in (0, 1))
-            inner = swiglu(times(x, gate), times(x, up))
-            mx.eval(inner)
-            yield inner
-
-    def learn(self, expert: Expert, random: np.random.Generator) -> None:
-        own, routing = self._routing.tokens[expert.index], mx.array(self._routing.weights[expert.index])
+    def learn(self, expert: int, random: np.random.Generator) -> None:
+        """Let an expert learn."""
+        own, routing = self._routing.tokens[expert], mx.array(self._routing.weights[expert])
         if len(own) < MIN_TOKENS or not any(spec is not None and spec.has_biases for spec in self._specs):
             return
         counts = mx.array(self._counts[own])
@@ -104,23 +90,37 @@ class ExpertsTuning:
             return Lesson(x, routing[rows], self._missing.take(tokens), counts[rows])
 
         steps = steps_for(STEPS, len(own), BATCH_TOKENS)
-        fields = [self.packed[matrix.path][expert.index] for matrix in self.matrices]
+        fields = [self.packed[matrix.path][expert] for matrix in self.matrices]
+        weights = [self._kept(matrix, expert) for matrix in self.matrices]
         learned: list[list[PackedFields]] = [[], [], []]
-        for units in hidden_blocks(len(expert.gate)):
-            parts = _block(expert, fields, units)
+        for units in hidden_blocks(self.matrices[0].out_features):
+            parts = _block(weights, fields, units)
             block = Swiglu(
                 *(make_learner(*part, spec, _rates(spec)) for part, spec in zip(parts, self._specs, strict=True))
             )
             # While it learns, what the block gives is missing too.
-            self._add(expert.index, block, 1)
+            self._add(expert, block, 1)
             learn(block, lesson, len(own), steps, random)
-            self._add(expert.index, block, -1)
+            self._add(expert, block, -1)
             for found, learner, (_, first) in zip(learned, (block.gate, block.up, block.down), parts, strict=True):
                 found.append(learner.packed() if isinstance(learner, TrainedMatrix) else first)
         for matrix, blocks, axis in zip(self.matrices, learned, (0, 0, 1), strict=True):
             whole = joined(blocks, axis)
             mx.eval(whole)
-            self.packed[matrix.path][expert.index] = whole
+            self.packed[matrix.path][expert] = whole
+
+    def _packed_expert(self, packed: Sequence[PackedFields]) -> PackedExpert:
+        return PackedExpert(self.matrices[0].out_features, packed, self._specs)
+
+    def _read(self, matrix: Matrix, expert: int) -> mx.array:
+        return read_matrix(self.layer.source, matrix, expert)
+
+    def _kept(self, matrix: Matrix, expert: int) -> mx.array:
+        """A matrix in the type it has in the source, if that is one of 16 bits, which holds the same numbers."""
+        values, dtype = self._read(matrix, expert), MLX_DTYPES.get(self.layer.source.dtype(matrix), mx.float32)
+        kept = values.astype(dtype) if dtype.size == 2 else values
+        mx.eval(kept)
+        return kept
 
     def _add(self, expert: int, block: Swiglu, times_given: int) -> None:
         for tokens, x, weights in self._inputs(expert):
@@ -136,11 +136,13 @@ def _rates(spec: QuantizationSpec | None) -> Rates:
     return RATES_FROM_4_BITS if spec is None else RATES.get(spec.bits, RATES_FROM_4_BITS)
 
 
-def _block(expert: Expert, fields: list[PackedFields], units: slice) -> list[tuple[mx.array, PackedFields]]:
-    """Weights and packed fields of some hidden units: rows of gate and up, columns of down."""
-    gate, up, down = fields
+def _block(
+    weights: Sequence[mx.array], fields: Sequence[PackedFields], units: slice
+) -> list[tuple[mx.array, PackedFields]]:
+    """Weights (float32) and packed fields of some hidden units: rows of gate and up, columns of down."""
+    gate, up, down = (each.astype(mx.float32) for each in (weights[0][units], weights[1][units], weights[2][:, units]))
     return [
-        (expert.gate[units], rows_of(gate, units)),
-        (expert.up[units], rows_of(up, units)),
-        (expert.down[:, units], columns_of(down, units, expert.down.shape[1])),
+        (gate, rows_of(fields[0], units)),
+        (up, rows_of(fields[1], units)),
+        (down, columns_of(fields[2], units, weights[2].shape[1])),
     ]

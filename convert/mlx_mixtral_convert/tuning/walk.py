@@ -11,7 +11,7 @@ of their size are on the disk: 0.8 GB for 16,384 tokens of 8x7B, 3.2 GB for 65,5
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,7 +23,6 @@ from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral_convert.calibration.layer import (
     ATTEND_AT_ONCE,
-    Expert,
     Layer,
     pass_experts,
     read_matrix,
@@ -35,7 +34,7 @@ from mlx_mixtral_convert.calibration.walk import check_memory, embed, embedded
 from mlx_mixtral_convert.sources.base import TensorSource
 from mlx_mixtral_convert.tuning.attention import tune_attention
 from mlx_mixtral_convert.tuning.experts import EXPERT_MATRICES, ExpertsTuning, PackedLayer, Start
-from mlx_mixtral_convert.tuning.packed import dequantized
+from mlx_mixtral_convert.tuning.packed import PackedExpert, dequantized
 
 __all__ = ["ATTENTION_COPIES", "PackedLayer", "TuningWalk"]
 
@@ -77,16 +76,16 @@ class TuningWalk:
         layer.attend_all(self.true)
         found = self._attention(layer, random)
         layer.attend_all(self.ours, self._values(layer, found, "qkvo"))
-        self._pass_experts(layer, self.true, layer.experts())
+        layer.attention.clear()  # before its experts are held
+        self._pass_experts(layer)
         tuning = ExpertsTuning(layer, self.specs, self.ours, self._other, self._missing())
-        for expert in layer.experts():
+        experts = range(layer.matrices["gate_proj"].num_experts or 1)
+        for expert in experts:
             tuning.begin(expert, self._start)
-            del expert  # before the next one is read
-        for expert in layer.experts():
+        for expert in experts:
             tuning.learn(expert, random)
-            del expert
         found |= tuning.packed
-        self._pass_experts(layer, self.ours, self._packed_experts(layer, found))
+        self._pass_packed(layer, found)
         self.next_layer += 1
         return found
 
@@ -95,8 +94,9 @@ class TuningWalk:
         layer = Layer(self.source, self.next_layer, self._rotary)
         layer.attend_all(self.true)
         layer.attend_all(self.ours, self._values(layer, packed, "qkvo"))
-        self._pass_experts(layer, self.true, layer.experts())
-        self._pass_experts(layer, self.ours, self._packed_experts(layer, packed))
+        layer.attention.clear()
+        self._pass_experts(layer)
+        self._pass_packed(layer, packed)
         self.next_layer += 1
 
     def head_sum(self) -> InputSum:
@@ -111,17 +111,20 @@ class TuningWalk:
         for states in (self.true, self.ours, self._other):
             states.close()
 
-    def _pass_experts(self, layer: Layer, states: States, experts: Iterable[Expert]) -> None:
-        self._other.fill(states.count, states.rows)
-        pass_experts(layer, experts, self._other, states)
+    def _pass_experts(self, layer: Layer) -> None:
+        """True states through true experts."""
+        self._other.fill(self.true.count, self.true.rows)
+        pass_experts(layer, layer.experts(), self._other, self.true)
 
-    def _packed_experts(self, layer: Layer, packed: PackedLayer) -> Iterator[Expert]:
-        """The values that packed experts stand for."""
-        paths = [layer.matrices[name].path for name in EXPERT_MATRICES]
-        for index in range(len(packed[paths[0]])):
-            values = [dequantized(packed[path][index], self.specs[path]) for path in paths]
-            mx.eval(values)
-            yield Expert(index, *values)
+    def _pass_packed(self, layer: Layer, packed: PackedLayer) -> None:
+        """Our states through packed experts."""
+        self._other.fill(self.ours.count, self.ours.rows)
+        held = [layer.matrices[name] for name in EXPERT_MATRICES]
+        specs, routing = [self.specs[matrix.path] for matrix in held], layer.route_all(self._other)
+        for index, fields in enumerate(zip(*(packed[matrix.path] for matrix in held), strict=True)):
+            expert = PackedExpert(held[0].out_features, fields, specs)
+            for tokens, weights in routing.pieces(index):
+                self.ours.add(tokens, weights * expert(layer.post_norm(self._other.take(tokens))))
 
     def _missing(self) -> npt.NDArray[np.float32]:
         """Set down what the experts have to add to our states after attention; how much each token's error counts."""

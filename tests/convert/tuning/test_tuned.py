@@ -22,8 +22,7 @@ from mlx_mixtral_convert.calibration.walk import Walk
 from mlx_mixtral_convert.output.plan import make_plan
 from mlx_mixtral_convert.rounding import Tuned
 from mlx_mixtral_convert.sources import open_source
-from mlx_mixtral_convert.tuning import attention, experts
-from mlx_mixtral_convert.tuning import expert as expert_room
+from mlx_mixtral_convert.tuning import attention, experts, packed
 from tests.convert.support import CONFIG, dense_config, hashes, load_arrays, make_checkpoint, read_output
 from tests.convert.test_resume import stop_at
 
@@ -131,7 +130,7 @@ def test_an_expert_in_blocks_learns_as_well(tmp_path: Path, monkeypatch: pytest.
     fresh = np.random.default_rng(7).integers(0, CONFIG["vocab_size"], (12, 24)).astype(np.int32)
     true, lost = logits(source, fresh), []
     for units in (1024, 128):
-        monkeypatch.setattr(expert_room, "UNITS", units)
+        monkeypatch.setattr(packed, "UNITS", units)
         convert(source, tmp_path / str(units), recipe=RECIPE, calibration=known)
         lost.append(float(np.square(logits(tmp_path / str(units), fresh) - true).mean()))
     assert hashes(tmp_path / "1024") != hashes(tmp_path / "128")
