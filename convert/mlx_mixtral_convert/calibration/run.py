@@ -34,7 +34,11 @@ from mlx_mixtral_convert.sources import TensorSource, open_source
 __all__ = ["calibrate"]
 
 DEFAULT_TOKENS = 16384
-SENSITIVITY_TOKENS = 1024
+# Sensitivities are measured on fewer tokens, which travel 4 times a layer: a wide model's 1024, a narrow one's up to 4096, as
+# long as their states are no more than those of 8x7B. With four sequences it is chance which layer seems to need few bits.
+SENSITIVITY_TOKENS = 4096
+LEAST_SENSITIVITY_TOKENS = 1024
+STATE_NUMBERS = 2**22
 MIN_TOKENS = MIN_SEQUENCES * SEQUENCE_TOKENS
 
 
@@ -126,7 +130,8 @@ def calibrate(
             )
         _check_ends(tensors)
         counts = None if recorded is None else recorded.counts
-        few = max(1, min(len(ids), SENSITIVITY_TOKENS // ids.shape[1]))
+        most = min(SENSITIVITY_TOKENS, max(LEAST_SENSITIVITY_TOKENS, STATE_NUMBERS // config.hidden_size))
+        few = max(1, min(len(ids), most // ids.shape[1]))
         picked = ids[np.linspace(0, len(ids) - 1, few).round().astype(int)] if sensitivities else None
         known = identity(tensors)
         told = {
