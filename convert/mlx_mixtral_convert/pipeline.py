@@ -5,7 +5,6 @@ Three matrices and their packed forms are alive at most, whatever the size of th
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -70,7 +69,7 @@ def write_weights(
     # The threads end before the files they write to are closed.
     with ExitStack() as files, _thread("read") as reader, _thread("write") as writer, ExitStack() as ending:
         ending.callback(source.files.stop_waiting)
-        pieces = zip(_pieces(remaining), itertools.cycle(_scratch(source, remaining)), strict=False)
+        pieces = _pieces(source, remaining)
         ahead = _read_next(reader, source, plan, pieces)
         written: Future[None] | None = None
         for shard in remaining:
@@ -122,28 +121,31 @@ class Piece:
     """The source's own packing, where it is kept."""
 
 
-def _scratch(source: TensorSource, shards: list[ShardPlan]) -> list[mx.array]:
-    """Memory for three matrices: one being read, one packed, one written. Used again and again, it is paged in once."""
-    sizes = [matrix_bytes(source, matrix) for shard in shards for matrix in shard.matrices]
-    buffers = [mx.zeros(max(sizes, default=0), mx.uint8) for _ in range(3)]
-    mx.eval(buffers)
-    return buffers
+def _pieces(source: TensorSource, shards: list[ShardPlan]) -> Iterator[tuple[Matrix, int, mx.array]]:
+    """Every expert of every matrix, and memory to read it into.
 
-
-def _pieces(shards: list[ShardPlan]) -> Iterator[tuple[Matrix, int]]:
+    There is memory for three: one being read, one packed, one written. Used again and again, it is paged in once; new is taken
+    where a shard's largest matrix is of another size, so that no layer holds the memory of an embedding.
+    """
+    buffers, place = [mx.zeros(0, mx.uint8)], 0
     for shard in shards:
+        size = max(matrix_bytes(source, matrix) for matrix in shard.matrices)
+        if buffers[0].size != size:
+            buffers = [mx.zeros(size, mx.uint8) for _ in range(3)]
+            mx.eval(buffers)
         # In the order of the file, so that hashing seldom has to read back.
         for matrix in sorted(shard.matrices, key=lambda m: shard.tensors[module_tensor(m, "weight")].offset):
             for expert in range(matrix.num_experts or 1):
-                yield matrix, expert
+                yield matrix, expert, buffers[place % 3]
+                place += 1
 
 
 def _read_next(
-    reader: ThreadPoolExecutor, source: TensorSource, plan: Plan, pieces: Iterator[tuple[tuple[Matrix, int], mx.array]]
+    reader: ThreadPoolExecutor, source: TensorSource, plan: Plan, pieces: Iterator[tuple[Matrix, int, mx.array]]
 ) -> Future[Piece] | None:
     if (following := next(pieces, None)) is None:
         return None
-    (matrix, expert), scratch = following
+    matrix, expert, scratch = following
     return reader.submit(read_piece, source, plan, matrix, expert, scratch)
 
 
