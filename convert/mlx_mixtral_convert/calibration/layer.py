@@ -24,6 +24,7 @@ from mlx_mixtral.layers.norm import RMSNorm
 from mlx_mixtral.layers.rotary import Rotary
 from mlx_mixtral.machine.device import current_device
 from mlx_mixtral.model.moe import route
+from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral_convert.calibration.states import States, pieces
 from mlx_mixtral_convert.packing.quantize import cast
 from mlx_mixtral_convert.packing.values import Values
@@ -35,14 +36,20 @@ __all__ = ["Expert", "Layer", "Routing", "pass_experts", "plain", "read_matrix",
 ATTEND_AT_ONCE = 8
 
 
-def read_matrix(source: TensorSource, matrix: Matrix, expert: int = 0) -> mx.array:
+def read_matrix(source: TensorSource, matrix: Matrix, expert: int = 0, *, as_stored: bool = False) -> mx.array:
     """One expert of a matrix, float32 ``[out, in]``.
+
+    Args:
+        as_stored: in the source's own type where that is one of 16 bits.
 
     Raises:
         NonFiniteWeightsError: NaN or infinity, which would turn all that is measured into the same.
     """
     scratch = np.empty(matrix.out_features * matrix.in_features * 4, np.uint8)
-    return _floats(source.read(matrix, expert, scratch), tensor_place(source, matrix, expert))
+    values, where = source.read(matrix, expert, scratch), tensor_place(source, matrix, expert)
+    if as_stored and values.dtype in ("BF16", "F16"):
+        return mx.array(cast(values, values.dtype, where).array).view(MLX_DTYPES[values.dtype])
+    return _floats(values, where)
 
 
 def read_norm(source: TensorSource, norm: Norm) -> RMSNorm:

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral.config.quantization import QuantizationSpec
-from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral_convert.calibration.layer import Layer, read_matrix
 from mlx_mixtral_convert.calibration.states import States
 from mlx_mixtral_convert.calibration.statistics import InputSum
@@ -91,7 +90,7 @@ class ExpertsTuning:
 
         steps = steps_for(STEPS, len(own), BATCH_TOKENS)
         fields = [self.packed[matrix.path][expert] for matrix in self.matrices]
-        weights = [self._kept(matrix, expert) for matrix in self.matrices]
+        weights = [read_matrix(self.layer.source, matrix, expert, as_stored=True) for matrix in self.matrices]
         learned: list[list[PackedFields]] = [[], [], []]
         for units in hidden_blocks(self.matrices[0].out_features):
             parts = _block(weights, fields, units)
@@ -114,13 +113,6 @@ class ExpertsTuning:
 
     def _read(self, matrix: Matrix, expert: int) -> mx.array:
         return read_matrix(self.layer.source, matrix, expert)
-
-    def _kept(self, matrix: Matrix, expert: int) -> mx.array:
-        """A matrix in the type it has in the source, if that is one of 16 bits, which holds the same numbers."""
-        values, dtype = self._read(matrix, expert), MLX_DTYPES.get(self.layer.source.dtype(matrix), mx.float32)
-        kept = values.astype(dtype) if dtype.size == 2 else values
-        mx.eval(kept)
-        return kept
 
     def _add(self, expert: int, block: Swiglu, times_given: int) -> None:
         for tokens, x, weights in self._inputs(expert):
