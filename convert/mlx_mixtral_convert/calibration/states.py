@@ -130,7 +130,7 @@ class States:
 
     def close(self) -> None:
         """Let go of everything; it goes with the object too."""
-        self._held = self._held[:0]
+        self._held = self._held[:0].copy()
         if self._file is not None:
             self._close()
 
