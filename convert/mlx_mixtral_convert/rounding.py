@@ -100,6 +100,7 @@ class Gptq:
             self._source = self._open()
             self._walk = Walk(self._source, self._calibration.tokens, full=True, folder=self.folder)
         while self._layer != matrix.layer:
+            self._sums = {}  # before those of the next one are gathered
             if self._walk.next_layer < self._walk.config.num_hidden_layers:
                 layer, self._sums = self._walk.step()
                 self._layer = layer.index
@@ -149,6 +150,7 @@ class Tuned:
             self._walk = TuningWalk(self._source, self._calibration.tokens, specs, self._start, self.folder)
         last = self._plan.config.num_hidden_layers - 1 if layer is None else layer
         while self._walk.next_layer <= last:
+            self._layer = {}  # before the next one is held
             if (file := self.finished.get(self._walk.next_layer)) is None:
                 self._layer = self._walk.tune()
             else:
