@@ -109,6 +109,8 @@ class Walk:
             sums["down_proj"][expert].add(inner, mx.square(weights[:, 0]))
 
         layer.attend_all(self.hidden, see=see)
+        if self.full:
+            layer.attention.clear()  # second moments are large, and nobody measures these weights
         self._before.fill(self.hidden.count, self.hidden.rows)
         pass_experts(layer, layer.experts(), self._before, self.hidden, see_expert)
         self.next_layer += 1
