@@ -126,3 +126,37 @@ def test_rows_do_not_depend_on_those_beside_them(monkeypatch: pytest.MonkeyPatch
     parts = gptq(weights, spec, hessian)
     assert output_error(weights, parts, spec, x) == pytest.approx(output_error(weights, whole, spec, x), rel=1e-3)
     assert (restored(parts, spec) == restored(whole, spec)).mean() > 0.99
+
+
+def test_the_pass_is_that_of_the_paper_written_out() -> None:
+    """Column by column, all later ones changed at once: with the same scales the same codes, but for rounding."""
+    spec, weights, x = QuantizationSpec(3, 32), random_weights(8, 40, 256), inputs(256)
+    block = block_of(weights, x, spec)
+    block.compensate()
+    inverse = np.linalg.inv(block.moments.hessian.astype(np.float64))
+    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    values = np.array(weights.astype(mx.float32)).astype(np.float64)
+    same = []
+    for column in range(256):
+        scale, bias = block.scales[column // 32], block.biases[column // 32]
+        codes = np.clip(np.round((values[:, column] - bias) / scale), 0, 7)
+        same.append((codes == block.codes[column]).mean())
+        error = (values[:, column] - (codes * scale + bias)) / factor[column, column]
+        values[:, column + 1 :] -= np.outer(error, factor[column, column + 1 :])
+    assert np.mean(same) > 0.99
+
+
+def test_codes_are_revisited_one_at_a_time_at_their_optimum() -> None:
+    spec, weights, x = QuantizationSpec(3, 32), random_weights(9, 40, 128), inputs(128)
+    block = block_of(weights, x, spec)
+    block.compensate()
+    hessian, codes = block.moments.hessian.astype(np.float64), block.codes.T.astype(np.float64)
+    residual = block.weights.T - values_of(block).astype(np.float64)
+    block.refit_codes()
+    for column in range(128):
+        scale, bias = block.scales[column // 32], block.biases[column // 32]
+        best = codes[:, column] * scale + bias + residual @ hessian[:, column] / hessian[column, column]
+        new = np.clip(np.round((best - bias) / scale), 0, 7)
+        residual[:, column] -= (new - codes[:, column]) * scale
+        codes[:, column] = new
+    assert (block.codes == codes.T).mean() > 0.99
