@@ -94,9 +94,10 @@ def main() -> None:
                 flush=True,
             )
     for run, found in results.items():
-        (few, less), *_, (many, more) = sorted(found.items()) if len(found) > 1 else [(0, {}), (0, {})]
-        if few:
-            ratio, each = more["peak"] / less["peak"], (more["seconds"] - less["seconds"]) / (many - few)
+        few, many = min(found), max(found)
+        if few < many:
+            ratio = found[many]["peak"] / found[few]["peak"]
+            each = (found[many]["seconds"] - found[few]["seconds"]) / (many - few)
             print(f"{run}: memory with {many} layers {ratio:.3f}x of that with {few}; {each:.0f} s a layer")
 
 

@@ -162,9 +162,9 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def measured(folder: Path) -> Calibration:
+def measured(folder: Path, sequences: int = 16, length: int = 60) -> Calibration:
     """A calibration on random tokens."""
-    ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (16, 60)).astype(np.int32)
+    ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (sequences, length)).astype(np.int32)
     with open_source(folder) as source:
         walk = Walk(source, ids)
         sums: Sums = {}

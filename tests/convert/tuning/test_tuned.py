@@ -16,7 +16,6 @@ from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral_convert import Calibration, Recipe, convert
 from mlx_mixtral_convert.calibration import states
-from mlx_mixtral_convert.calibration.file import identity
 from mlx_mixtral_convert.calibration.layer import read_matrix
 from mlx_mixtral_convert.calibration.walk import Walk
 from mlx_mixtral_convert.output.plan import make_plan
@@ -24,24 +23,15 @@ from mlx_mixtral_convert.rounding import Gptq, Tuned
 from mlx_mixtral_convert.sources import open_source
 from mlx_mixtral_convert.tuning import attention, experts, packed
 from mlx_mixtral_convert.tuning.walk import TuningWalk
-from tests.convert.support import CONFIG, dense_config, hashes, load_arrays, make_checkpoint, read_output
+from tests.convert.support import CONFIG, dense_config, hashes, load_arrays, make_checkpoint, measured, read_output
 from tests.convert.test_resume import stop_at
 
 STEPS = 5 + 3 * 2  # of the progress of one layer
 RECIPE = Recipe(2, 64, rounding="tuned")
 
 
-def calibration(folder: Path, seed: int = 0, sequences: int = 40) -> Calibration:
-    """Random text of a checkpoint without a tokenizer."""
-    source = open_source(folder)
-    tokens = np.random.default_rng(seed).integers(0, CONFIG["vocab_size"], (sequences, 24)).astype(np.int32)
-    walk, sums = Walk(source, tokens), {}
-    for _, found in walk.layers():
-        sums |= found
-    sums |= walk.head_sum()
-    squares = {name: np.stack([one.mean_squares for one in found]) for name, found in sums.items()}
-    routed = {name: np.array([one.tokens for one in found]) for name, found in sums.items()}
-    return Calibration(identity(source), tokens, squares, routed, {})
+def calibration(folder: Path, sequences: int = 40) -> Calibration:
+    return measured(folder, sequences, 24)
 
 
 def logits(folder: Path, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
