@@ -21,6 +21,7 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import matrices, norms
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.layers.rotary import Rotary
+from mlx_mixtral.machine.allocator import give_back_freed
 from mlx_mixtral_convert.calibration.layer import (
     ATTEND_AT_ONCE,
     Layer,
@@ -71,6 +72,7 @@ class TuningWalk:
 
     def tune(self) -> PackedLayer:
         """Pass the next layer; its packed matrices, tuned."""
+        give_back_freed()  # what the layer before took
         layer = Layer(self.source, self.next_layer, self._rotary)
         random = np.random.default_rng(layer.index)
         layer.attend_all(self.true)
@@ -91,6 +93,7 @@ class TuningWalk:
 
     def skip(self, packed: PackedLayer) -> None:
         """Pass the next layer, which was tuned before: this came of it."""
+        give_back_freed()
         layer = Layer(self.source, self.next_layer, self._rotary)
         layer.attend_all(self.true)
         layer.attend_all(self.ours, self._values(layer, packed, "qkvo"))
