@@ -49,7 +49,8 @@ from mlx_mixtral_convert.sources.base import TensorSource
 
 __all__ = ["CANDIDATES", "REFERENCE_BITS", "Sensitivity", "candidates_for", "expert_weights", "group_of"]
 
-# From 1.25 to 8.5 bits per weight; finer groups of few bits fill the gaps.
+# From 1.25 to 8.5 bits per weight; finer groups of few bits fill the gaps. One bit in groups of 64 is never taken beside groups
+# of 128: measured at six sizes, it changes nothing.
 CANDIDATES = tuple(
     QuantizationSpec(bits, group)
     for bits, group in (
@@ -70,9 +71,12 @@ def group_of(matrix: Matrix) -> str | None:
 
 
 def candidates_for(in_features: int) -> list[QuantizationSpec]:
-    """The candidates whose groups divide rows of ``in_features``; groups of 32 at every width where 64 does not."""
+    """The candidates whose groups divide rows of ``in_features``: 1 bit in groups of 64 where 128 does not divide them, groups
+    of 32 at every width where 64 does not.
+    """
     if in_features % 64 == 0:
-        return [spec for spec in CANDIDATES if in_features % spec.group_size == 0]
+        fitting = [spec for spec in CANDIDATES if in_features % spec.group_size == 0]
+        return fitting if in_features % 128 == 0 else [QuantizationSpec(1, 64), *fitting]
     return [QuantizationSpec(bits, 32) for bits in AFFINE_BITS] if in_features % 32 == 0 else []
 
 

@@ -166,6 +166,8 @@ def test_dense_models_and_narrow_rows_are_fitted_too() -> None:
     assert candidates_for(96)
     assert all(spec.group_size == 32 for spec in candidates_for(96))
     assert candidates_for(80) == []
+    assert [str(spec) for spec in candidates_for(192)][:2] == ["1-bit g64", "2-bit g64"]
+    assert [str(spec) for spec in candidates_for(256)][:2] == ["1-bit g128", "2-bit g128"]
     undivided = MixtralConfig.from_hf(CONFIG | {"intermediate_size": 344})
     assigned = fit(undivided, 1_200_000).recipe.assign(undivided)
     assert {path.rpartition(".")[2] for path, spec in assigned.items() if spec is None} >= {"down_proj", "gate"}
