@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from mlx_mixtral import Chunk, TextStream
 from mlx_mixtral.cli.adapters import AdapterFacts
 from mlx_mixtral.cli.console import emit_json, note
 from mlx_mixtral.cli.streaming import Interruptible, completion, note_warnings, print_stream, stats_line
+from mlx_mixtral.cli.terminal_modes import keeping_output
 
 __all__ = ["print_answer"]
 
@@ -35,7 +37,7 @@ def print_answer(
         KeyboardInterrupt: Ctrl-C was pressed; what had been generated is printed.
     """
     chunks: list[Chunk] = []
-    with Interruptible() as interrupt:
+    with keeping_output(sys.stdout), Interruptible() as interrupt:
         stream = begin(interrupt)
         note_warnings(stream.stats)
         try:

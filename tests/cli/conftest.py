@@ -61,6 +61,16 @@ def said(*arguments):
     return slow_token(*arguments)
 loop.read_token = said
 """
+# With SLOW_TOKENS: a file that appears with the twentieth token.
+TOUCHES = """
+from pathlib import Path
+tokens, slow_token = iter(range(10**6)), loop.read_token
+def said(*arguments):
+    if next(tokens) == 20:
+        Path({!r}).touch()
+    return slow_token(*arguments)
+loop.read_token = said
+"""
 
 
 @pytest.fixture

@@ -26,13 +26,14 @@ PATIENCE_S = 30
 
 
 class Terminal:
-    """``chat`` at a terminal of its own.
+    """A command at a terminal of its own.
 
     Args:
         start: the fixture ``spawn``.
         state: where what is typed is remembered.
         before: Python to run in the program first.
         output: where stdout goes instead.
+        command: of the program.
     """
 
     def __init__(
@@ -42,12 +43,13 @@ class Terminal:
         *arguments: object,
         before: str = "",
         output: int | None = None,
+        command: str = "chat",
         **env: str,
     ) -> None:
         self._here, theirs = pty.openpty()
         fcntl.ioctl(self._here, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.process: subprocess.Popen[bytes] = start(
-            "chat",
+            command,
             *arguments,
             before=OWN_TERMINAL + before,
             stdin=theirs,

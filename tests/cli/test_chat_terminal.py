@@ -12,21 +12,10 @@ from typing import Any
 
 import pytest
 
-from .conftest import SLOW_TOKENS, Spawn
+from .conftest import SLOW_TOKENS, TOUCHES, Spawn
 from .terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, TAB, UP, Terminal
 
 Open = Callable[..., Terminal]
-
-# With SLOW_TOKENS: a file that appears with the twentieth token.
-TOUCHES = """
-from pathlib import Path
-tokens, slow_token = iter(range(10**6)), loop.read_token
-def said(*arguments):
-    if next(tokens) == 20:
-        Path({!r}).touch()
-    return slow_token(*arguments)
-loop.read_token = said
-"""
 
 
 @pytest.fixture

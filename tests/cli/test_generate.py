@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from mlx_mixtral import SamplingParams, load
 from mlx_mixtral.cli.console import terminal_safe
 
-from .conftest import SAYS_IT_BEGAN, SLOW_READS, SLOW_TOKENS, Invoke, Spawn, assert_one_error
+from .conftest import SAYS_IT_BEGAN, SLOW_READS, SLOW_TOKENS, TOUCHES, Invoke, Spawn, assert_one_error
+from .terminal import CTRL_C, Terminal
 
 PROMPT = "And it came to pass,"
 
@@ -180,6 +182,22 @@ def test_ctrl_c_while_generating_keeps_the_text_so_far(spawn: Spawn, tiny: Path)
         beginning = model.generate(PROMPT, max_tokens=60, sampling=SamplingParams(logit_bias={2: -100})).text
     assert beginning.startswith(shown) or shown.startswith(beginning)
     assert len(shown) < 2500, "1000 tokens were generated: nothing was interrupted"
+
+
+def test_ctrl_c_at_a_terminal_loses_nothing_that_was_not_read_yet(spawn: Spawn, tiny: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    flags = ("-p", PROMPT, "-n", 1000, "--logit-bias", "2=-100")
+    # More is on its way than a terminal takes from a program while nobody reads.
+    slowly = 'print("-" * 6000, flush=True)\n' + SLOW_TOKENS + TOUCHES.format(str(begun))
+    screen = Terminal(spawn, tmp_path, tiny, *flags, before=slowly, command="generate")
+    while not begun.exists():
+        assert screen.process.poll() is None
+        time.sleep(0.02)
+    screen.type(CTRL_C)
+    assert screen.end() == 130
+    with load(tiny) as model:
+        beginning = model.generate(PROMPT, max_tokens=20, sampling=SamplingParams(logit_bias={2: -100})).text
+    assert beginning in screen.text
 
 
 def test_ctrl_c_keeps_the_text_of_the_json_result_too(spawn: Spawn, tiny: Path) -> None:

@@ -9,6 +9,7 @@ import termios
 from collections.abc import Iterator
 
 from mlx_mixtral.cli.console import one_line
+from mlx_mixtral.cli.terminal_modes import keeping_output
 from mlx_mixtral.errors import InvalidRequestError
 
 __all__ = [
@@ -19,7 +20,6 @@ __all__ = [
     "LineReader",
     "decoded",
     "is_open",
-    "keeping_output",
     "unfenced",
 ]
 
@@ -42,26 +42,6 @@ def unfenced(text: str) -> str:
     if bare.count(FENCE) == 2 and bare.startswith(FENCE) and bare.endswith(FENCE):
         return bare.removeprefix(FENCE).removesuffix(FENCE).strip("\n")
     return text
-
-
-@contextlib.contextmanager
-def keeping_output(*, without: int = 0) -> Iterator[None]:
-    """While entered, Ctrl-C does not throw away what is on its way to the screen, nor what was typed ahead.
-
-    A terminal does both unless it is told otherwise (``NOFLSH``): an answer would be shown with a hole that it does not have.
-    https://pubs.opengroup.org/onlinepubs/9799919799/basedefs/V1_chap11.html
-
-    Args:
-        without: other local modes of the terminal, which are off meanwhile.
-    """
-    before = termios.tcgetattr(sys.stdin)
-    changed = list(before)
-    changed[3] = (changed[3] | termios.NOFLSH) & ~without
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, changed)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 class LineReader:
@@ -92,7 +72,7 @@ class LineReader:
 
     def session(self) -> contextlib.AbstractContextManager[None]:
         """Between messages the terminal takes lines as ever, which wait."""
-        return keeping_output() if self.is_terminal else contextlib.nullcontext()
+        return keeping_output(sys.stdin)
 
     def confirm(self, question: str) -> bool:
         """The answer to a question on a terminal; no for Ctrl-C and Ctrl-D, and without one."""

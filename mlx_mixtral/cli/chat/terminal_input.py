@@ -20,8 +20,9 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from mlx_mixtral.cli.chat.history import FileHistory
-from mlx_mixtral.cli.chat.line_input import CONTINUED, PROMPT, decoded, is_open, keeping_output, unfenced
+from mlx_mixtral.cli.chat.line_input import CONTINUED, PROMPT, decoded, is_open, unfenced
 from mlx_mixtral.cli.console import note, one_line
+from mlx_mixtral.cli.terminal_modes import keeping_output
 
 __all__ = ["TerminalReader", "can_edit"]
 
@@ -100,7 +101,7 @@ class TerminalReader:
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Between messages what is typed is not shown and waits, past a Ctrl-C too, which is a signal as ever."""
-        with keeping_output(without=termios.ECHO | termios.ICANON):
+        with keeping_output(sys.stdin, without=termios.ECHO | termios.ICANON):
             try:
                 yield
             finally:
