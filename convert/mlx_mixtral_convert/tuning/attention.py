@@ -69,12 +69,14 @@ def tune_attention(
 ) -> dict[str, PackedFields]:
     """The layer's matrices by ``q``, ``k``, ``v`` and ``o``, tuned.
 
+    The layer's own ones are let go of as soon as they are not needed.
+
     Args:
         first: them as they are before they learn.
         states: what they meet.
         wanted: what should come out, the states included.
     """
-    learners = {name: make_learner(layer.attention[name], first[name], specs[name], RATES) for name in first}
+    learners = {name: make_learner(layer.attention.pop(name), first[name], specs[name], RATES) for name in first}
     if not any(isinstance(learner, TrainedMatrix) for learner in learners.values()):
         return dict(first)
     heads = Heads(layer.config, rotary)

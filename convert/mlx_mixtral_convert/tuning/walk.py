@@ -39,8 +39,8 @@ from mlx_mixtral_convert.tuning.packed import PackedExpert, dequantized
 
 __all__ = ["ATTENTION_COPIES", "PackedLayer", "TuningWalk"]
 
-# Numbers held for each of attention's while all of it learns: weights, codes, what Adam remembers, values, a gradient.
-ATTENTION_COPIES = 7
+# Numbers held for each of attention's while all of it learns: codes, what Adam remembers, values, a gradient, one on its way.
+ATTENTION_COPIES = 6
 
 
 class TuningWalk:

@@ -16,12 +16,13 @@ from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral_convert import Calibration, Recipe, convert
 from mlx_mixtral_convert.calibration import states
-from mlx_mixtral_convert.calibration.layer import read_matrix
+from mlx_mixtral_convert.calibration.layer import Layer, read_matrix
 from mlx_mixtral_convert.calibration.walk import Walk
 from mlx_mixtral_convert.output.plan import make_plan
 from mlx_mixtral_convert.rounding import Gptq, Tuned
 from mlx_mixtral_convert.sources import open_source
 from mlx_mixtral_convert.tuning import attention, experts, packed
+from mlx_mixtral_convert.tuning import walk as tuning_walk
 from mlx_mixtral_convert.tuning.walk import TuningWalk
 from tests.convert.support import CONFIG, dense_config, hashes, load_arrays, make_checkpoint, measured, read_output
 from tests.convert.test_resume import stop_at
@@ -149,6 +150,26 @@ def test_no_layer_is_held_while_the_next_one_is_made(source: Path, monkeypatch: 
             rounder.pack(matrix, 0, read_matrix(tensors, matrix).astype(mx.bfloat16), spec)
             assert getattr(rounder, kept)
     assert held == [0, 0, 0, 0]
+
+
+def test_attention_learns_without_its_unpacked_matrices_in_memory(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def make(*arguments: Any) -> Layer:
+        made.append(Layer(*arguments))
+        return made[-1]
+
+    def step(*arguments: Any) -> None:
+        held.append(len(made[-1].attention))
+
+    made: list[Layer] = []
+    monkeypatch.setattr(tuning_walk, "Layer", make)
+    monkeypatch.setattr(attention, "step", step)
+    convert(source, tmp_path / "out", recipe=RECIPE, calibration=calibration(source))
+    assert held
+    assert not any(held)
 
 
 def test_tuning_without_a_calibration_is_refused(tmp_path: Path, source: Path) -> None:
