@@ -85,6 +85,7 @@ class TuningWalk:
         for expert in experts:
             tuning.begin(expert, self._start)
         for expert in experts:
+            give_back_freed()  # what the expert before took
             tuning.learn(expert, random)
         found |= tuning.packed
         self._pass_packed(layer, found)
