@@ -12,6 +12,7 @@ import numpy as np
 from mlx_mixtral.config.layout import Matrix, fields_of, matrices, module_tensor
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.errors import InvalidRequestError
+from mlx_mixtral.machine.allocator import give_back_freed
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral_convert.calibration.file import Calibration
 from mlx_mixtral_convert.calibration.layer import read_matrix
@@ -133,6 +134,8 @@ class Tuned:
         if matrix.layer is not None:
             return dict(self._layer[matrix.path][expert])
         if self._head is None:
+            self._layer = {}  # the last one is written
+            give_back_freed()
             self._head = walk.head_sum()
         return self._pack(matrix, expert, weights, spec, self._head)
 
