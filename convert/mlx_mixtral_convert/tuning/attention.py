@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_mixtral.config.mixtral import MixtralConfig
 from mlx_mixtral.config.quantization import QuantizationSpec
@@ -22,6 +23,7 @@ from mlx_mixtral_convert.tuning.trained import (
     Learner,
     Rates,
     TrainedMatrix,
+    is_judge,
     make_learner,
     shares_of_rate,
     steps_for,
@@ -69,7 +71,8 @@ def tune_attention(
 ) -> dict[str, PackedFields]:
     """The layer's matrices by ``q``, ``k``, ``v`` and ``o``, tuned.
 
-    The layer's own ones are let go of as soon as they are not needed.
+    The layer's own ones are let go of as soon as they are not needed. What is learned is kept where it is better on sequences
+    that nothing learned from.
 
     Args:
         first: them as they are before they learn.
@@ -79,15 +82,41 @@ def tune_attention(
     learners = {name: make_learner(layer.attention.pop(name), first[name], specs[name], RATES) for name in first}
     if not any(isinstance(learner, TrainedMatrix) for learner in learners.values()):
         return dict(first)
-    heads = Heads(layer.config, rotary)
-    for share in shares_of_rate(steps_for(STEPS, states.count, BATCH_SEQUENCES)):
-        rows = random.permutation(states.count)[:BATCH_SEQUENCES].tolist()
-        met, true = (mx.concatenate([held.sequences(row, row + 1) for row in rows]) for held in (states, wanted))
-        step(heads, learners, layer.input_norm(met), true - met, 1 / mx.square(true).mean(axis=-1), share)
+    heads, numbers = Heads(layer.config, rotary), np.arange(states.count, dtype=np.int32)
+    seen, unseen = numbers[~is_judge(numbers)], numbers[is_judge(numbers)]
+
+    def lesson(rows: npt.NDArray[np.int32]) -> tuple[mx.array, mx.array, mx.array]:
+        """What attention meets, what it should give, and how much each token counts."""
+        met, true = (
+            mx.concatenate([held.sequences(row, row + 1) for row in rows.tolist()]) for held in (states, wanted)
+        )
+        return layer.input_norm(met), true - met, 1 / mx.square(true).mean(axis=-1)
+
+    def loss() -> float:
+        batches = np.split(unseen, range(BATCH_SEQUENCES, len(unseen), BATCH_SEQUENCES))
+        return sum(_loss(heads, learners, *lesson(rows)) for rows in batches if len(rows))
+
+    before = loss()
+    for share in shares_of_rate(steps_for(STEPS, len(seen), BATCH_SEQUENCES)):
+        step(heads, learners, *lesson(random.permutation(seen)[:BATCH_SEQUENCES]), share)
+    if not loss() < before:
+        return dict(first)
     return {
         name: learner.packed() if isinstance(learner, TrainedMatrix) else first[name]
         for name, learner in learners.items()
     }
+
+
+def _loss(
+    heads: Callable[[mx.array, mx.array, mx.array], mx.array],
+    matrices: Mapping[str, Learner],
+    x: mx.array,
+    wanted: mx.array,
+    counts: mx.array,
+) -> float:
+    """The squared error, as its tokens count."""
+    out = times(heads(*(times(x, matrices[name].values) for name in "qkv")), matrices["o"].values)
+    return float((counts * mx.square(out - wanted).sum(axis=-1)).sum())
 
 
 def step(

@@ -53,6 +53,11 @@ class Swiglu:
         a, b = times(x, gate), times(x, up)
         return times(a * mx.sigmoid(a) * b, down)
 
+    def loss(self, lesson: Lesson) -> float:
+        """The squared error of the tokens of ``lesson``, as they count."""
+        error = lesson.routing[:, None] * self(lesson.x) - lesson.wanted
+        return float((lesson.counts * mx.square(error).sum(axis=-1)).sum())
+
     def step(self, lesson: Lesson, share: float) -> None:
         """One step against the squared error of the tokens of ``lesson``."""
         gate, up, down = self._values()

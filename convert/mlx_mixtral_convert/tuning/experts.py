@@ -14,11 +14,19 @@ import numpy.typing as npt
 from mlx_mixtral.config.layout import Matrix
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral_convert.calibration.layer import Layer, read_matrix
-from mlx_mixtral_convert.calibration.states import States
+from mlx_mixtral_convert.calibration.states import States, pieces
 from mlx_mixtral_convert.calibration.statistics import InputSum
 from mlx_mixtral_convert.tuning.expert import BATCH_TOKENS, Lesson, Swiglu, learn
-from mlx_mixtral_convert.tuning.packed import PackedExpert, PackedFields, columns_of, hidden_blocks, joined, rows_of
-from mlx_mixtral_convert.tuning.trained import Rates, TrainedMatrix, make_learner, steps_for
+from mlx_mixtral_convert.tuning.packed import (
+    PackedExpert,
+    PackedFields,
+    columns_of,
+    dequantized,
+    hidden_blocks,
+    joined,
+    rows_of,
+)
+from mlx_mixtral_convert.tuning.trained import FixedMatrix, Rates, TrainedMatrix, is_judge, make_learner, steps_for
 
 __all__ = ["EXPERT_MATRICES", "ExpertsTuning", "PackedLayer", "Start"]
 
@@ -77,18 +85,22 @@ class ExpertsTuning:
             self._missing.add(tokens, -weights * whole(x))
 
     def learn(self, expert: int, random: np.random.Generator) -> None:
-        """Let an expert learn."""
+        """Let an expert learn, block by block; a block keeps what it learned where that is better on text it has not seen."""
         own, routing = self._routing.tokens[expert], mx.array(self._routing.weights[expert])
         if len(own) < MIN_TOKENS or not any(spec is not None and spec.has_biases for spec in self._specs):
             return
-        counts = mx.array(self._counts[own])
+        counts, judges = mx.array(self._counts[own]), is_judge(own // self._states.length)
+        seen, unseen = np.flatnonzero(~judges), np.flatnonzero(judges)
 
-        def lesson(drawn: npt.NDArray[np.int32]) -> Lesson:
-            tokens, rows = own[drawn], mx.array(drawn)
+        def lesson(places: npt.NDArray[np.int_]) -> Lesson:
+            tokens, rows = own[places], mx.array(places.astype(np.int32))
             x = self.layer.post_norm(self._states.take(tokens))
             return Lesson(x, routing[rows], self._missing.take(tokens), counts[rows])
 
-        steps = steps_for(STEPS, len(own), BATCH_TOKENS)
+        def loss(block: Swiglu) -> float:
+            return sum(block.loss(lesson(unseen[piece])) for piece in pieces(len(unseen)))
+
+        steps = steps_for(STEPS, len(seen), BATCH_TOKENS)
         fields = [self.packed[matrix.path][expert] for matrix in self.matrices]
         weights = [read_matrix(self.layer.source, matrix, expert, as_stored=True) for matrix in self.matrices]
         learned: list[list[PackedFields]] = [[], [], []]
@@ -99,7 +111,10 @@ class ExpertsTuning:
             )
             # While it learns, what the block gives is missing too.
             self._add(expert, block, 1)
-            learn(block, lesson, len(own), steps, random)
+            before = loss(block)
+            learn(block, lambda drawn: lesson(seen[drawn]), len(seen), steps, random)
+            if not loss(block) < before:
+                block = _fixed([first for _, first in parts], self._specs)
             self._add(expert, block, -1)
             for found, learner, (_, first) in zip(learned, (block.gate, block.up, block.down), parts, strict=True):
                 found.append(learner.packed() if isinstance(learner, TrainedMatrix) else first)
@@ -126,6 +141,11 @@ class ExpertsTuning:
 
 def _rates(spec: QuantizationSpec | None) -> Rates:
     return RATES_FROM_4_BITS if spec is None else RATES.get(spec.bits, RATES_FROM_4_BITS)
+
+
+def _fixed(fields: Sequence[PackedFields], specs: Sequence[QuantizationSpec | None]) -> Swiglu:
+    """A block that does not learn."""
+    return Swiglu(*(FixedMatrix(dequantized(packed, spec)) for packed, spec in zip(fields, specs, strict=True)))
 
 
 def _block(

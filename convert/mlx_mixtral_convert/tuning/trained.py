@@ -15,12 +15,22 @@ from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral_convert.packing.codes import pack
 from mlx_mixtral_convert.tuning.packed import PackedFields, dequantized
 
-__all__ = ["FixedMatrix", "Learner", "Rates", "TrainedMatrix", "make_learner", "shares_of_rate", "steps_for"]
+__all__ = [
+    "FixedMatrix",
+    "Learner",
+    "Rates",
+    "TrainedMatrix",
+    "is_judge",
+    "make_learner",
+    "shares_of_rate",
+    "steps_for",
+]
 
 # Adam's decay of mean and mean square, and what keeps a silent weight's step finite.
 MEAN_DECAY, SQUARE_DECAY, SILENT = 0.9, 0.99, 1e-12
@@ -29,6 +39,8 @@ HALF = 0.499
 WARM_UP = 0.05
 # How often anything is learned from.
 MAX_PASSES = 4
+# One of so many sequences judges.
+JUDGE_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,11 @@ def shares_of_rate(steps: int) -> list[float]:
 def steps_for(most: int, count: int, batch: int) -> int:
     """How many steps of ``batch`` to take with ``count`` to learn from: what is seen too often is learned by heart."""
     return max(1, min(most, MAX_PASSES * count // batch))
+
+
+def is_judge(sequences: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Which of these sequences, by number, nothing learns from: they tell whether what was learned holds for other text."""
+    return np.equal(sequences % JUDGE_EVERY, JUDGE_EVERY - 1)
 
 
 class _Adam:

@@ -63,6 +63,7 @@ class TuningWalk:
         self.source, self.config, self.specs, self._start = source, source.config, specs, start
         self._rotary = Rotary(self.config.rope, self.config.head_dim)
         check_memory(source, copies=ATTENTION_COPIES)
+        give_back_freed()
         self.next_layer = 0
         self.true = embedded(tokens, read_matrix(source, next(iter(matrices(self.config)))), folder)
         self.ours = States(self.true.length, self.true.width, folder)

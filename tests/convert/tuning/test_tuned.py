@@ -66,7 +66,7 @@ def test_fresh_text_loses_less_than_with_error_compensation(tmp_path: Path, chan
     for rounding in ("gptq", "tuned"):
         convert(source, tmp_path / rounding, recipe=Recipe(2, 64, rounding=rounding), calibration=known)
         lost[rounding] = float(np.square(logits(tmp_path / rounding, fresh) - true).mean())
-    assert lost["tuned"] < 0.9 * lost["gptq"]
+    assert lost["tuned"] < 0.95 * lost["gptq"]
 
 
 def test_states_of_the_packed_stream_are_those_of_what_is_written(tmp_path: Path, source: Path) -> None:
