@@ -23,6 +23,7 @@ from mlx_mixtral_convert.rounding import Gptq, Tuned
 from mlx_mixtral_convert.sources import open_source
 from mlx_mixtral_convert.tuning import attention, experts, packed
 from mlx_mixtral_convert.tuning import walk as tuning_walk
+from mlx_mixtral_convert.tuning.trained import Rates
 from mlx_mixtral_convert.tuning.walk import TuningWalk
 from tests.convert.support import CONFIG, dense_config, hashes, load_arrays, make_checkpoint, measured, read_output
 from tests.convert.test_resume import stop_at
@@ -31,7 +32,7 @@ STEPS = 5 + 3 * 2  # of the progress of one layer
 RECIPE = Recipe(2, 64, rounding="tuned")
 
 
-def calibration(folder: Path, sequences: int = 40) -> Calibration:
+def calibration(folder: Path, sequences: int = 160) -> Calibration:
     return measured(folder, sequences, 24)
 
 
@@ -127,6 +128,23 @@ def test_an_expert_in_blocks_learns_as_well(tmp_path: Path, monkeypatch: pytest.
         lost.append(float(np.square(logits(tmp_path / str(units), fresh) - true).mean()))
     assert hashes(tmp_path / "1024") != hashes(tmp_path / "128")
     assert lost[1] < 1.1 * lost[0]
+
+
+def test_what_is_worse_on_text_that_nothing_learned_from_is_not_kept(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = calibration(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "learn", lambda *_: None)
+        patch.setattr(attention, "step", lambda *_: None)
+        convert(source, tmp_path / "begun", recipe=RECIPE, calibration=known)
+    monkeypatch.setattr(experts, "RATES", {2: Rates(3, 3)})
+    monkeypatch.setattr(attention, "RATES", Rates(3, 3))
+    convert(source, tmp_path / "spoilt", recipe=RECIPE, calibration=known)
+    assert hashes(tmp_path / "spoilt") == hashes(tmp_path / "begun")
+    monkeypatch.setattr(experts, "RATES", {2: Rates(0.1, 0.01)})
+    convert(source, tmp_path / "learned", recipe=RECIPE, calibration=known)
+    assert hashes(tmp_path / "learned") != hashes(tmp_path / "begun")
 
 
 def test_no_layer_is_held_while_the_next_one_is_made(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
