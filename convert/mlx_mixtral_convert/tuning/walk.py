@@ -3,8 +3,8 @@
 Every part learns on the states that the packed layers before it leave, and to give what the unquantised model has there: so it
 makes up for what earlier parts lost, as far as it can see that. First attention, whose output should lead to the unquantised
 states before the experts; then the experts. A token's squared error counts by the inverse of the mean square of its state, for
-the norm that follows divides by that. Nothing learns from one in eight sequences: what is worse on these after it learned stays as
-it was before.
+the norm that follows divides by that. Nothing learns from one in eight sequences: what is worse on these after it learned
+stays as it was before.
 
 Held are one layer in packed form, and attention's matrices or one expert in full precision. Both models' states and a third
 of their size are on the disk: 0.8 GB for 16,384 tokens of 8x7B, 3.2 GB for 65,536.
