@@ -80,10 +80,10 @@ def tune_attention(
         wanted: what should come out, the states included.
     """
     learners = {name: make_learner(layer.attention.pop(name), first[name], specs[name], RATES) for name in first}
-    if not any(isinstance(learner, TrainedMatrix) for learner in learners.values()):
-        return dict(first)
     heads, numbers = Heads(layer.config, rotary), np.arange(states.count, dtype=np.int32)
     seen, unseen = numbers[~is_judge(numbers)], numbers[is_judge(numbers)]
+    if not (len(seen) and len(unseen) and any(isinstance(learner, TrainedMatrix) for learner in learners.values())):
+        return dict(first)
 
     def lesson(rows: npt.NDArray[np.int32]) -> tuple[mx.array, mx.array, mx.array]:
         """What attention meets, what it should give, and how much each token counts."""

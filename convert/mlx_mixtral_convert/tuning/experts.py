@@ -39,7 +39,7 @@ STEPS = 120
 # By bits: at more of them there is less to make up for, and steps as large lose more than they gain.
 RATES = {1: Rates(0.1, 0.01), 2: Rates(0.1, 0.01), 3: Rates(0.07, 0.007)}
 RATES_FROM_4_BITS = Rates(0.05, 0.005)
-# An expert that fewer tokens chose stays as it was packed first.
+# An expert that has fewer tokens to learn from, or none to be judged by, stays as it was packed first.
 MIN_TOKENS = 64
 
 
@@ -87,10 +87,15 @@ class ExpertsTuning:
     def learn(self, expert: int, random: np.random.Generator) -> None:
         """Let an expert learn, block by block; a block keeps what it learned where that is better on text it has not seen."""
         own, routing = self._routing.tokens[expert], mx.array(self._routing.weights[expert])
-        if len(own) < MIN_TOKENS or not any(spec is not None and spec.has_biases for spec in self._specs):
-            return
-        counts, judges = mx.array(self._counts[own]), is_judge(own // self._states.length)
+        judges = is_judge(own // self._states.length)
         seen, unseen = np.flatnonzero(~judges), np.flatnonzero(judges)
+        if (
+            len(seen) < MIN_TOKENS
+            or not len(unseen)
+            or not any(spec is not None and spec.has_biases for spec in self._specs)
+        ):
+            return
+        counts = mx.array(self._counts[own])
 
         def lesson(places: npt.NDArray[np.int_]) -> Lesson:
             tokens, rows = own[places], mx.array(places.astype(np.int32))

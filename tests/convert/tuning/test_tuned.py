@@ -21,7 +21,7 @@ from mlx_mixtral_convert.calibration.walk import Walk
 from mlx_mixtral_convert.output.plan import make_plan
 from mlx_mixtral_convert.rounding import Gptq, Tuned
 from mlx_mixtral_convert.sources import open_source
-from mlx_mixtral_convert.tuning import attention, experts, packed
+from mlx_mixtral_convert.tuning import attention, experts, packed, trained
 from mlx_mixtral_convert.tuning import walk as tuning_walk
 from mlx_mixtral_convert.tuning.trained import Rates
 from mlx_mixtral_convert.tuning.walk import TuningWalk
@@ -145,6 +145,10 @@ def test_what_is_worse_on_text_that_nothing_learned_from_is_not_kept(
     monkeypatch.setattr(experts, "RATES", {2: Rates(0.1, 0.01)})
     convert(source, tmp_path / "learned", recipe=RECIPE, calibration=known)
     assert hashes(tmp_path / "learned") != hashes(tmp_path / "begun")
+    for every in (1, 1000):  # nothing to learn from, and nothing to be judged by
+        monkeypatch.setattr(trained, "JUDGE_EVERY", every)
+        convert(source, tmp_path / str(every), recipe=RECIPE, calibration=known)
+        assert hashes(tmp_path / str(every)) == hashes(tmp_path / "begun")
 
 
 def test_no_layer_is_held_while_the_next_one_is_made(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
