@@ -85,7 +85,8 @@ for options in json.loads(sys.argv[3]):
 
 @dataclass
 class Hub:
-    """``failures`` of all range requests fail, in one of four ways; ``served`` has (file, start, bytes) of each answer.
+    """``failures`` of all range requests that begin at ``failures_from`` or after it fail, in one of four ways; ``served``
+    has (file, start, bytes) of each answer.
 
     ``revisions`` are those files were asked for at; ``listed`` sizes the listing says in place of the true ones; ``large``
     whether it knows the weights' sha256. The first pieces are answered when ``together`` of them are asked for at once.
@@ -95,6 +96,7 @@ class Hub:
     url: str = ""
     commit: str = COMMIT
     failures: float = 0.0
+    failures_from: int = 0
     ranges: bool = True
     status: int | None = None
     hangs: threading.Event = field(default_factory=threading.Event)
@@ -188,7 +190,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             with hub.lock:
-                way = hub.random.choice(BREAKS) if hub.random.random() < hub.failures else ""
+                fails = start >= hub.failures_from and hub.random.random() < hub.failures
+                way = hub.random.choice(BREAKS) if fails else ""
                 part = hub.random.randint(0, stop - start - 1)
                 hub.broken[way] += bool(way)
             if way in ("503", "429"):

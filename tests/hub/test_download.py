@@ -83,7 +83,7 @@ def test_more_than_the_file_has_is_begun_again(tmp_path: Path, repository: Path)
 def test_what_came_before_a_failure_is_kept(tmp_path: Path, repository: Path) -> None:
     home = tmp_path / "home"
     with serve(repository) as hub:
-        hub.failures = 0.5
+        hub.failures, hub.failures_from = 1, 2100
         result = ask(home, hub, attempts=2)
         assert result["kind"] == "HubError"
         kept = next(blob(home).parent.glob("*.incomplete")).read_bytes()
