@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -140,6 +142,8 @@ def running(folder: Path, loading: Callable[[], Mixtral] | None = None, **option
             server.stop()
             server.stop()
             found.thread.join(PATIENCE_S)
+            if found.thread.is_alive():
+                faulthandler.dump_traceback(sys.__stderr__)  # what it waits for
             assert not found.thread.is_alive()
 
 
