@@ -24,6 +24,7 @@ from mlx_mixtral_convert.packing.search import search
 from mlx_mixtral_convert.sources.base import TensorSource
 from mlx_mixtral_convert.tuning.experts import PackedLayer
 from mlx_mixtral_convert.tuning.packed import PackedFields
+from mlx_mixtral_convert.tuning.trained import JUDGE_EVERY
 from mlx_mixtral_convert.tuning.walk import TuningWalk
 
 __all__ = ["Gptq", "Rounder", "Search", "Tuned", "make_rounder"]
@@ -203,7 +204,7 @@ def make_rounder(
     """The rounder for a recipe's ``rounding``; None for ``plain``.
 
     Raises:
-        InvalidRequestError: GPTQ or tuning without a calibration.
+        InvalidRequestError: GPTQ or tuning without a calibration, tuning with too little text.
     """
     if method == "search":
         return Search(calibration)
@@ -211,6 +212,12 @@ def make_rounder(
         if calibration is None:
             raise InvalidRequestError(
                 f"rounding {method} needs a calibration file; make one with mlx-mixtral calibrate"
+            )
+        sequences, length = calibration.tokens.shape
+        if method == "tuned" and sequences < JUDGE_EVERY:
+            raise InvalidRequestError(
+                f"rounding tuned needs {JUDGE_EVERY} sequences of text, one of them to judge what was learned, and the "
+                f"calibration has {sequences}; make one with mlx-mixtral calibrate --tokens {JUDGE_EVERY * length}, or use gptq"
             )
         return Gptq(calibration, open_source) if method == "gptq" else Tuned(calibration, open_source, plan)
     return None

@@ -22,6 +22,7 @@ from mlx_mixtral_convert.packing.codes import pack
 from mlx_mixtral_convert.tuning.packed import PackedFields, dequantized
 
 __all__ = [
+    "JUDGE_EVERY",
     "FixedMatrix",
     "Learner",
     "Rates",

@@ -109,7 +109,7 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(
 
 
 def test_experts_that_met_too_little_stay_as_they_were_packed_first(tmp_path: Path, source: Path) -> None:
-    known = calibration(source, sequences=1)
+    known = measured(source, 8, 3)
     for rounding in ("search", "tuned"):
         recipe = Recipe(2, 64, overrides={"*.self_attn.*": None}, rounding=rounding)
         convert(source, tmp_path / rounding, recipe=recipe, calibration=known)
@@ -194,7 +194,10 @@ def test_attention_learns_without_its_unpacked_matrices_in_memory(
     assert not any(held)
 
 
-def test_tuning_without_a_calibration_is_refused(tmp_path: Path, source: Path) -> None:
+def test_tuning_without_a_calibration_or_with_too_little_text_is_refused(tmp_path: Path, source: Path) -> None:
     with pytest.raises(InvalidRequestError, match="rounding tuned needs a calibration file"):
         convert(source, tmp_path / "out", recipe=RECIPE)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InvalidRequestError, match=r"needs 8 sequences of text, .* has 7; .* --tokens 192, or use gptq"):
+        convert(source, tmp_path / "out", recipe=RECIPE, calibration=calibration(source, sequences=7))
     assert not (tmp_path / "out").exists()
