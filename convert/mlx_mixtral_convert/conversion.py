@@ -47,7 +47,7 @@ from mlx_mixtral_convert.report import (
     peak_memory_bytes,
     width_notes,
 )
-from mlx_mixtral_convert.rounding import Gptq, Search, Tuned, make_rounder
+from mlx_mixtral_convert.rounding import LayerByLayer, Search, make_rounder
 from mlx_mixtral_convert.sources import TensorSource, main_dtype, matrix_bytes, small_files
 from mlx_mixtral_convert.sources.adapted import AdaptedSource
 from mlx_mixtral_convert.sources.storage.remote import open_remote
@@ -123,8 +123,8 @@ def convert(
         DiskSpaceError: the disk has too little room, before or while writing.
         HubError: the repository cannot be downloaded.
         InvalidRequestError: an argument of a wrong type; an empty ``source`` or ``dest``; an unknown ``dtype`` or ``kind``;
-            ``exact`` with ``fit`` or a source of floats; rounding by gptq without a calibration; ``fit`` with one that has
-            no sensitivities.
+            ``exact`` with ``fit`` or a source of floats; rounding by gptq or tuned without a calibration; ``fit`` with one that
+            has no sensitivities.
         MemoryBudgetError: ``fit`` is less than the model can be made.
         TokenizerError: the tokenizer has more pieces than the model has embeddings.
     """
@@ -212,7 +212,7 @@ class _Chosen:
     recipe: Recipe
     recorded: dict[str, Any]
     plan: Plan
-    rounder: Search | Gptq | Tuned | None
+    rounder: Search | LayerByLayer | None
     expected: Expected | None
     notes: tuple[str, ...] = ()
 
@@ -267,12 +267,11 @@ def _write(
     cancelled: Callable[[], bool] | None,
 ) -> Written:
     rounder = chosen.rounder
-    if isinstance(rounder, (Gptq, Tuned)):
+    if isinstance(rounder, LayerByLayer):
         rounder.folder = partial
-    if isinstance(rounder, Tuned):
         layers = {shard.layer: partial / shard.file for shard in chosen.plan.shards if shard.file in journal.finished}
         rounder.finished = {layer: file for layer, file in layers.items() if layer is not None}
-    with closing(rounder) if isinstance(rounder, (Gptq, Tuned)) else nullcontext():
+    with closing(rounder) if isinstance(rounder, LayerByLayer) else nullcontext():
         return write_weights(
             tensors, chosen.plan, partial, journal=journal, step=counter.step, cancelled=cancelled, rounder=rounder
         )

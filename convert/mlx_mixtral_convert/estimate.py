@@ -17,10 +17,10 @@ from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.measure import ErrorSum
 from mlx_mixtral_convert.pipeline import pack_piece, packed_arrays, read_piece
 from mlx_mixtral_convert.report import peak_memory_bytes
-from mlx_mixtral_convert.rounding import Gptq, Rounder, Tuned
+from mlx_mixtral_convert.rounding import LayerByLayer, Rounder
 from mlx_mixtral_convert.sources import TensorSource, matrix_bytes
 from mlx_mixtral_convert.sources.adapted import AdaptedSource
-from mlx_mixtral_convert.tuning.walk import ATTENTION_COPIES
+from mlx_mixtral_convert.tuning.walk import attention_copies
 
 __all__ = ["Needs", "estimate_conversion"]
 
@@ -42,7 +42,7 @@ class Needs:
 def estimate_conversion(source: TensorSource, plan: Plan, rounder: Rounder | None) -> Needs:
     """Read and pack an expert's matrix as a conversion will, without writing it."""
     return Needs(
-        None if isinstance(rounder, (Gptq, Tuned)) else _seconds(source, plan, rounder),
+        None if isinstance(rounder, LayerByLayer) else _seconds(source, plan, rounder),
         _memory_bytes(source, plan, rounder),
     )
 
@@ -95,12 +95,10 @@ def _memory_bytes(source: TensorSource, plan: Plan, rounder: Rounder | None) -> 
 
 
 def _learned_bytes(plan: Plan, rounder: Rounder | None) -> int:
-    """A walk of the text, with the second moments of a layer, or with a packed layer and those of one expert's down matrix."""
+    """A walk of the text, a packed layer, and the second moments of one expert's down matrix."""
     config = plan.config
-    widths = config.hidden_size, config.intermediate_size
-    moments = [4 * sum(int(block.stop - block.start) ** 2 for block in hessian_blocks(width)) for width in widths]
-    if isinstance(rounder, Gptq):
-        return walk_bytes(config) + config.num_local_experts * sum(moments)
-    if isinstance(rounder, Tuned):
-        return walk_bytes(config, copies=ATTENTION_COPIES) + max(shard.nbytes for shard in plan.shards) + moments[-1]
-    return 0
+    if not isinstance(rounder, LayerByLayer):
+        return 0
+    moments = 4 * sum(int(block.stop - block.start) ** 2 for block in hessian_blocks(config.intermediate_size))
+    walk = walk_bytes(config, copies=attention_copies(learns=rounder.learns))
+    return walk + max(shard.nbytes for shard in plan.shards) + moments

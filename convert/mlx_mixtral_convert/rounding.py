@@ -1,4 +1,4 @@
-"""How codes, scales and biases are chosen at a given packing: plainly, by search, with error compensation, or by tuning."""
+"""How codes, scales and biases are chosen at a given packing: by search, with error compensation, or by learning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral_convert.calibration.file import Calibration
 from mlx_mixtral_convert.calibration.layer import read_matrix
 from mlx_mixtral_convert.calibration.statistics import InputSum, input_name
-from mlx_mixtral_convert.calibration.walk import Sums, Walk
 from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.gptq import gptq
 from mlx_mixtral_convert.packing.search import search
@@ -25,9 +24,9 @@ from mlx_mixtral_convert.sources.base import TensorSource
 from mlx_mixtral_convert.tuning.experts import PackedLayer
 from mlx_mixtral_convert.tuning.packed import PackedFields
 from mlx_mixtral_convert.tuning.trained import JUDGE_EVERY
-from mlx_mixtral_convert.tuning.walk import TuningWalk
+from mlx_mixtral_convert.tuning.walk import PackingWalk
 
-__all__ = ["Gptq", "Rounder", "Search", "Tuned", "make_rounder"]
+__all__ = ["LayerByLayer", "Rounder", "Search", "make_rounder"]
 
 # An expert that saw fewer tokens borrows the rest of its weight from the average over the layer's experts.
 PRIOR_TOKENS = 64
@@ -66,61 +65,22 @@ class Search:
         return mx.array(mixed + np.float32(FLOOR * mean))
 
 
-class Gptq:
-    """Error compensation with one Hessian an expert, gathered layer by layer as the conversion gets to them.
+class LayerByLayer:
+    """Error compensation along two walks of the text, one through the unquantised layers and one through the packed ones.
 
-    The Hessians of one layer are held: 0.7 GB for 8x7B. An expert that saw too few tokens is packed by search.
+    Embedding and router are packed by search; the head for the states that the packed layers leave.
+
+    Args:
+        learns: codes, scales and biases then learn, too.
     """
 
-    folder: Path | None = None
-    """Where hidden states are meanwhile, as for ``States``."""
-
-    def __init__(self, calibration: Calibration, open_source: Callable[[], TensorSource]) -> None:
-        self._search = Search(calibration)
-        self._calibration, self._open = calibration, open_source
-        self._source: TensorSource | None = None
-        self._walk: Walk | None = None
-        self._sums: Sums = {}
-        self._layer: int | None = -1
-
-    def pack(self, matrix: Matrix, expert: int, weights: mx.array, spec: QuantizationSpec) -> dict[str, mx.array]:
-        if matrix.part in ("embedding", "router"):
-            return self._search.pack(matrix, expert, weights, spec)
-        found = self._sum(matrix, expert)
-        if not _says_enough(found):
-            return self._search.pack(matrix, expert, weights, spec)
-        return gptq(weights, spec, found.hessian)
-
-    def close(self) -> None:
-        if self._source is not None:
-            self._source.close()
-        if self._walk is not None:
-            self._walk.close()
-
-    def _sum(self, matrix: Matrix, expert: int) -> InputSum:
-        if self._walk is None:
-            self._source = self._open()
-            self._walk = Walk(self._source, self._calibration.tokens, full=True, folder=self.folder)
-        while self._layer != matrix.layer:
-            self._sums = {}  # before those of the next one are gathered
-            if self._walk.next_layer < self._walk.config.num_hidden_layers:
-                layer, self._sums = self._walk.step()
-                self._layer = layer.index
-            else:
-                self._layer, self._sums = None, self._walk.head_sum()
-        return self._sums[input_name(matrix)][expert]
-
-
-class Tuned:
-    """Codes, scales and biases learned layer by layer, when the conversion gets to the first matrix of one.
-
-    Embedding and router are packed by search; the head with error compensation for the states that the packed layers leave.
-    """
-
-    def __init__(self, calibration: Calibration, open_source: Callable[[], TensorSource], plan: Plan) -> None:
+    def __init__(
+        self, calibration: Calibration, open_source: Callable[[], TensorSource], plan: Plan, *, learns: bool
+    ) -> None:
         self._search, self._calibration, self._open, self._plan = Search(calibration), calibration, open_source, plan
+        self.learns = learns
         self._source: TensorSource | None = None
-        self._walk: TuningWalk | None = None
+        self._walk: PackingWalk | None = None
         self._layer: PackedLayer = {}
         self._head: InputSum | None = None
         self.finished: Mapping[int, Path] = {}
@@ -146,17 +106,19 @@ class Tuned:
         if self._walk is not None:
             self._walk.close()
 
-    def _walk_to(self, layer: int | None) -> TuningWalk:
+    def _walk_to(self, layer: int | None) -> PackingWalk:
         """Past ``layer``, or all of them."""
         if self._walk is None or self._source is None:
             self._source = self._open()
             specs = {path: None if self._plan.keeps(path) else spec for path, spec in self._plan.specs.items()}
-            self._walk = TuningWalk(self._source, self._calibration.tokens, specs, self._start, self.folder)
+            self._walk = PackingWalk(
+                self._source, self._calibration.tokens, specs, self._start, self.folder, learns=self.learns
+            )
         last = self._plan.config.num_hidden_layers - 1 if layer is None else layer
         while self._walk.next_layer <= last:
             self._layer = {}  # before the next one is held
             if (file := self.finished.get(self._walk.next_layer)) is None:
-                self._layer = self._walk.tune()
+                self._layer = self._walk.step()
             else:
                 self._walk.skip(self._read(self._source, self._walk.next_layer, file))
         return self._walk
@@ -200,7 +162,7 @@ def _says_enough(found: InputSum) -> bool:
 
 def make_rounder(
     method: str, calibration: Calibration | None, open_source: Callable[[], TensorSource], plan: Plan
-) -> Search | Gptq | Tuned | None:
+) -> Search | LayerByLayer | None:
     """The rounder for a recipe's ``rounding``; None for ``plain``.
 
     Raises:
@@ -219,5 +181,5 @@ def make_rounder(
                 f"rounding tuned needs {JUDGE_EVERY} sequences of text, one of them to judge what was learned, and the "
                 f"calibration has {sequences}; make one with mlx-mixtral calibrate --tokens {JUDGE_EVERY * length}, or use gptq"
             )
-        return Gptq(calibration, open_source) if method == "gptq" else Tuned(calibration, open_source, plan)
+        return LayerByLayer(calibration, open_source, plan, learns=method == "tuned")
     return None

@@ -40,8 +40,8 @@ class Calibration:
 
     ``mean_squares`` has an array ``[experts, in]`` for the input of every matrix (by ``input_name``), an expert's tokens
     weighted by the square of their routing weight; ``routed`` the tokens behind each row. ``tokens [B, L]`` is the text itself,
-    with which GPTQ gathers second moments again: those of 8x7B would fill 20 GB. ``losses`` and ``anchors``, which say how far
-    their sums are off (``uniform.correction``), are empty without sensitivities.
+    from which roundings gather second moments again: those of 8x7B would fill 20 GB. ``losses`` and ``anchors``, which say how
+    far their sums are off (``uniform.correction``), are empty without sensitivities.
     """
 
     identity: str

@@ -39,8 +39,8 @@ class Recipe:
             mapping of ``bits``, ``group_size`` and ``mode`` (what it leaves out comes from the recipe), or to None or False:
             unquantised. Of several that match, the last wins.
         rounding: how affine matrices find their codes at the same format: ``plain`` (``mx.quantize``), ``search`` (scale and
-            bias of least squared error), ``gptq`` (error compensation) or ``tuned`` (learned, layer by layer). The last two
-            need a calibration.
+            bias of least squared error), ``gptq`` (error compensation, within a matrix and for those before it) or ``tuned``
+            (``gptq``, and then learned). The last two need a calibration.
 
     The router stays unquantised unless an override gives it 8 bits; fewer are refused: everything depends on its choices. So
     does a matrix whose rows no group size of the mode divides, as with mlx-lm.

@@ -1,1 +1,1 @@
-"""Codes, scales and biases by gradient: each part of a layer learns to give what the unquantised model gives there."""
+"""Layer by layer, each part is packed to give what the unquantised model gives there: by correction, and by gradient."""

@@ -65,11 +65,14 @@ class PackedExpert:
 
     def hidden(self, x: mx.array) -> Iterator[tuple[slice, mx.array]]:
         """What gate and up make of ``x [n, D]``, block by block, ``[n, units]``."""
-        for units in hidden_blocks(self.units):
-            gate, up = (dequantized(rows_of(self.packed[place], units), self.specs[place]) for place in (0, 1))
-            inner = swiglu(times(x, gate), times(x, up))
-            mx.eval(inner)
-            yield units, inner
+        return ((units, self.some_hidden(x, units)) for units in hidden_blocks(self.units))
+
+    def some_hidden(self, x: mx.array, units: slice) -> mx.array:
+        """One block of it."""
+        gate, up = (dequantized(rows_of(self.packed[place], units), self.specs[place]) for place in (0, 1))
+        inner = swiglu(times(x, gate), times(x, up))
+        mx.eval(inner)
+        return inner
 
     def __call__(self, x: mx.array) -> mx.array:
         """The expert's output ``[n, D]``."""

@@ -23,6 +23,7 @@ from mlx_mixtral_convert.tuning.packed import PackedFields, dequantized
 
 __all__ = [
     "JUDGE_EVERY",
+    "MIN_TOKENS",
     "FixedMatrix",
     "Learner",
     "Rates",
@@ -42,6 +43,8 @@ WARM_UP = 0.05
 MAX_PASSES = 4
 # One of so many sequences judges.
 JUDGE_EVERY = 8
+# From fewer tokens nothing is learned.
+MIN_TOKENS = 64
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """A text through the unquantised model and through the one that is being packed, layer by layer, side by side.
 
-Every part learns on the states that the packed layers before it leave, and to give what the unquantised model has there: so it
-makes up for what earlier parts lost, as far as it can see that. First attention, whose output should lead to the unquantised
-states before the experts; then the experts. A token's squared error counts by the inverse of the mean square of its state, for
-the norm that follows divides by that. Nothing learns from one in eight sequences: what is worse on these after it learned
-stays as it was before.
+Every part is packed for the states that the packed layers before it leave, and corrected to give what the unquantised model has
+there: so it makes up for what earlier parts lost, as far as it can see that. First attention, whose output should lead to the
+unquantised states before the experts; then the experts. What learns does so with the same aim; a token's squared error then
+counts by the inverse of the mean square of its state, for the norm that follows divides by that. One in eight sequences judges:
+no correction is computed and nothing learned from these, and what is worse on them stays as it was before.
 
-Held are one layer in packed form, and attention's matrices or one expert in full precision. Both models' states and a third
-of their size are on the disk: 0.8 GB for 16,384 tokens of 8x7B, 3.2 GB for 65,536.
+Held are one layer in packed form, and attention's matrices or one expert in full precision. Both models' states and as much
+again are on the disk: 1.1 GB for 16,384 tokens of 8x7B, 4.3 GB for 65,536.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,28 +29,38 @@ from mlx_mixtral_convert.calibration.layer import (
     pass_experts,
     read_matrix,
     read_norm,
+    times,
 )
 from mlx_mixtral_convert.calibration.states import States, pieces
 from mlx_mixtral_convert.calibration.statistics import InputSum
 from mlx_mixtral_convert.calibration.walk import check_memory, embed, embedded
 from mlx_mixtral_convert.sources.base import TensorSource
 from mlx_mixtral_convert.tuning.attention import tune_attention
+from mlx_mixtral_convert.tuning.correction import can_correct, corrected
 from mlx_mixtral_convert.tuning.experts import EXPERT_MATRICES, ExpertsTuning, PackedLayer, Start
-from mlx_mixtral_convert.tuning.packed import PackedExpert, dequantized
+from mlx_mixtral_convert.tuning.packed import PackedExpert, dequantized, hidden_blocks
 
-__all__ = ["ATTENTION_COPIES", "PackedLayer", "TuningWalk"]
+__all__ = ["PackedLayer", "PackingWalk", "attention_copies"]
 
-# Numbers held for each of attention's while all of it learns: codes, what Adam remembers, values, a gradient, one on its way.
-ATTENTION_COPIES = 6
+# Numbers held for each of attention's while it is packed: the source's, the packed ones, one on its way.
+PACKED_COPIES = 3
+# The same while all of it learns: codes, what Adam remembers, values, a gradient, one on its way.
+LEARNING_COPIES = 6
 
 
-class TuningWalk:
+def attention_copies(*, learns: bool) -> int:
+    """How many numbers a walk holds for each of attention's."""
+    return LEARNING_COPIES if learns else PACKED_COPIES
+
+
+class PackingWalk:
     """States of ``tokens [B, L]`` in both models, before layer ``next_layer``.
 
     Args:
         specs: the packing of every matrix by path, None for unquantised.
         start: packs one expert's float32 matrix, as it is before it learns; told its inputs, but for the embedding's.
         folder: where the states are, as for ``States``.
+        learns: whether what was packed then learns.
     """
 
     def __init__(
@@ -60,20 +70,23 @@ class TuningWalk:
         specs: Mapping[str, QuantizationSpec | None],
         start: Start,
         folder: Path | None = None,
+        *,
+        learns: bool,
     ) -> None:
         self.source, self.config, self.specs, self._start = source, source.config, specs, start
+        self._learns = learns
         self._rotary = Rotary(self.config.rope, self.config.head_dim)
-        check_memory(source, copies=ATTENTION_COPIES)
+        check_memory(source, copies=attention_copies(learns=learns))
         give_back_freed()
-        self.next_layer = 0
+        self.next_layer, self._folder = 0, folder
         self.true = embedded(tokens, read_matrix(source, next(iter(matrices(self.config)))), folder)
         self.ours = States(self.true.length, self.true.width, folder)
         self._embed(tokens)
         # The states before the experts, or what the experts still have to add.
         self._other = States(self.true.length, self.true.width, folder)
 
-    def tune(self) -> PackedLayer:
-        """Pass the next layer; its packed matrices, tuned."""
+    def step(self) -> PackedLayer:
+        """Pass the next layer; its packed matrices."""
         give_back_freed()  # what the layer before took
         layer = Layer(self.source, self.next_layer, self._rotary)
         random = np.random.default_rng(layer.index)
@@ -82,12 +95,13 @@ class TuningWalk:
         layer.attend_all(self.ours, self._values(layer, found, "qkvo"))
         layer.attention.clear()  # before its experts are held
         self._pass_experts(layer)
-        tuning = ExpertsTuning(layer, self.specs, self.ours, self._other, self._missing())
+        tuning = ExpertsTuning(layer, self.specs, self.ours, self._other, self._missing(layer), learns=self._learns)
         experts = range(layer.matrices["gate_proj"].num_experts or 1)
         for expert in experts:
-            tuning.begin(expert, self._start)
-        for expert in experts:
             give_back_freed()  # what the expert before took
+            tuning.begin(expert, self._start)
+        for expert in experts if self._learns else ():
+            give_back_freed()
             tuning.learn(expert, random)
         found |= tuning.packed
         self._pass_packed(layer, found)
@@ -95,7 +109,7 @@ class TuningWalk:
         return found
 
     def skip(self, packed: PackedLayer) -> None:
-        """Pass the next layer, which was tuned before: this came of it."""
+        """Pass the next layer, which was packed before: this came of it."""
         give_back_freed()
         layer = Layer(self.source, self.next_layer, self._rotary)
         layer.attend_all(self.true)
@@ -132,8 +146,8 @@ class TuningWalk:
             for tokens, weights in routing.pieces(index):
                 self.ours.add(tokens, weights * expert(layer.post_norm(self._other.take(tokens))))
 
-    def _missing(self) -> npt.NDArray[np.float32]:
-        """Set down what the experts have to add to our states after attention; how much each token's error counts."""
+    def _missing(self, layer: Layer) -> npt.NDArray[np.float32]:
+        """Set down what unquantised experts leave of what our states after attention lack; how much each token counts."""
         counts = [np.zeros(0, np.float32)]
 
         def missing(piece: slice) -> mx.array:
@@ -142,26 +156,55 @@ class TuningWalk:
             return wanted - self.ours.rows(piece)
 
         self._other.fill(self.true.count, missing)
+        routing = layer.route_all(self.ours)
+        for expert in layer.experts():
+            for tokens, weights in routing.pieces(expert.index):
+                x = layer.post_norm(self.ours.take(tokens))
+                self._other.add(tokens, -weights * times(expert(x), expert.down))
+            del expert  # before the next one is read
         return np.concatenate(counts)
 
     def _attention(self, layer: Layer, random: np.random.Generator) -> PackedLayer:
-        """What attention learns where ``true`` has passed it already."""
+        """Attention's matrices where ``true`` has passed it already."""
         own = {name: layer.matrices[f"{name}_proj"] for name in layer.attention}
-        sums = {name: InputSum(own[name].in_features, full=True) for name in "qo"}
-
-        def see(x: mx.array, o_input: mx.array) -> None:
-            sums["q"].add(x)
-            sums["o"].add(o_input)
-
-        for start in range(0, self.ours.count, ATTEND_AT_ONCE):
-            layer.attend(self.ours.sequences(start, start + ATTEND_AT_ONCE), see=see)
-        first = {
-            name: self._start(matrix, 0, layer.attention[name], sums["o" if name == "o" else "q"])
-            for name, matrix in own.items()
-        }
         specs = {name: self.specs[matrix.path] for name, matrix in own.items()}
-        packed = tune_attention(layer, self._rotary, first, specs, self.ours, self.true, random)
+        met = InputSum(own["q"].in_features, full=True)
+        for piece in pieces(self.ours.tokens):
+            met.add(layer.input_norm(self.ours.rows(piece)))
+        packed = {name: self._start(own[name], 0, layer.attention[name], met) for name in "qkv"}
+        met = self._correct_output(layer, {name: dequantized(packed[name], specs[name]) for name in "qkv"})
+        packed["o"] = self._start(own["o"], 0, layer.attention["o"], met)
+        if self._learns:
+            packed = tune_attention(layer, self._rotary, packed, specs, self.ours, self.true, random)
         return {own[name].path: [fields] for name, fields in packed.items()}
+
+    def _correct_output(self, layer: Layer, held: dict[str, mx.array]) -> InputSum:
+        """Correct o for what the packed q, k and v that are ``held``, and all before them, have lost; what it meets."""
+        matrix, weights = layer.matrices["o_proj"], layer.attention["o"]
+        inputs, met = (
+            States(self.ours.length, matrix.in_features, self._folder),
+            InputSum(matrix.in_features, full=True),
+        )
+
+        def see(_: mx.array, o_input: mx.array) -> None:
+            inputs.append(o_input)
+            met.add(o_input)
+
+        self._other.fill(0, self.true.rows)
+        for start in range(0, self.ours.count, ATTEND_AT_ONCE):
+            end = start + ATTEND_AT_ONCE
+            given = layer.attend(self.ours.sequences(start, end), held, see)
+            self._other.append(self.true.sequences(start, end) - given)
+
+        def some(columns: slice) -> Iterator[tuple[npt.NDArray[np.int32], mx.array]]:
+            for piece in pieces(inputs.tokens):
+                yield np.arange(piece.start, piece.stop, dtype=np.int32), inputs.rows(piece)[:, columns]
+
+        if can_correct(self.specs[matrix.path]):
+            blocks = hidden_blocks(matrix.in_features)
+            layer.attention["o"] = corrected(np.array(weights), blocks, some, self._other, apart=self._learns)
+        inputs.close()
+        return met
 
     def _values(self, layer: Layer, packed: PackedLayer, names: str) -> dict[str, mx.array]:
         paths = {name: layer.matrices[f"{name}_proj"].path for name in names}

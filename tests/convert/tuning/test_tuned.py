@@ -1,4 +1,4 @@
-"""Rounding ``tuned``: what comes out is nearer to the source than error compensation, whole, and the same after a stop."""
+"""Roundings ``gptq`` and ``tuned``: matrices make up for those before them; the result is whole, and the same after a stop."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from mlx_mixtral.weights.dtypes import MLX_DTYPES
 from mlx_mixtral_convert import Calibration, Recipe, convert
 from mlx_mixtral_convert.calibration import states
 from mlx_mixtral_convert.calibration.layer import Layer, read_matrix
-from mlx_mixtral_convert.calibration.walk import Walk
 from mlx_mixtral_convert.output.plan import make_plan
-from mlx_mixtral_convert.rounding import Gptq, Tuned
+from mlx_mixtral_convert.rounding import LayerByLayer
 from mlx_mixtral_convert.sources import open_source
 from mlx_mixtral_convert.tuning import attention, experts, packed, trained
 from mlx_mixtral_convert.tuning import walk as tuning_walk
 from mlx_mixtral_convert.tuning.trained import Rates
-from mlx_mixtral_convert.tuning.walk import TuningWalk
+from mlx_mixtral_convert.tuning.walk import PackingWalk
 from tests.convert.support import CONFIG, dense_config, hashes, load_arrays, make_checkpoint, measured, read_output
 from tests.convert.test_resume import stop_at
 
@@ -53,29 +52,72 @@ def source(tmp_path: Path) -> Path:
     return make_checkpoint(tmp_path / "source", num_local_experts=2)
 
 
+def uncorrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on no matrix makes up for what was lost before it."""
+    for module in (experts, tuning_walk):
+        monkeypatch.setattr(module, "corrected", lambda weights, *_, **__: mx.array(weights))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, dense_config() | {"num_hidden_layers": 1}, {"sliding_window": 10, "num_hidden_layers": 1}],
     ids=["mixture", "dense", "window"],
 )
-def test_fresh_text_loses_less_than_with_error_compensation(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_fresh_text_loses_less_where_matrices_make_up_for_those_before(
+    tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less than with error compensation within each matrix alone."""
     source = make_checkpoint(tmp_path / "source", num_local_experts=2, **changes)
     known = calibration(source, sequences=200)
     fresh = np.random.default_rng(7).integers(0, CONFIG["vocab_size"], (12, 24)).astype(np.int32)
     true = logits(source, fresh)
-    lost = {}
-    for rounding in ("gptq", "tuned"):
-        convert(source, tmp_path / rounding, recipe=Recipe(2, 64, rounding=rounding), calibration=known)
-        lost[rounding] = float(np.square(logits(tmp_path / rounding, fresh) - true).mean())
-    assert lost["tuned"] < 0.95 * lost["gptq"]
+
+    def lost(name: str, rounding: str) -> float:
+        convert(source, tmp_path / name, recipe=Recipe(2, 64, rounding=rounding), calibration=known)
+        return float(np.square(logits(tmp_path / name, fresh) - true).mean())
+
+    corrected, learned = lost("gptq", "gptq"), lost("tuned", "tuned")
+    uncorrected(monkeypatch)
+    alone = lost("alone", "gptq")
+    assert corrected < 0.75 * alone
+    assert learned < 0.75 * alone
 
 
-def test_states_of_the_packed_stream_are_those_of_what_is_written(tmp_path: Path, source: Path) -> None:
+@pytest.mark.parametrize("rounding", ["gptq", "tuned"])
+@pytest.mark.parametrize("units", [1024, 128])
+def test_what_is_missing_is_what_the_packed_layer_does_not_give(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, rounding: str, units: int
+) -> None:
+    """Kept up to date expert by expert; beside it the states of both models after the layer."""
+    monkeypatch.setattr(packed, "UNITS", units)
+    passed, seen = PackingWalk._pass_packed, []
+
+    def watched(self: Any, *arguments: Any) -> None:
+        missing = np.array(self._other.sequences())
+        passed(self, *arguments)
+        np.testing.assert_allclose(missing, np.array(self.true.sequences() - self.ours.sequences()), atol=1e-4)
+        seen.append(np.abs(missing).max())
+
+    monkeypatch.setattr(PackingWalk, "_pass_packed", watched)
+    recipe = Recipe(2, 64, rounding=rounding)
+    convert(source, tmp_path / "out", recipe=recipe, calibration=calibration(source, sequences=16))
+    assert len(seen) == 2
+    assert min(seen) > 0.01
+
+
+# What is not packed in affine mode is written as the source has it.
+KEPT = {"*.layers.0.*down_proj": {"mode": "mxfp4"}, "*.layers.1.*down_proj": None, "*.layers.0.*o_proj": None}
+
+
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, Recipe(2, 64, overrides=KEPT, rounding="gptq")], ids=["tuned", "gptq, some kept"]
+)
+def test_states_of_the_packed_stream_are_those_of_what_is_written(tmp_path: Path, source: Path, recipe: Recipe) -> None:
     known = calibration(source)
-    convert(source, tmp_path / "out", recipe=RECIPE, calibration=known)
+    convert(source, tmp_path / "out", recipe=recipe, calibration=known)
     tensors = open_source(source)
-    plan = make_plan(tensors.config, RECIPE.assign(tensors.config), "BF16")
-    rounder = Tuned(known, lambda: open_source(source), plan)
+    plan = make_plan(tensors.config, recipe.assign(tensors.config), "BF16")
+    rounder = LayerByLayer(known, lambda: open_source(source), plan, learns=recipe.rounding == "tuned")
     rounder.finished = {layer: tmp_path / "out" / shard.file for layer, shard in enumerate(plan.shards[:-1])}
     head = list(matrices(tensors.config))[-1]
     spec = plan.specs[head.path]
@@ -87,12 +129,13 @@ def test_states_of_the_packed_stream_are_those_of_what_is_written(tmp_path: Path
         assert mx.array_equal(array, written[f"lm_head.{field}"]), field
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "tuned"])
 def test_a_stopped_conversion_goes_on_to_the_same_bytes(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, rounding: str
 ) -> None:
     """With its states in files, as those of a longer text are."""
     known = calibration(source)
-    recipe = Recipe(2, 64, overrides={"*.layers.0.*up_proj": {"mode": "mxfp4"}, "*.k_proj": None}, rounding="tuned")
+    recipe = Recipe(2, 64, overrides={"*.layers.0.*up_proj": {"mode": "mxfp4"}, "*.k_proj": None}, rounding=rounding)
     convert(source, tmp_path / "whole", recipe=recipe, calibration=known)
     monkeypatch.setattr(states, "HELD_BYTES", 0)
     with pytest.raises(KeyboardInterrupt):
@@ -134,6 +177,7 @@ def test_what_is_worse_on_text_that_nothing_learned_from_is_not_kept(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = calibration(source)
+    uncorrected(monkeypatch)  # so that there is more to learn
     with monkeypatch.context() as patch:
         patch.setattr(experts, "learn", lambda *_: None)
         patch.setattr(attention, "step", lambda *_: None)
@@ -152,26 +196,25 @@ def test_what_is_worse_on_text_that_nothing_learned_from_is_not_kept(
 
 
 def test_no_layer_is_held_while_the_next_one_is_made(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 8x7B a packed layer is 0.6 GB, and so are the second moments of one."""
+    """Of 8x7B a packed layer is 0.6 GB."""
     known, tensors = calibration(source, sequences=1), open_source(source)
     plan = make_plan(tensors.config, RECIPE.assign(tensors.config), "BF16")
-    tuned, gptq = Tuned(known, lambda: open_source(source), plan), Gptq(known, lambda: open_source(source))
+    rounder = LayerByLayer(known, lambda: open_source(source), plan, learns=True)
     held: list[int] = []
-    for walk, name, rounder, kept in ((TuningWalk, "tune", tuned, "_layer"), (Walk, "step", gptq, "_sums")):
-        made = getattr(walk, name)
+    step = PackingWalk.step
 
-        def watched(self: Any, made: Any = made, rounder: Any = rounder, kept: str = kept) -> Any:
-            held.append(len(getattr(rounder, kept)))
-            return made(self)
+    def watched(self: Any) -> Any:
+        held.append(len(rounder._layer))
+        return step(self)
 
-        monkeypatch.setattr(walk, name, watched)
-        for layer in range(2):
-            matrix = next(matrix for matrix in matrices(tensors.config) if matrix.layer == layer)
-            spec = plan.specs[matrix.path]
-            assert spec is not None
-            rounder.pack(matrix, 0, read_matrix(tensors, matrix).astype(mx.bfloat16), spec)
-            assert getattr(rounder, kept)
-    assert held == [0, 0, 0, 0]
+    monkeypatch.setattr(PackingWalk, "step", watched)
+    for layer in range(2):
+        matrix = next(matrix for matrix in matrices(tensors.config) if matrix.layer == layer)
+        spec = plan.specs[matrix.path]
+        assert spec is not None
+        rounder.pack(matrix, 0, read_matrix(tensors, matrix).astype(mx.bfloat16), spec)
+        assert rounder._layer
+    assert held == [0, 0]
 
 
 def test_attention_learns_without_its_unpacked_matrices_in_memory(
