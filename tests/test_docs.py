@@ -302,8 +302,13 @@ def test_quality_in_short_is_quality_in_full() -> None:
         )
     }
     for model, bits, *figures in short[1:]:
-        theirs = {"4.5": ("uniform 4g64", "gptq 4g64"), "3.5": ("uniform 3g64", "mixed_3_4")}[bits]
-        rows = [f"ours fit to {bits} bits, gptq", *(f"mlx-lm {name}" for name in theirs)]
+        theirs = {
+            "4.5": ("uniform 4g64", "gptq 4g64"),
+            "4": ("uniform 3g32", "dynamic_quant to 4.5 of 3 and 5 bits"),
+            "3.5": ("uniform 3g64", "mixed_3_4"),
+        }[bits]
+        text = "" if model == "bundled" else ", written"
+        rows = [f"ours fit to {bits} bits, gptq{text}", *(f"mlx-lm {name}" for name in theirs)]
         for name, figure in zip(rows, figures, strict=True):
             half_a_digit = 0.5 * 10.0 ** -len(figure.partition(".")[2])
             assert float(figure) == pytest.approx(measured[model][name], abs=1.001 * half_a_digit), (model, bits, name)

@@ -53,8 +53,8 @@ from mlx_mixtral_convert.sources import open_source
 
 FIT_TO = (2.1, 2.2, 2.3, 2.4, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.25, 4.5)
 UNWEIGHTED = ("Q2_K", "Q3_K_M", "Q4_K_M")
-AS_IT_IS = ("Q2_K", "IQ3_M", "Q3_K_M", "Q4_K_M")
 TYPE_OF_ROWS_OF_32 = ("IQ4_NL", "Q4_0")
+AS_IT_IS = tuple(mix for mix in MIXES if mix not in TYPE_OF_ROWS_OF_32)
 
 
 @dataclass(frozen=True)
