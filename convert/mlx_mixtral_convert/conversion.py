@@ -195,6 +195,7 @@ def convert(
             disk_needed_bytes=needed,
             disk_free_bytes=free,
             dry_run=dry_run,
+            rounding=chosen.recipe.rounding,
             packings=tuple(packed_as(plan, written)),
             expected_seconds=needs.seconds if needs else None,
             expected_memory_bytes=needs.memory_bytes if needs else None,

@@ -121,7 +121,8 @@ class ConversionReport:
     """Figures of a finished conversion, or with ``dry_run`` of a planned one.
 
     ``source_bytes`` and ``output_bytes`` are sizes of the weight files. ``worst`` lists the packed matrices with the largest
-    relative error first (empty for a dry run). ``peak_memory_bytes`` is the process's own peak, since it started.
+    relative error first (empty for a dry run); with ``rounding`` ``gptq`` or ``tuned``, some of these differ from the source to
+    make up for others. ``peak_memory_bytes`` is the process's own peak, since it started.
     """
 
     source: str
@@ -140,6 +141,7 @@ class ConversionReport:
     disk_needed_bytes: int
     disk_free_bytes: int
     dry_run: bool = False
+    rounding: str = "plain"
     predicted_kl: float | None = None
     """KL to the source in nats per token to be expected on text like the calibration's; without its sensitivities a guess from
     built-in figures of Mixtral. None for packings that neither knows."""

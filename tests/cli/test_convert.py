@@ -36,6 +36,16 @@ def test_report_names_sizes_parts_worst_matrices_and_the_next_command(
         assert model.generate("And God", max_tokens=2).token_ids
 
 
+def test_matrices_that_differ_on_purpose_are_not_called_errors(invoke: Invoke, short: Path, tmp_path: Path) -> None:
+    assert invoke("calibrate", short, tmp_path / "file", "--tokens", 1024).exit_code == 0
+    options = ("--rounding", "gptq", "--calibration", tmp_path / "file")
+    result = invoke("convert", short, tmp_path / "out", *options)
+    assert result.exit_code == 0
+    assert "Farthest from the source's weights" in result.stdout
+    assert "down_proj differ on purpose" in result.stdout
+    assert "quantisation errors" not in result.stdout
+
+
 def test_json_is_the_converters_report(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:
     result = invoke("convert", tiny, tmp_path / "out", "--bits", 3, "--group-size", 32, "--json")
     report = json.loads(result.stdout)

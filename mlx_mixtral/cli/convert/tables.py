@@ -101,8 +101,9 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
                 soft_wrap=True,
             )
     elif report["worst"]:
+        on_purpose = report["rounding"] in ("gptq", "tuned")
         print_table(
-            "Largest quantisation errors",
+            "Farthest from the source's weights" if on_purpose else "Largest quantisation errors",
             ["matrix", "packed as", "relative error"],
             [
                 [one_line(entry["path"]).removeprefix("model."), entry["spec"], f"{entry['relative_rms']:.2%}"]
@@ -110,6 +111,8 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
             ],
             left=2,
         )
+        if on_purpose:
+            console.print("o_proj and down_proj differ on purpose: they make up for what was lost before them.\n")
     if report["dry_run"]:
         _print_missing_disk(report)
     else:
