@@ -29,7 +29,6 @@ from mlx_mixtral_convert.calibration.layer import (
     pass_experts,
     read_matrix,
     read_norm,
-    times,
 )
 from mlx_mixtral_convert.calibration.states import States, pieces
 from mlx_mixtral_convert.calibration.statistics import InputSum
@@ -150,18 +149,14 @@ class PackingWalk:
         """Set down what unquantised experts leave of what our states after attention lack; how much each token counts."""
         counts = [np.zeros(0, np.float32)]
 
-        def missing(piece: slice) -> mx.array:
+        def beyond(piece: slice) -> mx.array:
             wanted = self.true.rows(piece)
             counts.append(np.array(1 / mx.square(wanted).mean(axis=-1)))
-            return wanted - self.ours.rows(piece)
+            return self.ours.rows(piece) - wanted
 
-        self._other.fill(self.true.count, missing)
-        routing = layer.route_all(self.ours)
-        for expert in layer.experts():
-            for tokens, weights in routing.pieces(expert.index):
-                x = layer.post_norm(self.ours.take(tokens))
-                self._other.add(tokens, -weights * times(expert(x), expert.down))
-            del expert  # before the next one is read
+        self._other.fill(self.true.count, beyond)
+        pass_experts(layer, layer.experts(), self.ours, self._other)
+        self._other.fill(self.true.count, lambda piece: -self._other.rows(piece))
         return np.concatenate(counts)
 
     def _attention(self, layer: Layer, random: np.random.Generator) -> PackedLayer:
