@@ -7,8 +7,8 @@
 Each run is in a process of its own. What is to be seen: memory is the same for two layers and for four, so also for 32; and
 the seconds of a layer, which times 32 are those of 8x7B on this machine. Text is the bundled one and this project's own pages,
 by the bundled tokenizer, which a checkpoint made here gets where it has none. With ``--short`` conversions learn from a sixth
-of the text, a block in two steps instead of 120, and where GPTQ would compensate codes are rounded plainly: a layer takes
-minutes, and but for GPTQ's own 0.3 GB memory is the same.
+of the text, a block in two steps instead of 120, corrections try one penalty, and where GPTQ would compensate codes are rounded
+plainly: a layer takes minutes, and but for GPTQ's own 0.3 GB memory is the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral.demo import checkpoint_path
 from mlx_mixtral.weights.safetensors import read_header
 from mlx_mixtral_convert import Calibration, Recipe, calibrate, convert, rounding
-from mlx_mixtral_convert.tuning import attention, experts
+from mlx_mixtral_convert.tuning import attention, correction, experts
 
 RUNS = ("calibrate", "search", "gptq", "tuned")
 PAGES = Path(__file__).parents[2] / "docs"
@@ -43,6 +43,7 @@ def one(run: str, folder: Path, calibration: Path, tokens: int, bits: int, *, sh
         return {"seconds": time.perf_counter() - started, "peak": peak_bytes(), "tokens": done.tokens.size}
     if short:
         attention.STEPS = experts.STEPS = 2
+        correction.PENALTIES = correction.PENALTIES[:1]
         rounding.gptq = plain
     known = Calibration.load(calibration)
     if short:
