@@ -24,7 +24,7 @@ from mlx_mixtral_convert.estimate import estimate_conversion
 from mlx_mixtral_convert.exact import check_kept, exact_recipe, exact_specs, packed_as
 from mlx_mixtral_convert.fusing import OF_THE_BASE, check_adapters, fused_adapters, open_fused, recorded
 from mlx_mixtral_convert.output.destination import SPARE_BYTES, FolderDestination, as_destination
-from mlx_mixtral_convert.output.journal import ConversionJournal
+from mlx_mixtral_convert.output.journal import ConversionJournal, check_cancelled
 from mlx_mixtral_convert.output.manifest import (
     conversion_text,
     model_config_text,
@@ -33,6 +33,7 @@ from mlx_mixtral_convert.output.manifest import (
 from mlx_mixtral_convert.output.plan import INDEX_FILE, Plan, make_plan
 from mlx_mixtral_convert.output.vocabulary import check_stop_ids, check_vocabulary, tokenizer_notes
 from mlx_mixtral_convert.pipeline import Written, write_weights
+from mlx_mixtral_convert.progress import Progress, ProgressCounter, downloading
 from mlx_mixtral_convert.recipes import Recipe
 from mlx_mixtral_convert.recipes.fit import Expected, expected_loss
 from mlx_mixtral_convert.recipes.fit import fit as fit_recipe
@@ -40,9 +41,6 @@ from mlx_mixtral_convert.recipes.machine import room_for_weights
 from mlx_mixtral_convert.report import (
     ConversionReport,
     FusedAdapter,
-    Progress,
-    ProgressCounter,
-    downloading,
     part_sizes,
     peak_memory_bytes,
     width_notes,
@@ -112,7 +110,8 @@ def convert(
             ``mac`` is what this machine recommends to its GPU, less a KV cache of ``context`` tokens and working memory.
         context: tokens that ``fit="mac"`` leaves room for; the smaller of 4096 and the model's own when None.
         progress: told each step, from this thread (while downloading, from the downloading ones).
-        cancelled: asked before each matrix; True ends the conversion with ConversionError.
+        cancelled: asked before each matrix, with rounding by gptq or tuned also after each expert of the layer they are at;
+            True ends the conversion with ConversionError.
 
     Raises:
         CheckpointError: the source is damaged, incomplete, or holds NaN, infinity or values beyond ``dtype``; an adapter is
@@ -269,7 +268,12 @@ def _write(
 ) -> Written:
     rounder = chosen.rounder
     if isinstance(rounder, LayerByLayer):
-        rounder.folder = partial
+
+        def told(layer: int, share: float) -> None:
+            check_cancelled(cancelled)
+            counter.walk(layer, share)
+
+        rounder.folder, rounder.told = partial, told
         layers = {shard.layer: partial / shard.file for shard in chosen.plan.shards if shard.file in journal.finished}
         rounder.finished = {layer: file for layer, file in layers.items() if layer is not None}
     with closing(rounder) if isinstance(rounder, LayerByLayer) else nullcontext():
@@ -337,5 +341,6 @@ def _counter(
         shard.file: sum(matrix_bytes(tensors, matrix) * (matrix.num_experts or 1) for matrix in shard.matrices)
         for shard in plan.shards
     }
+    ahead = {s.layer: sizes[s.file] for s in plan.shards if s.layer is not None and s.file not in kept}
     done = sum(sizes[file] for file in kept)
-    return ProgressCounter(progress, sum(sizes.values()), plan.config.num_hidden_layers, done)
+    return ProgressCounter(progress, sum(sizes.values()), plan.config.num_hidden_layers, done, layer_bytes=ahead)

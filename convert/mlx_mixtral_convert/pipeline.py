@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Field, Matrix, module_tensor
 from mlx_mixtral.weights.dtypes import MLX_DTYPES, NUMPY_DTYPES, bytes_of
-from mlx_mixtral_convert.output.journal import CancelledError, ConversionJournal
+from mlx_mixtral_convert.output.journal import ConversionJournal, check_cancelled
 from mlx_mixtral_convert.output.plan import Plan, ShardPlan
 from mlx_mixtral_convert.output.write import ShardWriter
 from mlx_mixtral_convert.packing.measure import ErrorSum, MatrixError
@@ -75,8 +75,7 @@ def write_weights(
         for shard in remaining:
             out = files.enter_context(ShardWriter(folder, shard))
             for _ in range(sum(matrix.num_experts or 1 for matrix in shard.matrices)):
-                if cancelled is not None and cancelled():
-                    raise CancelledError("conversion cancelled")
+                check_cancelled(cancelled)
                 assert ahead is not None
                 piece = ahead.result()
                 ahead = _read_next(reader, source, plan, pieces)

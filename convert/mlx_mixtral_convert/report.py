@@ -1,14 +1,14 @@
-"""What a conversion tells its caller: progress while it runs, figures when it is done."""
+"""What a conversion tells its caller when it is done."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from mlx_mixtral.config.layout import Matrix, matrices
+from mlx_mixtral.config.layout import matrices
 from mlx_mixtral.config.quantization import AFFINE_GROUP_SIZES
 from mlx_mixtral_convert.output.plan import Plan
 from mlx_mixtral_convert.packing.measure import MatrixError
@@ -21,62 +21,10 @@ __all__ = [
     "FusedAdapter",
     "PackedAs",
     "PartSize",
-    "Progress",
-    "ProgressCounter",
-    "downloading",
     "json_object",
     "part_sizes",
     "peak_memory_bytes",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step. ``download`` counts bytes fetched, ``convert`` bytes of source weights converted, ``finish`` is the end.
-
-    ``layer`` is the decoder layer at hand, None outside the layers; ``what`` names the matrix or file.
-    """
-
-    stage: Literal["download", "convert", "finish"]
-    done_bytes: int
-    total_bytes: int
-    layer: int | None
-    layers: int
-    what: str
-
-
-class ProgressCounter:
-    """Counts the source bytes that are done, and tells ``progress`` of each step.
-
-    Args:
-        done_bytes: of ``total_bytes``, what an earlier run did.
-        layers: how many the model has.
-    """
-
-    def __init__(
-        self, progress: Callable[[Progress], None] | None, total_bytes: int, layers: int, done_bytes: int = 0
-    ) -> None:
-        self.total_bytes, self.done_bytes = total_bytes, done_bytes
-        self._progress, self._layers = progress, layers
-
-    def step(self, matrix: Matrix, nbytes: int) -> None:
-        """An expert of a matrix is done."""
-        self.done_bytes += nbytes
-        if self._progress is not None:
-            args = self.done_bytes, self.total_bytes, matrix.layer, self._layers, matrix.path
-            self._progress(Progress("convert", *args))
-
-    def finish(self, what: str) -> None:
-        """Everything is."""
-        if self._progress is not None:
-            self._progress(Progress("finish", self.total_bytes, self.total_bytes, None, self._layers, what))
-
-
-def downloading(progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:
-    """Tells of a download in these terms."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(Progress("download", done, total, None, 0, "weights"))
 
 
 @dataclass(frozen=True)

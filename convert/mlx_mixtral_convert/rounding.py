@@ -24,7 +24,7 @@ from mlx_mixtral_convert.sources.base import TensorSource
 from mlx_mixtral_convert.tuning.experts import PackedLayer
 from mlx_mixtral_convert.tuning.packed import PackedFields
 from mlx_mixtral_convert.tuning.trained import JUDGE_EVERY
-from mlx_mixtral_convert.tuning.walk import PackingWalk
+from mlx_mixtral_convert.tuning.walk import PackingWalk, Told, told_nothing
 
 __all__ = ["LayerByLayer", "Rounder", "Search", "make_rounder"]
 
@@ -87,6 +87,8 @@ class LayerByLayer:
         """The shards of layers that an earlier run finished."""
         self.folder: Path | None = None
         """Where hidden states are meanwhile, as for ``States``."""
+        self.told: Told = told_nothing
+        """Told how far the walk is."""
 
     def pack(self, matrix: Matrix, expert: int, weights: mx.array, spec: QuantizationSpec) -> dict[str, mx.array]:
         if matrix.part in ("embedding", "router"):
@@ -112,7 +114,7 @@ class LayerByLayer:
             self._source = self._open()
             specs = {path: None if self._plan.keeps(path) else spec for path, spec in self._plan.specs.items()}
             self._walk = PackingWalk(
-                self._source, self._calibration.tokens, specs, self._start, self.folder, learns=self.learns
+                self._source, self._calibration.tokens, specs, self._start, self.folder, self.told, learns=self.learns
             )
         last = self._plan.config.num_hidden_layers - 1 if layer is None else layer
         while self._walk.next_layer <= last:

@@ -84,7 +84,7 @@ def _progress(*, sensitivities: bool) -> Iterator[Callable[[CalibrationProgress]
             if last < 0:
                 lines(at)
             where = f"layer {at.layer + 1}/{at.layers}" if at.layer < at.layers else "output head"
-            bar.update(task, description=f"calibrate: {where}", completed=at.share)
+            bar.update(task, description=f"calibrate: {where}", completed=at.share, seconds_left=at.seconds_left)
 
         yield show
 

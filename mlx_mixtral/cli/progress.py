@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from mlx_mixtral.cli.console import err_console
+from mlx_mixtral.cli.console import err_console, seconds
 from mlx_mixtral.hub import resolve
 
 __all__ = ["byte_bars", "byte_progress", "count_progress", "fetch", "share_bars"]
@@ -59,12 +59,22 @@ def _bar(what: str, bars: Callable[[], Any], visible: bool) -> Iterator[Show]:
 
 def _bars(*columns: Any) -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class TimeLeft(TimeRemainingColumn):
+        """Of a task that has a field ``seconds_left``, that: steps that take minutes give Rich no pace of their own."""
+
+        def render(self, task: Any) -> Text:
+            if "seconds_left" not in task.fields:
+                return super().render(task)
+            left = task.fields["seconds_left"]
+            return Text("-:--:--" if left is None else f"{seconds(left)} left", style="progress.remaining")
 
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         *columns,
-        TimeRemainingColumn(compact=True),
+        TimeLeft(compact=True),
         console=err_console(),
         transient=True,
     )

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mlx_mixtral import load
+from mlx_mixtral.cli import progress
+from mlx_mixtral.cli.convert import tables
+from mlx_mixtral_convert import Progress
 from tests.convert.adapter_writer import write_mlx_adapter
 
 from .conftest import SLOW_READS, Invoke, Spawn, assert_one_error
+from .terminal import Terminal
 
 
 def quantization(folder: Path) -> dict[str, object]:
@@ -44,6 +51,40 @@ def test_matrices_that_differ_on_purpose_are_not_called_errors(invoke: Invoke, s
     assert "Farthest from the source's weights" in result.stdout
     assert "down_proj differ on purpose" in result.stdout
     assert "quantisation errors" not in result.stdout
+
+
+def test_a_terminal_shows_how_long_the_layers_still_take(
+    invoke: Invoke, spawn: Spawn, short: Path, tmp_path: Path
+) -> None:
+    assert invoke("calibrate", short, tmp_path / "file", "--tokens", 1024).exit_code == 0
+    options = ("--rounding", "gptq", "--calibration", tmp_path / "file")
+    screen = Terminal(spawn, tmp_path, short, tmp_path / "out", *options, command="convert", COLUMNS="120")
+    assert screen.end() == 0
+    assert re.search(r"convert layer \d+/\d+ .* \d[\d.]* s left", screen.text)
+
+
+@pytest.mark.parametrize(("rounding", "first"), [("gptq", "-:--:--"), ("plain", "00:0")])
+def test_the_pace_of_the_embedding_says_nothing_of_layers(
+    monkeypatch: pytest.MonkeyPatch, rounding: str, first: str
+) -> None:
+    console = Console(force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr(tables, "err_console", lambda: console)
+    monkeypatch.setattr(progress, "err_console", lambda: console)
+    bars = progress.byte_bars()
+    monkeypatch.setattr(tables, "byte_bars", lambda: bars)
+
+    def left() -> str:
+        return str(bars.columns[-1].render(bars.tasks[0]))
+
+    with tables.conversion_progress(rounding) as show:
+        for done in (1, 2, 3):
+            show(Progress("convert", done, 10, None, 2, "model.embed_tokens"))
+        assert left().startswith(first)
+        if rounding == "gptq":
+            show(Progress("convert", 4, 10, 0, 2, "model.layers.0", 7505.0))
+            assert left() == "2 h 05 min left"
+            show(Progress("convert", 4, 10, 0, 2, "model.layers.0.self_attn.q_proj", 7505.0))
+            assert left() == "2 h 05 min left"
 
 
 def test_json_is_the_converters_report(invoke: Invoke, tiny: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.errors import ConversionError
 from mlx_mixtral_convert.calibration.file import Calibration
 from mlx_mixtral_convert.packing.values import Values
-from mlx_mixtral_convert.report import Progress, ProgressCounter
+from mlx_mixtral_convert.progress import Progress, ProgressCounter
 from mlx_mixtral_convert.sources import PackedSource, TensorSource, main_dtype, matrix_bytes
 
 __all__ = ["Job", "Result"]

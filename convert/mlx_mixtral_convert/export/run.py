@@ -19,7 +19,8 @@ from mlx_mixtral_convert.export.gguf_mixes import GGUF_TYPES
 from mlx_mixtral_convert.export.hf import HF_TYPES, write_hf
 from mlx_mixtral_convert.export.job import Job
 from mlx_mixtral_convert.output.destination import as_destination
-from mlx_mixtral_convert.report import Progress, downloading, json_object, peak_memory_bytes
+from mlx_mixtral_convert.progress import Progress, downloading
+from mlx_mixtral_convert.report import json_object, peak_memory_bytes
 from mlx_mixtral_convert.sources import open_source
 
 __all__ = ["FORMATS", "TYPES", "ExportReport", "export"]

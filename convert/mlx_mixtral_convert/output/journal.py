@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,13 +26,21 @@ from mlx_mixtral.weights.manifest import file_sha256
 from mlx_mixtral_convert.output.plan import ShardPlan
 from mlx_mixtral_convert.packing.measure import MatrixError
 
-__all__ = ["JOURNAL", "CancelledError", "ConversionJournal", "Finished", "clear_folder", "is_bad_input"]
+__all__ = [
+    "JOURNAL", "CancelledError", "ConversionJournal", "Finished", "check_cancelled", "clear_folder", "is_bad_input",
+]  # fmt: skip
 
 JOURNAL = "journal.jsonl"
 
 
 class CancelledError(ConversionError):
     """The caller's ``cancelled`` said so."""
+
+
+def check_cancelled(cancelled: Callable[[], bool] | None) -> None:
+    """Raise CancelledError where the caller says so."""
+    if cancelled is not None and cancelled():
+        raise CancelledError("conversion cancelled")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ again are on the disk: 1.1 GB for 16,384 tokens of 8x7B, 4.3 GB for 65,536.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -39,12 +39,21 @@ from mlx_mixtral_convert.tuning.correction import can_correct, corrected
 from mlx_mixtral_convert.tuning.experts import EXPERT_MATRICES, ExpertsTuning, PackedLayer, Start
 from mlx_mixtral_convert.tuning.packed import PackedExpert, dequantized, hidden_blocks
 
-__all__ = ["PackedLayer", "PackingWalk", "attention_copies"]
+__all__ = ["PackedLayer", "PackingWalk", "Told", "attention_copies", "told_nothing"]
+
+Told = Callable[[int, float], None]
+"""Told the layer at hand, and the share of the work on it that is done. What it raises ends the walk."""
 
 # Numbers held for each of attention's while it is packed: the source's, the packed ones, one on its way.
 PACKED_COPIES = 3
 # The same while all of it learns: codes, what Adam remembers, values, a gradient, one on its way.
 LEARNING_COPIES = 6
+# What parts of a layer take beside the packing of one expert, on the bundled checkpoint.
+ATTENTION_WORK, LEARNED_ATTENTION_WORK, LEARNED_EXPERT_WORK = 2.0, 9.0, 1.5
+
+
+def told_nothing(layer: int, share: float) -> None:
+    """For walks that nobody waits for."""
 
 
 def attention_copies(*, learns: bool) -> int:
@@ -59,6 +68,7 @@ class PackingWalk:
         specs: the packing of every matrix by path, None for unquantised.
         start: packs one expert's float32 matrix, as it is before it learns; told its inputs, but for the embedding's.
         folder: where the states are, as for ``States``.
+        told: as it goes: when a layer begins, and after attention and each expert.
         learns: whether what was packed then learns.
     """
 
@@ -69,11 +79,15 @@ class PackingWalk:
         specs: Mapping[str, QuantizationSpec | None],
         start: Start,
         folder: Path | None = None,
+        told: Told = told_nothing,
         *,
         learns: bool,
     ) -> None:
         self.source, self.config, self.specs, self._start = source, source.config, specs, start
-        self._learns = learns
+        self._learns, self._told, self._done = learns, told, 0.0
+        self._attention_work = LEARNED_ATTENTION_WORK if learns else ATTENTION_WORK
+        experts = max(1, self.config.num_local_experts) * (1 + LEARNED_EXPERT_WORK * learns)
+        self._layer_work = self._attention_work + experts
         self._rotary = Rotary(self.config.rope, self.config.head_dim)
         check_memory(source, copies=attention_copies(learns=learns))
         give_back_freed()
@@ -87,21 +101,25 @@ class PackingWalk:
     def step(self) -> PackedLayer:
         """Pass the next layer; its packed matrices."""
         give_back_freed()  # what the layer before took
+        self._begin()
         layer = Layer(self.source, self.next_layer, self._rotary)
         random = np.random.default_rng(layer.index)
         layer.attend_all(self.true)
         found = self._attention(layer, random)
         layer.attend_all(self.ours, self._values(layer, found, "qkvo"))
         layer.attention.clear()  # before its experts are held
+        self._did(self._attention_work)
         self._pass_experts(layer)
         tuning = ExpertsTuning(layer, self.specs, self.ours, self._other, self._missing(layer), learns=self._learns)
         experts = range(layer.matrices["gate_proj"].num_experts or 1)
         for expert in experts:
             give_back_freed()  # what the expert before took
             tuning.begin(expert, self._start)
+            self._did(1.0)
         for expert in experts if self._learns else ():
             give_back_freed()
             tuning.learn(expert, random)
+            self._did(LEARNED_EXPERT_WORK)
         found |= tuning.packed
         self._pass_packed(layer, found)
         self.next_layer += 1
@@ -110,6 +128,7 @@ class PackingWalk:
     def skip(self, packed: PackedLayer) -> None:
         """Pass the next layer, which was packed before: this came of it."""
         give_back_freed()
+        self._begin()
         layer = Layer(self.source, self.next_layer, self._rotary)
         layer.attend_all(self.true)
         layer.attend_all(self.ours, self._values(layer, packed, "qkvo"))
@@ -129,6 +148,14 @@ class PackingWalk:
         """Let go of the states."""
         for states in (self.true, self.ours, self._other):
             states.close()
+
+    def _begin(self) -> None:
+        self._done = 0.0
+        self._told(self.next_layer, 0.0)
+
+    def _did(self, work: float) -> None:
+        self._done += work
+        self._told(self.next_layer, self._done / self._layer_work)
 
     def _pass_experts(self, layer: Layer) -> None:
         """True states through true experts."""

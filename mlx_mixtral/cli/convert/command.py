@@ -71,7 +71,7 @@ def _convert(given: ConvertOptions) -> None:
     from mlx_mixtral_convert import convert as run
 
     recipe = given.make_recipe()
-    with conversion_progress() as progress:
+    with conversion_progress(recipe.rounding) as progress:
         report = run(
             given.source,
             given.dest,

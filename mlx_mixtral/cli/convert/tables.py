@@ -21,10 +21,12 @@ __all__ = ["conversion_progress", "print_conversion", "print_export"]
 # Without a terminal a line is written this often at most: enough for a log of an hour's work.
 PLAIN_LINES_EVERY_S = 15.0
 WORST_SHOWN = 5
+# Roundings that work through a layer before they write any of it.
+LAYER_BY_LAYER = ("gptq", "tuned")
 
 
 @contextlib.contextmanager
-def conversion_progress() -> Iterator[Callable[[Progress], None]]:
+def conversion_progress(rounding: str = "plain") -> Iterator[Callable[[Progress], None]]:
     """A callback for ``convert``: a bar with bytes per second and remaining time, or now and then a plain line."""
     if not err_console().is_terminal:
         yield _plain_lines()
@@ -36,9 +38,11 @@ def conversion_progress() -> Iterator[Callable[[Progress], None]]:
             if at.stage not in tasks:
                 for task in tasks.values():
                     bar.update(task, visible=False)
-                tasks[at.stage] = bar.add_task(at.stage, total=None)
+                own_pace = {"seconds_left": None} if at.stage == "convert" and rounding in LAYER_BY_LAYER else {}
+                tasks[at.stage] = bar.add_task(at.stage, total=None, **own_pace)
             label = f"{at.stage} layer {at.layer + 1}/{at.layers}" if at.layer is not None and at.layers else at.stage
-            bar.update(tasks[at.stage], description=label, completed=at.done_bytes, total=at.total_bytes)
+            left = {} if at.seconds_left is None else {"seconds_left": at.seconds_left}
+            bar.update(tasks[at.stage], description=label, completed=at.done_bytes, total=at.total_bytes, **left)
 
         yield show
 
@@ -53,7 +57,8 @@ def _plain_lines() -> Callable[[Progress], None]:
             return
         last = now
         share = 100 * at.done_bytes // at.total_bytes
-        note(f"{at.stage}: {share}% of {format_bytes(at.total_bytes)}")
+        left = "" if at.seconds_left is None else f", about {seconds(at.seconds_left)} left"
+        note(f"{at.stage}: {share}% of {format_bytes(at.total_bytes)}{left}")
 
     return show
 
@@ -101,7 +106,7 @@ def print_conversion(source: str, dest: Path, report: Mapping[str, Any]) -> None
                 soft_wrap=True,
             )
     elif report["worst"]:
-        on_purpose = report["rounding"] in ("gptq", "tuned")
+        on_purpose = report["rounding"] in LAYER_BY_LAYER
         print_table(
             "Farthest from the source's weights" if on_purpose else "Largest quantisation errors",
             ["matrix", "packed as", "relative error"],

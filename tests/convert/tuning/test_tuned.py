@@ -14,7 +14,7 @@ from mlx_mixtral import load
 from mlx_mixtral.config.layout import matrices
 from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral.weights.dtypes import MLX_DTYPES
-from mlx_mixtral_convert import Calibration, Recipe, convert
+from mlx_mixtral_convert import Calibration, Progress, Recipe, convert
 from mlx_mixtral_convert.calibration import states
 from mlx_mixtral_convert.calibration.layer import Layer, read_matrix
 from mlx_mixtral_convert.output.plan import make_plan
@@ -25,9 +25,7 @@ from mlx_mixtral_convert.tuning import walk as tuning_walk
 from mlx_mixtral_convert.tuning.trained import Rates
 from mlx_mixtral_convert.tuning.walk import PackingWalk
 from tests.convert.support import CONFIG, dense_config, hashes, load_arrays, make_checkpoint, measured, read_output
-from tests.convert.test_resume import stop_at
 
-STEPS = 5 + 3 * 2  # of the progress of one layer
 RECIPE = Recipe(2, 64, rounding="tuned")
 
 
@@ -129,11 +127,17 @@ def test_states_of_the_packed_stream_are_those_of_what_is_written(tmp_path: Path
         assert mx.array_equal(array, written[f"lm_head.{field}"]), field
 
 
+@pytest.mark.parametrize("where", ["model.layers.1", "model.layers.1.block_sparse_moe.switch_mlp.down_proj"])
 @pytest.mark.parametrize("rounding", ["gptq", "tuned"])
 def test_a_stopped_conversion_goes_on_to_the_same_bytes(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, rounding: str
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, rounding: str, where: str
 ) -> None:
-    """With its states in files, as those of a longer text are."""
+    """Stopped among a layer's experts, or while they are written; with its states in files, as those of a longer text are."""
+
+    def stop(at: Progress) -> None:
+        if at.what == where and at.done_bytes > 0.7 * at.total_bytes:
+            raise KeyboardInterrupt
+
     known = calibration(source)
     recipe = Recipe(2, 64, overrides={"*.layers.0.*up_proj": {"mode": "mxfp4"}, "*.k_proj": None}, rounding=rounding)
     convert(source, tmp_path / "whole", recipe=recipe, calibration=known)
@@ -144,10 +148,12 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(
             tmp_path / "out",
             recipe=recipe,
             calibration=known,
-            progress=stop_at(STEPS + 4, KeyboardInterrupt()),
+            progress=stop,
         )
-    report = convert(source, tmp_path / "out", recipe=recipe, calibration=known)
-    assert report.resumed_layers > 0
+    seen: list[Progress] = []
+    report = convert(source, tmp_path / "out", recipe=recipe, calibration=known, progress=seen.append)
+    assert report.resumed_layers == 1
+    assert [step.seconds_left for step in seen if step.what == where][-1] == pytest.approx(0)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
