@@ -13,7 +13,7 @@ from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral.weights.safetensors import ITEM_BYTES
 from mlx_mixtral_convert.calibration.statistics import hessian_blocks
 from mlx_mixtral_convert.calibration.walk import walk_bytes
-from mlx_mixtral_convert.output.plan import Plan
+from mlx_mixtral_convert.output.plan import Plan, ShardPlan
 from mlx_mixtral_convert.packing.measure import ErrorSum
 from mlx_mixtral_convert.pipeline import pack_piece, packed_arrays, read_piece
 from mlx_mixtral_convert.report import peak_memory_bytes
@@ -79,19 +79,25 @@ def _trial(
 
 
 def _memory_bytes(source: TensorSource, plan: Plan, rounder: Rounder | None) -> int:
-    """What is held now, three matrices as read, of the largest two the cast and packed form, and what rounding learns of."""
-    read = max(matrix_bytes(source, matrix) for matrix in matrices(plan.config))
+    """What is held now, and of the file that needs most: three matrices as read, cast and packed, and what rounding holds."""
+    changes = source.largest_changes_bytes if isinstance(source, AdaptedSource) else 0
+    learned = _learned_bytes(plan, rounder)
+    most = max(_shard_bytes(source, plan, shard) + learned * (shard.layer is not None) for shard in plan.shards)
+    return peak_memory_bytes() + WORKING_BYTES + changes + most
+
+
+def _shard_bytes(source: TensorSource, plan: Plan, shard: ShardPlan) -> int:
+    """Three of the largest matrices as read, cast and packed."""
+    read = max((matrix_bytes(source, matrix) for matrix in shard.matrices), default=0)
     cast = packed = 0
-    for matrix in matrices(plan.config):
+    for matrix in shard.matrices:
         spec, count = plan.specs[matrix.path], matrix.out_features * matrix.in_features
         typed = ITEM_BYTES[plan.dtype]
         if source.dtype(matrix) != plan.dtype:
             cast = max(cast, count * typed)
         if spec is not None:
             packed = max(packed, spec.nbytes(matrix.out_features, matrix.in_features, typed))
-    changes = source.largest_changes_bytes if isinstance(source, AdaptedSource) else 0
-    learned = _learned_bytes(plan, rounder)
-    return peak_memory_bytes() + WORKING_BYTES + changes + learned + 3 * read + 3 * cast + 3 * packed
+    return 3 * (read + cast + packed)
 
 
 def _learned_bytes(plan: Plan, rounder: Rounder | None) -> int:

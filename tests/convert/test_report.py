@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlx_mixtral_convert import ConversionReport, Progress, Recipe, convert
-from tests.convert.support import CONFIG, hashes, make_checkpoint, weights
+from tests.convert.support import CONFIG, hashes, make_checkpoint, measured, weights
 
 
 def test_figures_are_those_of_the_files(tiny: Path, tmp_path: Path) -> None:
@@ -97,6 +97,23 @@ def test_expected_memory_grows_with_the_largest_matrix_and_not_with_the_layers(
     assert expected(num_hidden_layers=6, vocab_size=4096) == few
     # Three matrices in bfloat16, and their packed forms of 4.5 bits.
     assert expected(num_hidden_layers=1, vocab_size=8192) - few == 3 * 4096 * 128 * (2 + 4.5 / 8)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "tuned"])
+def test_what_rounds_layer_by_layer_holds_nothing_of_layers_beside_a_large_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: str
+) -> None:
+    monkeypatch.setattr("mlx_mixtral_convert.estimate.peak_memory_bytes", lambda: 0)
+
+    def expected(vocab_size: int, chosen: str) -> int:
+        source = make_checkpoint(tmp_path / f"{vocab_size}-{chosen}", vocab_size=vocab_size)
+        options = {"recipe": Recipe(4, rounding=chosen), "calibration": measured(source), "dry_run": True}
+        found = convert(source, tmp_path / "out", **options).expected_memory_bytes
+        assert found is not None
+        return found
+
+    assert expected(2048, rounding) > expected(2048, "plain")
+    assert expected(65536, rounding) == expected(65536, "plain")
 
 
 def test_a_dry_run_still_refuses_what_the_run_would(tmp_path: Path) -> None:

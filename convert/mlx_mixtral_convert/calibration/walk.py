@@ -48,16 +48,17 @@ def embedded(tokens: npt.NDArray[np.int32], table: mx.array, folder: Path | None
 
 
 def walk_bytes(config: MixtralConfig, *, copies: int = 1) -> int:
-    """What a walk holds at the most: embeddings, or a layer's attention, an expert and a piece of the text.
+    """What a walk holds at the most: embeddings; or a piece of the text beside a layer's attention and an expert, or beside
+    all that is held of attention.
 
     Args:
-        copies: numbers held for each of attention's.
+        copies: numbers held for each of attention's, before there is an expert.
     """
     table = config.vocab_size * config.hidden_size
     attention = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
     expert = 3 * config.hidden_size * config.intermediate_size
     text = PIECE * (2 * config.hidden_size + 3 * config.intermediate_size)
-    return 4 * max(table, copies * attention + expert + text)
+    return 4 * max(table, max(copies * attention, attention + expert) + text)
 
 
 def check_memory(source: TensorSource, *, copies: int = 1) -> None:
