@@ -6,6 +6,7 @@ Held are one expert's matrices in full precision and those of all in packed form
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,7 @@ from mlx_mixtral_convert.calibration.statistics import InputSum
 from mlx_mixtral_convert.tuning.correction import can_correct, corrected
 from mlx_mixtral_convert.tuning.expert import BATCH_TOKENS, Lesson, Swiglu, learn
 from mlx_mixtral_convert.tuning.packed import (
+    HiddenUnits,
     PackedExpert,
     PackedFields,
     columns_of,
@@ -59,6 +61,7 @@ class ExpertsTuning:
         specs: packings by path.
         missing: what is to be added to the states beside what the unquantised experts give; in the end, beside the packed ones.
         counts: how much each token's squared error counts, float32 ``[N]``.
+        folder: where hidden units are meanwhile, as for ``States``.
         learns: whether ``learn`` is to follow.
     """
 
@@ -69,6 +72,7 @@ class ExpertsTuning:
         states: States,
         missing: States,
         counts: npt.NDArray[np.float32],
+        folder: Path | None = None,
         *,
         learns: bool,
     ) -> None:
@@ -77,7 +81,7 @@ class ExpertsTuning:
         self._specs = [specs[matrix.path] for matrix in self.matrices]
         self.packed: PackedLayer = {matrix.path: [] for matrix in self.matrices}
         self._states, self._missing, self._counts = states, missing, counts
-        self._routing, self._learns = layer.route_all(states), learns
+        self._routing, self._folder, self._learns = layer.route_all(states), folder, learns
 
     def begin(self, expert: int, start: Start) -> None:
         """Pack one expert, before it learns. All of them come before the first learns."""
@@ -85,24 +89,31 @@ class ExpertsTuning:
         for _, x, weights in self._inputs(expert):
             met.add(x, mx.square(weights[:, 0]))
         packed = [start(matrix, expert, self._read(matrix, expert), met) for matrix in self.matrices[:2]]
-        down = self._corrected(expert, self._packed_expert(packed))
+        hidden = HiddenUnits(self.matrices[2].in_features, len(self._routing.tokens[expert]), self._folder)
+        down = self._corrected(expert, packed, hidden)
         met = InputSum(self.matrices[2].in_features, full=True)
-        for _, x, weights in self._inputs(expert):
-            inner = [block for _, block in self._packed_expert(packed).hidden(x)]
-            met.add(mx.concatenate(inner, axis=1), mx.square(weights[:, 0]))
+        for piece, (_, weights) in self._pieces(expert):
+            met.add(hidden.of(piece), mx.square(weights[:, 0]))
         packed.append(start(self.matrices[2], expert, down, met))
         for matrix, fields in zip(self.matrices, packed, strict=True):
             self.packed[matrix.path].append(fields)
-        self._lose(expert, packed, down)
+        self._lose(expert, packed[2], down, hidden)
+        hidden.close()
 
-    def _corrected(self, expert: int, packed: PackedExpert) -> mx.array:
-        """Down, for what gate and up and all packed before them have lost, and what it then leaves of that in ``missing``."""
+    def _corrected(self, expert: int, packed: Sequence[PackedFields], hidden: HiddenUnits) -> mx.array:
+        """Down, for what gate and up and all packed before them have lost, and what it then leaves of that in ``missing``.
+
+        ``hidden`` gets what the packed gate and up make of the expert's tokens.
+        """
         give_back_freed()  # what gate and up took
         weights = [read_matrix(self.layer.source, matrix, expert, as_stored=True) for matrix in self.matrices]
-        for units in hidden_blocks(packed.units):
+        whole = PackedExpert(hidden.units, packed, self._specs)
+        for units in hidden_blocks(hidden.units):
             gate, up, down = _floats(weights, units)
             for tokens, x, shares in self._inputs(expert):
-                lost = swiglu(times(x, gate), times(x, up)) - packed.some_hidden(x, units)
+                inner = whole.some_hidden(x, units)
+                hidden.append(inner)
+                lost = swiglu(times(x, gate), times(x, up)) - inner
                 self._missing.add(tokens, shares * times(lost, down))
         found = weights[2].astype(mx.float32)
         del weights
@@ -110,19 +121,18 @@ class ExpertsTuning:
             return found
 
         def met(units: slice) -> Iterator[tuple[npt.NDArray[np.int32], mx.array]]:
-            for tokens, x, shares in self._inputs(expert):
-                yield tokens, shares * packed.some_hidden(x, units)
+            for piece, (tokens, shares) in self._pieces(expert):
+                yield tokens, shares * hidden.of(piece, units)
 
-        return corrected(np.array(found), hidden_blocks(packed.units), met, self._missing, apart=self._learns)
+        return corrected(np.array(found), hidden_blocks(hidden.units), met, self._missing, apart=self._learns)
 
-    def _lose(self, expert: int, packed: Sequence[PackedFields], down: mx.array) -> None:
+    def _lose(self, expert: int, packed: PackedFields, down: mx.array, hidden: HiddenUnits) -> None:
         """Set down as missing what ``down [D, F]`` was to give and, packed, does not."""
-        whole = self._packed_expert(packed)
-        for units in hidden_blocks(whole.units):
-            given = dequantized(columns_of(packed[2], units, whole.units), self._specs[2])
+        for units in hidden_blocks(hidden.units):
+            given = dequantized(columns_of(packed, units, hidden.units), self._specs[2])
             lost = mx.contiguous(down[:, units] - given)
-            for tokens, x, shares in self._inputs(expert):
-                self._missing.add(tokens, shares * times(whole.some_hidden(x, units), lost))
+            for piece, (tokens, shares) in self._pieces(expert):
+                self._missing.add(tokens, shares * times(hidden.of(piece, units), lost))
 
     def learn(self, expert: int, random: np.random.Generator) -> None:
         """Let an expert learn, block by block; a block keeps what it learned where that is better on text it has not seen."""
@@ -168,9 +178,6 @@ class ExpertsTuning:
             mx.eval(whole)
             self.packed[matrix.path][expert] = whole
 
-    def _packed_expert(self, packed: Sequence[PackedFields]) -> PackedExpert:
-        return PackedExpert(self.matrices[0].out_features, packed, self._specs)
-
     def _read(self, matrix: Matrix, expert: int) -> mx.array:
         return read_matrix(self.layer.source, matrix, expert)
 
@@ -182,6 +189,10 @@ class ExpertsTuning:
         """Of an expert's tokens, some at a time: which they are, what the expert meets, and their weights ``[n, 1]``."""
         for tokens, weights in self._routing.pieces(expert):
             yield tokens, self.layer.post_norm(self._states.take(tokens)), weights
+
+    def _pieces(self, expert: int) -> Iterator[tuple[slice, tuple[npt.NDArray[np.int32], mx.array]]]:
+        """The same, and where they are among the expert's, without what it meets."""
+        return zip(pieces(len(self._routing.tokens[expert])), self._routing.pieces(expert), strict=True)
 
 
 def _rates(spec: QuantizationSpec | None) -> Rates:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_mixtral.config.quantization import QuantizationSpec
 from mlx_mixtral_convert.calibration.layer import swiglu, times
+from mlx_mixtral_convert.calibration.states import States
 
-__all__ = ["PackedExpert", "PackedFields", "columns_of", "dequantized", "hidden_blocks", "joined", "rows_of"]
+__all__ = [
+    "HiddenUnits",
+    "PackedExpert",
+    "PackedFields",
+    "columns_of",
+    "dequantized",
+    "hidden_blocks",
+    "joined",
+    "rows_of",
+]
 
 # Hidden units at once; with their gradients 8x7B's are 16 bytes for each of 12.6 million numbers.
 UNITS = 1024
@@ -82,3 +93,31 @@ class PackedExpert:
             out = out + times(inner, down)
             mx.eval(out)
         return out
+
+
+class HiddenUnits:
+    """Hidden units of an expert's tokens ``[n, F]`` float32, computed once: on the disk, as ``States`` are.
+
+    They come block by block, and of each block a piece of the tokens after the other.
+    """
+
+    def __init__(self, units: int, tokens: int, folder: Path | None) -> None:
+        self.units, self._tokens = units, tokens
+        self._width = min(units, UNITS)
+        self._held = States(1, self._width, folder)
+
+    def append(self, inner: mx.array) -> None:
+        """The next piece ``[n, units]`` of the block at hand."""
+        missing = self._width - inner.shape[1]  # the last block may be narrower
+        self._held.append(mx.pad(inner, [(0, 0), (0, missing)])[:, None])
+
+    def of(self, piece: slice, units: slice | None = None) -> mx.array:
+        """Of a piece of the tokens one of ``hidden_blocks``, or all."""
+        if units is None:
+            return mx.concatenate([self.of(piece, block) for block in hidden_blocks(self.units)], axis=1)
+        start = units.start // UNITS * self._tokens
+        found = self._held.rows(slice(start + piece.start, start + piece.stop))
+        return mx.contiguous(found[:, : units.stop - units.start])
+
+    def close(self) -> None:
+        self._held.close()

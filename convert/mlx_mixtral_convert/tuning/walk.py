@@ -110,7 +110,8 @@ class PackingWalk:
         layer.attention.clear()  # before its experts are held
         self._did(self._attention_work)
         self._pass_experts(layer)
-        tuning = ExpertsTuning(layer, self.specs, self.ours, self._other, self._missing(layer), learns=self._learns)
+        counts = self._missing(layer)
+        tuning = ExpertsTuning(layer, self.specs, self.ours, self._other, counts, self._folder, learns=self._learns)
         experts = range(layer.matrices["gate_proj"].num_experts or 1)
         for expert in experts:
             give_back_freed()  # what the expert before took
