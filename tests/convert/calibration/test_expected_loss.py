@@ -19,7 +19,7 @@ from mlx_mixtral.errors import InvalidRequestError
 from mlx_mixtral_convert import Calibration, Recipe, convert
 from mlx_mixtral_convert.calibration.sensitivity import Sensitivity
 from mlx_mixtral_convert.calibration.text import sequences
-from mlx_mixtral_convert.calibration.uniform import correction
+from mlx_mixtral_convert.calibration.uniform import BESIDE_SEARCH, correction
 from mlx_mixtral_convert.calibration.walk import Walk
 from mlx_mixtral_convert.sources import open_source
 
@@ -57,7 +57,11 @@ def measured(folder: Path, truth: tuple[Any, mx.array]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "rounding"), [(3, "plain"), (4, "plain"), (8, "plain"), ("5MB", "plain"), (4, "search"), (8, "search")]
+    ("wanted", "rounding"),
+    [
+        *((3, "plain"), (4, "plain"), (8, "plain"), ("5MB", "plain")),
+        *((4, "search"), (8, "search"), (4, "gptq"), ("3.5MB", "gptq")),
+    ],
 )
 def test_expected_and_measured_loss_agree_within_the_band(
     recorded: Calibration, truth: tuple[Any, mx.array], tiny: Path, tmp_path: Path, wanted: int | str, rounding: str
@@ -108,7 +112,9 @@ def test_the_correction_is_the_models_own_at_a_uniform_one_and_between_two_betwe
     )
     assert correction(anchors, "plain", 1e-9) == pytest.approx((4.0, 0.1))
     assert correction(anchors, "plain", 5.0) == pytest.approx((1.0, 0.3))
-    assert correction(anchors, "gptq", 0.5) == correction(anchors, "search", 0.5) == pytest.approx((2.0, 0.5))
+    assert correction(anchors, "search", 0.5) == pytest.approx((2.0, 0.5))
+    for rounding, (share, spread) in BESIDE_SEARCH.items():
+        assert correction(anchors, rounding, 0.5) == pytest.approx((2.0 * share, math.hypot(0.5, spread)))
     assert correction({}, "plain", 0.5) is None
     assert correction(anchors, "plain", 0.0) is None
 
