@@ -18,11 +18,18 @@ import numpy.typing as npt
 
 from mlx_mixtral.config.layout import Matrix, matrices
 from mlx_mixtral_convert.calibration.layer import read_matrix
-from mlx_mixtral_convert.calibration.statistics import hessian_blocks, input_name
+from mlx_mixtral_convert.calibration.statistics import InputSum, hessian_blocks, input_name
 from mlx_mixtral_convert.calibration.walk import Sums, Walk
 from mlx_mixtral_convert.sources import open_source
 
 KINDS = ("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+class MomentsWalk(Walk):
+    """Gathers second moments as well."""
+
+    def new_sum(self, columns: int) -> InputSum:
+        return InputSum(columns, full=True)
 
 
 def save_moments(folder: Path, tokens: npt.NDArray[np.int32], path: Path) -> None:
@@ -36,7 +43,7 @@ def save_moments(folder: Path, tokens: npt.NDArray[np.int32], path: Path) -> Non
                     found[f"{name}.{expert}.{block}"] = mx.array(moments)
 
     with open_source(folder, "hf") as source:
-        walk = Walk(source, tokens, full=True)
+        walk = MomentsWalk(source, tokens)
         for _, sums in walk.layers():
             note(sums)
         note(walk.head_sum())

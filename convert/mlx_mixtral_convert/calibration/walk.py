@@ -76,14 +76,11 @@ class Walk:
     """Hidden states ``[B, L, D]`` of ``tokens [B, L]`` on their way through ``source``.
 
     Args:
-        full: gather second moments as well as mean squares.
         folder: where the states are, as for ``States``.
     """
 
-    def __init__(
-        self, source: TensorSource, tokens: npt.NDArray[np.int32], *, full: bool = False, folder: Path | None = None
-    ) -> None:
-        self.source, self.config, self.full = source, source.config, full
+    def __init__(self, source: TensorSource, tokens: npt.NDArray[np.int32], *, folder: Path | None = None) -> None:
+        self.source, self.config = source, source.config
         check_memory(source)
         self.hidden = embedded(tokens, read_matrix(source, next(iter(matrices(self.config)))), folder)
         self._before = States(self.hidden.length, self.hidden.width, folder)
@@ -110,8 +107,6 @@ class Walk:
             sums["down_proj"][expert].add(inner, mx.square(weights[:, 0]))
 
         layer.attend_all(self.hidden, see=see)
-        if self.full:
-            layer.attention.clear()  # second moments are large, and nobody measures these weights
         self._before.fill(self.hidden.count, self.hidden.rows)
         pass_experts(layer, layer.experts(), self._before, self.hidden, see_expert)
         self.next_layer += 1
@@ -119,10 +114,14 @@ class Walk:
 
     def head_sum(self) -> dict[str, list[InputSum]]:
         """The output head's input; after the last layer. A tied head is the embedding matrix itself."""
-        found = InputSum(self.config.hidden_size, self.full)
+        found = self.new_sum(self.config.hidden_size)
         for piece in pieces(self.hidden.tokens):
             found.add(self.final_norm(self.hidden.rows(piece)))
         return {"model.embed_tokens" if self.config.tie_word_embeddings else "lm_head": [found]}
+
+    def new_sum(self, columns: int) -> InputSum:
+        """What is gathered of one matrix's input."""
+        return InputSum(columns)
 
     def close(self) -> None:
         """Let go of the states."""
@@ -131,6 +130,6 @@ class Walk:
 
     def _sums(self, layer: Layer) -> Sums:
         def make(matrix: Matrix) -> list[InputSum]:
-            return [InputSum(matrix.in_features, self.full) for _ in range(matrix.num_experts or 1)]
+            return [self.new_sum(matrix.in_features) for _ in range(matrix.num_experts or 1)]
 
         return {name: make(layer.matrices[name]) for name in ("q_proj", "o_proj", "gate_proj", "down_proj")}

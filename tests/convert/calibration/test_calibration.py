@@ -29,6 +29,7 @@ from mlx_mixtral_convert import Calibration, Recipe, calibrate, convert
 from mlx_mixtral_convert.calibration import check_place
 from mlx_mixtral_convert.calibration.layer import Expert, Layer, read_matrix
 from mlx_mixtral_convert.calibration.sensitivity import Sensitivity
+from mlx_mixtral_convert.calibration.statistics import InputSum
 from mlx_mixtral_convert.calibration.text import default_texts, sequences
 from mlx_mixtral_convert.calibration.walk import Walk
 from mlx_mixtral_convert.rounding import PRIOR_TOKENS, Search
@@ -44,9 +45,16 @@ def tokens(count: int = 6, length: int = 20) -> Any:
     return np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (count, length)).astype(np.int32)
 
 
-def walked(folder: Path, ids: Any, *, full: bool = False) -> tuple[Walk, dict[str, Any]]:
+class WholeWalk(Walk):
+    """Gathers second moments, too."""
+
+    def new_sum(self, columns: int) -> InputSum:
+        return InputSum(columns, full=True)
+
+
+def walked(folder: Path, ids: Any) -> tuple[Walk, dict[str, Any]]:
     source = open_source(folder)
-    walk, sums = Walk(source, ids, full=full), {}
+    walk, sums = WholeWalk(source, ids), {}
     for _, found in walk.layers():
         sums |= found
     return walk, sums | walk.head_sum()
@@ -82,7 +90,7 @@ def test_states_after_the_walk_give_the_models_logits(tmp_path: Path, dense: boo
 def test_statistics_equal_a_naive_pass_over_single_tokens(small: Path) -> None:
     """The reference recomputes layer 1's experts from the model's hidden states, a token and an expert at a time."""
     ids = tokens()
-    _, sums = walked(small, ids, full=True)
+    _, sums = walked(small, ids)
     module = load(small).module
     chunk = module.make_cache().chunk(len(ids), len(ids[0]))
     x = module.layers[0](module.embed_tokens.rows(mx.array(ids), mx.float32), 0, chunk)
