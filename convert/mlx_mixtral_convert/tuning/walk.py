@@ -202,12 +202,15 @@ class PackingWalk:
         return {own[name].path: [fields] for name, fields in packed.items()}
 
     def _correct_output(self, layer: Layer, held: dict[str, mx.array]) -> InputSum:
-        """Correct o for what the packed q, k and v that are ``held``, and all before them, have lost; what it meets."""
+        """Correct o for what the packed q, k and v that are ``held``, and all before them, have lost; what it meets.
+
+        An o that is not packed, or not in affine mode, stays as it is, and its packing needs no input.
+        """
         matrix, weights = layer.matrices["o_proj"], layer.attention["o"]
-        inputs, met = (
-            States(self.ours.length, matrix.in_features, self._folder),
-            InputSum(matrix.in_features, full=True),
-        )
+        if not can_correct(self.specs[matrix.path]):
+            return InputSum(matrix.in_features)
+        met = InputSum(matrix.in_features, full=True)
+        inputs = States(self.ours.length, matrix.in_features, self._folder)
 
         def see(_: mx.array, o_input: mx.array) -> None:
             inputs.append(o_input)
@@ -223,9 +226,8 @@ class PackingWalk:
             for piece in pieces(inputs.tokens):
                 yield np.arange(piece.start, piece.stop, dtype=np.int32), inputs.rows(piece)[:, columns]
 
-        if can_correct(self.specs[matrix.path]):
-            blocks = hidden_blocks(matrix.in_features)
-            layer.attention["o"] = corrected(np.array(weights), blocks, some, self._other, apart=self._learns)
+        blocks = hidden_blocks(matrix.in_features)
+        layer.attention["o"] = corrected(np.array(weights), blocks, some, self._other, apart=self._learns)
         inputs.close()
         return met
 
