@@ -48,8 +48,9 @@ Told = Callable[[int, float], None]
 PACKED_COPIES = 3
 # The same while all of it learns: codes, what Adam remembers, values, a gradient, one on its way.
 LEARNING_COPIES = 6
-# What parts of a layer take beside the packing of one expert, on the bundled checkpoint.
-ATTENTION_WORK, LEARNED_ATTENTION_WORK, LEARNED_EXPERT_WORK = 2.0, 9.0, 1.5
+# What parts of a layer take beside the packing of one expert: all before the experts, with and without learning, the learning
+# of an expert, and the passing of what was packed. On the bundled checkpoint, and nearly so at the width of 8x7B.
+FIRST_WORK, LEARNED_FIRST_WORK, LEARNED_EXPERT_WORK, PASSING_WORK = 2.5, 10.0, 1.5, 1.0
 
 
 def told_nothing(layer: int, share: float) -> None:
@@ -68,7 +69,7 @@ class PackingWalk:
         specs: the packing of every matrix by path, None for unquantised.
         start: packs one expert's float32 matrix, as it is before it learns; told its inputs, but for the embedding's.
         folder: where the states are, as for ``States``.
-        told: as it goes: when a layer begins, and after attention and each expert.
+        told: as it goes: when a layer begins, before its experts and after each, and at its end.
         learns: whether what was packed then learns.
     """
 
@@ -85,9 +86,9 @@ class PackingWalk:
     ) -> None:
         self.source, self.config, self.specs, self._start = source, source.config, specs, start
         self._learns, self._told, self._done = learns, told, 0.0
-        self._attention_work = LEARNED_ATTENTION_WORK if learns else ATTENTION_WORK
+        self._first_work = LEARNED_FIRST_WORK if learns else FIRST_WORK
         experts = max(1, self.config.num_local_experts) * (1 + LEARNED_EXPERT_WORK * learns)
-        self._layer_work = self._attention_work + experts
+        self._layer_work = self._first_work + experts + PASSING_WORK
         self._rotary = Rotary(self.config.rope, self.config.head_dim)
         check_memory(source, copies=attention_copies(learns=learns))
         give_back_freed()
@@ -108,9 +109,9 @@ class PackingWalk:
         found = self._attention(layer, random)
         layer.attend_all(self.ours, self._values(layer, found, "qkvo"))
         layer.attention.clear()  # before its experts are held
-        self._did(self._attention_work)
         self._pass_experts(layer)
         counts = self._missing(layer)
+        self._did(self._first_work)
         tuning = ExpertsTuning(layer, self.specs, self.ours, self._other, counts, self._folder, learns=self._learns)
         experts = range(layer.matrices["gate_proj"].num_experts or 1)
         for expert in experts:
@@ -123,6 +124,7 @@ class PackingWalk:
             self._did(LEARNED_EXPERT_WORK)
         found |= tuning.packed
         self._pass_packed(layer, found)
+        self._did(PASSING_WORK)
         self.next_layer += 1
         return found
 

@@ -28,7 +28,7 @@ def source(tmp_path: Path) -> Path:
     return make_checkpoint(tmp_path / "source", num_local_experts=EXPERTS)
 
 
-@pytest.mark.parametrize(("rounding", "steps"), [("gptq", 1 + 1 + EXPERTS), ("tuned", 1 + 1 + 2 * EXPERTS)])
+@pytest.mark.parametrize(("rounding", "steps"), [("gptq", 1 + 1 + EXPERTS + 1), ("tuned", 1 + 1 + 2 * EXPERTS + 1)])
 def test_a_layer_is_told_of_expert_by_expert(source: Path, tmp_path: Path, rounding: str, steps: int) -> None:
     seen: list[Progress] = []
     convert(
