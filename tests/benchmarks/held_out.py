@@ -43,7 +43,6 @@ class Subject:
     folder: Path
     held_out_tokens: int
     calibration_tokens: int | None = None
-    written_tokens: int = 65536
     left_out: Mapping[str, str] = field(default_factory=dict)
     taken_apart: bool = True
     upcycled: bool = False
@@ -82,7 +81,6 @@ SUBJECTS = {
         128,
         2048,
         left_out={"mlx-lm dwq 3g*": _LONG, "mlx-lm dynamic_quant*": "13 GB and ten minutes per row"},
-        written_tokens=16384,
         taken_apart=False,
         upcycled=True,
     ),

@@ -10,7 +10,7 @@ Each row is made in a process of its own, so that time and peak memory are its o
 a token; every network is evaluated by the same code (held_out.py), from the float32 values its weights stand for. Every method
 that learns from text learns from the same one: the text bundled for calibration, which shares nothing with the held-out text.
 llama.cpp's importance matrices are made of its statistics. Rows "written" learn from text that the model wrote itself
-(``calibrate --written``; 65,536 tokens, SmolLM2 16,384), llama.cpp's as well as ours. mlx-lm's own download is not used. With
+(``calibrate --written``; 65,536 tokens), llama.cpp's as well as ours. mlx-lm's own download is not used. With
 ``--keep``, rows, calibration and F16 file stay in a folder for each model, and what it has is not made again.
 
 On Linux, MLX's wheel multiplies float32 matrices with the reference BLAS. ``LD_PRELOAD=libopenblas.so.0`` puts a fast one
@@ -51,6 +51,7 @@ from mlx_mixtral_convert.calibration.run import DEFAULT_TOKENS
 from mlx_mixtral_convert.calibration.unfinished import Unfinished
 from mlx_mixtral_convert.sources import open_source
 
+WRITTEN_TOKENS = 65536
 FIT_TO = (2.1, 2.2, 2.3, 2.4, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.25, 4.5)
 UNWEIGHTED = ("Q2_K", "Q3_K_M", "Q4_K_M")
 TYPE_OF_ROWS_OF_32 = ("IQ4_NL", "Q4_0")
@@ -167,7 +168,7 @@ class Bench:
 
     def _calibration(self, folder: Path, step: str, *, sensitivities: bool) -> Calibration:
         if step == "written":
-            return calibrate(folder, tokens=self.subject.written_tokens, written=folder, sensitivities=sensitivities)
+            return calibrate(folder, tokens=WRITTEN_TOKENS, written=folder, sensitivities=sensitivities)
         return calibrate(folder, tokens=self.subject.calibration_tokens or DEFAULT_TOKENS, sensitivities=sensitivities)
 
     def moments(self) -> None:
