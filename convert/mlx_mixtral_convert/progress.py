@@ -20,7 +20,7 @@ class Progress:
 
     ``layer`` is the decoder layer at hand, None outside the layers; ``what`` names the matrix, layer or file. Rounding by gptq
     or tuned works through a layer before its first matrix is written: the layer's bytes count with its experts, and
-    ``seconds_left`` says about how long the layers still take, once the first expert shows it.
+    ``seconds_left`` says about how long the layers still take, once the attention of the first shows it.
     """
 
     stage: Literal["download", "convert", "finish"]
